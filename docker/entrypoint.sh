@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Serve every classifier of the repository under explicit model control; arguments go to tritonserver.
+# When the first argument is `patcher`, run that instead: docker compose run --rm patcher add-label ...
+#
+#   TRITON_MODEL_REPO  folder of the repository (/models)
+#   CLASSIFIERS        names to serve, blanks between them (default: every NAME that has a NAME_head beside it)
+#   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
+set -euo pipefail
+
+repository="${TRITON_MODEL_REPO:-/models}"
+key=""
+if [ -n "${ADMIN_KEY_FILE:-}" ]; then
+  key="$(tr -d '[:space:]' <"$ADMIN_KEY_FILE")"
+  # Triton's options split at other characters.
+  if [[ ! "$key" =~ ^[A-Za-z0-9._~+/-]{16,}$ ]]; then
+    echo "the key in $ADMIN_KEY_FILE must be 16 or more of A-Z a-z 0-9 . _ ~ + / - (try: openssl rand -hex 32)" >&2
+    exit 2
+  fi
+fi
+
+if [ "${1:-}" = patcher ]; then
+  if [ -n "$key" ]; then export PATCHER_ADMIN_KEY="$key"; fi
+  exec "$@"
+fi
+
+read -ra names <<<"${CLASSIFIERS:-}"
+if [ "${#names[@]}" -eq 0 ]; then
+  for head in "$repository"/*_head/; do
+    name="$(basename "$head" _head)"
+    if [ -f "$repository/$name/config.pbtxt" ]; then names+=("$name"); fi
+  done
+fi
+if [ "${#names[@]}" -eq 0 ]; then
+  echo "no classifier in $repository; expected folders NAME and NAME_head, as 'patcher export' writes them" >&2
+  exit 2
+fi
+printf '%s\n' "${names[@]}" >"${TMPDIR:-/tmp}/classifiers" # for healthcheck.py
+
+models=()
+for name in "${names[@]}"; do models+=("--load-model=$name"); done
+# What add-label asks for features: one for each backbone, however many classifiers share it.
+for config in "$repository"/*_features/config.pbtxt; do
+  if [ -f "$config" ]; then models+=("--load-model=$(basename "$(dirname "$config")")"); fi
+done
+
+# Loading a model can run code, trace and log settings write files: an administrator's right. Triton takes the key on
+# its command line only, so whoever may look into this container can read it.
+if [ -z "$key" ]; then
+  echo "no ADMIN_KEY_FILE: nobody can load or unload models in this server" >&2
+  key="$(od -An -v -N 32 -tx1 /dev/urandom | tr -d ' \n')"
+fi
+restriction="model-repository,trace,logging:admin-key=$key"
+
+# Readiness is not strict: a refused load of a new head would turn the whole server unready while the classifier goes on
+# answering. The health check asks for the classifiers themselves.
+exec tritonserver \
+  "--model-repository=$repository" \
+  --model-control-mode=explicit \
+  "${models[@]}" \
+  --strict-readiness=false \
+  --disable-auto-complete-config \
+  --exit-timeout-secs=30 \
+  "--grpc-restricted-protocol=$restriction" \
+  "--http-restricted-api=$restriction" \
+  "$@"

@@ -1,0 +1,34 @@
+"""Once, after fine-tuning: a Hugging Face sequence classifier becomes backbone, head and tokenizer for Triton."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.callback import ExportCallback
+    from export.classifier import ExportOptions, export_classifier, run_export
+    from export.report import ExportReport
+
+# Name -> module, imported when first asked for: the callback brings all of transformers' Trainer with it.
+_HOMES = {
+    "ExportCallback": "export.callback",
+    "ExportOptions": "export.classifier",
+    "ExportReport": "export.report",
+    "export_classifier": "export.classifier",
+    "run_export": "export.classifier",
+}
+
+__all__ = ["ExportCallback", "ExportOptions", "ExportReport", "export_classifier", "run_export"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'export' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,70 @@
+"""Export when ``transformers.Trainer`` has finished training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from export.classifier import ExportOptions, refuse_taken, run_export
+from patcher.errors import InputError
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from typing_extensions import Unpack
+
+    from export.report import ExportReport
+
+__all__ = ["ExportCallback"]
+
+
+class ExportCallback(TrainerCallback):
+    """Adds the trained model to a Triton model repository, as ``export_classifier`` does, when training ends.
+
+    ``Trainer(..., processing_class=tokenizer, callbacks=[ExportCallback("model_repository", name="intent")])``; the
+    best model is exported where the trainer loads it at the end. ``report`` holds the figures afterwards.
+
+    Raises InputError before the first step where the name is taken or no tokenizer is known: not after hours of
+    training.
+    """
+
+    def __init__(self, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> None:
+        self.repository_dir = Path(repository_dir)
+        self.options = options
+        self.report: ExportReport | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  the trainer gives it
+        state: TrainerState,  # noqa: ARG002  the same
+        control: TrainerControl,  # noqa: ARG002  the same
+        **kwargs: Any,
+    ) -> None:
+        """Refuse now what would be refused at the end."""
+        name = self.options.get("name", "intent")
+        refuse_taken(self.repository_dir, name, self.options.get("backbone") or name)
+        self._tokenizer(kwargs)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  the trainer gives it
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002  the trainer gives it
+        **kwargs: Any,
+    ) -> None:
+        """Export; in distributed training the first process alone does."""
+        if state.is_world_process_zero:
+            options: ExportOptions = {**self.options, "tokenizer": self._tokenizer(kwargs)}
+            self.report = run_export(kwargs["model"], self.repository_dir, **options)
+
+    def _tokenizer(self, kwargs: dict[str, Any]) -> Any:
+        tokenizer = self.options.get("tokenizer") or kwargs.get("processing_class") or kwargs.get("tokenizer")
+        if tokenizer is None:
+            raise InputError(
+                "the trainer knows no tokenizer to export; expected Trainer(processing_class=tokenizer), or "
+                "ExportCallback(…, tokenizer=tokenizer)"
+            )
+        return tokenizer

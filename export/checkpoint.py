@@ -1,0 +1,204 @@
+"""A fine-tuned checkpoint, read with care: refused with a reason where it is no classifier, none of its code run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from patcher.errors import CheckpointError, ExamplesError
+from patcher.examples import check_label
+from patcher.head import MULTI_LABEL, SINGLE_LABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+__all__ = ["Checkpoint", "from_objects", "load_checkpoint"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SUFFIX = "ForSequenceClassification"
+# What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sequence classifier ready to be split: float32, on the CPU, in evaluation mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
+    """In the order of the logits."""
+    problem: str
+    """``single_label`` or ``multi_label``."""
+    source: str
+    """Where it came from, for messages and the lineage."""
+
+
+def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
+    """Read a fine-tuned classifier and its tokenizer from a folder or, by its id, from the Hugging Face hub.
+
+    Parameters
+    ----------
+    allow_pickle
+        Read weights from a pickle file where there is no safetensors file: unpickling can run code.
+    trust_remote_code
+        Run Python code that lies beside the weights.
+
+    Raises
+    ------
+    CheckpointError
+        with the reason: nothing there, damaged, no sequence classifier, regression, fewer than two labels, weights in
+        a pickle, or code of its own without the flag that allows it.
+    """
+    name = _checked_source(source)
+    with _quiet():
+        config = _read(name, "configuration", AutoConfig, trust_remote_code=trust_remote_code)
+        labels, problem = _labels(config, name), _problem(config, name)
+        _refuse_other_tasks(config, name)
+        if not allow_pickle:
+            _refuse_pickle(name)
+        model, found = _read(
+            name,
+            "weights",
+            AutoModelForSequenceClassification,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        tokenizer = _read(name, "tokenizer", AutoTokenizer, trust_remote_code=trust_remote_code)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which were "
+            "left random: expected a checkpoint that was fine-tuned for sequence classification"
+        )
+    return _ready(model, tokenizer, labels, problem, name)
+
+
+def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str = "") -> Checkpoint:
+    """The checkpoint that a model in memory would be; the model itself is copied, not touched.
+
+    Raises CheckpointError as ``load_checkpoint`` does.
+    """
+    name = source or f"the {type(model).__name__} in memory"
+    if not isinstance(model, PreTrainedModel):
+        merge = "; merge its adapters first (`merge_and_unload`)" if hasattr(model, "merge_and_unload") else ""
+        raise CheckpointError(f"{name} is no transformers model, but a {type(model).__name__}{merge}")
+    labels, problem = _labels(model.config, name), _problem(model.config, name)
+    if not type(model).__name__.endswith(_SUFFIX):
+        raise CheckpointError(f"{name} is a {type(model).__name__}; expected a model ending in {_SUFFIX}")
+    return _ready(copy.deepcopy(model), copy.deepcopy(tokenizer), labels, problem, name)
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], problem: str, name: str
+) -> Checkpoint:
+    # Through `nn.Module`, because transformers' own methods hide their signatures behind decorators.
+    nn.Module.to(model, device="cpu", dtype=torch.float32)
+    nn.Module.eval(model)
+    # The forward's answer is read by name, and no more is computed than what is read.
+    model.config.return_dict = True
+    model.config.output_attentions = model.config.output_hidden_states = False
+    return Checkpoint(model, tokenizer, labels, problem, name)
+
+
+def _checked_source(name: str) -> str:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{name} holds no config.json; expected the folder of a saved transformers model")
+        return name
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        what = "a file" if path.exists() else "no folder that is there"
+        raise CheckpointError(
+            f"{name!r} is {what}; expected the folder of a checkpoint, or an id of the hub (owner/name)"
+        )
+    return name
+
+
+def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
+    try:
+        return reader.from_pretrained(name, **options)
+    except _READ_ERRORS as error:
+        # Their messages run over many lines; the first one tells what happened.
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust where it comes from"
+        elif "ignore_mismatched_sizes" in str(error):
+            reason = "their shapes are not those that its config.json says"
+        hub = "" if Path(name).is_dir() else " (no folder of that name is here, so it was looked for on the hub)"
+        raise CheckpointError(f"cannot read the {what} of {name}{hub}: {reason}") from error
+
+
+def _refuse_pickle(name: str) -> None:
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{name} has its weights in a pickle ({pickles[0]}), which can run code when it is read; expected "
+            "model.safetensors (`save_pretrained` writes it), or --allow-pickle if you trust where it comes from"
+        )
+
+
+def _refuse_other_tasks(config: PretrainedConfig, name: str) -> None:
+    names = list(getattr(config, "architectures", None) or [])
+    if names and not any(each.endswith(_SUFFIX) for each in names):
+        raise CheckpointError(
+            f"{name} is a {names[0]}; expected a model ending in {_SUFFIX}, fine-tuned on labelled texts"
+        )
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{name} is quantized; expected plain floating-point weights, from which export starts")
+
+
+def _problem(config: PretrainedConfig, name: str) -> str:
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression":
+        raise CheckpointError(f"{name} was trained for regression: it has no labels; expected a classifier")
+    return MULTI_LABEL if problem == "multi_label_classification" else SINGLE_LABEL
+
+
+def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
+    names: dict[int, str] = {int(key): value for key, value in (config.id2label or {}).items()}
+    if len(names) <= 1:
+        raise CheckpointError(f"{name} has {len(names)} label(s), as a regression has; expected two or more")
+    if sorted(names) != list(range(len(names))):
+        raise CheckpointError(f"{name}: id2label in config.json does not count from 0 to {len(names) - 1}")
+    try:
+        labels = tuple(check_label(names[index], f"{name}, id2label {index}") for index in range(len(names)))
+    except ExamplesError as error:
+        raise CheckpointError(str(error)) from error
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise CheckpointError(f"{name}: id2label in config.json has {repeated[0]!r} more than once")
+    return labels
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers; what matters in them becomes an error of ours."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,316 @@
+"""A checkpoint in, a classifier in a Triton model repository out: all of it proven before any of it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from torch import nn
+
+from export.backbone import export_backbone
+from export.checkpoint import Checkpoint, from_objects, load_checkpoint
+from export.parity import check_parity, token_batch
+from export.report import ExportReport
+from export.split import find_split
+from export.tokenizer import embeddings, prepare_tokenizer
+from export.training import accuracy, build_memory, counter, label_ids
+from patcher import __version__
+from patcher.errors import InputError
+from patcher.examples import Examples, read_examples
+from patcher.head import Head
+from patcher.head_file import write_head
+from patcher.lineage import now
+from patcher.repository import BackboneFiles, ModelRepository, check_name
+from patcher.runtime import Encoder, check_head_file
+from patcher.scope import fit_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from export.backbone import BackboneFile
+    from export.parity import Parity
+    from export.split import Split
+    from export.tokenizer import TextEncoder
+    from export.training import LabelIds
+    from patcher.memory import Memory
+
+    Source = str | os.PathLike[str] | nn.Module
+
+__all__ = ["PRECISIONS", "ExportOptions", "export_classifier", "refuse_taken", "run_export"]
+
+PRECISIONS = ("fp32",)
+_TRACED_LENGTHS = (11, 7, 4)
+_PARITY_TEXTS = 32
+
+
+class ExportOptions(TypedDict, total=False):
+    """What can be chosen about an export.
+
+    ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
+    and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
+    builds the memory beside head version 1. ``max_length`` is the tokens beyond which a text is cut (by default what
+    tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory. ``allow_pickle`` and
+    ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is going on.
+    """
+
+    name: str
+    backbone: str | None
+    train: str | os.PathLike[str] | Examples | None
+    precision: str
+    max_length: int | None
+    tokenizer: PreTrainedTokenizerBase | None
+    allow_pickle: bool
+    trust_remote_code: bool
+    progress: Callable[[str], None] | None
+
+
+def export_classifier(
+    model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]
+) -> ModelRepository:
+    """Add a fine-tuned sequence classifier to a Triton model repository, and return the repository.
+
+    Parameters
+    ----------
+    model
+        Folder of a checkpoint, its id on the Hugging Face hub, or a model in memory.
+    repository_dir
+        Made where there is none.
+    **options
+        As ``ExportOptions`` lists them: ``name="intent"``, ``train=None`` and so on.
+
+    Raises
+    ------
+    CheckpointError, SplitError
+        when the checkpoint cannot be read or split, with the reason.
+    ExamplesError
+        when ``train`` cannot be used, with the line.
+    ParityError, ExportError
+        when the exported files do not answer as the checkpoint does, or cannot be made.
+    InputError
+        when the name is taken or an option makes no sense.
+
+    Whatever is raised, the repository is as it was.
+    """
+    return run_export(model, repository_dir, **options).repository
+
+
+def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
+    """The same as ``export_classifier``, with the figures of the export; they hold the repository."""
+    watch = _Stopwatch()
+    root, name = Path(repository_dir), options.get("name", "intent")
+    backbone = options.get("backbone") or name
+    refuse_taken(root, name, backbone)
+    precision = options.get("precision", "fp32")
+    if precision not in PRECISIONS:
+        raise InputError(f"no precision {precision!r} yet; expected {', '.join(PRECISIONS)}")
+    with watch("load"):
+        train = _examples(options.get("train"))
+        checkpoint = _checkpoint(model, options)
+        ids = label_ids(train, checkpoint.labels, checkpoint.problem) if train else ()
+        encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
+    with tempfile.TemporaryDirectory(prefix="patcher-export-") as folder:
+        making = _Making(checkpoint, encoder, Path(folder), options.get("progress") or _silent, watch)
+        made = making.run(train, ids)
+        with watch("publish"):
+            repository = _publish(root, name, backbone, made)
+    return ExportReport(
+        repository=repository,
+        classifier=name,
+        backbone=backbone,
+        fingerprint=made.files.fingerprint,
+        layer=made.layer,
+        labels=checkpoint.labels,
+        problem=checkpoint.problem,
+        split=made.head.split,
+        width=made.head.width,
+        max_length=encoder.max_length,
+        parity=made.parity.difference,
+        parity_texts=made.parity.texts,
+        train_examples=len(train) if train else 0,
+        train_accuracy=made.accuracy,
+        memory_bytes=made.memory.size if made.memory else 0,
+        seconds=watch.seconds,
+    )
+
+
+def refuse_taken(root: Path, name: str, backbone: str) -> None:
+    """InputError where ``name`` cannot be added to the repository at ``root``, which need not be there yet."""
+    check_name(name)
+    check_name(backbone)
+    if (root / "patcher.json").exists() and name in ModelRepository(root).classifiers():
+        raise InputError(f"{root} holds a classifier {name!r} already; expected another --name, or another --repo")
+
+
+def _examples(train: str | os.PathLike[str] | Examples | None) -> Examples | None:
+    return train if train is None or isinstance(train, Examples) else read_examples(Path(train))
+
+
+def _checkpoint(model: Source, options: ExportOptions) -> Checkpoint:
+    if not isinstance(model, nn.Module):
+        return load_checkpoint(
+            os.fspath(model),
+            allow_pickle=options.get("allow_pickle", False),
+            trust_remote_code=options.get("trust_remote_code", False),
+        )
+    tokenizer = options.get("tokenizer")
+    if tokenizer is None:
+        raise InputError(f"a {type(model).__name__} in memory came without its tokenizer; expected tokenizer=…")
+    return from_objects(model, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Everything of a classifier, proven and not yet in a repository."""
+
+    files: BackboneFiles
+    layer: str
+    parity: Parity
+    head: Head
+    memory: Memory | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The stages between a checkpoint and what goes into the repository; ``folder`` holds the files in between."""
+
+    checkpoint: Checkpoint
+    encoder: TextEncoder
+    folder: Path
+    tell: Callable[[str], None]
+    watch: _Stopwatch
+
+    def run(self, train: Examples | None, ids: LabelIds) -> _Made:
+        """All of them."""
+        model, labels = self.checkpoint.model, self.checkpoint.labels
+        self.tell(
+            f"{self.checkpoint.source}: {type(model).__name__}, {len(labels)} labels, texts up to "
+            f"{self.encoder.max_length} tokens"
+        )
+        with self.watch("export"):
+            tokens = token_batch(self.encoder, embeddings(model).num_embeddings, _TRACED_LENGTHS)
+            split = find_split(model, tokens, len(labels))
+            self.tell(f"last linear layer: {split.layer}, {split.split} features; {split.hidden} more beside them")
+            backbone = export_backbone(model, split, tokens, self.folder / "model.onnx")
+        with self.watch("parity"):
+            texts = train.texts[:: len(train) // _PARITY_TEXTS + 1] if train else ()
+            parity = check_parity(model, split, self.encoder, backbone.path, texts)
+            self.tell(f"logits within {parity.difference:.1g} of the checkpoint's on {parity.texts} texts")
+        features = self._features(backbone, train) if train else None
+        with self.watch("memory"):
+            memory = None if features is None else build_memory(features, ids, labels, split.split)
+            head = self._head(split, backbone, parity, train, memory)
+        return _Made(
+            files=BackboneFiles(backbone.path, backbone.fingerprint, self.encoder.json, backbone.inputs, split.width),
+            layer=split.layer,
+            parity=parity,
+            head=head,
+            memory=memory,
+            accuracy=None if features is None else accuracy(head, features, ids),
+        )
+
+    def _features(self, backbone: BackboneFile, train: Examples) -> NDArray[np.float32]:
+        """Features of the training texts, by the files that will serve."""
+        path = self.folder / "tokenizer.json"
+        path.write_text(self.encoder.json, encoding="utf-8")
+        with self.watch("features"):
+            return Encoder(backbone.path, path).encode(train.texts, counter(self.tell, len(train)))
+
+    def _head(
+        self, split: Split, backbone: BackboneFile, parity: Parity, train: Examples | None, memory: Memory | None
+    ) -> Head:
+        """Version 1, and the proof that its file says what it should."""
+        head = Head.from_linear(
+            self.checkpoint.labels,
+            split.weight,
+            split.bias,
+            split.width,
+            backbone.fingerprint,
+            problem=self.checkpoint.problem,
+            created=now(),
+            tool_version=__version__,
+            data_hash=train.data_hash() if train else "",
+            details={
+                "architecture": type(self.checkpoint.model).__name__,
+                "layer": split.layer,
+                "parity": parity.difference,
+                "max_length": self.encoder.max_length,
+                "train_examples": len(train) if train else 0,
+            },
+        )
+        head = dataclasses.replace(head, scope=fit_scope(memory, head))
+        check_head_file(write_head(head), head, parity.features)
+        return head
+
+
+def _publish(root: Path, name: str, backbone: str, made: _Made) -> ModelRepository:
+    with contextlib.ExitStack() as undo:
+        if not (root / "patcher.json").exists():
+            undo.callback(_unmake, root, made_folder=not root.exists())
+        repository = ModelRepository.create(root)
+        with repository.lock():
+            _add(repository, name, backbone, made)
+        undo.pop_all()
+    return repository
+
+
+def _add(repository: ModelRepository, name: str, backbone: str, made: _Made) -> None:
+    with contextlib.ExitStack() as undo:
+        if repository.has_backbone(backbone):
+            _refuse_other_backbone(repository, backbone, made.files)
+        else:
+            repository.add_backbone(backbone, made.files)
+            undo.callback(repository.remove_backbone, backbone)
+        repository.add_classifier(name, made.head, made.memory, backbone=backbone)
+        undo.pop_all()
+
+
+def _refuse_other_backbone(repository: ModelRepository, backbone: str, files: BackboneFiles) -> None:
+    there = repository.config(f"{backbone}_backbone").parameters["fingerprint"].string_value
+    tokenizer = repository.root / f"{backbone}_tokenizer" / "1" / "tokenizer.json"
+    if there != files.fingerprint:
+        raise InputError(
+            f"{repository.root} holds another backbone {backbone!r} ({there[:12]}, this checkpoint's is "
+            f"{files.fingerprint[:12]}); expected another --backbone, as only equal ones can be shared"
+        )
+    if tokenizer.read_text(encoding="utf-8") != files.tokenizer_json:
+        raise InputError(
+            f"the backbone {backbone!r} in {repository.root} has another tokenizer; name another --backbone"
+        )
+
+
+def _unmake(root: Path, *, made_folder: bool) -> None:
+    for name in ("patcher.json", ".patcher.lock"):
+        (root / name).unlink(missing_ok=True)
+    if made_folder and root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+
+
+def _silent(_text: str) -> None:
+    pass
+
+
+@dataclass
+class _Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - started

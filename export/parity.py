@@ -1,0 +1,117 @@
+"""Proof that the exported files answer as the checkpoint does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from export.tokenizer import SAMPLE_TEXTS, embeddings
+from patcher.errors import ParityError
+from patcher.runtime import open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    from export.split import Split
+    from export.tokenizer import TextEncoder
+
+    Tokens = Mapping[str, NDArray[np.int64]]
+
+__all__ = ["TOLERANCE", "Parity", "check_parity", "token_batch"]
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit from the checkpoint's."""
+
+# Lengths of the texts of each batch. None of them is the shape that the export was traced with: whatever the tracing
+# froze shows here.
+_SHAPES = ((1,), (5,), (12, 3, 7), (33, 1, 16, 2, 8, 21, 5), (64, 40), (512,))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared, and the largest difference of a logit that was found."""
+
+    batches: int
+    texts: int
+    difference: float
+    features: NDArray[np.float32]
+    """Features FP32 ``[texts, width]`` of everything that was compared."""
+
+
+def token_batch(
+    encoder: TextEncoder, vocabulary: int, lengths: Sequence[int], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A padded batch of random tokens, one row for each of ``lengths``, INT64 ``[batch, longest]`` each."""
+    rng = np.random.default_rng(seed)
+    shape = (len(lengths), max(lengths))
+    ids = rng.integers(0, vocabulary - 1, shape)
+    ids += ids >= encoder.pad_id
+    position = np.arange(shape[1])[None, :]
+    size = np.array(lengths)[:, None]
+    real = position >= shape[1] - size if encoder.left else position < size
+    tensors = {
+        "input_ids": np.where(real, ids, encoder.pad_id),
+        "attention_mask": real.astype(np.int64),
+        "token_type_ids": np.where(real, 0, encoder.pad_type_id),
+    }
+    return {name: torch.from_numpy(tensors[name].astype(np.int64)) for name in encoder.inputs}
+
+
+def check_parity(
+    model: PreTrainedModel, split: Split, encoder: TextEncoder, path: Path, texts: Sequence[str] = ()
+) -> Parity:
+    """Compare the backbone at ``path`` and the split-off layer with the checkpoint: padded batches of several lengths.
+
+    Random tokens show what tracing froze, texts (``texts`` beside a few of our own) that the tokenizer fits.
+
+    Raises
+    ------
+    ParityError
+        when a logit differs by more than 1e-4, or the best label is another one (ties aside).
+    """
+    session = open_session(path)
+    names = [tensor.name for tensor in session.get_inputs()]
+    worst, count, features = 0.0, 0, []
+    for tokens in _batches(model, encoder, texts):
+        with torch.no_grad():
+            expected = model(**tokens).logits.float().numpy()
+        given = session.run(["features"], {name: tokens[name].numpy() for name in names})[0]
+        worst = max(worst, _compare(given, expected, split, tuple(tokens["input_ids"].shape)))
+        count += 1
+        features.append(given)
+    rows = np.concatenate(features)
+    return Parity(count, len(rows), worst, rows)
+
+
+def _batches(model: PreTrainedModel, encoder: TextEncoder, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    vocabulary = embeddings(model).num_embeddings
+    for seed, lengths in enumerate(_SHAPES):
+        yield token_batch(encoder, vocabulary, [min(length, encoder.max_length) for length in lengths], seed)
+    for group in ([SAMPLE_TEXTS[0]], SAMPLE_TEXTS, texts):
+        if group:
+            yield {name: torch.from_numpy(ids) for name, ids in encoder(list(group)).items()}
+
+
+def _compare(given: NDArray[np.float32], expected: NDArray[np.float32], split: Split, shape: tuple[int, ...]) -> float:
+    where = f"on a batch of {shape[0]} texts of {shape[1]} tokens"
+    if given.shape != (shape[0], split.width) or not np.isfinite(given).all():
+        raise ParityError(f"the exported backbone gives features {list(given.shape)} {where}, or values not finite")
+    logits = given[:, : split.split] @ split.weight.T + split.bias
+    gap = float(np.abs(logits - expected).max())
+    if gap > TOLERANCE:
+        raise ParityError(
+            f"the exported model's logits differ from the checkpoint's by {gap:.2g} {where}; expected at most "
+            f"{TOLERANCE:g}: the export froze something that depends on the input"
+        )
+    rows = np.arange(len(logits))
+    behind = expected.max(axis=1) - expected[rows, logits.argmax(axis=1)]
+    if (behind > 2 * TOLERANCE).any():
+        raise ParityError(f"the exported model prefers another label than the checkpoint {where}")
+    return gap

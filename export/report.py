@@ -1,0 +1,60 @@
+"""What an export did, as data and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patcher.repository import ModelRepository
+
+__all__ = ["ExportReport"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how closely it answers as the checkpoint does."""
+
+    repository: ModelRepository
+    classifier: str
+    backbone: str
+    fingerprint: str
+    """SHA-256 of the backbone's ONNX file."""
+    layer: str
+    """The last linear layer's name in the checkpoint."""
+    labels: tuple[str, ...]
+    problem: str
+    split: int
+    """Classifier features; ``width`` counts the mean of the last hidden state too."""
+    width: int
+    max_length: int
+    """Tokens a text, beyond which it is cut."""
+    parity: float
+    """Largest difference of a logit from the checkpoint's, on ``parity_texts`` texts."""
+    parity_texts: int
+    train_examples: int = 0
+    train_accuracy: float | None = None
+    """Share of the training texts that the exported files answer as they are labelled; None without them."""
+    memory_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values; ``labels`` is their count."""
+        values = {name: value for name, value in vars(self).items() if name != "seconds"}
+        values.update(repository=str(self.repository.root), labels=len(self.labels))
+        return {**values, "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
+
+    def sentence(self) -> str:
+        """All that matters in one sentence."""
+        if self.train_accuracy is None:
+            memory = "no memory, so later patches come without a bound on their harm (--train FILE builds one)"
+        else:
+            memory = (
+                f"a memory of {self.train_examples:,} texts, {self.train_accuracy:.1%} of them answered as labelled"
+            )
+        features = f"{self.split} + {self.width - self.split} features"
+        return (
+            f"Exported {self.classifier}: {len(self.labels)} labels, {features}, "
+            f"logits within {self.parity:.1g} of the checkpoint's, {memory}; {sum(self.seconds.values()):.0f} s."
+        )

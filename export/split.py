@@ -1,0 +1,206 @@
+"""Where a classifier's last linear layer is: found by shape and by what flows through it, not by a table of names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from patcher.errors import SplitError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+__all__ = ["Split", "find_split", "last_hidden", "without_layer"]
+
+_TOKENWISE = 3
+"""Dimensions of a tensor with a row for each token: batch, sequence, width."""
+_MATRIX = 2
+_CLOSE = 1e-4
+"""Largest difference between logits that is rounding: a matrix product of another shape adds up in another order."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The last linear layer, and what stands before it.
+
+    ``weight`` FP32 ``[labels, split]`` and ``bias`` FP32 ``[labels]`` (zeros where the layer has none) give the logits
+    from the classifier features; ``hidden`` is the width of the last hidden state.
+    """
+
+    layer: str
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    hidden: int
+
+    @property
+    def split(self) -> int:
+        """Width of the classifier features."""
+        return int(self.weight.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Width of all features."""
+        return self.split + self.hidden
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of one module during the traced forward."""
+
+    layer: str
+    given: Tensor
+    result: Tensor
+
+
+def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -> Split:
+    """Find the layer whose output is the logits, and prove that it can be taken out.
+
+    Parameters
+    ----------
+    inputs
+        A padded batch of tokens, INT64 ``[batch, sequence]`` each.
+    labels
+        How many logits the model gives.
+
+    Raises
+    ------
+    SplitError
+        when no linear layer gives the logits, when something after it changes them, when the model uses it more than
+        once, or when there is no last hidden state ``[batch, sequence, hidden]``.
+    """
+    with torch.no_grad(), last_hidden(model) as hidden_states:
+        calls, logits = _traced(model, inputs, labels)
+        if tuple(logits.shape) != (len(logits), labels):
+            raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
+        layer, matrix, bias = _last_layer(model, calls, logits)
+        # The same call as at export, with the layer gone: what comes out has to give the logits.
+        with without_layer(model, layer):
+            features = model(**inputs).logits
+    if features.shape != (len(logits), matrix.shape[1]) or _gap(features @ matrix.T + bias, logits) > _CLOSE:
+        raise SplitError(f"the logits are not made by the layer {layer!r} alone: without it, other features come out")
+    hidden = hidden_states[-1]
+    return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), int(hidden.shape[-1]))
+
+
+@contextlib.contextmanager
+def without_layer(model: nn.Module, layer: str) -> Iterator[None]:
+    """The model with one layer replaced by identity, and back again."""
+    parent_name, _, name = layer.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    removed = getattr(parent, name)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, removed)
+
+
+@contextlib.contextmanager
+def last_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that gets the last hidden state ``[batch, sequence, hidden]`` of each forward; SplitError without one."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _given: Any, result: Any) -> None:
+        state = result[0] if isinstance(result, (tuple, Mapping)) and len(result) else result
+        if not isinstance(state, Tensor) or state.dim() != _TOKENWISE:
+            raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
+        seen.append(state)
+
+    body = model.base_model
+    if body is model:
+        raise SplitError(f"{type(model).__name__} does not tell which part of it is the encoder (its base_model)")
+    hook = body.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _traced(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -> tuple[list[_Call], Tensor]:
+    """Run the model once; its logits, and the calls of every module that could have made them."""
+    calls: list[_Call] = []
+
+    def listen(layer: str) -> Any:
+        def keep(_module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+            if len(given) == 1 and isinstance(given[0], Tensor) and isinstance(result, Tensor):
+                calls.append(_Call(layer, given[0], result))
+
+        return keep
+
+    layers = [name for name, module in model.named_modules() if _weight(module, labels) is not None]
+    hooks = [model.get_submodule(name).register_forward_hook(listen(name)) for name in layers]
+    try:
+        logits = model(**inputs).logits
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise SplitError(f"the model's forward failed on a padded batch of tokens: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, logits
+
+
+def _weight(module: nn.Module, labels: int) -> Tensor | None:
+    """The matrix of a module that could be a linear layer to ``labels`` numbers, whatever its class is called."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.dim() != _MATRIX:
+        return None
+    return weight if labels in weight.shape else None
+
+
+def _last_layer(model: PreTrainedModel, calls: list[_Call], logits: Tensor) -> tuple[str, Tensor, Tensor]:
+    """Name, matrix ``[labels, split]`` and bias of the layer whose output, or a choice of its rows, is the logits."""
+    last = [call for call in calls if _holds(call.result, logits)]
+    if not last:
+        linear = ", ".join(sorted({call.layer for call in calls})) or "none"
+        raise SplitError(
+            f"no linear layer of {type(model).__name__} gives its logits (linear layers to {logits.shape[1]} numbers: "
+            f"{linear}): something after the last layer changes them, so patched rows would not add up"
+        )
+    layer = last[-1].layer
+    if sum(call.layer == layer for call in calls) > 1:
+        raise SplitError(f"{type(model).__name__} calls its layer {layer!r} more than once; expected a last layer")
+    module = model.get_submodule(layer)
+    matrix, bias = _linear(module, last[-1])
+    tied = [name for name, other in model.named_parameters(remove_duplicate=False) if other is module.weight]
+    if len(tied) > 1:
+        raise SplitError(
+            f"the last layer {layer!r} shares its weights with another part of the model ({', '.join(tied)})"
+        )
+    return layer, matrix, bias
+
+
+def _linear(module: nn.Module, call: _Call) -> tuple[Tensor, Tensor]:
+    """Matrix ``[labels, split]`` and bias such that ``result = given @ matrix.T + bias``; SplitError if it is not."""
+    weight = module.get_parameter("weight").detach().float()
+    bias = getattr(module, "bias", None)
+    # transformers' Conv1D is a linear layer whose matrix lies the other way round: the numbers tell which.
+    for matrix in (weight, weight.T):
+        rows = matrix.shape[0]
+        shift = torch.zeros(rows) if bias is None else bias.detach().float()
+        fits = call.given.shape[-1] == matrix.shape[1] and call.result.shape[-1] == rows
+        if fits and _gap(call.given @ matrix.T + shift, call.result) <= _CLOSE:
+            return matrix.contiguous(), shift
+    raise SplitError(
+        f"the layer {call.layer!r} ({type(module).__name__}) gives the logits, but is not linear: its output is not "
+        "its input times its weight plus its bias; merge adapters into the weights first"
+    )
+
+
+def _holds(result: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are ``result`` itself, or one token's row of it for each text."""
+    if result.shape == logits.shape:
+        return bool(torch.equal(result, logits))
+    if result.dim() != _TOKENWISE or result.shape[0] != logits.shape[0] or result.shape[2] != logits.shape[1]:
+        return False
+    return bool((result == logits[:, None, :]).all(dim=2).any(dim=1).all())
+
+
+def _gap(left: Tensor, right: Tensor) -> float:
+    return float((left - right).abs().max())

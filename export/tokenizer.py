@@ -1,0 +1,193 @@
+"""The checkpoint's tokenizer as one ``tokenizer.json`` that pads and truncates as transformers would."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import nn
+
+from patcher.errors import CheckpointError, ExportError, InputError
+from patcher.triton.tokenizer.model import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from export.checkpoint import Checkpoint
+
+__all__ = ["SAMPLE_TEXTS", "TextEncoder", "embeddings", "prepare_tokenizer"]
+
+DEFAULT_MAX_LENGTH = 2048
+"""Tokens a text where nothing says less: attention grows with the square, and one text must not take a server down."""
+
+SAMPLE_TEXTS = (
+    "Hello",
+    "I lost my card, can you block it?",
+    "What is the difference between a standing order and a direct debit, and which one should I use for my rent?",
+    "  Two  spaces, a tab\tand UPPER case: 1,234.50 € on 2024-02-29!  ",
+    "¿Dónde está mi tarjeta? Größe, naïve, façade - „quoted“",
+    "我的卡丢了，怎么办？",  # noqa: RUF001  meant as they are
+    "emoji 🙂👍🏽 and e\u0301 in two code points",
+    "word " * 60,
+)
+"""Texts of several lengths, scripts and oddities, on which two tokenizers that differ are likely to show it."""
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_UNLIMITED = 1_000_000
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """What the server needs to turn texts into the model's inputs."""
+
+    json: str
+    """A Rust tokenizer with padding and truncation switched on."""
+    inputs: tuple[str, ...]
+    """The model's token tensors, INT64 ``[batch, sequence]`` each."""
+    max_length: int
+    """Tokens a text, beyond which it is cut."""
+    pad_id: int
+    pad_type_id: int
+    left: bool
+    """Whether padding comes before the text."""
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The model's inputs for a batch of texts, as the server makes them."""
+        return encode(Tokenizer.from_str(self.json), texts, self.inputs)
+
+
+def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> TextEncoder:
+    """The tokenizer of a checkpoint for the server; its model and tokenizer agree on the padding afterwards.
+
+    Raises
+    ------
+    CheckpointError
+        when the tokenizer is slow (only Python knows how it works), has no vocabulary, or gives and lacks inputs.
+    InputError
+        when ``max_length`` is more than the model can take.
+    ExportError
+        when ``tokenizer.json`` does not give the ids that transformers gives.
+    """
+    model, tokenizer, name = checkpoint.model, checkpoint.tokenizer, checkpoint.source
+    _refuse_unusable(tokenizer, name)
+    inputs = _inputs(model, tokenizer, name)
+    pad_id = _agree_on_padding(model, tokenizer, name)
+    length = _max_length(model, tokenizer, max_length)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_padding(
+        direction=tokenizer.padding_side,
+        pad_id=pad_id,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_token=tokenizer.pad_token,
+    )
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
+    encoder = TextEncoder(
+        json=str(backend.to_str(pretty=True)),
+        inputs=inputs,
+        max_length=length,
+        pad_id=pad_id,
+        pad_type_id=tokenizer.pad_token_type_id,
+        left=tokenizer.padding_side == "left",
+    )
+    _prove(encoder, tokenizer, name)
+    return encoder
+
+
+def embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The table of the words; CheckpointError where the model has none."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise CheckpointError(
+            f"{type(model).__name__} embeds words with a {type(table).__name__}; expected an Embedding"
+        )
+    return table
+
+
+def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    kind = type(tokenizer).__name__
+    if not getattr(tokenizer, "is_fast", False) or not hasattr(tokenizer, "backend_tokenizer"):
+        raise CheckpointError(
+            f"{name} has a slow tokenizer ({kind}): its rules are Python code, which has no tokenizer.json for the "
+            "server; expected a fast one (a folder with tokenizer.json)"
+        )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CheckpointError(f"{name} has no vocabulary for its {kind}: expected tokenizer.json beside the weights")
+
+
+def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
+    taken = inspect.signature(model.forward).parameters
+    given = {*tokenizer("a"), "attention_mask"} & set(taken)
+    if not {"input_ids", "attention_mask"} <= given:
+        raise CheckpointError(
+            f"{type(model).__name__} takes {', '.join(list(taken)[:6])}; expected input_ids and attention_mask, for "
+            "texts of different lengths to share a batch"
+        )
+    unknown = given - set(_INPUTS)
+    if unknown:
+        raise CheckpointError(f"{name}: the model wants {', '.join(sorted(unknown))}, which a text alone does not give")
+    return tuple(each for each in _INPUTS if each in given)
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """The id that both pad with; where they differ the model's, because its forward looks for it."""
+    config = model.config.get_text_config()
+    known = (config.pad_token_id, tokenizer.pad_token_id)
+    vocabulary = embeddings(model).num_embeddings
+    pad = next((each for each in known if each is not None and 0 <= each < vocabulary), None)
+    if pad is None:
+        # Decoders are often fine-tuned one text at a time, without any padding. They read the last token that is not
+        # padding, so what pads must be no token that texts end with: what they answered without it would change.
+        last = {tokenizer(text)["input_ids"][-1] for text in SAMPLE_TEXTS}
+        spare = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+        pad = next((each for each in spare if each is not None and each < vocabulary and each not in last), None)
+    token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    if pad is None or token is None:
+        raise CheckpointError(
+            f"{name} has no padding token that both model ({known[0]}) and tokenizer ({known[1]}) know, so texts "
+            "cannot share a batch; set pad_token_id in its config.json"
+        )
+    tokenizer.pad_token = token
+    config.pad_token_id = model.config.pad_token_id = pad
+    return int(pad)
+
+
+def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
+    limits = [tokenizer.model_max_length, _positions(model)]
+    limit = min((each for each in limits if each and each < _UNLIMITED), default=None)
+    if wanted is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if wanted < 1 or (limit and wanted > limit):
+        raise InputError(
+            f"a maximum length of {wanted} tokens; expected 1 to {limit or 'any'}, which the model can take"
+        )
+    return wanted
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model's table of positions has room for; None where positions are computed."""
+    rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = embeddings(model)
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
+    for table in tables:
+        if table.num_embeddings == rows:
+            # RoBERTa and its kin count positions from behind the padding's own.
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def _prove(encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    ours = encoder(SAMPLE_TEXTS)
+    theirs = tokenizer(list(SAMPLE_TEXTS), padding=True, truncation=True, max_length=encoder.max_length)
+    for key in encoder.inputs:
+        expected = np.array(theirs[key], np.int64)
+        if ours[key].shape != expected.shape or (ours[key] != expected).any():
+            raise ExportError(
+                f"tokenizer.json of {name} gives other {key} than its {type(tokenizer).__name__} does in transformers: "
+                "it changes texts in Python code, which the server does not run"
+            )

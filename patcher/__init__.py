@@ -1,0 +1,89 @@
+"""Add a label to a fine-tuned text classifier that Triton serves: one small head, no downtime, a bound on the harm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
+    from patcher.examples import Examples, read_examples
+    from patcher.head import Head
+    from patcher.labelling import PatchReport, PatchSettings, add_label, add_labels
+    from patcher.lifecycle import diff, evaluate, history, rollback
+    from patcher.memory import Memory
+    from patcher.relabelling import merge_labels, remove_label, rename_label
+    from patcher.remembering import remember
+    from patcher.repository import Classifier, ModelRepository
+    from patcher.triton.client import Answer, TritonServer
+
+__version__ = "0.1.0"
+
+# Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
+_HOMES = {
+    "Answer": "patcher.triton.client",
+    "Classifier": "patcher.repository",
+    "Examples": "patcher.examples",
+    "GateRefused": "patcher.errors",
+    "Head": "patcher.head",
+    "InputError": "patcher.errors",
+    "Memory": "patcher.memory",
+    "ModelRepository": "patcher.repository",
+    "NotServed": "patcher.errors",
+    "PatchReport": "patcher.labelling",
+    "PatchSettings": "patcher.labelling",
+    "PatcherError": "patcher.errors",
+    "ServerError": "patcher.errors",
+    "TritonServer": "patcher.triton.client",
+    "add_label": "patcher.labelling",
+    "add_labels": "patcher.labelling",
+    "diff": "patcher.lifecycle",
+    "evaluate": "patcher.lifecycle",
+    "history": "patcher.lifecycle",
+    "merge_labels": "patcher.relabelling",
+    "read_examples": "patcher.examples",
+    "remember": "patcher.remembering",
+    "remove_label": "patcher.relabelling",
+    "rename_label": "patcher.relabelling",
+    "rollback": "patcher.lifecycle",
+}
+
+__all__ = [
+    "Answer",
+    "Classifier",
+    "Examples",
+    "GateRefused",
+    "Head",
+    "InputError",
+    "Memory",
+    "ModelRepository",
+    "NotServed",
+    "PatchReport",
+    "PatchSettings",
+    "PatcherError",
+    "ServerError",
+    "TritonServer",
+    "add_label",
+    "add_labels",
+    "diff",
+    "evaluate",
+    "history",
+    "merge_labels",
+    "read_examples",
+    "remember",
+    "remove_label",
+    "rename_label",
+    "rollback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patcher' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

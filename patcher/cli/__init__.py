@@ -1,0 +1,128 @@
+"""The command line: parses, calls the API, renders, sets the exit code; nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+import click
+
+from patcher.cli.output import tell
+from patcher.errors import PatcherError
+
+__all__ = ["main"]
+
+# Verb -> module and command: a verb's imports are paid by that verb alone, so that `--help` answers at once.
+_VERBS = {
+    "export": "export:export_command",
+    "serve": "serve:serve_command",
+    "add-label": "add_label:add_label_command",
+    "classify": "classify:classify_command",
+    "labels": "versions:labels_command",
+    "history": "versions:history_command",
+    "diff": "versions:diff_command",
+    "rollback": "versions:rollback_command",
+    "remove-label": "relabel:remove_label_command",
+    "rename-label": "relabel:rename_label_command",
+    "merge-labels": "relabel:merge_labels_command",
+    "remember": "remember:remember_command",
+    "evaluate": "evaluate:evaluate_command",
+    "loadtest": "loadtest:loadtest_command",
+    "doctor": "doctor:doctor_command",
+}
+_HELP = {
+    "export": "A fine-tuned checkpoint into a model repository, once.",
+    "serve": "A real Triton server on this machine.",
+    "add-label": "New labels from a few examples, live.",
+    "classify": "Ask the server.",
+    "labels": "What a head version knows.",
+    "history": "The lineage of the head versions.",
+    "diff": "What changed between two versions.",
+    "rollback": "An earlier version serves again.",
+    "remove-label": "Take a label out.",
+    "rename-label": "Give a label another name.",
+    "merge-labels": "Make one label of several.",
+    "remember": "Build the memory from labelled data, after the export.",
+    "evaluate": "Accuracy of a version on a labelled file.",
+    "loadtest": "Throughput and latency, by perf_analyzer.",
+    "doctor": "What is installed, what the server says, whether all agree.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module, name = _VERBS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(f"patcher.cli.{module}"), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _VERBS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], _VERBS, 1)
+            hint = f"; did you mean `patcher {near[0]}`?" if near else "; `patcher --help` lists them"
+            raise click.UsageError(f"no verb {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Not through the commands themselves, which would import them all.
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(_HELP.items()))
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`patcher VERB --help` teaches a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
+    "4 published but not served (the previous version was put back).",
+)
+@click.version_option(package_name="triton-label-patcher", prog_name="patcher")
+def _patcher() -> None:
+    """Add a label to a fine-tuned text classifier in production: one small head, no downtime.
+
+    \b
+    patcher export my-finetuned-bert --repo model_repository --name intent --train train.csv
+    patcher serve
+    patcher add-label card_lost --examples examples.csv
+    patcher classify "my card is gone"
+    """
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; a traceback shows only with ``PATCHER_DEBUG=1``."""
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False)
+    except PatcherError as error:
+        if os.environ.get("PATCHER_DEBUG") == "1":
+            raise
+        return _failed(str(error), error.exit_code, as_json, error.report)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        if context is not None and not as_json:
+            tell(context.get_usage(), err=True)
+        return _failed(error.format_message(), 2, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return _failed("interrupted; what was begun was undone", 130, as_json)
+    except Exception as error:
+        if os.environ.get("PATCHER_DEBUG") == "1":
+            raise
+        said = f"unexpected {type(error).__name__}: {error}. This is a fault of patcher; PATCHER_DEBUG=1 shows where"
+        return _failed(said, 1, as_json)
+    return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> int:
+    tell(f"error: {message}", err=True)
+    if as_json:
+        tell(json.dumps({**(report or {}), "error": message, "exit_code": code}))
+    return code

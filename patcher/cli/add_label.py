@@ -1,0 +1,125 @@
+"""``patcher add-label``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import percent, seconds
+
+if TYPE_CHECKING:
+    from patcher.labelling import PatchReport
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("add-label")
+@click.argument("label", required=False)
+@click.option("--examples", "file", type=_FILE, help="CSV, TSV, JSONL or Parquet with a text column.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="One example; give it several times.")
+@click.option("--replay", type=_FILE, help="Labelled old data that takes part in the fit.")
+@click.option("--eval", "evaluation", type=_FILE, help="Labelled old data, held out, on which flips are counted.")
+@click.option(
+    "--max-flips",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
+    help="Share of old inputs that may flip.",
+)
+@click.option(
+    "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
+)
+@click.option("--method", default="auto", show_default=True, help="How the new rows are fitted.")
+@click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
+@click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
+@click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
+@common_options
+def add_label_command(
+    label: str | None,
+    file: Path | None,
+    texts: tuple[str, ...],
+    replay: Path | None,
+    evaluation: Path | None,
+    max_flips: float,
+    min_recall: float,
+    method: str,
+    dry_run: bool,
+    force: bool,
+    no_load: bool,
+    settings: Settings,
+) -> None:
+    """Teach the classifier LABEL from a few examples, live.
+
+    Fits the new row, checks the harm, publishes the next head version, has the server load it, and proves that the
+    server answers from it; otherwise the previous version is put back.
+
+    Without LABEL, every label in the file's label column that the head lacks is added, in one patch. Old labels keep
+    their rows to the bit; only an input that the new label takes over can change its answer, and the gate bounds how
+    many do.
+
+    \b
+    patcher add-label card_lost --examples examples.csv
+    patcher add-label card_lost --text "I lost my card" --text "my card is gone" --dry-run
+    """
+    from patcher.examples import read_examples
+    from patcher.head import MULTI_LABEL
+    from patcher.labelling import PatchSettings, add_labels, new_examples
+
+    if (file is None) == (not texts):
+        raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
+    if texts and label is None:
+        raise click.UsageError("expected LABEL before the --text examples")
+    limits = PatchSettings(max_flips, min_recall, method, force, dry_run)
+    old = [read_examples(path) if path else None for path in (replay, evaluation)]
+    classifier = settings.classifier
+    if file is not None:
+        several = classifier.head().problem == MULTI_LABEL
+        examples = new_examples(read_examples(file), label, several=several)
+    else:
+        examples = {str(label): list(texts)}
+    # A dry run changes nothing, so it need not insist on a server: local files give the same features.
+    with nullcontext() if no_load or dry_run else settings.server() as server:
+        report = add_labels(
+            settings.repository,
+            examples,
+            server=server,
+            classifier=classifier.name,
+            replay=old[0],
+            evaluation=old[1],
+            settings=limits,
+            skip_known=label is None,
+        )
+    if settings.json:
+        settings.emit(report.to_json())
+    else:
+        _render(report, settings)
+
+
+def _render(report: PatchReport, settings: Settings) -> None:
+    verdict = report.verdict
+    added = ", ".join(report.labels_added)
+    if report.served:
+        done = f"version {report.version} of {report.classifier} serves, with {report.labels} labels: {added} added"
+    elif report.published:
+        done = (
+            f"version {report.version} of {report.classifier} is published with {added}; no server was asked to load it"
+        )
+    else:
+        done = f"dry run: nothing published; version {report.version} would add {added}"
+    settings.say(done)
+    forced = " Published all the same, by --force." if report.gate == "forced" else ""
+    settings.say(f"gate      {verdict.sentence}{forced}")
+    for line in (*verdict.reasons, *verdict.advice):
+        settings.say(f"          {line}")
+    settings.say(
+        f"flips     {percent(verdict.flips)} of old inputs seen to flip, at most {percent(verdict.flips_upper_bound)} "
+        f"({verdict.bound})"
+    )
+    settings.say(f"recall    {percent(report.estimated_recall, 1)} expected, each example left out in turn")
+    settings.say(f"method    {report.fit.method}: {report.fit.why}")
+    stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
+    settings.say(f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB")

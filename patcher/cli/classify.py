@@ -1,0 +1,74 @@
+"""``patcher classify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import table
+
+if TYPE_CHECKING:
+    from patcher.triton.client import Answer
+
+
+@click.command("classify")
+@click.argument("texts", metavar="TEXT...", nargs=-1)
+@click.option(
+    "--file", "file", type=click.Path(path_type=Path, dir_okay=False), help="CSV, TSV, JSONL, Parquet or a text a line."
+)
+@common_options
+def classify_command(texts: tuple[str, ...], file: Path | None, settings: Settings) -> None:
+    """Ask the server for the labels of each TEXT: the best ones with their scores, and the head version that answered.
+
+    \b
+    patcher classify "my card is gone" "where is my parcel"
+    patcher classify --file questions.csv --json
+    """
+    from patcher.examples import check_text, read_examples
+
+    if bool(texts) == (file is not None):
+        raise click.UsageError("expected texts, or --file FILE with texts")
+    if file is not None:
+        texts = read_examples(file).texts
+    else:
+        texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
+    with settings.server() as server:
+        name = settings.classifier_name or settings.classifier.name
+        answers = server.classify(name, texts)
+    if settings.json:
+        settings.emit([_document(answer) for answer in answers])
+        return
+    rows = [
+        (
+            _shortened(answer.text),
+            answer.labels[0],
+            f"{answer.scores[0]:.3f}",
+            "" if answer.in_scope is None else f"{answer.in_scope:.2f}",
+            answer.head_version,
+            ", ".join(
+                f"{label} {score:.3f}" for label, score in zip(answer.labels[1:3], answer.scores[1:3], strict=True)
+            ),
+        )
+        for answer in answers
+    ]
+    settings.say(table(("text", "label", "score", "in scope", "head", "next"), rows, right=(2, 3, 4)))
+
+
+def _shortened(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    document = {
+        "text": answer.text,
+        "label": answer.labels[0],
+        "score": answer.scores[0],
+        "head_version": answer.head_version,
+        "candidates": [
+            {"label": label, "score": score} for label, score in zip(answer.labels, answer.scores, strict=True)
+        ],
+    }
+    return document if answer.in_scope is None else {**document, "in_scope": answer.in_scope}

@@ -1,0 +1,74 @@
+"""``patcher export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patcher.cli.options import repo_option
+from patcher.cli.output import tell
+
+
+@click.command("export")
+@click.argument("model", metavar="MODEL")
+@repo_option
+@click.option("--name", default="intent", show_default=True, help="Name of the classifier: what clients call.")
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Labelled file the model was fine-tuned on: builds the memory that bounds the harm of later patches.",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the exported backbone."
+)
+@click.option("--backbone", metavar="NAME", help="Name of the backbone's models, for several classifiers on one.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
+@click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+def export_command(
+    model: str,
+    repo: Path,
+    name: str,
+    train: Path | None,
+    precision: str,
+    backbone: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Split MODEL, a fine-tuned checkpoint (folder or hub id), into a Triton model repository.
+
+    The backbone is exported once, the head becomes version 1. Before anything appears in the repository, the exported
+    files must answer as the checkpoint does; otherwise nothing is written.
+
+    \b
+    patcher export my-finetuned-bert --repo model_repository --name intent --train train.csv
+    """
+    import json
+
+    from patcher.errors import ToolError
+
+    try:
+        from export import run_export
+    except ModuleNotFoundError as error:
+        raise ToolError(
+            f"`patcher export` needs {error.name}, which is not installed: pip install 'triton-label-patcher[export]'"
+        ) from error
+
+    report = run_export(
+        model,
+        repo,
+        name=name,
+        train=train,
+        precision=precision,
+        backbone=backbone,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        progress=lambda text: tell(text, err=True),
+    )
+    if as_json:
+        tell(json.dumps(report.to_json(), indent=2))
+    else:
+        tell(report.sentence())
+        tell(f"Next: patcher serve --repo {repo}")

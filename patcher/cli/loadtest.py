@@ -1,0 +1,94 @@
+"""``patcher loadtest``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import table, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patcher.loadtest import Measurement
+
+_OUT = click.Path(path_type=Path, dir_okay=False)
+_TEXTS = (
+    "hello, I need some help please",
+    "where is it",
+    "can you tell me what I have to do when my order has not come and nobody answers the phone",
+    "what is the balance of my account",
+)
+"""Short and long, where no --input brings the real ones."""
+
+
+@click.command("loadtest")
+@click.option("--concurrency", metavar="START:END:STEP", help="Requests at once, as 1:16:4.  [default: 1:8:3]")
+@click.option("--request-rate", metavar="START:END:STEP", help="Requests a second, at random (Poisson) moments.")
+@click.option("--input", "file", type=_OUT, help="File with the texts to send; a few made-up ones by default.")
+@click.option("--against", metavar="MODEL", help="Another model on the server to measure in alternating rounds.")
+@click.option(
+    "--window", type=click.FloatRange(0.2, 600), default=2.0, show_default=True, help="Seconds; 3 a measurement."
+)
+@click.option("--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How often to repeat it all.")
+@click.option("--csv", "csv_file", type=_OUT, help="Write the figures as CSV.")
+@click.option("--plot", "plot_file", type=_OUT, help="Draw latency over throughput (PNG, SVG or PDF).")
+@common_options
+def loadtest_command(
+    concurrency: str | None,
+    request_rate: str | None,
+    file: Path | None,
+    against: str | None,
+    window: float,
+    rounds: int,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    settings: Settings,
+) -> None:
+    """Put the classifier under load with NVIDIA's perf_analyzer over gRPC: throughput, latencies, time in each step.
+
+    \b
+    patcher loadtest --concurrency 1:16:5 --input questions.csv --plot load.png
+    """
+    from patcher.examples import read_examples
+    from patcher.loadtest import load_test, parse_loads, plot, write_csv
+
+    if concurrency is None and request_rate is None:
+        concurrency = "1:8:3"
+    loads = parse_loads(concurrency, request_rate)
+    texts = read_examples(file).texts if file else _TEXTS
+    name = settings.classifier_name or settings.classifier.name
+    models = [name, *([against] if against else [])]
+    with settings.server() as server:
+        found = load_test(
+            server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)
+        )
+    if csv_file:
+        write_csv(found, csv_file)
+    if plot_file:
+        plot(found, plot_file)
+    settings.emit([each.to_json() for each in found])
+    if not settings.json:
+        settings.say(_table(found))
+
+
+def _table(found: Sequence[Measurement]) -> str:
+    rows = [
+        (
+            each.model,
+            f"c{each.concurrency}" if each.concurrency else f"{each.request_rate:g}/s",
+            f"{each.throughput:.1f}",
+            *(f"{value / 1000:.1f}" for value in (each.p50_us, each.p95_us, each.p99_us)),
+            each.failures,
+            ", ".join(
+                f"{step.model.rpartition('_')[2]} {step.queue_us / 1000:.1f}+{step.compute_us / 1000:.1f}"
+                for step in each.steps
+            ),
+        )
+        for each in found
+    ]
+    header = ("model", "load", "texts/s", "p50 ms", "p95 ms", "p99 ms", "failed", "steps: queue + compute, ms")
+    return table(header, rows, right=(2, 3, 4, 5, 6))

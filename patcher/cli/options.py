@@ -1,0 +1,141 @@
+"""The options that verbs share, and what they resolve to."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from patcher.cli.output import tell
+from patcher.errors import InputError
+
+if TYPE_CHECKING:
+    from patcher.repository import Classifier, ModelRepository
+    from patcher.triton.client import TritonServer
+
+__all__ = ["Settings", "common_options", "read_key", "repo_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the repository and the server are, and how to speak to the user."""
+
+    repo: Path
+    classifier_name: str | None
+    url: str
+    json: bool
+    key_file: Path | None
+
+    @cached_property
+    def repository(self) -> ModelRepository:
+        """The model repository."""
+        from patcher.repository import ModelRepository
+
+        return ModelRepository(self.repo)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The classifier named, or the only one."""
+        return self.repository.classifier(self.classifier_name)
+
+    def server(self) -> TritonServer:
+        """The server at ``--url``; whether it answers shows at the first call."""
+        from patcher.triton.client import TritonServer
+
+        return TritonServer(self.url, admin_key=read_key(self.key_file))
+
+    def say(self, text: str = "") -> None:
+        """People's words: stdout, or stderr where stdout belongs to ``--json``."""
+        tell(text, err=self.json)
+
+    def emit(self, document: Any) -> None:
+        """The one JSON document of ``--json``."""
+        if self.json:
+            tell(json.dumps(document, ensure_ascii=False, indent=2))
+
+    def progress(self, what: str, total: int | None = None) -> Callable[[int], None]:
+        """A counter on stderr that overwrites itself, silent where stderr is no terminal."""
+        if not sys.stderr.isatty():
+            return lambda _: None
+
+        def show(done: int) -> None:
+            end = "\n" if total is not None and done >= total else ""
+            click.echo(f"\r{what}: {done}" + (f" of {total}" if total else "") + end, err=True, nl=False)
+
+        return show
+
+
+def read_key(path: Path | None) -> str | None:
+    """The administrator's key: from ``--admin-key-file``, else from ``$PATCHER_ADMIN_KEY``, else None."""
+    if path is None:
+        return os.environ.get("PATCHER_ADMIN_KEY") or None
+    try:
+        key = path.read_text().strip()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the admin key file {path}: {error}") from error
+    if not key or not key.isascii() or not key.isprintable():
+        raise InputError(f"the admin key file {path} holds no key; expected one line of printable ASCII")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
+        tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
+    return key
+
+
+repo_option = click.option(
+    "--repo",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="TRITON_MODEL_REPO",
+    default=Path("model_repository"),
+    show_default=True,
+    help="Model repository  [env: TRITON_MODEL_REPO]",
+)
+_OPTIONS = (
+    repo_option,
+    click.option("--classifier", "classifier_name", metavar="NAME", help="Which one, if there are several."),
+    click.option(
+        "--url",
+        envvar="TRITON_URL",
+        default="localhost:8001",
+        show_default=True,
+        metavar="HOST:PORT",
+        help="The server's gRPC address  [env: TRITON_URL]",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr."),
+    click.option(
+        "--admin-key-file",
+        "key_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File with the key for model control  [env: PATCHER_ADMIN_KEY holds the key itself]",
+    ),
+)
+
+
+def common_options(command: Command) -> Command:
+    """Give a command ``--repo --classifier --url --json --admin-key-file`` and, from them, a ``settings`` argument."""
+    import functools
+
+    @functools.wraps(command)
+    def with_settings(
+        *args: Any,
+        repo: Path,
+        classifier_name: str | None,
+        url: str,
+        as_json: bool,
+        key_file: Path | None,
+        **kwargs: Any,
+    ) -> Any:
+        return command(*args, settings=Settings(repo, classifier_name, url, as_json, key_file), **kwargs)
+
+    for option in reversed(_OPTIONS):
+        with_settings = option(with_settings)
+    return with_settings  # type: ignore[return-value]  # click decorators keep the function's own type

@@ -1,0 +1,47 @@
+"""Tables and short figures for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["percent", "seconds", "table", "tell"]
+
+
+def tell(text: str = "", *, err: bool = False) -> None:
+    """Print; what was done stays done when nobody can read of it (`| head` has gone, the disk is full)."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        stream.write(text.encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
+        stream.flush()
+    except OSError:
+        # Python would fail once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """``0.0123`` as ``1.23 %``; an em dash for None."""
+    return "—" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def seconds(duration: float) -> str:
+    """``0.1234`` as ``0.12 s``."""
+    return f"{duration:.2f} s"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
+    """Columns padded to their widest cell; those whose index is in ``right`` align to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

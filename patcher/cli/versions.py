@@ -1,0 +1,118 @@
+"""``patcher labels``, ``history``, ``diff`` and ``rollback``: the versions of a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import percent, table
+
+
+@click.command("labels")
+@click.option("--version", type=click.IntRange(1), help="The serving one by default.")
+@common_options
+def labels_command(version: int | None, settings: Settings) -> None:
+    """List the labels of a head version, in the order of its logits."""
+    head = settings.classifier.head(version)
+    document = {
+        "classifier": settings.classifier.name,
+        "version": head.lineage.version,
+        "labels": list(head.labels),
+    }
+    if settings.json:
+        settings.emit(document)
+    else:
+        settings.say("\n".join(head.labels))
+
+
+@click.command("history")
+@common_options
+def history_command(settings: Settings) -> None:
+    """Show the lineage: each version, its parent, what it added, by which method, what the gate said, which serves."""
+    from patcher.lifecycle import history
+
+    entries = history(settings.classifier)
+    if settings.json:
+        settings.emit([entry.to_json() for entry in entries])
+        return
+    rows = [
+        (
+            ("* " if entry.serving else "  ") + str(entry.lineage.version),
+            entry.lineage.parent or "—",
+            entry.lineage.created[:19],
+            entry.labels,
+            entry.what(),
+            entry.lineage.method,
+            entry.lineage.gate,
+            entry.lineage.author or "—",
+        )
+        for entry in entries
+    ]
+    settings.say(table(("version", "parent", "created", "labels", "change", "method", "gate", "by"), rows, right=(3,)))
+
+
+@click.command("diff")
+@click.argument("a", type=click.IntRange(1))
+@click.argument("b", type=click.IntRange(1))
+@click.option(
+    "--eval", "evaluation", type=click.Path(path_type=Path, dir_okay=False), help="Labelled file: counts the flips too."
+)
+@common_options
+def diff_command(a: int, b: int, evaluation: Path | None, settings: Settings) -> None:
+    """Show what changed from version A to version B: labels, rows, and with --eval every answer that flipped."""
+    from patcher.examples import read_examples
+    from patcher.lifecycle import diff
+
+    examples = read_examples(evaluation) if evaluation else None
+    difference = diff(settings.classifier, a, b, examples)
+    if settings.json:
+        settings.emit(difference.to_json())
+        return
+    settings.say(f"version {a} -> {b}: added {', '.join(difference.added) or 'nothing'}; "
+                 f"removed {', '.join(difference.removed) or 'nothing'}"
+        + "".join(f"; {old} is {new} now" for old, new in difference.renamed))  # fmt: skip
+    settings.say(
+        f"rows of labels in both: {difference.same_rows} the same to the bit, {len(difference.changed_rows)} changed"
+        + (f" ({', '.join(difference.changed_rows[:5])} …)" if difference.changed_rows else "")
+    )
+    if difference.flips is not None and difference.gains is not None:
+        settings.say(
+            f"of {difference.examples} texts: {len(difference.flips)} right before and wrong now "
+            f"({percent(len(difference.flips) / difference.examples)}), "
+            f"{len(difference.gains)} wrong before and right now"
+        )
+        if difference.flips:
+            rows = [(flip.text[:60], flip.label, flip.before, flip.after) for flip in difference.flips[:20]]
+            settings.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
+
+
+@click.command("rollback")
+@click.option("--to", type=click.IntRange(1), help="Version to go to; the serving one's parent by default.")
+@click.option("--no-load", is_flag=True, help="Change the repository only; a server learns of it when it restarts.")
+@common_options
+def rollback_command(to: int | None, no_load: bool, settings: Settings) -> None:
+    """Make an earlier version serve again: at once, and after a restart.
+
+    Nothing is deleted: the same verb with --to goes forward again.
+    """
+    from patcher.lifecycle import rollback
+
+    classifier = settings.classifier
+    if no_load:
+        switch = rollback(classifier, to)
+    else:
+        with settings.server() as server:
+            switch = rollback(classifier, to, server)
+    settings.emit(
+        {
+            "classifier": classifier.name,
+            "version": switch.version,
+            "previous": switch.previous,
+            "served": switch.served,
+        }
+    )
+    if not settings.json:
+        state = "serves" if switch.served else "is pinned (no server was asked)"
+        settings.say(f"version {switch.version} of {classifier.name} {state}; before it was {switch.previous}")

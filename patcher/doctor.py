@@ -1,0 +1,164 @@
+"""What is installed, what the repository holds, what the server says, and whether they agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import PatcherError, RepositoryError
+from patcher.features import extract_features
+from patcher.repository import ModelRepository
+from patcher.rollout import PROBE_TEXT, probe, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["Check", "diagnose"]
+
+_NEEDED = ("numpy", "onnx", "tritonclient", "tokenizers", "safetensors")
+_OPTIONAL = {
+    "nvidia-pytriton": "patcher serve",
+    "torch": "patcher export",
+    "transformers": "patcher export",
+    "pyarrow": "Parquet files",
+    "matplotlib": "plots",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: ``state`` is ``ok``, ``note`` (missing, and not needed for all verbs) or ``fault``."""
+
+    what: str
+    state: str
+    finding: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return dataclasses.asdict(self)
+
+
+def diagnose(root: Path, server: TritonServer | None, url: str) -> Iterator[Check]:
+    """Look at everything, the cheap things first; yields each finding as it is made.
+
+    ``server`` is None where nobody answered at ``url``.
+    """
+    yield from _installation()
+    try:
+        repository = ModelRepository(root)
+    except PatcherError as error:
+        yield Check("repository", "fault", str(error))
+        return
+    names = repository.classifiers()
+    found = f"{root}: {len(names)} classifiers ({', '.join(names)})" if names else f"{root} holds no classifier yet"
+    yield Check("repository", "ok" if names else "note", found)
+    for name in names:
+        yield from _on_disk(repository, name)
+    if server is None:
+        yield Check("server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {root}` starts a server")
+        return
+    yield Check("server", "ok", f"{server.server_metadata()} at {url}")
+    for name in names:
+        try:
+            yield _served(repository.classifier(name), server)
+        except PatcherError as error:
+            yield Check(f"{name}, served", "fault", str(error))
+
+
+def _installation() -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    for package in _NEEDED:
+        yield _package(package, "fault", "needed; install triton-label-patcher again")
+    runtimes = [_package(f"onnxruntime{kind}", "note", "") for kind in ("-gpu", "")]
+    there = [check for check in runtimes if check.state == "ok"]
+    yield there[0] if there else Check("onnxruntime", "fault", "missing: pip install onnxruntime-gpu (or onnxruntime)")
+    for package, verb in _OPTIONAL.items():
+        yield _package(package, "note", f"only {verb} needs it")
+    from patcher.triton.perf_analyzer import find_perf_analyzer
+
+    try:
+        yield Check("perf_analyzer", "ok", str(find_perf_analyzer()))
+    except PatcherError as error:
+        yield Check("perf_analyzer", "note", str(error))
+
+
+def _package(name: str, missing: str, why: str) -> Check:
+    try:
+        return Check(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, missing, f"not installed; {why}")
+
+
+def _on_disk(repository: ModelRepository, name: str) -> Iterator[Check]:
+    try:
+        classifier = repository.classifier(name)
+        serving, versions = classifier.serving(), classifier.versions()
+        classifier.version_path(serving)
+        repository.config(classifier.features_model)
+    except PatcherError as error:
+        yield Check(name, "fault", str(error))
+        return
+    faults = [check for version in versions if (check := _version(classifier, version, serving))]
+    yield from faults
+    yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves")
+    yield _backbone(classifier)
+    yield _local_answer(classifier)
+
+
+def _version(classifier: Classifier, version: int, serving: int) -> Check | None:
+    try:
+        head = classifier.head(version)
+        classifier.memory(version)
+        if version == serving:
+            validate(classifier.head_bytes(version), head)
+        if head.lineage.backbone != classifier.fingerprint():
+            raise RepositoryError("belongs to another backbone than the one here")
+    except PatcherError as error:
+        return Check(f"{classifier.name}, version {version}", "fault", str(error))
+    return None
+
+
+def _backbone(classifier: Classifier) -> Check:
+    what, expected = classifier.backbone_model, classifier.fingerprint()
+    try:
+        found = _sha256(classifier.backbone_path)
+    except OSError as error:
+        return Check(what, "fault", f"cannot read {classifier.backbone_path}: {error.strerror}; export it again")
+    if found != expected:
+        return Check(what, "fault", f"its file's SHA-256 is {found[:12]}; expected {expected[:12]}: export it again")
+    return Check(what, "ok", f"SHA-256 {found[:12]}, as its heads expect")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _local_answer(classifier: Classifier) -> Check:
+    what = classifier.tokenizer_model
+    if not (classifier.tokenizer_path.parent / "model.py").is_file():
+        return Check(what, "fault", f"{classifier.tokenizer_path.parent} has no model.py; export it again")
+    try:
+        extract_features(classifier, [PROBE_TEXT])
+    except PatcherError as error:
+        return Check(what, "fault", str(error))
+    return Check(what, "ok", "tokenizer and backbone give features")
+
+
+def _served(classifier: Classifier, server: TritonServer) -> Check:
+    head = classifier.head()
+    probe(classifier, head, server)
+    return Check(
+        f"{classifier.name}, served", "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels"
+    )

@@ -1,0 +1,136 @@
+"""Everything that can go wrong, as one tree.
+
+PatcherError                 1  failed, nothing changed
+├── InputError               2  wrong usage or bad input, nothing changed
+│   ├── ExamplesError           a labelled file or a text that cannot be used
+│   ├── LabelError              a label that exists already, or that is not there
+│   ├── VersionError            a head version that is not there
+│   ├── RepositoryError         not a model repository of ours, damaged, or of a newer format
+│   └── CheckpointError         a checkpoint that cannot be read or must not be trusted
+│       └── SplitError          a model that cannot be split into backbone and head
+├── ExportError              1  the export started and could not be finished
+│   └── ParityError             what was exported does not answer as the checkpoint does
+├── ServerError              1  the server answered with an error
+│   ├── ServerUnreachable       nobody answers, or not in time
+│   └── ServerRefused           the server understood and said no (a missing key, an unknown model)
+├── ToolError                1  a program or library that is needed is missing or failed
+├── StorageError             1  the disk would not take what was to be written
+├── Busy                     1  another patcher holds the repository's lock
+├── GateRefused              3  the gate refused the patch, nothing published
+└── NotServed                4  published, but the server would not serve it; the previous version is back
+
+Messages say what was got, what was expected, and the next command to try.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "Busy",
+    "CheckpointError",
+    "ExamplesError",
+    "ExportError",
+    "GateRefused",
+    "InputError",
+    "LabelError",
+    "NotServed",
+    "ParityError",
+    "PatcherError",
+    "RepositoryError",
+    "ServerError",
+    "ServerRefused",
+    "ServerUnreachable",
+    "SplitError",
+    "StorageError",
+    "ToolError",
+    "VersionError",
+]
+
+
+class PatcherError(Exception):
+    """Anything this program reports to its user; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = dict(report or {})
+        """What scripts need beside the message; `--json` prints it."""
+
+
+class InputError(PatcherError):
+    """Wrong usage or bad input; nothing was changed."""
+
+    exit_code = 2
+
+
+class ExamplesError(InputError):
+    """A labelled file or a text that cannot be used."""
+
+
+class LabelError(InputError):
+    """A label that exists already, or that is not there."""
+
+
+class VersionError(InputError):
+    """A head version that is not there."""
+
+
+class RepositoryError(InputError):
+    """Not a model repository of ours, a damaged one, or one of a newer format."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read or must not be trusted."""
+
+
+class SplitError(CheckpointError):
+    """A model that cannot be split into a backbone and a last linear layer."""
+
+
+class ExportError(PatcherError):
+    """The export started and could not be finished; the repository is as it was."""
+
+
+class ParityError(ExportError):
+    """What was exported does not answer as the checkpoint does."""
+
+
+class ServerError(PatcherError):
+    """The server answered with an error."""
+
+
+class ServerUnreachable(ServerError):
+    """Nobody answers at the server's address, or not in time."""
+
+
+class ServerRefused(ServerError):
+    """The server understood the request and refused it."""
+
+
+class ToolError(PatcherError):
+    """A program or a library that is needed is missing or failed."""
+
+
+class StorageError(PatcherError):
+    """The disk would not take what was to be written; what was there is untouched."""
+
+
+class Busy(PatcherError):
+    """Another patcher holds the repository's lock."""
+
+
+class GateRefused(PatcherError):
+    """The gate refused the patch; nothing was published. ``report`` holds what it found."""
+
+    exit_code = 3
+
+
+class NotServed(PatcherError):
+    """The new version was published, but the server would not serve it; the previous one was put back."""
+
+    exit_code = 4

@@ -1,0 +1,118 @@
+"""How well a head answers a labelled file: accuracy, F1, confusions. Pure: features and labels in, figures out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import LabelError
+from patcher.examples import split_labels
+from patcher.head import MULTI_LABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.head import Head
+
+__all__ = ["Evaluation", "LabelScore", "answers", "evaluate_head", "expected_sets"]
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """Precision, recall and F1 of one label, each in 0..1 (0 where undefined), over ``support`` texts that have it."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one head version on one labelled file.
+
+    ``accuracy`` is the share of texts answered right (for multi-label: with exactly the right set of labels),
+    ``macro_f1`` the mean F1 over the labels that occur, ``unknown`` the labels of the file that the head lacks.
+    """
+
+    version: int
+    examples: int
+    accuracy: float
+    macro_f1: float
+    per_label: dict[str, LabelScore]
+    confusions: tuple[tuple[str, str, int], ...]
+    unknown: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the contract has it."""
+        return {
+            "version": self.version,
+            "examples": self.examples,
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "per_label": {label: vars(score) for label, score in self.per_label.items()},
+            "confusions": [{"label": a, "answered": b, "count": n} for a, b, n in self.confusions],
+            "unknown_labels": list(self.unknown),
+        }
+
+
+def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[str]) -> Evaluation:
+    """Compare the head's answers with ``labels``; a label that the head lacks counts as answered wrong.
+
+    Raises LabelError where the file has no label in common with the head, which is never meant.
+    """
+    expected, answered = expected_sets(head, labels), answers(head, features)
+    occurring = sorted(frozenset().union(*expected))
+    unknown = tuple(label for label in occurring if label not in head.labels)
+    if len(unknown) == len(occurring):
+        raise LabelError(
+            f"none of the file's {len(occurring)} labels ({', '.join(occurring[:3])} …) is one of version "
+            f"{head.lineage.version}'s {len(head.labels)}; `patcher labels` lists them"
+        )
+    right = sum(a == b for a, b in zip(expected, answered, strict=True))
+    scores = {label: _score(label, expected, answered) for label in sorted(frozenset().union(*expected, *answered))}
+    confusions = Counter(
+        (missed, instead)
+        for truth, answer in zip(expected, answered, strict=True)
+        for missed in truth - answer
+        for instead in answer - truth
+    )
+    return Evaluation(
+        version=head.lineage.version,
+        examples=len(labels),
+        accuracy=right / len(labels),
+        macro_f1=float(np.mean([scores[label].f1 for label in occurring])),
+        per_label=scores,
+        confusions=tuple((a, b, n) for (a, b), n in sorted(confusions.items(), key=lambda item: (-item[1], item[0]))),
+        unknown=unknown,
+    )
+
+
+def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
+    """What the head answers: the best label, or for multi-label every label whose probability is above one half."""
+    logits = head.logits(features)
+    if head.problem == MULTI_LABEL:
+        return [frozenset(head.labels[i] for i in np.flatnonzero(row > 0)) for row in logits]
+    return [frozenset([head.labels[i]]) for i in logits.argmax(axis=1)]
+
+
+def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:
+    """The labels of each text as a set; ``a|b`` is two for a multi-label head."""
+    if head.problem == MULTI_LABEL:
+        return [frozenset(split_labels(label)) for label in labels]
+    return [frozenset([label]) for label in labels]
+
+
+def _score(label: str, expected: Sequence[frozenset[str]], answered: Sequence[frozenset[str]]) -> LabelScore:
+    hits = sum(label in a and label in b for a, b in zip(expected, answered, strict=True))
+    support = sum(label in a for a in expected)
+    given = sum(label in b for b in answered)
+    precision = hits / given if given else 0.0
+    recall = hits / support if support else 0.0
+    f1 = 2 * hits / (support + given) if support + given else 0.0
+    return LabelScore(precision, recall, f1, support)

@@ -1,0 +1,260 @@
+"""Labelled files: CSV, TSV, JSON lines, Parquet and plain text lines, read strictly.
+
+A wrong example becomes a wrong row in production, so nothing is guessed and nothing dropped: a line that cannot be
+used ends the reading with its number.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import ExamplesError, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = [
+    "LABEL_COLUMNS",
+    "MAX_TEXT_BYTES",
+    "TEXT_COLUMNS",
+    "Examples",
+    "check_label",
+    "check_text",
+    "data_hash",
+    "read_examples",
+    "split_labels",
+]
+
+TEXT_COLUMNS = ("text", "sentence", "sentece", "utterance", "query", "question", "message", "content")
+LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
+MAX_TEXT_BYTES = 1 << 20
+"""The server's tokenizer refuses longer texts too."""
+MAX_LABEL_BYTES = 512
+_KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_KINDS[".txt"] = "lines"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels (None where the file has no label column), and where each came from."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    source: str
+    lines: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def where(self, index: int) -> str:
+        """``file, line 7`` for messages."""
+        return f"{self.source}, line {self.lines[index]}" if self.lines else f"{self.source}, text {index + 1}"
+
+    def labelled(self) -> tuple[str, ...]:
+        """The labels; ExamplesError where the file has none."""
+        if self.labels is None:
+            expected = ", ".join(LABEL_COLUMNS)
+            raise ExamplesError(f"{self.source} has no label column; expected one named {expected}")
+        return self.labels
+
+    def by_label(self, *, several: bool = False) -> dict[str, list[str]]:
+        """Texts of each label, labels in the order of their first appearance; ``several`` reads ``a|b`` as two."""
+        groups: dict[str, list[str]] = {}
+        for text, written in zip(self.texts, self.labelled(), strict=True):
+            for label in split_labels(written) if several else (written,):
+                groups.setdefault(label, []).append(text)
+        return groups
+
+    def data_hash(self) -> str:
+        """SHA-256 over texts and labels in order."""
+        return data_hash(self.texts, self.labels or ("",) * len(self.texts))
+
+
+def data_hash(texts: Sequence[str], labels: Sequence[str]) -> str:
+    """SHA-256 over texts and labels in order; lengths go in, so that no two data sets share their bytes."""
+    digest = hashlib.sha256()
+    for text, label in zip(texts, labels, strict=True):
+        for part in (text.encode(), label.encode()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def check_text(text: object, where: str) -> str:
+    """The text itself if a classifier can take it, else ExamplesError that names ``where`` it stood."""
+    if not isinstance(text, str):
+        raise ExamplesError(f"{where}: expected a text, got {type(text).__name__} {text!r:.60}")
+    if not text.strip():
+        raise ExamplesError(f"{where}: the text is empty; expected a sentence")
+    if "\0" in text:
+        raise ExamplesError(f"{where}: the text holds a NUL byte; is the file a text file in UTF-8?")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ExamplesError(f"{where}: the text is no valid Unicode ({error.reason})") from error
+    if size > MAX_TEXT_BYTES:
+        raise ExamplesError(f"{where}: the text has {size:,} bytes; expected at most {MAX_TEXT_BYTES:,}")
+    return text
+
+
+def check_label(label: object, where: str) -> str:
+    """The label itself if it can be one, else ExamplesError that names ``where`` it stood."""
+    if isinstance(label, bool) or not isinstance(label, (str, int)):
+        raise ExamplesError(f"{where}: expected a label, got {type(label).__name__} {label!r:.60}")
+    label = str(label)
+    if not label.strip():
+        raise ExamplesError(f"{where}: the label is empty")
+    if label != label.strip() or any(not character.isprintable() for character in label):
+        raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it or characters that do not print")
+    if len(label.encode()) > MAX_LABEL_BYTES:
+        raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
+    return label
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Read a labelled file; its ending says how (.csv .tsv .jsonl .parquet, .txt with one text a line).
+
+    Raises
+    ------
+    ExamplesError
+        with the line, for whatever cannot be used: no such file, no text column, an unfinished quote, a row too short,
+        an empty text, a NUL byte, bytes that are not UTF-8.
+    """
+    path = Path(path)
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ExamplesError(f"{path}: cannot tell what the ending {path.suffix!r} means; expected {', '.join(_KINDS)}")
+    if kind == "parquet":
+        records = _parquet(path)
+    else:
+        content = _content(path)
+        records = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "lines": _lines}[kind](content, path)
+    texts, labels, lines = [], [], []
+    for line, text, label in records:
+        where = f"{path}, line {line}"
+        texts.append(check_text(text, where))
+        lines.append(line)
+        if label is not None:
+            labels.append(check_label(label, where))
+        elif labels:
+            raise ExamplesError(f"{where}: no label, though the lines before have one")
+    if not texts:
+        raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
+    if labels and len(labels) != len(texts):
+        raise ExamplesError(f"{path}: {len(texts)} texts, but only {len(labels)} labels")
+    return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines))
+
+
+Record = tuple[int, Any, Any]
+
+
+def _content(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ExamplesError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
+    by_lower = {name.strip().lower(): name for name in names}
+    return next((by_lower[name] for name in known if name in by_lower), None)
+
+
+def _columns(names: Sequence[str], where: Path | str) -> tuple[str, str | None]:
+    text = _column(names, TEXT_COLUMNS)
+    if text is None:
+        found = ", ".join(repr(name) for name in names[:8])
+        raise ExamplesError(f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS)}")
+    return text, _column(names, LABEL_COLUMNS)
+
+
+def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), 64 << 20))
+    if "\0" in content:
+        line = content[: content.index("\0")].count("\n") + 1
+        raise ExamplesError(f"{path}, line {line}: a NUL byte; is the file a text file in UTF-8?")
+    rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows, [])
+        text, label = _columns(names, path)
+        at, label_at = names.index(text), names.index(label) if label is not None else None
+        before = rows.line_num
+        for row in rows:
+            line, before = before + 1, rows.line_num
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise ExamplesError(
+                    f"{path}, line {line}: {len(row)} fields, expected {len(names)} ({delimiter.join(names)}); "
+                    "is the file cut off, or a quote missing?"
+                )
+            yield line, row[at], row[label_at] if label_at is not None else None
+    except csv.Error as error:
+        raise ExamplesError(f"{path}, line {rows.line_num}: {error}; is the file cut off inside quotes?") from error
+
+
+def _tsv(content: str, path: Path) -> Iterator[Record]:
+    return _csv(content, path, "\t")
+
+
+def _jsonl(content: str, path: Path) -> Iterator[Record]:
+    for line, row in enumerate(content.split("\n"), 1):
+        if not row.strip():
+            continue
+        try:
+            record = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object a line") from error
+        if not isinstance(record, dict):
+            raise ExamplesError(f"{path}, line {line}: expected an object, got {type(record).__name__}")
+        text, label = _columns(list(record), f"{path}, line {line}")
+        yield line, record[text], _joined(record[label]) if label is not None else None
+
+
+def _joined(label: Any) -> Any:
+    # A multi-label record lists its labels; inside the program they travel as one string, split by `split_labels`.
+    if isinstance(label, list) and all(isinstance(part, str) for part in label):
+        return "|".join(label)
+    return label
+
+
+def split_labels(label: str) -> tuple[str, ...]:
+    """The labels of one multi-label example, which files write as ``a|b`` (or as a list, in JSON lines)."""
+    return tuple(part for part in label.split("|") if part)
+
+
+def _lines(content: str, _: Path) -> Iterator[Record]:
+    # Not splitlines: it also splits at form feeds and the like, which no editor counts as lines.
+    for line, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            yield line, text.rstrip("\r"), None
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ToolError(f"reading {path} needs pyarrow: pip install 'triton-label-patcher[parquet]'") from error
+    try:
+        table = parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
+    text, label = _columns(table.column_names, path)
+    try:
+        texts = table.column(text).to_pylist()
+        labels: Iterable[Any] = table.column(label).to_pylist() if label is not None else [None] * table.num_rows
+    except UnicodeDecodeError as error:
+        raise ExamplesError(f"{path}: a text that is not UTF-8 ({error.reason})") from error
+    for line, (value, name) in enumerate(zip(texts, labels, strict=True), 1):
+        yield line, value, _joined(name) if label is not None else None

@@ -1,0 +1,58 @@
+"""Features of texts: asked of the running server where there is one, computed here from the same files where not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.errors import RepositoryError, ServerError
+from patcher.runtime import Encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["check_same_backbone", "extract_features"]
+
+
+def extract_features(
+    classifier: Classifier,
+    texts: Sequence[str],
+    server: TritonServer | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Features FP32 ``[n, width]`` of ``texts``, through ``server`` or else by local ONNX Runtime.
+
+    Raises
+    ------
+    ServerError
+        when the server holds another backbone than the repository: features of one say nothing to the head of the
+        other.
+    RepositoryError
+        when features come out that are not finite numbers.
+    """
+    if server is None:
+        features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(texts, progress)
+    else:
+        check_same_backbone(classifier, server)
+        features = server.features(classifier.features_model, texts)
+    if not np.isfinite(features).all():
+        bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise RepositoryError(f"the backbone gives features that are not finite for {texts[bad]!r:.80}")
+    return features
+
+
+def check_same_backbone(classifier: Classifier, server: TritonServer) -> None:
+    """ServerError where the server's backbone is not the repository's."""
+    ours = classifier.fingerprint()
+    theirs = server.model_config(classifier.backbone_model).parameters["fingerprint"].string_value
+    if ours != theirs:
+        raise ServerError(
+            f"the server at {server.url} serves backbone {theirs[:12] or 'without a fingerprint'}, the repository "
+            f"{classifier.root} holds {ours[:12]}: expected one and the same; does --repo name the server's repository?"
+        )

@@ -1,0 +1,198 @@
+"""Offset-logistic rows for new labels: every old row keeps its bits.
+
+Each label is fitted twice: against the means of the old labels (Gaussian clouds), then also against the real old
+inputs that the first row came nearest to, against the other new labels' examples, and with each tenth of its own
+examples left out in turn, which sets the bias and tells how well the label will be found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.fit.bias import Calibration, best_shift
+from patcher.fit.model import log_sum_exp
+from patcher.fit.offset import Cloud, fit_row, join, span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.fit.inputs import OldInputs
+    from patcher.fit.model import HeadLike, OldLabels
+    from patcher.fit.settings import Settings
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["NewRow", "offset_rows"]
+
+_CALIBRATED_ON = 600
+"""Real inputs nearest to a new row; those behind them are out of its reach."""
+_DRAWN_WIDER = 1.25
+"""Without real inputs: labels have longer tails than their Gaussians."""
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A row on all features, float32 ``[width]``, and the new logit of each example in a fit without it ``[n]``."""
+
+    weight: Floats
+    bias: np.float32
+    held_out: Doubles
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What all new labels of a patch are fitted against, in whitened features."""
+
+    head: HeadLike
+    old: OldLabels
+    inputs: OldInputs | None
+    means: Cloud
+    single: bool
+    settings: Settings
+
+    def cloud(self, features: Floats, weights: Doubles) -> Cloud:
+        """Inputs as clouds: what they offer the old labels is what a new row has to beat."""
+        points = self.old.whitening.of(features)
+        spread = np.full(len(points), self.settings.positive_variance)
+        if not self.single:
+            return Cloud(points, np.zeros(len(points)), np.zeros_like(points), spread, weights)
+        logits = features.astype(np.float64) @ self.old.weight.T + self.old.bias
+        offsets = log_sum_exp(logits)
+        slopes = np.exp(logits - offsets[:, None]) @ self.old.weight @ self.old.whitening.rows
+        return Cloud(points, offsets, slopes, spread, weights)
+
+    def raised(self, cloud: Cloud, rows: Sequence[Doubles]) -> Cloud:
+        """The cloud where other new rows, bias last, have to be beaten as well."""
+        for row in rows if self.single else ():
+            logits = cloud.points @ row[:-1] + row[-1]
+            offsets = np.logaddexp(cloud.offsets, logits)
+            share = np.exp(logits - offsets)[:, None]
+            slopes = (1.0 - share) * cloud.slopes + share * row[:-1]
+            cloud = dataclasses.replace(cloud, offsets=offsets, slopes=slopes)
+        return cloud
+
+    def hard(self, row: Doubles) -> Cloud | None:
+        """The real old inputs that a row comes nearest to."""
+        if self.inputs is None or not self.settings.hard:
+            return None
+        near = self.inputs.nearest(*self.old.whitening.row(row[:-1], float(row[-1])), self.head, self.settings.hard)
+        cloud = self.cloud(self.inputs.features[near.places], np.full(len(near.places), self.settings.hard_weight))
+        slopes = self.slopes_of(self.inputs.ids[near.places])
+        return dataclasses.replace(cloud, slopes=slopes, variance=np.ones(len(slopes)))
+
+    def slopes_of(self, ids: Ints) -> Doubles:
+        """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
+        found, back = np.unique(ids, return_inverse=True)
+        rows = self.old.weight[found] if self.single else np.zeros((len(found), self.head.width))
+        return (rows @ self.old.whitening.rows)[back]
+
+    def calibration(self, row: Doubles, weight: Floats, bias: np.float32, budget: float) -> Calibration | None:
+        """Old inputs as a row sees them; the means of the labels stand in where no inputs are kept."""
+        if self.inputs is None:
+            margins = self.means.offsets - self.means.points @ row[:-1] - row[-1]
+            spreads = _DRAWN_WIDER * np.linalg.norm(row[:-1] - self.means.slopes, axis=1)
+            return Calibration(margins, spreads, 1.0, np.inf)
+        allowed = int(budget * len(self.inputs))
+        near = self.inputs.nearest(weight, bias, self.head, max(_CALIBRATED_ON, 2 * allowed + 1))
+        flips = np.sort(near.margins[near.right])
+        cap = float(np.nextafter(flips[allowed], -np.inf)) if allowed < len(flips) else np.inf
+        ids = self.inputs.ids[near.places]
+        spreads = np.linalg.norm(row[:-1] - self.slopes_of(ids), axis=1)
+        return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)
+
+
+def offset_rows(
+    examples: Mapping[str, Floats],
+    head: HeadLike,
+    old: OldLabels,
+    inputs: OldInputs | None,
+    max_flips: float,
+    settings: Settings,
+) -> dict[str, NewRow]:
+    """Rows for new labels that leave every old row as it is.
+
+    ``examples`` float32 ``[n, width]`` by label; ``inputs`` are real ones of old labels, where there are any;
+    ``max_flips`` is the share of them that may be lost to all new labels together.
+    """
+    scene = _scene(examples, head, old, inputs, settings)
+    clouds = {label: scene.cloud(rows, np.full(len(rows), 1.0 / len(rows))) for label, rows in examples.items()}
+    rough = {label: _solve(cloud, scene.means, settings) for label, cloud in clouds.items()}
+    found = {}
+    rows = dict(rough)
+    for label, mine in clouds.items():
+        others = {other: row for other, row in rows.items() if other != label}
+        hard = scene.hard(rough[label])
+        rivals = list(others.values())
+        against = [scene.means, *([hard] if hard else []), *(clouds[other].spread_by(1.0) for other in others)]
+        outside = join(*(scene.raised(cloud, rivals) for cloud in against))
+        row, held_out = _fitted(scene.raised(mine, rivals), outside, settings)
+        weight, bias = old.whitening.row(row[:-1], float(row[-1]))
+        margins = held_out - _best(examples[label], head, others, old)
+        seen = scene.calibration(row, weight, bias, max_flips / len(examples))
+        shift = best_shift(margins[np.isfinite(margins)], seen, settings)
+        rows[label] = np.append(row[:-1], row[-1] + shift)
+        found[label] = NewRow(weight, np.float32(bias + shift), held_out + shift)
+    return found
+
+
+def _scene(
+    examples: Mapping[str, Floats], head: HeadLike, old: OldLabels, inputs: OldInputs | None, settings: Settings
+) -> _Scene:
+    near = _near(np.concatenate(list(examples.values())), old, settings)
+    means, places = old.means[near], old.places[near]
+    single = head.problem == "single_label"
+    offsets = log_sum_exp(means @ old.weight.T + old.bias) if single else np.zeros(len(means))
+    rows = old.weight[places] if single else np.zeros((len(places), head.width))
+    ones = np.ones(len(means))
+    cloud = Cloud(old.whitening.of(means), offsets, rows @ old.whitening.rows, ones, ones)
+    return _Scene(head, old, inputs, cloud, single, settings)
+
+
+def _near(examples: Floats, old: OldLabels, settings: Settings) -> Ints:
+    """Old labels that the examples may be mistaken for."""
+    if len(old.means) <= settings.near_floor:
+        return np.arange(len(old.means))
+    logits = (examples @ old.weight[old.places].T.astype(np.float32)).max(axis=0) + old.bias[old.places]
+    gaps = (old.means - examples.mean(axis=0)) / np.maximum(old.means.std(axis=0), 1e-9)
+    distances = np.einsum("ij,ij->i", gaps, gaps)
+    count = settings.near
+    return np.union1d(np.argsort(-logits, kind="stable")[:count], np.argsort(distances, kind="stable")[:count])
+
+
+def _solve(inside: Cloud, outside: Cloud, settings: Settings) -> Doubles:
+    axes = span(join(outside, inside))
+    found = fit_row(inside.turned(axes), outside.turned(axes), settings.penalty)
+    return np.append(axes @ found[:-1], found[-1])
+
+
+def _fitted(inside: Cloud, outside: Cloud, settings: Settings) -> tuple[Doubles, Doubles]:
+    """The row, bias last, and the new logit of each example in a fit without it; NaN where there is no other."""
+    axes = span(join(outside, inside))
+    inside, outside = inside.turned(axes), outside.turned(axes)
+    found = fit_row(inside, outside, settings.penalty)
+    count = len(inside.weight)
+    held_out = np.full(count, np.nan)
+    for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
+        rest = np.setdiff1d(np.arange(count), fold)
+        row = fit_row(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, found)
+        held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
+    return np.append(axes @ found[:-1], found[-1]), held_out
+
+
+def _best(features: Floats, head: HeadLike, others: Mapping[str, Doubles], old: OldLabels) -> Doubles:
+    """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
+    if head.problem != "single_label":
+        return np.zeros(len(features))
+    best: Doubles = head.logits(features).max(axis=1).astype(np.float64)
+    points = old.whitening.of(features)
+    for row in others.values():
+        best = np.maximum(best, points @ row[:-1] + row[-1])
+    return best

@@ -1,0 +1,364 @@
+"""The check that a patch has to pass: what it would break, what it would find, and how sure that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.fit.model import HeadLike, OldLabels, from_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.fit import Fit
+    from patcher.memory import Memory
+
+    Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Verdict", "judge", "upper_bound"]
+
+MAX_FLIPS = 0.005
+MIN_RECALL = 0.5
+FEW = 5
+_CONFIDENCE = 0.95
+_SURE = 0.9
+_GOOD_RECALL = 0.9
+_SAME_TEXT = 0.9
+_SAME_FEATURES = 0.999
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found.
+
+    Parameters
+    ----------
+    passed, sentence
+        The verdict, and in one sentence.
+    reasons, advice
+        Why it was refused, and what would help.
+    calibration, calibration_size
+        On what flips were counted: ``eval``, ``replay``, ``features`` of the memory, ``draws`` from its Gaussians (no
+        guarantee), or ``none``; and on how many inputs.
+    flips, flips_upper_bound, bound
+        Rate of flips there (None where nothing could be counted), its one-sided upper bound at 95 % confidence (None
+        where there is none), and in words what the bound means.
+    estimated_recall
+        For each new label the share of its examples that a fit without them finds; None where there is but one.
+    confused_with
+        For each new label the old one that took most of the examples it lost, or None.
+    losing
+        Flips by old label, most first.
+    duplicates
+        Pairs of examples that say the same twice: (label, one, other).
+    known
+        Examples that belong to an old label with confidence: (label, example, old label).
+    too_few
+        New labels with fewer than five examples.
+    """
+
+    passed: bool
+    sentence: str
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...]
+    calibration: str
+    calibration_size: int
+    flips: float | None
+    flips_upper_bound: float | None
+    bound: str
+    estimated_recall: Mapping[str, float | None]
+    confused_with: Mapping[str, str | None]
+    losing: Mapping[str, int]
+    duplicates: tuple[tuple[str, str, str], ...]
+    known: tuple[tuple[str, str, str], ...]
+    too_few: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Flips:
+    calibration: str
+    size: int
+    count: int
+    losing: Mapping[str, int]
+
+    @property
+    def rate(self) -> float | None:
+        return self.count / self.size if self.size else None
+
+
+def upper_bound(flips: int, size: int, confidence: float = _CONFIDENCE) -> float:
+    """One-sided Clopper-Pearson upper bound of a rate, from ``flips`` seen in ``size`` independent inputs.
+
+    The rate at which so few flips, or fewer, would be seen with probability ``1 - confidence``; found by bisection on
+    the binomial distribution. With no flips it is ``1 - (1 - confidence) ** (1 / size)``, about ``3 / size``.
+    """
+    if size <= 0 or flips >= size:
+        return 1.0
+    counts = np.arange(flips + 1)
+    ways = math.lgamma(size + 1) - np.array([math.lgamma(k + 1) + math.lgamma(size - k + 1) for k in counts])
+    low, high = flips / size, 1.0
+    for _ in range(60):
+        rate = 0.5 * (low + high)
+        terms = ways + counts * math.log(rate) + (size - counts) * math.log1p(-rate)
+        low, high = (rate, high) if float(np.exp(terms).sum()) > 1 - confidence else (low, rate)
+    return high
+
+
+def judge(
+    head: HeadLike,
+    fit: Fit,
+    examples: Mapping[str, Floats],
+    memory: Memory | None,
+    *,
+    replay: tuple[Floats, Ints] | None = None,
+    evaluation: tuple[Floats, Ints] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    max_flips: float = MAX_FLIPS,
+    min_recall: float = MIN_RECALL,
+) -> Verdict:
+    """Judge a fit against the head it patches.
+
+    Parameters
+    ----------
+    head, fit, examples, memory
+        The head as it was, the new rows, the features they were fitted on, and the memory of the old labels.
+    replay, evaluation
+        Features of labelled sentences, float32 ``[n, width]`` and INT64 ``[n]``: positions in the old head's labels for
+        ``replay``, in the old labels followed by the new ones for ``evaluation``. The best of evaluation, replay and
+        the memory's sample is what flips are counted on.
+    texts
+        The examples in words, for naming them; numbers are used without.
+    """
+    names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
+    flips = _count_flips(head, fit, memory, replay, evaluation)
+    recall, lost_to = _recall(fit, head, evaluation)
+    duplicates = tuple(pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
+    known = tuple(hit for label, rows in examples.items() for hit in _known(label, names[label], rows, head, memory))
+    too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
+    bounded = flips.calibration in ("eval", "replay", "features")
+    bound = upper_bound(flips.count, flips.size) if bounded else None
+    reasons = _reasons(flips, recall, max_flips, min_recall)
+    return Verdict(
+        passed=not reasons,
+        sentence=_sentence(fit, bound, recall, reasons),
+        reasons=reasons,
+        advice=_advice(flips, recall, lost_to, known, too_few, duplicates),
+        calibration=flips.calibration,
+        calibration_size=flips.size,
+        flips=flips.rate,
+        flips_upper_bound=bound,
+        bound=_bound_words(flips, bound),
+        estimated_recall=recall,
+        confused_with=lost_to,
+        losing=flips.losing,
+        duplicates=duplicates,
+        known=known,
+        too_few=too_few,
+    )
+
+
+def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) -> list[str]:
+    return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
+
+
+def _count_flips(
+    head: HeadLike,
+    fit: Fit,
+    memory: Memory | None,
+    replay: tuple[Floats, Ints] | None,
+    evaluation: tuple[Floats, Ints] | None,
+) -> _Flips:
+    old = len(head.labels)
+    if evaluation is not None and bool((evaluation[1] < old).any()):
+        mine = evaluation[1] < old
+        return _flips_on("eval", evaluation[0][mine], evaluation[1][mine], head, fit)
+    if replay is not None:
+        return _flips_on("replay", replay[0], replay[1], head, fit)
+    if memory is not None and len(memory.sample):
+        place = {label: i for i, label in enumerate(head.labels)}
+        ids = np.array([place.get(label, -1) for label in memory.labels], np.int64)[memory.sample_labels]
+        rows = memory.sample[ids >= 0].astype(np.float32)
+        return _flips_on("features", rows, ids[ids >= 0], head, fit)
+    if memory is not None:
+        return _Flips("draws", 0, 0, {})
+    return _Flips("none", 0, 0, {})
+
+
+def _flips_on(kind: str, rows: Floats, ids: Ints, head: HeadLike, fit: Fit) -> _Flips:
+    before = head.logits(rows)
+    after = _logits_after(rows, before, fit, head)
+    if head.problem == "single_label":
+        lost = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
+    else:  # no label displaces another here: a new one that shows up where it does not belong is the harm
+        lost = (after[:, before.shape[1] :] > 0).any(axis=1)
+    counted = Counter(head.labels[i] for i in ids[lost].tolist())
+    return _Flips(kind, len(rows), int(lost.sum()), dict(counted.most_common()))
+
+
+def _logits_after(rows: Floats, before: Floats, fit: Fit, head: HeadLike) -> Floats:
+    if fit.base_weight is None and fit.patch_weight is None:
+        return np.concatenate([before, rows @ fit.weight.T + fit.bias], axis=1)
+    after: Floats = fit.apply(head).logits(rows)  # type: ignore[arg-type]
+    return after
+
+
+def _recall(
+    fit: Fit, head: HeadLike, evaluation: tuple[Floats, Ints] | None
+) -> tuple[dict[str, float | None], dict[str, str | None]]:
+    recall: dict[str, float | None] = {}
+    lost_to: dict[str, str | None] = {}
+    for position, label in enumerate(fit.labels, start=len(head.labels)):
+        if evaluation is not None and bool((evaluation[1] == position).any()):
+            rows = evaluation[0][evaluation[1] == position]
+            after = _logits_after(rows, head.logits(rows), fit, head).argmax(axis=1)
+            every = (*head.labels, *fit.labels)
+            rivals = [every[i] for i in after.tolist() if i != position]
+            recall[label] = float((after == position).mean())
+        else:
+            held = fit.held_out.get(label)
+            if held is None or len(held.margins) <= 1:
+                recall[label], rivals = None, list(held.rivals) if held else []
+            else:
+                recall[label] = float((held.margins > 0).mean())
+                rivals = [rival for rival, margin in zip(held.rivals, held.margins, strict=True) if margin <= 0]
+        lost_to[label] = Counter(rivals).most_common(1)[0][0] if rivals else None
+    return recall, lost_to
+
+
+def _duplicates(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, str]]:
+    plain = [" ".join(name.casefold().split()) for name in names]
+    numbered = all(name.startswith("example ") for name in names)
+    pairs = []
+    for i in range(len(names)):
+        for j in range(i):
+            if numbered:
+                same = bool(np.allclose(rows[i], rows[j], rtol=1e-4, atol=1e-5))
+            else:
+                same = plain[i] == plain[j] or difflib.SequenceMatcher(None, plain[i], plain[j]).ratio() >= _SAME_TEXT
+            if same:
+                pairs.append((label, names[j], names[i]))
+    return pairs
+
+
+def _known(
+    label: str, names: list[str], rows: Floats, head: HeadLike, memory: Memory | None
+) -> list[tuple[str, str, str]]:
+    logits = head.logits(rows).astype(np.float64)
+    best = logits.argmax(axis=1)
+    if head.problem == "single_label":
+        chance = 1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    else:
+        chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
+    sure = chance >= _SURE
+    if sure.any() and memory is not None and len(memory.sample):
+        sure &= _typical(rows, best, from_memory(memory, head), memory)
+    return [(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
+
+
+def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
+    """Whether each row lies as near to a label's mean as most of that memory's own sentences do to theirs."""
+    place = {int(p): i for i, p in enumerate(old.places)}
+    means = old.whitening.of(old.means)
+    spot = np.array([place.get(int(b), -1) for b in best])
+    far = ((old.whitening.of(rows) - means[spot]) ** 2).sum(axis=1)
+    some = memory.sample[:: max(1, len(memory.sample) // 1000)].astype(np.float32)
+    gaps = old.whitening.of(some)
+    own = np.array([((point[None] - means) ** 2).sum(axis=1).min() for point in gaps])
+    typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
+    return typical
+
+
+def _reasons(flips: _Flips, recall: Mapping[str, float | None], max_flips: float, min_recall: float) -> tuple[str, ...]:
+    reasons = []
+    if flips.rate is not None and flips.rate > max_flips:
+        reasons.append(
+            f"{flips.count} of {flips.size} known inputs would flip ({flips.rate:.2%}), "
+            f"and --max-flips allows {max_flips:.2%}"
+        )
+    for label, found in recall.items():
+        if found is None:
+            reasons.append(f"{label!r} has one example, so nothing says whether it would be found")
+        elif found < min_recall:
+            reasons.append(
+                f"{label!r} would be found in {found:.0%} of its inputs, and --min-recall asks for {min_recall:.0%}"
+            )
+    return tuple(reasons)
+
+
+def _advice(
+    flips: _Flips,
+    recall: Mapping[str, float | None],
+    lost_to: Mapping[str, str | None],
+    known: Sequence[tuple[str, str, str]],
+    too_few: Sequence[str],
+    duplicates: Sequence[tuple[str, str, str]],
+) -> tuple[str, ...]:
+    advice = [
+        f"{label!r} has fewer than {FEW} examples; ten different ones make it far more reliable" for label in too_few
+    ]
+    for label, rival in lost_to.items():
+        found = recall[label]
+        if rival and found is not None and found < _GOOD_RECALL:
+            advice.append(
+                f"{label!r} is confused with {rival!r}: add examples that tell them apart, "
+                "or fine-tune the backbone again if more do not help"
+            )
+    for label in dict.fromkeys(hit[0] for hit in known):
+        hits = [hit for hit in known if hit[0] == label]
+        most = Counter(old for _, _, old in hits).most_common(1)[0][0]
+        advice.append(
+            f"{len(hits)} example(s) of {label!r} already belong to an old label, mostly {most!r}: is it the same?"
+        )
+    if duplicates:
+        advice.append(f"{len(duplicates)} pair(s) of examples say the same twice; different sentences teach more")
+    if flips.calibration == "draws":
+        advice.append(
+            "the memory holds statistics only; `--eval FILE` or a memory with features gives a bound on flips"
+        )
+    if flips.calibration == "none":
+        advice.append("there is no memory; `patcher remember --data FILE` or `--replay FILE` gives a bound on flips")
+    return tuple(advice)
+
+
+def _bound_words(flips: _Flips, bound: float | None) -> str:
+    where = {
+        "eval": "the evaluation file",
+        "replay": "the replayed sentences",
+        "features": "the memory's real features, whose texts the model was trained on (--eval FILE: fresh ones)",
+    }
+    if bound is None:
+        source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
+        return f"no bound on flips can be given: the row was set on {source}, not on real inputs"
+    return (
+        f"{flips.count} of {flips.size} inputs flip on {where[flips.calibration]}; with 95 % confidence at most "
+        f"{bound:.2%} of inputs like those do (one-sided Clopper-Pearson), and the next such input with probability at "
+        f"most {(flips.count + 1) / (flips.size + 1):.2%}"
+    )
+
+
+def _sentence(fit: Fit, bound: float | None, recall: Mapping[str, float | None], reasons: Sequence[str]) -> str:
+    names = ", ".join(repr(label) for label in fit.labels)
+    if reasons:
+        return f"Refused: {'; '.join(reasons)}."
+    found = min((r for r in recall.values() if r is not None), default=None)
+    finds = f"finds {found:.0%} of held-out examples" if found is not None else "has no estimate of its recall"
+    harm = (
+        f"flips at most {bound:.2%} of known inputs (95 % confidence)"
+        if bound is not None
+        else "carries no bound on flips"
+    )
+    return f"Passed: {names} {finds} and {harm}."

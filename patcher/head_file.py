@@ -1,0 +1,256 @@
+"""The head's form as one ONNX file.
+
+The graph keeps three promises:
+
+- the fine-tuned rows are one Gemm on the classifier features, whatever was patched in since, so their logits are the
+  same bits in every version;
+- the label axis is truly dynamic (a Slice whose end is computed at run time), so that versions with different label
+  counts are served under one ``config.pbtxt`` with ``dims: [-1]``;
+- the label strings are constants of the graph, so that label, logits and version of one answer come from one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import RepositoryError
+from patcher.head import SINGLE_LABEL, TOP_K, Head, Lineage
+from patcher.scope import Scope, scope_graph
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+__all__ = ["read_head", "write_head"]
+
+# 17 is the newest opset that ORT knows completely since 1.12, and IR 8 belongs to it: every Triton of the last years
+# loads such a file.
+_OPSET = 17
+_IR_VERSION = 8
+_METADATA_KEY = "patcher"
+_PLAIN_OPS = frozenset(
+    [
+        "Add",
+        "ArgMax",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Div",
+        "Exp",
+        "Expand",
+        "Gather",
+        "GatherElements",
+        "Gemm",
+        "Identity",
+        "Log",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Relu",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tanh",
+        "TopK",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+        "Constant",
+    ]
+)
+
+
+def write_head(head: Head) -> bytes:
+    """The head as an ONNX file; the same head gives the same bytes."""
+    import onnx
+
+    model = _model(head)
+    onnx.checker.check_model(model, full_check=False)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def read_head(data: bytes) -> Head:
+    """Read a head back; RepositoryError where the bytes are not one of ours."""
+    model = _parse(data)
+    metadata = _metadata(model)
+    arrays = _arrays(model)
+    try:
+        return Head(
+            labels=tuple(arrays["labels"].tolist()),
+            base_weight=arrays["base_weight"],
+            base_bias=arrays["base_bias"],
+            patch_weight=arrays.get("patch_weight", np.zeros((0, metadata["width"]), np.float32)),
+            patch_bias=arrays.get("patch_bias", np.zeros(0, np.float32)),
+            order=arrays["order"],
+            split=metadata["split"],
+            width=metadata["width"],
+            problem=metadata["problem"],
+            scope=Scope.from_arrays(metadata["scope"], arrays) if metadata["scope"] else None,
+            lineage=_lineage(metadata["lineage"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RepositoryError(f"this ONNX file is no head of ours: {type(error).__name__} {error}") from error
+
+
+def _lineage(values: dict[str, Any]) -> Lineage:
+    values = dict(values)
+    for name in ("added", "removed"):
+        values[name] = tuple(values.get(name, ()))
+    values["renamed"] = tuple((old, new) for old, new in values.get("renamed", ()))
+    texts = ("backbone", "created", "method", "data_hash", "gate", "author", "tool_version")
+    numbers = [values["version"], values.get("parent") or 0]
+    if not all(isinstance(values.get(name, ""), str) for name in texts) or not all(isinstance(n, int) for n in numbers):
+        raise ValueError("a lineage of other types")
+    known = {f.name for f in dataclasses.fields(Lineage)}
+    return Lineage(**{name: value for name, value in values.items() if name in known})
+
+
+def _parse(data: bytes) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise RepositoryError(f"not an ONNX file: {len(data)} bytes that do not parse ({error})") from error
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _PLAIN_OPS:
+            raise RepositoryError(
+                f"this ONNX file is no head of ours: it uses the operator {node.domain}:{node.op_type}"
+            )
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.DEFAULT or tensor.external_data:
+            raise RepositoryError("this ONNX file keeps weights outside of itself, which a head never does")
+    return model
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, Any]:
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        metadata: Any = json.loads(texts[_METADATA_KEY])
+        if not isinstance(metadata, dict) or not isinstance(metadata["lineage"], dict):
+            raise ValueError("its metadata is not an object")  # noqa: TRY004  one handler below for all
+        if not all(isinstance(metadata[name], int) for name in ("split", "width")):
+            raise ValueError("split and width must be whole numbers")
+        return dict(metadata)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise RepositoryError(f"this ONNX file is no head of ours: no readable `{_METADATA_KEY}` metadata") from error
+
+
+def _arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    from onnx import TensorProto, numpy_helper
+
+    arrays: dict[str, NDArray[Any]] = {}
+    for tensor in model.graph.initializer:
+        try:
+            if tensor.data_type == TensorProto.STRING:
+                arrays[tensor.name] = np.array([text.decode() for text in tensor.string_data], dtype=object)
+            else:
+                arrays[tensor.name] = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, OverflowError, KeyError, MemoryError) as error:
+            raise RepositoryError(f"this ONNX file's `{tensor.name}` cannot be read: {error}") from error
+    return arrays
+
+
+def _model(head: Head) -> onnx.ModelProto:
+    from onnx import TensorProto, helper, numpy_helper
+
+    def number(name: str, value: int) -> onnx.TensorProto:
+        return helper.make_tensor(name, TensorProto.INT64, [1], [value])
+
+    node = helper.make_node
+    constants = [
+        numpy_helper.from_array(np.ascontiguousarray(head.base_weight, np.float32), "base_weight"),
+        numpy_helper.from_array(np.ascontiguousarray(head.base_bias, np.float32), "base_bias"),
+        numpy_helper.from_array(np.array(head.labels, dtype=object), "labels"),
+        numpy_helper.from_array(np.ascontiguousarray(head.order, np.int64), "order"),
+        helper.make_tensor("version", TensorProto.INT64, [1, 1], [head.lineage.version]),
+        number("zero", 0),
+        number("one", 1),
+        number("split", head.split),
+        number("count", len(head.labels)),
+        number("top_k", TOP_K),
+    ]
+    nodes = [
+        node("Slice", ["features", "zero", "split", "one"], ["classifier_features"]),
+        node("Gemm", ["classifier_features", "base_weight", "base_bias"], ["base_logits"], transB=1),
+    ]
+    raw = "base_logits"
+    if len(head.patch_weight):
+        constants += [
+            numpy_helper.from_array(np.ascontiguousarray(head.patch_weight, np.float32), "patch_weight"),
+            numpy_helper.from_array(np.ascontiguousarray(head.patch_bias, np.float32), "patch_bias"),
+        ]
+        nodes += [
+            node("Gemm", ["features", "patch_weight", "patch_bias"], ["patch_logits"], transB=1),
+            node("Concat", ["base_logits", "patch_logits"], ["raw_logits"], axis=1),
+        ]
+        raw = "raw_logits"
+    nodes += [
+        # A Slice clamps its end, so max(batch, labels) keeps all of `order`, while no shape inference can know that.
+        node("Shape", ["features"], ["batch"], start=0, end=1),
+        node("Max", ["batch", "count"], ["end"]),
+        node("Slice", ["order", "zero", "end"], ["columns"]),
+        node("Gather", [raw, "columns"], ["logits"], axis=1),
+        node("Shape", ["columns"], ["label_count"]),
+        node("Min", ["label_count", "top_k"], ["k"]),
+        node("TopK", ["logits", "k"], ["top_logits", "top"], axis=1),
+        node("Gather", ["labels", "top"], ["label"], axis=0),
+        node("Softmax", ["logits"], ["scores"], axis=1)
+        if head.problem == SINGLE_LABEL
+        else node("Sigmoid", ["logits"], ["scores"]),
+        node("GatherElements", ["scores", "top"], ["score"], axis=1),
+        node("Concat", ["batch", "one"], ["version_shape"], axis=0),
+        node("Expand", ["version", "version_shape"], ["head_version"]),
+    ]
+    if head.scope is None:
+        nodes.append(node("ReduceMax", ["scores"], ["in_scope"], axes=[1], keepdims=1))
+    else:
+        scope_nodes, scope_constants = scope_graph(head.scope, "features", "logits", "in_scope")
+        nodes += scope_nodes
+        constants += scope_constants
+    graph = helper.make_graph(
+        nodes,
+        "head",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", head.width])],
+        [
+            helper.make_tensor_value_info("label", TensorProto.STRING, ["batch", "k"]),
+            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch", "k"]),
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "labels"]),
+            helper.make_tensor_value_info("head_version", TensorProto.INT64, ["batch", 1]),
+            helper.make_tensor_value_info("in_scope", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        initializer=constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+    model.producer_name = "patcher"
+    metadata = {
+        "split": head.split,
+        "width": head.width,
+        "problem": head.problem,
+        "scope": head.scope.settings() if head.scope else None,
+        "lineage": dataclasses.asdict(head.lineage),
+    }
+    helper.set_model_props(model, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
+    return model

@@ -1,0 +1,188 @@
+"""The versions of a classifier after they are published: history, differences, the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import RepositoryError
+from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets
+from patcher.features import extract_features
+from patcher.head import Lineage
+from patcher.rollout import Switch, roll_back
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from patcher.examples import Examples
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["Difference", "Entry", "Flip", "diff", "evaluate", "history", "rollback"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version in the lineage."""
+
+    lineage: Lineage
+    labels: int
+    serving: bool
+
+    def what(self) -> str:
+        """The change in a few words."""
+        added = [f"+{label}" for label in self.lineage.added] if self.lineage.parent else ["exported"]
+        removed = [f"-{label}" for label in self.lineage.removed]
+        renamed = [f"{old} -> {new}" for old, new in self.lineage.renamed]
+        return ", ".join([*added, *removed, *renamed])
+
+    def to_json(self) -> dict[str, Any]:
+        """As the contract has it, with what else is known."""
+        record = dataclasses.asdict(self.lineage)
+        return {
+            "version": record.pop("version"),
+            "parent": record.pop("parent"),
+            "created": record.pop("created"),
+            "labels": self.labels,
+            "added": record.pop("added"),
+            "removed": record.pop("removed"),
+            "method": record.pop("method"),
+            "gate": record.pop("gate"),
+            "backbone": record.pop("backbone"),
+            "serving": self.serving,
+            **record,
+        }
+
+
+def history(classifier: Classifier) -> list[Entry]:
+    """Every version on disk, oldest first."""
+    serving = classifier.serving()
+    return [_entry(classifier, version, serving) for version in classifier.versions()]
+
+
+def _entry(classifier: Classifier, version: int, serving: int) -> Entry:
+    try:
+        head = classifier.head(version)
+    except RepositoryError:
+        # One damaged file must not hide the history of all others; `patcher doctor` says what is wrong with it.
+        return Entry(Lineage(version, backbone="", method="damaged"), 0, version == serving)
+    return Entry(head.lineage, len(head.labels), version == serving)
+
+
+def rollback(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
+    """Make version ``to`` serve again, the serving one's parent by default.
+
+    Raises
+    ------
+    VersionError
+        where there is no such version.
+    NotServed
+        when the server would not serve it; the version that served before is put back.
+    """
+    with classifier.repository.lock():
+        return roll_back(classifier, to, server)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A text whose answer changed from right to wrong, or from wrong to right."""
+
+    text: str
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed between two versions; the last fields only where a labelled file was given."""
+
+    a: int
+    b: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...]
+    same_rows: int
+    changed_rows: tuple[str, ...]
+    examples: int = 0
+    flips: tuple[Flip, ...] | None = None
+    gains: tuple[Flip, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; lists of flips as objects."""
+        return dataclasses.asdict(self)
+
+
+def diff(classifier: Classifier, a: int, b: int, examples: Examples | None = None) -> Difference:
+    """Compare version ``a`` with version ``b``, on ``examples`` too where they are given.
+
+    A label that was only renamed between the two counts as the same, under its name in ``b``.
+    """
+    before, after = classifier.head(a), classifier.head(b)
+    names = _renames(classifier, a, b)
+    before = dataclasses.replace(before, labels=tuple(names.get(label, label) for label in before.labels))
+    rows_before, rows_after = before.rows_hash(), after.rows_hash()
+    common = [label for label in after.labels if label in rows_before]
+    changed = tuple(label for label in common if rows_before[label] != rows_after[label])
+    difference = Difference(
+        a,
+        b,
+        added=tuple(label for label in after.labels if label not in rows_before),
+        removed=tuple(label for label in before.labels if label not in rows_after),
+        renamed=tuple(names.items()),
+        same_rows=len(common) - len(changed),
+        changed_rows=changed,
+    )
+    if examples is None:
+        return difference
+    labels = tuple(names.get(label, label) for label in examples.labelled())
+    expected = expected_sets(after, labels)
+    features = extract_features(classifier, examples.texts)
+    rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
+    flips = [
+        (text, right, first, second) for text, right, first, second in rows if (first == right) != (second == right)
+    ]
+    return dataclasses.replace(
+        difference,
+        examples=len(examples),
+        flips=tuple(_flip(*row) for row in flips if row[2] == row[1]),
+        gains=tuple(_flip(*row) for row in flips if row[3] == row[1]),
+    )
+
+
+def _flip(text: str, right: frozenset[str], before: frozenset[str], after: frozenset[str]) -> Flip:
+    return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
+
+
+def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
+    """Names in version ``a`` that are other names in ``b``, where ``a`` is one of its ancestors (or the other way)."""
+    if a > b:
+        return {new: old for old, new in _renames(classifier, b, a).items()}
+    steps, version = [], b
+    while version > a:
+        lineage = classifier.head(version).lineage
+        steps.append(lineage.renamed)
+        version = lineage.parent or 0
+    if version != a:
+        return {}
+    names: dict[str, str] = {}
+    for old, new in (pair for step in reversed(steps) for pair in step):
+        first = next((name for name, now in names.items() if now == old), old)
+        names[first] = new
+    return names
+
+
+def evaluate(
+    classifier: Classifier,
+    examples: Examples,
+    version: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Accuracy, F1 and confusions of a version (the serving one by default) on labelled texts, computed here.
+
+    Raises ExamplesError where the file has no labels, LabelError where none of them is the head's.
+    """
+    labels = examples.labelled()
+    head = classifier.head(version)
+    return evaluate_head(head, extract_features(classifier, examples.texts, None, progress), labels)

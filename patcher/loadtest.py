@@ -1,0 +1,316 @@
+"""How fast a classifier answers under load: NVIDIA's perf_analyzer over gRPC, with real texts.
+
+perf_analyzer measures throughput and latencies as a client sees them; where the time goes within the ensemble comes
+from the server's own counters, read before and after each level of load.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from patcher.triton.client import ModelStatistics, TritonServer
+    from patcher.triton.perf_analyzer import PerfAnalyzer
+
+__all__ = ["Load", "Measurement", "StepTime", "load_test", "parse_loads", "plot", "write_csv", "write_json"]
+
+_WINDOWS = 3
+"""Windows that perf_analyzer measures at each level; what it reports is their mean."""
+_TRIES = 3
+_MOST_TEXTS = 20_000
+_MOST_LEVELS = 100
+
+
+@dataclass(frozen=True)
+class Load:
+    """A level of load: so many requests at once, or so many a second at random moments (a Poisson process)."""
+
+    concurrency: int | None = None
+    request_rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"concurrency {self.concurrency}" if self.concurrency else f"{self.request_rate:g} requests/s"
+
+    @property
+    def arguments(self) -> list[str]:
+        """What perf_analyzer takes for it."""
+        if self.concurrency:
+            return [f"--concurrency-range={self.concurrency}"]
+        return [f"--request-rate-range={self.request_rate:g}", "--request-distribution=poisson"]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where a request's time goes in one step of the ensemble: means in microseconds over ``requests``.
+
+    ``batch`` is the mean number of texts that the step computed at once.
+    """
+
+    model: str
+    requests: int
+    queue_us: float
+    compute_us: float
+    batch: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model did under one level of load; ``throughput`` in texts a second, latencies in microseconds."""
+
+    model: str
+    concurrency: int | None
+    request_rate: float | None
+    throughput: float
+    p50_us: float
+    p95_us: float
+    p99_us: float
+    failures: int
+    steps: tuple[StepTime, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return dataclasses.asdict(self)
+
+
+def parse_loads(concurrency: str | None = None, request_rate: str | None = None) -> list[Load]:
+    """The levels that ``START``, ``START:END`` or ``START:END:STEP`` asks for, read as perf_analyzer reads it.
+
+    END is included where a step meets it: ``1:16:4`` is 1, 5, 9, 13. Raises InputError for anything else, for numbers
+    that are not positive, and for a concurrency that is not whole.
+    """
+    loads = []
+    if concurrency is not None:
+        levels = _range(concurrency, "--concurrency", "1:16:4")
+        if any(level != int(level) for level in levels):
+            raise InputError(f"--concurrency {concurrency!r}; expected whole numbers, as in 1:16:4")
+        loads += [Load(concurrency=int(level)) for level in levels]
+    if request_rate is not None:
+        loads += [Load(request_rate=level) for level in _range(request_rate, "--request-rate", "50:200:50")]
+    return loads
+
+
+def _range(text: str, option: str, example: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or not all(0 < number < float("inf") for number in numbers):  # noqa: PLR2004
+        raise InputError(f"{option} {text!r}; expected START:END:STEP with positive numbers, as in {example}")
+    start, end, step = (*numbers, *(numbers[0], 1.0)[len(numbers) - 1 :])
+    if end < start:
+        raise InputError(f"{option} {text!r} ends before it starts; expected START:END:STEP, as in {example}")
+    levels = int((end - start) / step + 1e-9) + 1
+    if levels > _MOST_LEVELS:
+        raise InputError(f"{option} {text!r} asks for {levels} levels; expected at most {_MOST_LEVELS}: a larger STEP")
+    return [start + step * index for index in range(levels)]
+
+
+def load_test(
+    server: TritonServer,
+    models: Sequence[str],
+    texts: Sequence[str],
+    loads: Sequence[Load],
+    *,
+    window: float = 2.0,
+    rounds: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> list[Measurement]:
+    """Measure every model under every load, one text a request, the models taking turns.
+
+    ``texts`` are sent over and over, in order; ``window`` is the length in seconds of each of the three windows of a
+    measurement. ``rounds`` repeats all of it. ``progress`` hears what is measured next.
+
+    Raises
+    ------
+    InputError
+        without texts, or with one that is no valid Unicode.
+    ToolError
+        where perf_analyzer is missing or does not do its work.
+    ServerUnreachable, ServerRefused, ServerError
+        where nobody answers, a model is not served, or a request failed.
+    """
+    from patcher.triton.perf_analyzer import find_perf_analyzer
+
+    analyzer = find_perf_analyzer()
+    if not server.is_live():
+        raise ServerUnreachable(f"no Triton server answers at {server.url} (gRPC); `patcher serve` starts one")
+    steps = {model: _steps(server, model) for model in models}
+    found = []
+    with tempfile.TemporaryDirectory(prefix="patcher-load-") as name:
+        bench = _Bench(server, analyzer, Path(name), window)
+        bench.write_texts(texts)
+        for load in loads:
+            for turn in range(rounds):
+                for model in models:
+                    if progress:
+                        progress(f"{model}, {load}" + (f", round {turn + 1} of {rounds}" if rounds > 1 else ""))
+                    found.append(bench.measure(model, load, steps[model]))
+    return found
+
+
+def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
+    """One line for each measurement, a pair of columns for each step."""
+    rows = []
+    for each in measurements:
+        row = each.to_json()
+        for step in row.pop("steps"):
+            role = str(step["model"]).rpartition("_")[2]
+            row |= {f"{role}_queue_us": step["queue_us"], f"{role}_compute_us": step["compute_us"]}
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(measurements: Sequence[Measurement], path: Path) -> None:
+    """A list of all fields."""
+    path.write_text(json.dumps([each.to_json() for each in measurements], indent=2) + "\n", encoding="utf-8")
+
+
+def plot(measurements: Sequence[Measurement], path: Path) -> None:
+    """Latency (p50, p95, p99) over throughput, a line for each model, its points marked with the load.
+
+    Raises ToolError where matplotlib is not installed, InputError where there is nothing to draw.
+    """
+    if not measurements:
+        raise InputError("no measurement to plot")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ToolError("a plot needs matplotlib: pip install 'triton-label-patcher[plot]'") from None
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for color, model in enumerate(dict.fromkeys(each.model for each in measurements)):
+        points = [each for each in measurements if each.model == model]
+        throughput = [each.throughput for each in points]
+        for style, percent in (("-o", 50), ("--s", 95), (":^", 99)):
+            latency = [getattr(each, f"p{percent}_us") / 1000 for each in points]
+            axes.plot(throughput, latency, style, color=f"C{color}", markersize=4, label=f"{model} p{percent}")
+        for each in points:
+            mark = f"c{each.concurrency}" if each.concurrency else f"{each.request_rate:g}/s"
+            axes.annotate(
+                mark, (each.throughput, each.p50_us / 1000), xytext=(4, -11), textcoords="offset points", fontsize=8
+            )
+    axes.set(xlabel="throughput (texts/s)", ylabel="latency (ms)", title="Latency over throughput")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One run of perf_analyzer after the other against one server, with the files that it reads and writes."""
+
+    server: TritonServer
+    analyzer: PerfAnalyzer
+    folder: Path
+    window: float
+
+    def write_texts(self, texts: Sequence[str]) -> None:
+        if not texts:
+            raise InputError("no texts to send; expected at least one")
+        document = {"data": [{"text": [text]} for text in texts[:_MOST_TEXTS]]}
+        try:
+            (self.folder / "texts.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text holds half a character: {error.reason}") from None
+
+    def measure(self, model: str, load: Load, steps: Sequence[str]) -> Measurement:
+        window = self.window
+        for attempt in range(_TRIES):
+            before = self._count(model, steps)
+            outcome = self.analyzer.run(self._arguments(model, load, window), timeout=60 + 10 * _WINDOWS * window)
+            after = self._count(model, steps)
+            if outcome.returncode == 0:
+                change = {name: _change(before[name], after[name]) for name in after}
+                times = tuple(_step_time(step, change[step]) for step in steps)
+                row = self._report()
+                failures = change[model]["failures"]
+                return Measurement(model, load.concurrency, load.request_rate, *row, failures=failures, steps=times)
+            said = outcome.stdout + outcome.stderr
+            if "larger time window" not in said or attempt == _TRIES - 1:
+                break
+            window *= 4  # a window passed without an answer
+        raise self._failed(model, load, said)
+
+    def _count(self, model: str, steps: Sequence[str]) -> dict[str, list[ModelStatistics]]:
+        return {name: self.server.statistics(name) for name in (model, *steps)}
+
+    def _arguments(self, model: str, load: Load, window: float) -> list[str]:
+        (self.folder / "report.csv").unlink(missing_ok=True)
+        return [
+            f"-m{model}",
+            f"-u{self.server.url}",
+            "-igrpc",
+            f"--input-data={self.folder / 'texts.json'}",
+            f"--measurement-interval={round(window * 1000)}",
+            f"--max-trials={_WINDOWS}",
+            # Three windows and their mean, however they differ: else an unsteady machine gives no report at all.
+            "--stability-percentage=999",
+            f"-f{self.folder / 'report.csv'}",
+            *load.arguments,
+        ]
+
+    def _report(self) -> tuple[float, float, float, float]:
+        try:
+            with (self.folder / "report.csv").open(newline="") as file:
+                (row,) = csv.DictReader(file)
+            p50, p95, p99 = (float(row[f"p{percent} latency"]) for percent in (50, 95, 99))
+            return float(row["Inferences/Second"]), p50, p95, p99
+        except (OSError, ValueError, KeyError) as error:
+            raise ToolError(
+                f"perf_analyzer's report cannot be read ({error}); expected that of version 2.50"
+            ) from error
+
+    def _failed(self, model: str, load: Load, said: str) -> ServerError | ToolError:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        reasons = [line.partition("had error:")[2].strip() for line in lines if "had error:" in line]
+        if not self.server.is_live():
+            return ServerUnreachable(f"the server at {self.server.url} is gone; under {load} it answered no longer")
+        if reasons:
+            return ServerError(f"{model} failed a request under {load}: {reasons[0]}")
+        return ToolError(f"perf_analyzer ended without a result for {model} under {load}: {' '.join(lines[-3:])}")
+
+
+def _steps(server: TritonServer, model: str) -> tuple[str, ...]:
+    if not server.is_ready(model):
+        raise ServerRefused(f"{server.url} does not serve {model}; `patcher doctor` says what it serves")
+    steps = server.model_config(model).ensemble_scheduling.step
+    return tuple(dict.fromkeys(step.model_name for step in steps))
+
+
+def _change(before: Sequence[ModelStatistics], after: Sequence[ModelStatistics]) -> dict[str, int]:
+    # Over all versions, since a head may be swapped meanwhile; a model loaded again counts from 0 again.
+    fields = ("inferences", "executions", "successes", "failures", "queue_ns", "compute_ns")
+    earlier = {each.version: each for each in before}
+    total = dict.fromkeys(fields, 0)
+    for each in after:
+        old = earlier.get(each.version)
+        again = old is not None and old.inferences > each.inferences
+        for field in fields:
+            total[field] += getattr(each, field) - (0 if old is None or again else getattr(old, field))
+    return total
+
+
+def _step_time(model: str, change: Mapping[str, int]) -> StepTime:
+    requests = max(change["successes"], 1)
+    return StepTime(
+        model,
+        change["successes"],
+        round(change["queue_ns"] / requests / 1000, 1),
+        round(change["compute_ns"] / requests / 1000, 1),
+        round(change["inferences"] / max(change["executions"], 1), 2),
+    )

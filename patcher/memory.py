@@ -1,0 +1,360 @@
+"""What is kept of the old labels, so that a new one can be fitted without the old data.
+
+Per label a count and a sum, over all labels one second moment, and a small random sample of real features: enough for
+each label's mean, the covariance inside labels, and a calibration of the flips on real inputs. Everything that is added
+up is float64, so that a label can be taken out again to within rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import InputError, LabelError, RepositoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["Memory"]
+
+_FORMAT = 1
+_HALF_MAX = 60000.0
+_ARRAYS = {
+    "counts": np.dtype(np.int64),
+    "sums": np.dtype(np.float64),
+    "second_moment": np.dtype(np.float64),
+    "sample": np.dtype(np.float16),
+    "sample_labels": np.dtype(np.int64),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Statistics of the features of every label, and a few real features of each.
+
+    Parameters
+    ----------
+    labels
+        C label names; ``counts`` and ``sums`` follow their order, which need not be the head's.
+    counts, sums
+        Sentences seen a label, INT64 ``[C]``, and the sum of their features, float64 ``[C, width]``.
+    second_moment
+        Sum over all sentences of ``x x'``, float64 ``[width, width]``.
+    sample, sample_labels
+        Real features, float16 ``[m, width]``, and which label each belongs to, INT64 ``[m]``; m = 0: statistics only.
+    split
+        Where the classifier features end.
+    per_label, seed
+        At most so many real features are kept a label, chosen at random with this seed.
+    """
+
+    labels: tuple[str, ...]
+    counts: Ints
+    sums: Doubles
+    second_moment: Doubles
+    sample: NDArray[np.float16]
+    sample_labels: Ints
+    split: int
+    per_label: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count, width = len(self.labels), self.second_moment.shape[-1]
+        checks = [
+            (len(set(self.labels)) == count and all(self.labels), "labels repeat or are empty"),
+            (self.counts.shape == (count,), f"counts {self.counts.shape} for {count} labels"),
+            (self.sums.shape == (count, width), f"sums {self.sums.shape} for {count} labels and {width} features"),
+            (self.second_moment.shape == (width, width), f"second moment {self.second_moment.shape}"),
+            (self.sample.shape == (len(self.sample_labels), width), f"sample {self.sample.shape}"),
+            (self.sample_labels.ndim == 1, f"sample labels {self.sample_labels.shape}"),
+            (0 < self.split <= width, f"split {self.split} outside of 1..{width}"),
+            (self.per_label >= 0, f"{self.per_label} features a label"),
+        ]
+        for holds, what in checks:
+            if not holds:
+                raise RepositoryError(f"this is no consistent memory: {what}")
+        for name, dtype in _ARRAYS.items():
+            if getattr(self, name).dtype != dtype:
+                raise RepositoryError(
+                    f"this is no consistent memory: {name} is {getattr(self, name).dtype}, not {dtype}"
+                )
+        if self.counts.size and self.counts.min() < 1:
+            raise RepositoryError("this is no consistent memory: a label without a sentence")
+        if self.sample_labels.size and not 0 <= self.sample_labels.min() <= self.sample_labels.max() < count:
+            raise RepositoryError("this is no consistent memory: its sample names labels that are not there")
+
+    @classmethod
+    def build(
+        cls,
+        features: ArrayLike,
+        label_ids: ArrayLike,
+        labels: Sequence[str],
+        split: int,
+        *,
+        per_label: int = 20,
+        seed: int = 0,
+    ) -> Memory:
+        """Memory of labelled features.
+
+        Parameters
+        ----------
+        features
+            Float32 ``[n, width]``.
+        label_ids
+            INT64 ``[n]``, positions in ``labels``. Labels without a sentence are left out of the memory.
+        split
+            Where the classifier features end.
+        per_label
+            Real features kept a label, chosen at random; 0 keeps statistics only.
+
+        Raises
+        ------
+        InputError
+            Where shapes disagree, a value is not finite, or an id points outside of ``labels``.
+        """
+        rows = _rows(features)
+        width = rows.shape[1]
+        empty = cls(
+            labels=(),
+            counts=np.zeros(0, np.int64),
+            sums=np.zeros((0, width)),
+            second_moment=np.zeros((width, width)),
+            sample=np.zeros((0, width), np.float16),
+            sample_labels=np.zeros(0, np.int64),
+            split=split,
+            per_label=per_label,
+            seed=seed,
+        )
+        return empty.add(labels, rows, label_ids)
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return int(self.second_moment.shape[0])
+
+    @property
+    def size(self) -> int:
+        """Bytes of everything that is kept."""
+        return sum(int(getattr(self, name).nbytes) for name in _ARRAYS)
+
+    def means(self) -> Doubles:
+        """Each label's mean features, float64 ``[C, width]``."""
+        means: Doubles = self.sums / self.counts[:, None]
+        return means
+
+    def within(self) -> Doubles:
+        """Unbiased covariance inside labels, ``(S - sum n_c mu_c mu_c') / (N - C)``, float64 ``[width, width]``."""
+        scatter = self.second_moment - self.sums.T @ self.means()
+        spare = max(1, int(self.counts.sum()) - len(self.labels))
+        return (scatter + scatter.T) / (2.0 * spare)
+
+    def add(self, labels: Sequence[str], features: ArrayLike, label_ids: ArrayLike) -> Memory:
+        """The memory with more sentences, of labels it knows or of new ones (``label_ids`` index ``labels``)."""
+        rows, ids = _rows(features), np.asarray(label_ids, np.int64)
+        if rows.shape[1] != self.width:
+            raise InputError(f"got {rows.shape[1]} features, but this memory holds {self.width}")
+        if ids.shape != (len(rows),):
+            raise InputError(f"got {len(rows)} rows of features and {ids.shape} label ids")
+        if len(set(labels)) != len(labels):
+            raise InputError("a label is named twice")
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(labels):
+            raise InputError(f"a label id lies outside of 0..{len(labels) - 1}")
+        present = np.flatnonzero(np.bincount(ids, minlength=len(labels)))
+        known = set(self.labels)
+        fresh = [labels[i] for i in present if labels[i] not in known]
+        every = (*self.labels, *fresh)
+        place = {label: i for i, label in enumerate(every)}
+        mine = np.array([place.get(label, -1) for label in labels], np.int64)[ids] if ids.size else ids
+        counts = np.concatenate([self.counts, np.zeros(len(fresh), np.int64)])
+        sums = np.concatenate([self.sums, np.zeros((len(fresh), self.width))])
+        counts += np.bincount(mine, minlength=len(every))
+        np.add.at(sums, mine, rows.astype(np.float64))
+        sample, sample_labels = self._sampled(rows, mine, counts)
+        return dataclasses.replace(
+            self,
+            labels=every,
+            counts=counts,
+            sums=sums,
+            second_moment=self.second_moment + _moment(rows),
+            sample=sample,
+            sample_labels=sample_labels,
+        )
+
+    def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
+        """The memory without a label.
+
+        Its sentences leave the second moment exactly where their ``features`` are given or all lie in the sample;
+        else they leave as sentences spread like every other label's, which keeps ``within()`` what it was.
+        """
+        place = self._place(label)
+        held = self.sample[self.sample_labels == place].astype(np.float32) if features is None else _rows(features)
+        if len(held) == self.counts[place]:
+            leaving = _moment(held)
+        elif features is not None:
+            raise InputError(
+                f"{label!r} joined with {self.counts[place]} sentences, but features of {len(held)} were given"
+            )
+        else:
+            mean = self.sums[place] / self.counts[place]
+            leaving = self.counts[place] * np.outer(mean, mean) + (self.counts[place] - 1) * self.within()
+        keep = self.sample_labels != place
+        ids = self.sample_labels[keep]
+        return dataclasses.replace(
+            self,
+            labels=(*self.labels[:place], *self.labels[place + 1 :]),
+            counts=np.delete(self.counts, place),
+            sums=np.delete(self.sums, place, axis=0),
+            second_moment=self.second_moment - leaving,
+            sample=self.sample[keep],
+            sample_labels=np.where(ids > place, ids - 1, ids),
+        )
+
+    def rename(self, old: str, new: str) -> Memory:
+        """The memory with one label under another name."""
+        place = self._place(old)
+        if new in self.labels:
+            raise LabelError(f"the memory knows a label {new!r} already")
+        return dataclasses.replace(self, labels=(*self.labels[:place], new, *self.labels[place + 1 :]))
+
+    def merge(self, labels: Sequence[str], into: str) -> Memory:
+        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features."""
+        places = [self._place(label) for label in dict.fromkeys(labels)]
+        first = min(places)
+        if into in self.labels and into not in labels:
+            raise LabelError(f"the memory knows a label {into!r} already; name it among those to merge")
+        keep = [i for i in range(len(self.labels)) if i not in places or i == first]
+        goes_to = {old: new for new, old in enumerate(keep)} | dict.fromkeys(places, keep.index(first))
+        counts, sums = self.counts.copy(), self.sums.copy()
+        counts[first], sums[first] = self.counts[places].sum(), self.sums[places].sum(axis=0)
+        ids = np.array([goes_to[i] for i in self.sample_labels.tolist()], np.int64)
+        chosen = self._chosen(ids, ids == keep.index(first))
+        return dataclasses.replace(
+            self,
+            labels=tuple(into if i == first else self.labels[i] for i in keep),
+            counts=counts[keep],
+            sums=sums[keep],
+            sample=self.sample[chosen],
+            sample_labels=ids[chosen],
+        )
+
+    def to_bytes(self) -> bytes:
+        """The memory as one safetensors file; the same memory gives the same bytes."""
+        from safetensors.numpy import save
+
+        about = {
+            "format": _FORMAT,
+            "labels": self.labels,
+            "split": self.split,
+            "per_label": self.per_label,
+            "seed": self.seed,
+        }
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        data: bytes = save(tensors, metadata={"patcher": json.dumps(about, ensure_ascii=False)})
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Memory:
+        """Read a memory back; RepositoryError where the bytes are not one of ours."""
+        about, arrays = _read(data)
+        try:
+            if about["format"] > _FORMAT:
+                raise RepositoryError(
+                    f"this memory has format {about['format']}, and this patcher reads up to {_FORMAT}; update patcher"
+                )
+            settings: dict[str, Any] = {name: int(about[name]) for name in ("split", "per_label", "seed")}
+            memory = cls(labels=tuple(str(label) for label in about["labels"]), **{**arrays, **settings})
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
+        if not all(np.isfinite(arrays[name]).all() for name in ("sums", "second_moment", "sample")):
+            raise RepositoryError("this memory is damaged: it holds values that are not finite")
+        return memory
+
+    def _place(self, label: str) -> int:
+        try:
+            return self.labels.index(label)
+        except ValueError:
+            raise LabelError(f"the memory knows no label {label!r} among its {len(self.labels)}") from None
+
+    def _sampled(self, rows: Floats, ids: Ints, counts: Ints) -> tuple[NDArray[np.float16], Ints]:
+        """The sample after more rows came: each sentence of a label had the same chance to be in it."""
+        rng = np.random.default_rng([self.seed, int(counts.sum())])
+        touched, arrivals = np.unique(ids, return_counts=True)
+        untouched = ~np.isin(self.sample_labels, touched)
+        parts, owners = [self.sample[untouched]], [self.sample_labels[untouched]]
+        order = np.argsort(ids, kind="stable")
+        for place, arrived in zip(touched.tolist(), np.split(order, np.cumsum(arrivals)[:-1]), strict=True):
+            held = np.flatnonzero(self.sample_labels == place)
+            kept = _reservoir(len(held), int(counts[place]) - len(arrived), len(arrived), self.per_label, rng)
+            old, new = held[kept[kept < len(held)]], arrived[kept[kept >= len(held)] - len(held)]
+            parts += [self.sample[old], _half(rows[new])]
+            owners.append(np.full(len(kept), place, np.int64))
+        return np.concatenate(parts), np.concatenate(owners)
+
+    def _chosen(self, ids: Ints, crowded: NDArray[np.bool_]) -> Ints:
+        """Positions in the sample, at most ``per_label`` of the crowded ones."""
+        places = np.flatnonzero(crowded)
+        if len(places) > self.per_label:
+            rng = np.random.default_rng([self.seed, len(ids)])
+            places = rng.choice(places, self.per_label, replace=False)
+        return np.sort(np.concatenate([np.flatnonzero(~crowded), places]))
+
+
+def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Generator) -> Ints:
+    """Positions in [held | arrived] that stay: a sample of ``room`` of ``seen + arrived``, each with equal chance."""
+    if held + arrived <= room and held == seen:
+        everything: Ints = np.arange(held + arrived, dtype=np.int64)
+        return everything
+    draws = rng.permutation(seen + arrived)[:room]
+    new = np.sort(draws[draws >= seen]) - seen + held
+    old = rng.permutation(held)[: room - len(new)]
+    kept: Ints = np.concatenate([np.sort(old), new]).astype(np.int64)
+    return kept
+
+
+def _rows(features: ArrayLike) -> Floats:
+    rows = np.asarray(features, np.float32)
+    if rows.ndim != 2:  # noqa: PLR2004  a matrix
+        raise InputError(f"features must be [n, width], got shape {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise InputError("features hold values that are not finite: the backbone overflowed or its file is damaged")
+    return rows
+
+
+def _half(rows: Floats) -> NDArray[np.float16]:
+    return np.clip(rows, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+
+
+def _moment(rows: Floats) -> Doubles:
+    """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for start in range(0, len(rows), 4096):
+        block = rows[start : start + 4096].astype(np.float64)
+        total += block.T @ block
+    return total
+
+
+def _read(data: bytes) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
+    """Header and arrays of a safetensors file, each of the type and order it must have."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        about = json.loads(header["__metadata__"]["patcher"])
+        arrays = load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
+    if not isinstance(about, dict) or set(arrays) != set(_ARRAYS):
+        raise RepositoryError(f"this file is no memory of ours: it holds {', '.join(sorted(arrays))}")
+    return about, arrays

@@ -1,0 +1,157 @@
+"""The rest of a label's life: removed, renamed, merged, each a new head version through the same rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import GateRefused, InputError, LabelError
+from patcher.examples import check_label
+from patcher.fit import fit
+from patcher.gate import judge
+from patcher.labelling import PatchSettings
+from patcher.lineage import next_lineage
+from patcher.rollout import roll_out
+from patcher.scope import fit_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patcher.gate import Verdict
+    from patcher.head import Head
+    from patcher.memory import Memory
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+_FEWEST = 2
+"""Labels of a classifier, and labels to merge."""
+
+__all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A published change of labels."""
+
+    classifier: str
+    version: int
+    parent_version: int
+    labels: int
+    served: bool
+    gate: str
+    verdict: Verdict | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {**vars(self), "verdict": self.verdict.to_dict() if self.verdict else None}
+
+
+def remove_label(classifier: Classifier, label: str, server: TritonServer | None = None) -> Change:
+    """Take a label out; its texts go to the best of the others, whose logits stay the same to the bit.
+
+    Raises LabelError where it is not there, or only two labels are left.
+    """
+    with classifier.repository.lock():
+        parent, memory = classifier.head(), classifier.memory()
+        head = parent.without(label)
+        if len(head.labels) < _FEWEST:
+            raise LabelError(f"{classifier.name} has {len(parent.labels)} labels; a classifier needs two at least")
+        return _publish(classifier, parent, head, _forgotten(memory, label), server, "remove", removed=(label,))
+
+
+def rename_label(classifier: Classifier, old: str, new: str, server: TritonServer | None = None) -> Change:
+    """Give a label another name; no number changes."""
+    check_label(new, "the new name")
+    with classifier.repository.lock():
+        parent, memory = classifier.head(), classifier.memory()
+        if old == new:
+            raise LabelError(f"{old!r} has that name already; nothing to change")
+        head = parent.renamed(old, new)
+        renamed = memory.rename(old, new) if memory and old in memory.labels else memory
+        return _publish(classifier, parent, head, renamed, server, "rename", renamed=((old, new),))
+
+
+def merge_labels(
+    classifier: Classifier,
+    labels: Sequence[str],
+    into: str,
+    server: TritonServer | None = None,
+    *,
+    max_flips: float = 0.005,
+    min_recall: float = 0.5,
+    force: bool = False,
+) -> Change:
+    """Make one label of several: they leave, and a row fitted on their remembered features comes in their place.
+
+    Raises
+    ------
+    InputError
+        where there is no memory with features of all of them.
+    GateRefused
+        where the one row would take more from the other labels, or find less of its own, than is allowed.
+    """
+    check_label(into, "the label to merge into")
+    limits = PatchSettings(max_flips, min_recall, force=force)
+    labels = tuple(dict.fromkeys(labels))
+    if len(labels) < _FEWEST:
+        raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
+    with classifier.repository.lock():
+        parent, memory = classifier.head(), classifier.memory()
+        head, features = parent, []
+        for label in labels:
+            head = head.without(label)
+            features.append(_remembered(memory, label))
+        if into in head.labels:
+            raise LabelError(f"{into!r} is another label already; name it among those to merge")
+        rest = memory
+        for label in labels:
+            rest = _forgotten(rest, label)
+        examples = {into: np.concatenate(features).astype(np.float32)}
+        made = fit(examples, head, rest, max_flips=limits.max_flips)
+        verdict = judge(head, made, examples, rest, max_flips=limits.max_flips, min_recall=limits.min_recall)
+        if not (verdict.passed or force):
+            raise GateRefused(f"the gate refused the merge: {verdict.sentence}", {"verdict": verdict.to_dict()})
+        merged = memory.merge(labels, into) if memory else None
+        change = _publish(
+            classifier, parent, made.apply(head), merged, server, "merge",
+            gate="passed" if verdict.passed else "forced",
+            added=(into,), removed=tuple(label for label in labels if label != into),
+        )  # fmt: skip
+        return dataclasses.replace(change, verdict=verdict)
+
+
+def _remembered(memory: Memory | None, label: str) -> Any:
+    rows = (
+        memory.sample[memory.sample_labels == memory.labels.index(label)] if memory and label in memory.labels else ()
+    )
+    if not len(rows):
+        raise InputError(
+            f"nothing is remembered of {label!r}, so that no row can be fitted for it; "
+            "merging needs a memory with features (`patcher export … --train FILE`)"
+        )
+    return rows
+
+
+def _forgotten(memory: Memory | None, label: str) -> Memory | None:
+    if memory is None or label not in memory.labels:
+        return memory
+    return memory.remove(label) if len(memory.labels) > 1 else None
+
+
+def _publish(
+    classifier: Classifier, parent: Head, head: Head, memory: Memory | None, server: TritonServer | None, method: str,
+    **lineage: Any,
+) -> Change:  # fmt: skip
+    head = dataclasses.replace(
+        head,
+        lineage=next_lineage(classifier, parent, method=method, **lineage),
+        # A name is no number: a rename leaves all scores as they are.
+        scope=fit_scope(memory, head) if memory is not None and method != "rename" else parent.scope,
+    )
+    switch = roll_out(classifier, head, memory, server)
+    return Change(
+        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, head.lineage.gate
+    )

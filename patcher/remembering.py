@@ -1,0 +1,87 @@
+"""The memory of a classifier: built from labelled data, at export or at any time after."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.errors import ExamplesError, LabelError
+from patcher.examples import split_labels
+from patcher.features import extract_features
+from patcher.head import MULTI_LABEL, Head
+from patcher.lineage import next_lineage
+from patcher.memory import Memory
+from patcher.rollout import Switch, roll_out
+from patcher.scope import fit_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from patcher.examples import Examples
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["build_memory", "label_ids", "remember"]
+
+FEATURES_A_LABEL = 20
+"""Real features kept of each label: enough to see a flip rate of 1 / (20 labels) with confidence."""
+
+
+def label_ids(head: Head, examples: Examples) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which text has which label: indices into ``examples`` and into the head's labels, one pair a text and label.
+
+    Raises LabelError, with the line, for a label that the head lacks.
+    """
+    rows, ids = [], []
+    for row, written in enumerate(examples.labelled()):
+        for label in split_labels(written) if head.problem == MULTI_LABEL else (written,):
+            try:
+                ids.append(head.index(label))
+            except LabelError as error:
+                raise LabelError(f"{examples.where(row)}: {error}") from None
+            rows.append(row)
+    return np.array(rows, np.int64), np.array(ids, np.int64)
+
+
+def build_memory(
+    head: Head, examples: Examples, features: NDArray[np.float32], *, per_label: int = FEATURES_A_LABEL
+) -> Memory:
+    """The memory of labelled texts with features FP32 ``[n, width]``; ``per_label`` 0 keeps statistics alone.
+
+    Raises LabelError for labels that the head lacks, ExamplesError where no text has a label.
+    """
+    rows, ids = label_ids(head, examples)
+    if not len(rows):
+        raise ExamplesError(f"{examples.source}: no text has a label; expected labelled texts")
+    return Memory.build(features[rows], ids, head.labels, head.split, per_label=per_label)
+
+
+def remember(
+    classifier: Classifier,
+    examples: Examples,
+    server: TritonServer | None = None,
+    *,
+    per_label: int = FEATURES_A_LABEL,
+    progress: Callable[[int], None] | None = None,
+) -> Switch:
+    """Build the memory anew from ``examples`` and publish it with the next head version, whose rows are the same.
+
+    Raises
+    ------
+    LabelError, ExamplesError
+        for labelled texts that do not fit the head.
+    NotServed
+        when the server would not serve the new version; the previous one is back.
+    """
+    with classifier.repository.lock():
+        parent = classifier.head()
+        label_ids(parent, examples)  # before minutes go into features
+        features = extract_features(classifier, examples.texts, None, progress)
+        memory = build_memory(parent, examples, features, per_label=per_label)
+        lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
+        head = dataclasses.replace(parent, scope=fit_scope(memory, parent), lineage=lineage)
+        return roll_out(classifier, head, memory, server)

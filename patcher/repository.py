@@ -1,0 +1,479 @@
+"""The model repository on disk: which classifiers there are, their head versions, and which one serves.
+
+Three rules keep it whole, whatever is interrupted:
+
+- a version folder is written elsewhere, flushed to disk and renamed into place, and never changes again;
+- what serves is the version pinned in the head's ``config.pbtxt``, replaced by one rename, so that a restarted server
+  serves what served before, whatever else lies beside it;
+- only the holder of the lock writes, and a dead process holds no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patcher import model_config
+from patcher.errors import Busy, InputError, RepositoryError, StorageError, VersionError
+from patcher.head_file import read_head, write_head
+from patcher.memory import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from patcher.head import Head
+
+__all__ = ["FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
+
+FORMAT = 1
+"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
+
+_FORMAT_FILE = "patcher.json"
+_LOCK_FILE = ".patcher.lock"
+_STAGING = ".patcher-staging-"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_ROLES = ("_head", "_features", "_tokenizer", "_backbone")
+_MODEL = "model.onnx"
+_MEMORY = "memory.safetensors"
+_CONFIG = "config.pbtxt"
+
+
+def check_name(name: str) -> str:
+    """The name of a classifier or backbone if it can be a folder and a Triton model, else InputError."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot name a model: expected letters, digits, '_', '-' and '.', at most 64 of them"
+        )
+    if name.endswith(_ROLES):
+        raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
+    return name
+
+
+@dataclass(frozen=True)
+class BackboneFiles:
+    """What an export hands over: the ONNX file of the backbone, and the tokenizer before it."""
+
+    model: Path
+    fingerprint: str
+    """SHA-256 of the file."""
+    tokenizer_json: str
+    """A Rust tokenizer with padding and truncation switched on."""
+    token_inputs: tuple[str, ...]
+    width: int
+
+
+class ModelRepository:
+    """A folder that Triton serves and this project writes.
+
+    Raises RepositoryError where ``root`` is none, or was written by a newer version of this project.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        if not _is_folder(self.root):
+            raise RepositoryError(
+                f"no model repository at {self.root}: no such folder; `patcher export MODEL --repo {self.root}` makes "
+                "one, --repo or $TRITON_MODEL_REPO names another"
+            )
+        self._check_format()
+
+    @classmethod
+    def create(cls, root: str | os.PathLike[str]) -> ModelRepository:
+        """Open the repository at ``root``, making folder and format file where there are none."""
+        path = Path(root)
+        with _storage(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / _FORMAT_FILE).exists():
+                _replace(path / _FORMAT_FILE, (json.dumps({"format": FORMAT}) + "\n").encode())
+        return cls(path)
+
+    def _check_format(self) -> None:
+        path = self.root / _FORMAT_FILE
+        try:
+            number = json.loads(path.read_text())["format"]
+        except FileNotFoundError:
+            raise RepositoryError(
+                f"{self.root} is no model repository of patcher: it has no {_FORMAT_FILE}; "
+                f"`patcher export MODEL --repo {self.root}` adds a classifier to it"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
+        if not isinstance(number, int) or number > FORMAT or number < 1:
+            raise RepositoryError(
+                f"{self.root} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
+            )
+
+    def classifiers(self) -> tuple[str, ...]:
+        """Names of the classifiers, sorted."""
+        names = (path.parent.name for path in self.root.glob(f"*/{_CONFIG}"))
+        return tuple(sorted(name for name in names if (self.root / f"{name}_head" / _CONFIG).is_file()))
+
+    def classifier(self, name: str | None = None) -> Classifier:
+        """One classifier by name; without a name the only one there is."""
+        names = self.classifiers()
+        if name is None:
+            if len(names) != 1:
+                found = f"{len(names)} classifiers ({', '.join(names)})" if names else "no classifier"
+                raise InputError(f"{self.root} holds {found}; expected --classifier NAME with one of them")
+            return Classifier(self, names[0])
+        if name not in names:
+            raise InputError(
+                f"no classifier {check_name(name)!r} in {self.root}; it holds {', '.join(names) or 'none'}"
+            )
+        return Classifier(self, name)
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float = 60.0) -> Iterator[None]:
+        """Hold the repository's lock, waiting ``timeout`` seconds for it at most (Busy).
+
+        The lock is the kernel's, on an open file: it goes with the process that holds it, however that ends. Whoever
+        holds it waits in vain for a second one: `add_label` and its like take it themselves.
+        """
+        import filelock
+
+        lock = filelock.FileLock(self.root / _LOCK_FILE)
+        with _storage(self.root):
+            try:
+                lock.acquire(timeout=timeout)
+            except filelock.Timeout as error:
+                raise Busy(
+                    f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it is done"
+                ) from error
+        try:
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
+        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
+            for leftover in self.root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def staging(self, model: str = "") -> Iterator[Path]:
+        """A folder on the repository's own file system, gone afterwards; the lock must be held.
+
+        Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
+        would stop a server that loads all it finds: only exports, which make new models, stage there.
+        """
+        with _storage(self.root):
+            path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / model))
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def add_backbone(self, name: str, files: BackboneFiles) -> None:
+        """Add a backbone with its tokenizer and features ensemble under ``name``; the lock must be held."""
+        check_name(name)
+        parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
+        self._refuse_existing(parts["features"])
+        configs = (
+            model_config.tokenizer_config(parts["tokenizer"], files.token_inputs),
+            model_config.backbone_config(parts["backbone"], files.token_inputs, files.width, files.fingerprint),
+            model_config.features_config(
+                parts["features"], parts["tokenizer"], parts["backbone"], files.token_inputs, files.width
+            ),
+        )
+        with self.staging() as staging:
+            for config in configs:
+                _stage_model(staging / config.name, config)
+            (staging / parts["tokenizer"] / "1" / "model.py").write_bytes(_tokenizer_source())
+            (staging / parts["tokenizer"] / "1" / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
+            shutil.copyfile(files.model, staging / parts["backbone"] / "1" / _MODEL)
+            self._move_in(staging, [config.name for config in configs])
+
+    def add_classifier(self, name: str, head: Head, memory: Memory | None = None, *, backbone: str) -> Classifier:
+        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held."""
+        check_name(name)
+        self._refuse_existing(name)
+        if len(_versions(self.root / f"{name}_head")) > 1:
+            raise RepositoryError(
+                f"{self.root}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that file, "
+                "or move the folder away first"
+            )
+        token_inputs, width, fingerprint = self._backbone(backbone)
+        if (head.width, head.lineage.backbone) != (width, fingerprint):
+            raise RepositoryError(
+                f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
+                f"{backbone} is {fingerprint[:12]} with {width}"
+            )
+        version = head.lineage.version
+        configs = (
+            model_config.head_config(f"{name}_head", head.width, version),
+            model_config.classifier_config(
+                name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs
+            ),
+        )
+        with self.staging() as staging:
+            for config in configs:
+                _stage_model(staging / config.name, config)
+            _write_version(staging / f"{name}_head" / str(version), head, memory)
+            self._move_in(staging, [config.name for config in configs])
+        return Classifier(self, name)
+
+    def remove_backbone(self, name: str) -> None:
+        """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
+        self._remove([f"{name}_{role}" for role in ("features", "backbone", "tokenizer")])
+
+    def remove_classifier(self, name: str) -> None:
+        """Take a classifier's models out again, its backbone not."""
+        self._remove([name, f"{name}_head"])
+
+    def has_backbone(self, name: str) -> bool:
+        """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
+        return (self.root / f"{name}_features" / _CONFIG).is_file()
+
+    def _backbone(self, name: str) -> tuple[tuple[str, ...], int, str]:
+        if not self.has_backbone(check_name(name)):
+            raise InputError(f"no backbone {name!r} in {self.root}")
+        message = self.config(f"{name}_backbone")
+        tokens = tuple(tensor.name for tensor in message.input)
+        return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
+
+    def config(self, model: str) -> Any:
+        """A model's ``config.pbtxt`` as a parsed message."""
+        path = self.root / model / _CONFIG
+        return model_config.parse(_read_text(path), str(path))
+
+    def _refuse_existing(self, name: str) -> None:
+        if (self.root / name / _CONFIG).exists():
+            raise InputError(f"{name} is in {self.root} already; choose another name, or remove its folders first")
+
+    def _move_in(self, staging: Path, names: Sequence[str]) -> None:
+        # The last name makes the whole visible; what an export left that was killed before it got there is in the way.
+        for name in names:
+            target = self.root / name
+            if target.exists():
+                target.rename(staging / f"leftover-{name}")
+            _flush_tree(staging / name)
+            (staging / name).rename(target)
+        _flush_folder(self.root)
+
+    def _remove(self, names: Sequence[str]) -> None:
+        with self.staging() as staging:
+            for name in names:
+                if (self.root / name).exists():
+                    (self.root / name).rename(staging / name)
+
+
+class Classifier:
+    """One classifier of a repository: its head versions and the one that serves."""
+
+    def __init__(self, repository: ModelRepository, name: str) -> None:
+        self.repository = repository
+        self.name = name
+        self.head_model = f"{name}_head"
+        steps = repository.config(name).ensemble_scheduling.step
+        try:
+            self.tokenizer_model, self.backbone_model = str(steps[0].model_name), str(steps[1].model_name)
+        except IndexError:
+            raise RepositoryError(
+                f"{repository.root / name / _CONFIG} is no classifier: it has no three steps"
+            ) from None
+        self.backbone: str = self.backbone_model.removesuffix("_backbone")
+        self.features_model = f"{self.backbone}_features"
+
+    @property
+    def root(self) -> Path:
+        """The repository's folder."""
+        return self.repository.root
+
+    @property
+    def backbone_path(self) -> Path:
+        """The backbone's ONNX file."""
+        return self.root / self.backbone_model / "1" / _MODEL
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's JSON file."""
+        return self.root / self.tokenizer_model / "1" / "tokenizer.json"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the backbone, as its configuration states it."""
+        value: str = self.repository.config(self.backbone_model).parameters["fingerprint"].string_value
+        return value
+
+    def versions(self) -> tuple[int, ...]:
+        """Head versions on disk, ascending."""
+        return _versions(self.root / self.head_model)
+
+    def serving(self) -> int:
+        """The version that a server of this repository serves: the one pinned in the head's configuration."""
+        path = self.root / self.head_model / _CONFIG
+        pinned = model_config.pinned_versions(self.repository.config(self.head_model))
+        if not pinned:
+            raise RepositoryError(f"{path} pins no version; expected version_policy {{ specific {{ versions: N }} }}")
+        return max(pinned)
+
+    def version_path(self, version: int) -> Path:
+        """Folder of a version; VersionError where there is none."""
+        path = self.root / self.head_model / str(version)
+        if not (path / _MODEL).is_file():
+            there = ", ".join(map(str, self.versions()))
+            raise VersionError(f"{self.name} has no version {version}; there are {there or 'none'} (`patcher history`)")
+        return path
+
+    def head(self, version: int | None = None) -> Head:
+        """A head version, the serving one by default."""
+        number = self.serving() if version is None else version
+        path = self.version_path(number) / _MODEL
+        try:
+            head = read_head(self.head_bytes(number))
+        except RepositoryError as error:
+            raise RepositoryError(f"{path}: {error}; `patcher rollback --to N` needs none but version N") from error
+        if head.lineage.version != number:
+            raise RepositoryError(f"{path} says it is version {head.lineage.version}; expected {number}")
+        return head
+
+    def head_bytes(self, version: int) -> bytes:
+        """The file of a head version as it lies on disk."""
+        return _read_bytes(self.version_path(version) / _MODEL)
+
+    def memory(self, version: int | None = None) -> Memory | None:
+        """The memory beside a head version; None where it was exported without one."""
+        path = self.version_path(self.serving() if version is None else version) / _MEMORY
+        if not path.exists():
+            return None
+        try:
+            return Memory.from_bytes(_read_bytes(path))
+        except RepositoryError as error:
+            raise RepositoryError(f"{path}: {error}; `patcher remember --data FILE` builds it anew") from error
+
+    def next_version(self) -> int:
+        """The number that the next patch gets: above all that were ever published here and still lie on disk."""
+        return max(self.versions(), default=0) + 1
+
+    def publish(self, head: Head, memory: Memory | None) -> Path:
+        """Put a new version on disk by one rename; it serves when it is pinned. The lock must be held."""
+        version = head.lineage.version
+        target = self.root / self.head_model / str(version)
+        with self.repository.staging(self.head_model) as staging:
+            _write_version(staging / str(version), head, memory)
+            _flush_tree(staging / str(version))
+            (staging / str(version)).rename(target)
+            _flush_folder(target.parent)
+        return target
+
+    def pin(self, version: int) -> None:
+        """Make ``version`` the one that serves, by one rename; a server learns of it at its next load."""
+        with self.pinned(version):
+            pass
+
+    @contextlib.contextmanager
+    def pinned(self, version: int) -> Iterator[None]:
+        """Pin ``version`` for good if the body ends well; else what was pinned before is back.
+
+        The way back is a rename of what was there, so that it works on a disk that is full, too. The lock must be held.
+        """
+        self.version_path(version)
+        path = self.root / self.head_model / _CONFIG
+        text = model_config.with_pin(_read_text(path), (version,), str(path))
+        with self.repository.staging(self.head_model) as staging:
+            before = staging / "before"
+            try:
+                before.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, before)
+            try:
+                _replace(path, text.encode(), staging)
+                yield
+            except BaseException:
+                before.replace(path)
+                raise
+
+    def withdraw(self, version: int) -> None:
+        """Take a version off the disk that never served; the serving one is refused. The lock must be held."""
+        if version == self.serving():
+            raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
+        with self.repository.staging(self.head_model) as staging:
+            self.version_path(version).rename(staging / str(version))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def _versions(folder: Path) -> tuple[int, ...]:
+    names = (path.parent.name for path in folder.glob(f"*/{_MODEL}"))
+    return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit() and int(name) > 0))
+
+
+def _stage_model(folder: Path, config: model_config.ModelConfig) -> None:
+    version = folder / str(config.versions[0] if config.versions else 1)
+    version.mkdir(parents=True)
+    if config.steps:
+        # An object store has no empty folders, and an ensemble without its version folder does not load.
+        (version / ".keep").touch()
+    (folder / _CONFIG).write_text(model_config.render(config), encoding="utf-8")
+
+
+def _write_version(folder: Path, head: Head, memory: Memory | None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / _MODEL).write_bytes(write_head(head))
+    if memory is not None:
+        (folder / _MEMORY).write_bytes(memory.to_bytes())
+
+
+def _tokenizer_source() -> bytes:
+    return (Path(__file__).parent / "triton" / "tokenizer" / "model.py").read_bytes()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise RepositoryError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+@contextlib.contextmanager
+def _storage(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write to {root}: {error.strerror or error}; nothing was changed") from error
+
+
+def _replace(path: Path, data: bytes, staging: Path | None = None) -> None:
+    temporary = (staging or path.parent) / f".{path.name}.new"
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def _flush_tree(folder: Path) -> None:
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            with (Path(directory) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        _flush_folder(Path(directory))
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Publish a head version, have the server serve it, prove that it does, or put the previous one back."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from patcher.errors import NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
+from patcher.features import check_same_backbone
+from patcher.head_file import write_head
+from patcher.runtime import check_head_file
+
+if TYPE_CHECKING:
+    from patcher.head import Head
+    from patcher.memory import Memory
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["PROBE_TEXT", "Switch", "probe", "roll_back", "roll_out", "validate"]
+
+PROBE_TEXT = "is anybody there?"
+"""Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of the serving version."""
+
+    version: int
+    previous: int
+    served: bool
+    """Whether a server was seen answering from ``version``; False where none was asked."""
+
+
+def validate(data: bytes, head: Head) -> None:
+    """Prove in ONNX Runtime, on a few made-up features, that the file ``data`` is ``head`` before it may serve.
+
+    Raises RepositoryError where the file does not load or does not answer as the numbers say.
+    """
+    rows = np.random.default_rng(0).standard_normal((3, head.width)).astype(np.float32)
+    check_head_file(data, head, rows)
+
+
+def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = PROBE_TEXT) -> None:
+    """ServerError unless the ensemble is ready and answers ``text`` from exactly ``head``.
+
+    A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
+    another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
+    """
+    check_same_backbone(classifier, server)
+    if not server.is_ready(classifier.name):
+        raise ServerError(f"the server's {classifier.name} is not ready")
+    (answer,) = server.classify(classifier.name, [text])
+    if answer.head_version != head.lineage.version:
+        raise ServerError(
+            f"the server answers from head version {answer.head_version}; expected {head.lineage.version}. "
+            "Does it serve this very repository?"
+        )
+    expected = head.logits(server.features(classifier.features_model, [text]))[0]
+    if answer.logits.shape != expected.shape:
+        raise ServerError(f"the server answers with {len(answer.logits)} logits; expected {len(expected)}")
+    if not np.allclose(answer.logits, expected, rtol=1e-3, atol=1e-2):
+        worst = float(np.abs(answer.logits - expected).max())
+        raise ServerError(f"the server's logits are off by {worst:.3g} from those of version {answer.head_version}")
+    if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
+        raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+
+
+def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: TritonServer | None) -> Switch:
+    """Publish ``head`` and make it the one that serves; the repository's lock must be held.
+
+    Raises
+    ------
+    RepositoryError, StorageError, ServerUnreachable
+        with nothing changed.
+    NotServed
+        when the server would not serve it; the previous version is pinned and loaded again.
+    """
+    _require_live(server)
+    validate(write_head(head), head)
+    classifier.publish(head, memory)
+    try:
+        return _switch(classifier, head, server)
+    except NotServed:
+        raise
+    except BaseException:
+        # Not a version that a server refused, but one that nobody ever asked for: it leaves no trace.
+        with contextlib.suppress(StorageError):
+            classifier.withdraw(head.lineage.version)
+        raise
+
+
+def roll_back(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
+    """Make version ``to`` serve, by default the parent of the one that serves now; the lock must be held."""
+    serving = classifier.serving()
+    if to is None:
+        to = classifier.head(serving).lineage.parent
+        if to is None:
+            raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
+    _require_live(server)
+    head = classifier.head(to)
+    validate(classifier.head_bytes(to), head)
+    return _switch(classifier, head, server)
+
+
+def _require_live(server: TritonServer | None) -> None:
+    # Before anything is published, so that a server that is not there costs nothing.
+    if server is not None and not server.is_live():
+        raise ServerUnreachable(
+            f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
+            "--url or $TRITON_URL names another, --no-load does without"
+        )
+
+
+def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
+    version, previous = head.lineage.version, classifier.serving()
+    asked = False
+    try:
+        with classifier.pinned(version):
+            if server is not None:
+                asked = True
+                server.load(classifier.head_model)
+                probe(classifier, head, server)
+    except BaseException as error:
+        # Whatever it was, the files are as before; now the server has to be, too.
+        if server is None or not asked or version == previous:
+            raise
+        _put_back(classifier, version, server, error)
+    return Switch(version, previous, served=server is not None)
+
+
+def _put_back(classifier: Classifier, version: int, server: TritonServer, cause: BaseException) -> NoReturn:
+    previous = classifier.serving()
+    try:
+        server.load(classifier.head_model)
+        probe(classifier, classifier.head(previous), server)
+    except PatcherError as error:
+        state = (
+            f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
+            f"`patcher rollback --to {previous}` tries again, a restarted server comes up on it"
+        )
+    else:
+        state = f"Version {previous} serves again"
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+    raise NotServed(
+        f"version {version} of {classifier.name} was published, but the server would not serve it: "
+        f"{str(cause) or type(cause).__name__}. {state}; `patcher rollback --to {version}` tries it once more",
+        {"version": version, "parent_version": previous, "published": True, "served": False},
+    ) from cause

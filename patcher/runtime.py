@@ -1,0 +1,115 @@
+"""ONNX files run in this process: the same files that Triton serves, without a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import RepositoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.head import Head
+
+__all__ = ["Encoder", "HeadAnswer", "check_head_file", "open_session", "run_head"]
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class HeadAnswer:
+    """A head's outputs for n inputs: labels ``[n, k]`` best first, their scores, logits ``[n, C]``, scope ``[n]``."""
+
+    labels: NDArray[np.object_]
+    scores: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    version: int
+    in_scope: NDArray[np.float32]
+
+
+def open_session(model: bytes | Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU; RepositoryError where the file does not load."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except _onnxruntime_errors() as error:
+        name = model if isinstance(model, Path) else "the file"
+        raise RepositoryError(f"ONNX Runtime cannot load {name}: {error}") from error
+
+
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
+    # They have no base class of their own, only a module.
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (*kinds, RuntimeError)
+
+
+def run_head(session: Any, features: NDArray[np.float32]) -> HeadAnswer:
+    """Run a head on features FP32 ``[n, width]``."""
+    names = ["label", "score", "logits", "head_version", "in_scope"]
+    label, score, logits, version, in_scope = session.run(names, {"features": features})
+    return HeadAnswer(label, score, logits, int(version[0, 0]), in_scope[:, 0])
+
+
+def check_head_file(data: bytes, head: Head, features: NDArray[np.float32]) -> None:
+    """Prove that ``data`` is ``head``: it loads, and answers ``features`` as the numbers say.
+
+    Raises RepositoryError with what differs; this runs before a version is published.
+    """
+    answer = run_head(open_session(data, threads=1), features)
+    expected = head.logits(features)
+    if not (np.isfinite(answer.logits).all() and np.isfinite(answer.in_scope).all()):
+        raise RepositoryError("the head file gives numbers that are not finite; nothing was published")
+    if answer.version != head.lineage.version:
+        raise RepositoryError(f"the head file answers as version {answer.version}; expected {head.lineage.version}")
+    if answer.logits.shape != expected.shape or not np.allclose(answer.logits, expected, rtol=1e-4, atol=1e-3):
+        raise RepositoryError("the head file's logits differ from its rows; nothing was published")
+    best = [head.labels[index] for index in answer.logits.argmax(axis=1)]
+    if best != answer.labels[:, 0].tolist():
+        raise RepositoryError("the head file's labels differ from its logits; nothing was published")
+
+
+class Encoder:
+    """Texts to features with a repository's own tokenizer and backbone files."""
+
+    def __init__(self, backbone: Path, tokenizer: Path, threads: int = 0) -> None:
+        from tokenizers import Tokenizer
+
+        self._session = open_session(backbone, threads)
+        self._names = tuple(tensor.name for tensor in self._session.get_inputs())
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # the Rust binding raises bare Exception, and nothing narrower
+            raise RepositoryError(f"cannot read the tokenizer {tokenizer}: {error}") from error
+
+    def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
+        """Features FP32 ``[n, width]``; texts of like length share a batch. ``progress`` hears how many are done."""
+        from patcher.triton.tokenizer.model import encode
+
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        rows: dict[int, NDArray[np.float32]] = {}
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            tokens: Mapping[str, Any] = encode(self._tokenizer, [texts[index] for index in batch], self._names)
+            try:
+                features = self._session.run(["features"], dict(tokens))[0]
+            except _onnxruntime_errors() as error:
+                raise RepositoryError(
+                    f"the backbone cannot run what the tokenizer beside it gives ({error}); do they belong together?"
+                ) from error
+            rows.update(zip(batch, features, strict=True))
+            if progress:
+                progress(len(rows))
+        return np.stack([rows[index] for index in range(len(texts))])

@@ -1,0 +1,174 @@
+"""How much an input looks like any of the known labels: one number, in numpy and inside the head's graph.
+
+With a memory of real features it comes from the distance to the nearest label's mean in whitened features (Mahalanobis;
+Lee et al. 2018, arXiv 1807.03888), in the directions in which the means differ: few enough to keep the head's file
+small, as ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a stated share of the remembered inputs exceeds.
+Those took part in the fine-tuning; fresh inputs lie further out, so that more of them score below 0.5. Without such a
+memory it is the largest probability, for which no limit can be given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import RepositoryError
+from patcher.fit.model import from_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx
+    from numpy.typing import NDArray
+
+    from patcher.fit.model import HeadLike
+    from patcher.memory import Memory
+
+    Floats = NDArray[np.float32]
+    Halves = NDArray[np.float16]
+
+__all__ = ["Distance", "Scope", "fit_scope", "scope_graph"]
+
+_RANK = 96
+"""Directions kept: with 135 labels and 768 features they cost 150 KB in the head's file."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The geometry: ``x @ projection - center`` is compared with ``means``; FP16 where it is only stored.
+
+    ``projection`` ``[width, r]``, ``center`` FP32 ``[r]``, ``means`` ``[M, r]``; ``limit`` FP32 ``[1]`` is the squared
+    distance that scores 0.5.
+    """
+
+    projection: Halves
+    center: Floats
+    means: Halves
+    limit: Floats
+
+    def squared(self, features: Floats) -> Floats:
+        """Squared distance to the nearest mean, FP32 ``[n]``."""
+        points = features @ self.projection.astype(np.float32) - self.center
+        means = self.means.astype(np.float32)
+        gaps = (points * points).sum(axis=1, keepdims=True) - 2.0 * points @ means.T + (means * means).sum(axis=1)
+        nearest: Floats = gaps.min(axis=1)
+        return nearest
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Scores inputs from 0 (none of these labels) to 1.
+
+    ``false_alarms`` is the share of the remembered inputs that score below 0.5; None where nothing calibrated that.
+    """
+
+    problem: str
+    distance: Distance | None = None
+    false_alarms: float | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether 0.5 means anything."""
+        return self.false_alarms is not None
+
+    def score(self, features: Floats, logits: Floats) -> Floats:
+        """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
+        if self.distance is None:
+            return _largest_probability(logits, self.problem)
+        ratio = self.distance.squared(features) / self.distance.limit
+        scores: Floats = (1.0 / (1.0 + ratio * ratio)).astype(np.float32)
+        return scores
+
+    def settings(self) -> dict[str, Any]:
+        """What the head's metadata keeps; the arrays are in its graph."""
+        kind = "softmax" if self.distance is None else "distance"
+        return {"kind": kind, "problem": self.problem, "false_alarms": self.false_alarms}
+
+    @classmethod
+    def from_arrays(cls, settings: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Scope:
+        """The scorer that ``settings`` and the graph's initializers describe; RepositoryError where they do not."""
+        try:
+            distance = None
+            if settings["kind"] != "softmax":
+                distance = Distance(*(arrays[f"scope_{field.name}"] for field in dataclasses.fields(Distance)))
+            alarms = settings["false_alarms"]
+            return cls(settings["problem"], distance, None if alarms is None else float(alarms))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RepositoryError(
+                f"this head's out-of-scope scorer is damaged: {type(error).__name__} {error}"
+            ) from error
+
+
+def fit_scope(memory: Memory | None, head: HeadLike, *, false_alarms: float = 0.05) -> Scope:
+    """The scorer of a head, from the memory of its labels; ``false_alarms`` of its inputs score below 0.5.
+
+    That is set on the memory's real features; without them (a memory of statistics, or none) the largest probability
+    has to do.
+    """
+    if memory is None or not len(memory.sample):
+        return Scope(head.problem)
+    old = from_memory(memory, head)
+    means = old.whitening.of(old.means)
+    axes = np.linalg.svd(means - means.mean(axis=0), full_matrices=False)[2][:_RANK].T
+    projection = (old.whitening.points @ axes).astype(np.float16)
+    center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
+    distance = Distance(projection, center, (means @ axes).astype(np.float16), np.ones(1, np.float32))
+    known = distance.squared(memory.sample.astype(np.float32))
+    limit = max(float(np.quantile(known, 1.0 - false_alarms)), 1e-6)
+    distance = dataclasses.replace(distance, limit=np.array([limit], np.float32))
+    return Scope(head.problem, distance, false_alarms)
+
+
+def scope_graph(
+    scope: Scope, features: str, logits: str, out: str
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes and initializers (opset 17, names starting with ``scope_``) that compute ``out`` FP32 ``[batch, 1]``."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node
+    if scope.distance is None:
+        single = scope.problem == "single_label"
+        chances = node("Softmax", [logits], ["scope_chances"], axis=1) if single else None
+        return [
+            chances or node("Sigmoid", [logits], ["scope_chances"]),
+            node("ReduceMax", ["scope_chances"], [out], axes=[1], keepdims=1),
+        ], []
+    means = scope.distance.means.astype(np.float32)
+    arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
+    arrays |= {
+        "scope_lengths": (means * means).sum(axis=1),
+        "scope_minus_two": np.array(-2.0, np.float32),
+        "scope_axis": np.array([1], np.int64),
+        "scope_one": np.array(1.0, np.float32),
+    }
+    nodes = [
+        node("Cast", ["scope_projection"], ["scope_axes"], to=TensorProto.FLOAT),
+        node("Cast", ["scope_means"], ["scope_places"], to=TensorProto.FLOAT),
+        node("MatMul", [features, "scope_axes"], ["scope_raw"]),
+        node("Sub", ["scope_raw", "scope_center"], ["scope_points"]),
+        node("Transpose", ["scope_places"], ["scope_columns"], perm=[1, 0]),
+        node("MatMul", ["scope_points", "scope_columns"], ["scope_dots"]),
+        node("Mul", ["scope_dots", "scope_minus_two"], ["scope_cross"]),
+        node("Add", ["scope_cross", "scope_lengths"], ["scope_gaps"]),
+        node("ReduceMin", ["scope_gaps"], ["scope_least"], axes=[1], keepdims=1),
+        node("Mul", ["scope_points", "scope_points"], ["scope_squares"]),
+        node("ReduceSum", ["scope_squares", "scope_axis"], ["scope_length"], keepdims=1),
+        node("Add", ["scope_least", "scope_length"], ["scope_distance"]),
+        node("Div", ["scope_distance", "scope_limit"], ["scope_ratio"]),
+        node("Mul", ["scope_ratio", "scope_ratio"], ["scope_ratios"]),
+        node("Add", ["scope_ratios", "scope_one"], ["scope_sum"]),
+        node("Reciprocal", ["scope_sum"], [out]),
+    ]
+    return nodes, [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+
+
+def _largest_probability(logits: Floats, problem: str) -> Floats:
+    if problem == "single_label":
+        above = logits - logits.max(axis=1, keepdims=True)
+        chances: Floats = (1.0 / np.exp(above).sum(axis=1)).astype(np.float32)
+    else:
+        chances = (1.0 / (1.0 + np.exp(-logits.max(axis=1)))).astype(np.float32)
+    return chances

@@ -1,0 +1,337 @@
+"""Triton's ``onnxruntime`` backend as a Python-based one: runs ``model.onnx`` where the C++ backend is not installed.
+
+It stands in for NVIDIA's C++ backend, so that the repository which serves in production serves from ``pip`` alone. What
+that one refuses at load, this one refuses (:func:`check_model`): a stand-in that accepts more would hide a fault until
+production. It reads the same settings: ``parameters`` (threads, memory, execution mode), ``optimization.graph.level``,
+``default_model_filename``, the instances' kind and device. Sequence batching, ragged batches and custom operators it
+has not, and says so.
+
+The file runs inside Triton's stub process and must import nothing of this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import CoroutineType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+try:
+    import triton_python_backend_utils as pb_utils
+except ImportError:  # imported outside Triton: check_model and the session's options work there too
+    pb_utils = None
+
+_ELEMENTS = {  # Triton's data types in onnxruntime's words; other ONNX types cannot pass through Triton
+    "TYPE_BOOL": "bool",
+    "TYPE_UINT8": "uint8",
+    "TYPE_UINT16": "uint16",
+    "TYPE_UINT32": "uint32",
+    "TYPE_UINT64": "uint64",
+    "TYPE_INT8": "int8",
+    "TYPE_INT16": "int16",
+    "TYPE_INT32": "int32",
+    "TYPE_INT64": "int64",
+    "TYPE_FP16": "float16",
+    "TYPE_FP32": "float",
+    "TYPE_FP64": "double",
+    "TYPE_STRING": "string",
+}
+_DATA_TYPES = {f"tensor({element})": name for name, element in _ELEMENTS.items()}
+_GRAPH_LEVELS = {
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
+
+
+class Asyncio(ModuleType):
+    """Stands for `asyncio` until more of it is asked for than Triton's stub asks.
+
+    After the first ``execute`` the stub imports `asyncio` to learn whether the answer is a coroutine. That costs ten
+    times what the head's session does, and the first answer of every new head version would wait for it.
+    """
+
+    @staticmethod
+    def iscoroutine(value: object) -> bool:
+        """Whether ``value`` is a coroutine."""
+        return isinstance(value, CoroutineType)
+
+    def __getattr__(self, name: str) -> Any:
+        sys.modules.pop(self.__name__, None)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class LoadError(Exception):
+    """The model cannot be served under its configuration; the message says what was got and what was expected."""
+
+
+class Signature(NamedTuple):
+    """What an ONNX file says of one tensor: Triton's data type and dims, -1 where they are not fixed."""
+
+    data_type: str
+    dims: tuple[int, ...]
+
+
+class TritonPythonModel:
+    """One instance of one model: a session, fed with all requests of a call at once where their shapes agree."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the session and hold the file against the configuration."""
+        config = json.loads(args["model_config"])
+        try:
+            path = model_path(config, args["model_repository"], args["model_version"])
+            device = int(args["model_instance_device_id"])
+            self._session = open_session(config, path, args["model_instance_kind"], device)
+            check_model(config, self._session)
+            self._run_options = _run_options(config)
+        except LoadError as error:
+            raise pb_utils.TritonModelException(f"unable to load model '{config['name']}': {error}") from None
+        self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
+        self._batches = int(config.get("max_batch_size", 0)) > 0
+        sys.modules.setdefault("asyncio", Asyncio("asyncio"))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response for each request; a request that onnxruntime cannot answer gets its error alone."""
+        responses: list[Any] = [None] * len(requests)
+        feeds: list[dict[str, Any]] = []
+        groups: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            feed = self._feed(request)
+            feeds.append(feed)
+            key = tuple((name, value.shape[1:]) for name, value in feed.items()) if self._batches else index
+            groups.setdefault(key, []).append(index)
+        for members in groups.values():
+            self._answer(requests, feeds, members, responses)
+        return responses
+
+    def _feed(self, request: Any) -> dict[str, Any]:
+        feed = {}
+        for name, text in self._inputs:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:  # an optional input that the client left out
+                value = tensor.as_numpy()
+                feed[name] = _decode(value) if text else value
+        return feed
+
+    def _answer(
+        self, requests: Sequence[Any], feeds: Sequence[dict[str, Any]], members: Sequence[int], responses: list[Any]
+    ) -> None:
+        wanted = [requests[index].requested_output_names() for index in members]
+        names = list(dict.fromkeys(name for each in wanted for name in each))
+        first = feeds[members[0]]
+        joined = len(members) > 1
+        feed = {name: np.concatenate([feeds[i][name] for i in members]) for name in first} if joined else first
+        try:
+            results = dict(zip(names, self._session.run(names, feed, self._run_options), strict=True))
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen kinds; the client gets it, the server goes on
+            if joined:  # find the request that is at fault
+                for index in members:
+                    self._answer(requests, feeds, [index], responses)
+            else:
+                responses[members[0]] = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"onnxruntime: {error}"))
+            return
+        start = 0
+        for index, outputs in zip(members, wanted, strict=True):
+            stop = start + len(next(iter(feeds[index].values()))) if joined else None
+            own = ((name, results[name][start:stop] if joined else results[name]) for name in outputs)
+            tensors = [pb_utils.Tensor(name, value) for name, value in own]
+            responses[index] = pb_utils.InferenceResponse(output_tensors=tensors)
+            start = stop or 0
+
+
+def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
+    """Where the model's file lies; LoadError when it is missing."""
+    path = Path(folder, version, config.get("default_model_filename") or "model.onnx")
+    if path.is_dir():
+        path /= "model.onnx"
+    if not path.is_file():
+        raise LoadError(f"no file '{path}'; expected the version's ONNX file there")
+    return path
+
+
+def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int) -> Any:
+    """A session on the instance's device, with the options that the configuration asks for.
+
+    Raises LoadError for an accelerator that is unknown or not there, a setting that makes no sense, and for a file that
+    onnxruntime does not read.
+    """
+    providers = _providers(config, kind, device)
+    options = session_options(config)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # noqa: BLE001 - whatever onnxruntime finds wrong with the file, Triton reports
+        raise LoadError(f"onnxruntime {ort.__version__} cannot read '{path}': {error}") from None
+    wanted = providers[0][0]
+    if session.get_providers()[0] != wanted:  # onnxruntime goes on silently with the CPU
+        raise LoadError(f"an instance of kind {kind} got {session.get_providers()[0]}; expected {wanted}")
+    return session
+
+
+def session_options(config: Mapping[str, Any]) -> Any:
+    """The session's options from ``parameters`` and ``optimization``, by the C++ backend's names and defaults."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+    options.graph_optimization_level = _GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    mode = _integer(config, "execution_mode")
+    if mode not in (0, 1):
+        raise LoadError(f"execution_mode is {mode}; expected 0 (sequential) or 1 (parallel)")
+    options.execution_mode = ort.ExecutionMode.ORT_PARALLEL if mode else ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = max(_integer(config, "intra_op_thread_count"), 0)
+    options.inter_op_num_threads = max(_integer(config, "inter_op_thread_count"), 0)
+    options.enable_cpu_mem_arena = _boolean(config, "enable_mem_arena")
+    options.enable_mem_pattern = _boolean(config, "enable_mem_pattern")
+    initializers = "session.use_device_allocator_for_initializers"
+    if value := _parameter(config, initializers):
+        options.add_session_config_entry(initializers, value)
+    return options
+
+
+def check_model(config: Mapping[str, Any], session: Any) -> None:
+    """LoadError where the file contradicts the configuration, by the C++ backend's rules.
+
+    As many required inputs as the file has, every name in the file, equal data types, a free first axis under
+    ``max_batch_size``, no optional input under it. Dims of an output equal the file's exactly; of an input only where
+    the file fixes them. Outputs may be left out. (ValidateInputs, ValidateOutputs and CompareDimsSupported of
+    triton-inference-server/onnxruntime_backend.)
+    """
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise LoadError(f"the configuration asks for {key}, which this Python-based backend has not")
+    batches = int(config.get("max_batch_size", 0)) > 0
+    inputs = _signatures(session.get_inputs())
+    required = [entry for entry in config["input"] if not entry.get("optional")]
+    if len(required) != len(inputs):
+        raise LoadError(
+            f"configuration expects {len(required)} inputs ({_names(required)}), "
+            f"model provides {len(inputs)} ({', '.join(inputs)})"
+        )
+    inputs |= _signatures(session.get_overridable_initializers())
+    for entry in config["input"]:
+        if entry.get("optional") and batches:
+            raise LoadError(f"optional input '{entry['name']}' is not supported for models that support batching")
+        if entry.get("allow_ragged_batch"):
+            raise LoadError(f"input '{entry['name']}' allows ragged batches, which this Python-based backend has not")
+        _check_tensor("input", entry, inputs, batches)
+    outputs = _signatures(session.get_outputs())
+    for entry in config["output"]:
+        _check_tensor("output", entry, outputs, batches)
+
+
+def _check_tensor(kind: str, entry: Mapping[str, Any], there: Mapping[str, Signature], batches: bool) -> None:
+    name = entry["name"]
+    if name not in there:
+        raise LoadError(f"unexpected inference {kind} '{name}', allowed {kind}s are: {', '.join(sorted(there))}")
+    data_type, dims = there[name]
+    if entry["data_type"] != data_type:
+        raise LoadError(
+            f"configuration expects datatype {entry['data_type']} for {kind} '{name}', model provides {data_type}"
+        )
+    shape = entry["reshape"].get("shape", []) if "reshape" in entry else entry["dims"]
+    stated = tuple(int(dim) for dim in shape)
+    if not dims and not batches:
+        if any(dim != 1 for dim in stated):
+            raise LoadError(f"{kind} '{name}' is a scalar in the model, the configuration specifies {list(stated)}")
+        return
+    if batches and (not dims or dims[0] != -1):
+        raise LoadError(
+            f"{kind} '{name}': under max_batch_size > 0 the first dimension must be -1; "
+            f"the shape expected by the model is {list(dims)}"
+        )
+    if batches:
+        stated = (-1, *stated)
+    loose = kind == "input"
+    equal = (a == b or (a == -1 and loose) for a, b in zip(dims, stated, strict=False))
+    if len(dims) != len(stated) or not all(equal):
+        raise LoadError(
+            f"{kind} '{name}': the model expects shape {list(dims)} but the configuration specifies {list(stated)}"
+            + (" (with the batch dimension that max_batch_size adds)" if batches else "")
+        )
+
+
+def _signatures(tensors: Sequence[Any]) -> dict[str, Signature]:
+    there = {}
+    for tensor in tensors:
+        if tensor.type not in _DATA_TYPES:
+            raise LoadError(
+                f"'{tensor.name}' is a {tensor.type} in the model; expected one of {', '.join(_DATA_TYPES)}"
+            )
+        dims = tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+        there[tensor.name] = Signature(_DATA_TYPES[tensor.type], dims)
+    return there
+
+
+def _providers(config: Mapping[str, Any], kind: str, device: int) -> list[tuple[str, dict[str, str]]]:
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    for entry in accelerators.get("cpu_execution_accelerator", []):
+        raise LoadError(f"unknown Execution Accelerator '{entry['name']}' is requested for the CPU; expected none")
+    providers = []
+    if kind == "GPU":
+        cuda = {"device_id": str(device)}
+        for entry in accelerators.get("gpu_execution_accelerator", []):
+            if entry["name"] == "tensorrt":
+                providers.append(("TensorrtExecutionProvider", {"device_id": str(device)}))
+            elif entry["name"] == "cuda":
+                cuda |= entry.get("parameters", {})
+            else:
+                raise LoadError(
+                    f"unknown Execution Accelerator '{entry['name']}' is requested; expected tensorrt or cuda"
+                )
+        providers.append(("CUDAExecutionProvider", cuda))
+    providers.append(("CPUExecutionProvider", {}))
+    missing = [name for name, _ in providers if name not in ort.get_available_providers()]
+    if missing:
+        raise LoadError(f"this onnxruntime has no {missing[0]}; expected one of {ort.get_available_providers()}")
+    return providers
+
+
+def _run_options(config: Mapping[str, Any]) -> Any:
+    shrink = "memory.enable_memory_arena_shrinkage"
+    value = _parameter(config, shrink)
+    if value is None:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry(shrink, value)
+    return options
+
+
+def _parameter(config: Mapping[str, Any], name: str) -> str | None:
+    entry = config.get("parameters", {}).get(name)
+    return None if entry is None else str(entry["string_value"])
+
+
+def _integer(config: Mapping[str, Any], name: str) -> int:
+    value = _parameter(config, name)
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise LoadError(f"parameter {name} is '{value}'; expected a whole number") from None
+
+
+def _boolean(config: Mapping[str, Any], name: str) -> bool:
+    value = _parameter(config, name)
+    if value is None:
+        return True
+    if value.lower() not in _BOOLEANS:
+        raise LoadError(f"parameter {name} is '{value}'; expected one of {', '.join(_BOOLEANS)}")
+    return _BOOLEANS[value.lower()]
+
+
+def _names(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(entry["name"] for entry in entries)
+
+
+def _decode(value: Any) -> Any:
+    # Triton hands bytes, onnxruntime takes str
+    flat = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in value.reshape(-1)]
+    return np.array(flat, dtype=object).reshape(value.shape)

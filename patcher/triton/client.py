@@ -1,0 +1,314 @@
+"""The server as seen by everything else here: text in, answers and features out, and model control, over gRPC."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+__all__ = ["Answer", "ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
+
+_IN_FLIGHT = 2
+"""Requests sent at once where texts need several: the server tokenizes one while its backbone runs the other."""
+_PROBE_SECONDS = 5.0
+_LARGEST_MESSAGE = 2**31 - 1
+_LARGEST_PORT = 2**16 - 1
+_LOOPBACK = ("localhost", "127.", "[::1]")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a classifier said about one text.
+
+    ``labels`` and ``scores`` are the best few, best first; ``logits`` FP32 ``[labels]`` are all of them, in the head's
+    own order; ``in_scope`` is None where the classifier gives none. All come from head ``head_version``.
+    """
+
+    text: str
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    logits: NDArray[np.float32]
+    head_version: int
+    in_scope: float | None
+
+
+@dataclass(frozen=True)
+class ServerMetadata:
+    """The server's name, version and extensions."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One line of the repository index: ``state`` is READY, UNAVAILABLE, LOADING, UNLOADING or empty (never loaded)."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """What one version of a model has done since it was loaded; times are sums over requests, in nanoseconds."""
+
+    name: str
+    version: str
+    inferences: int
+    executions: int
+    successes: int
+    failures: int
+    queue_ns: int
+    compute_ns: int
+
+
+class TritonServer:
+    """A Triton server at ``url`` (gRPC, HOST:PORT).
+
+    ``admin_key`` goes along with model control, where the server restricts that; ``timeout`` in seconds bounds every
+    call. Every method raises ServerUnreachable where nobody answers in time and ServerRefused where the server says no;
+    what it could not do otherwise is a ServerError.
+    """
+
+    def __init__(self, url: str = "localhost:8001", *, admin_key: str | None = None, timeout: float = 60.0) -> None:
+        host, colon, port = url.rpartition(":")
+        if not (host and colon and port.isdigit() and 0 < int(port) <= _LARGEST_PORT) or "/" in url:
+            raise InputError(f"server address {url!r}; expected HOST:PORT of its gRPC service, such as localhost:8001")
+        self.url = url
+        self.timeout = timeout
+        self._headers = admin_headers(admin_key)
+        self._batch_sizes: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next call opens a new one."""
+        if client := self.__dict__.pop("_client", None):
+            client.close()
+
+    @cached_property
+    def _client(self) -> Any:
+        import tritonclient.grpc as triton
+
+        # A proxy from the environment would be asked for this very machine, too.
+        proxy = int(not self.url.startswith(_LOOPBACK))
+        arguments = [
+            ("grpc.max_send_message_length", _LARGEST_MESSAGE),
+            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+            ("grpc.enable_http_proxy", proxy),
+        ]
+        return triton.InferenceServerClient(self.url, channel_args=arguments)
+
+    @contextmanager
+    def _asked(self, what: str, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+        from tritonclient.utils import InferenceServerException
+
+        seconds = self.timeout if timeout is None else timeout
+        try:
+            yield {"headers": self._headers, "client_timeout": seconds}
+        except InferenceServerException as error:
+            raise self._error(what, error, seconds) from error
+
+    def _error(self, what: str, error: Any, seconds: float) -> ServerError:
+        status = (error.status() or "").removeprefix("StatusCode.")
+        message = " ".join((error.message() or "no reason given").split())
+        if "protocol is restricted" in message:
+            got = "the wrong admin key" if self._headers else "no admin key"
+            return ServerRefused(
+                f"{self.url} restricts model control and got {got}; "
+                "give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
+            )
+        if status == "DEADLINE_EXCEEDED":
+            return ServerUnreachable(
+                f"{self.url} did not {what} within {seconds:g} s: is it hanging, overloaded, or no gRPC port? "
+                "`patcher doctor` asks again"
+            )
+        if status == "UNAVAILABLE" and "unknown model" not in message:
+            return ServerUnreachable(
+                f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
+                "--url or $TRITON_URL names another"
+            )
+        if status == "NOT_FOUND" or "unknown model" in message:
+            return ServerRefused(f"{self.url} could not {what}: {message}; `patcher doctor` says what it serves")
+        if status in (
+            "INVALID_ARGUMENT",
+            "PERMISSION_DENIED",
+            "UNAUTHENTICATED",
+            "RESOURCE_EXHAUSTED",
+            "UNIMPLEMENTED",
+        ):
+            return ServerRefused(f"{self.url} refused to {what}: {message}")
+        return ServerError(f"{self.url} failed to {what}: {message} ({status or 'no status'})")
+
+    def is_live(self) -> bool:
+        """Whether a Triton server answers here; False also where nobody does."""
+        try:
+            with self._asked("say that it lives", min(self.timeout, _PROBE_SECONDS)) as options:
+                return bool(self._client.is_server_live(**options))
+        except ServerError:
+            return False
+
+    def is_ready(self, model: str, version: str = "") -> bool:
+        """Whether the server serves ``model``, any version or the given one; False for one that it does not know."""
+        try:
+            with self._asked(f"say whether {model} is ready") as options:
+                return bool(self._client.is_model_ready(model, version, **options))
+        except ServerRefused:
+            return False
+
+    def server_metadata(self) -> ServerMetadata:
+        """The server's name and version."""
+        with self._asked("tell its version") as options:
+            answer = self._client.get_server_metadata(**options)
+        return ServerMetadata(answer.name, answer.version, tuple(answer.extensions))
+
+    def model_config(self, model: str) -> Any:
+        """The configuration that ``model`` is served under, a ``ModelConfig`` message."""
+        with self._asked(f"tell the configuration of {model}") as options:
+            return self._client.get_model_config(model, **options).config
+
+    def repository_index(self) -> list[ModelStatus]:
+        """Every model in the server's repository; those loaded once with their versions and states."""
+        with self._asked("list its models") as options:
+            answer = self._client.get_model_repository_index(**options)
+        return [ModelStatus(each.name, each.version, each.state, each.reason) for each in answer.models]
+
+    def statistics(self, model: str = "") -> list[ModelStatistics]:
+        """Counts and times of each served version of ``model``, or of all models."""
+        with self._asked(f"tell the statistics of {model or 'its models'}") as options:
+            answer = self._client.get_inference_statistics(model, **options)
+        found = []
+        for each in answer.model_stats:
+            stats = each.inference_stats
+            compute = stats.compute_input.ns + stats.compute_infer.ns + stats.compute_output.ns
+            counts = (each.inference_count, each.execution_count, stats.success.count, stats.fail.count)
+            found.append(ModelStatistics(each.name, each.version, *counts, stats.queue.ns, compute))
+        return found
+
+    def load(self, model: str) -> None:
+        """Have the server load ``model`` again as the files now are; a version that serves goes on until then.
+
+        That the call returns proves little (an ensemble above the model may be gone): ask for an answer afterwards.
+        """
+        with self._asked(f"load {model}") as options:
+            self._client.load_model(model, **options)
+        self._batch_sizes.clear()
+
+    def unload(self, model: str) -> None:
+        """Have the server stop serving ``model``."""
+        with self._asked(f"unload {model}") as options:
+            self._client.unload_model(model, **options)
+
+    def classify(self, classifier: str, texts: Sequence[str]) -> list[Answer]:
+        """The classifier's answer to each text, in the order given; texts of like length share a request.
+
+        Raises
+        ------
+        InputError
+            for a text that is not valid Unicode.
+        """
+        return self._infer(classifier, texts, _answers)
+
+    def features(self, model: str, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`."""
+        rows = self._infer(model, texts, lambda _, result: list(result.as_numpy("features")))
+        if not rows:
+            (output,) = self.model_config(model).output
+            return np.empty((0, output.dims[0]), dtype=np.float32)
+        return np.stack(rows)
+
+    def _infer(self, model: str, texts: Sequence[str], read: Any) -> list[Any]:
+        encoded = [_encoded(text) for text in texts]
+        if not encoded:
+            return []
+        size = self._batch_size(model)
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def ask(batch: Sequence[int]) -> list[Any]:
+            result = self._request(model, [encoded[index] for index in batch])
+            return list(read([texts[index] for index in batch], result))
+
+        if len(batches) == 1:
+            answers = [ask(batches[0])]
+        else:
+            with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+                answers = list(pool.map(ask, batches))
+        found: dict[int, Any] = {}
+        for batch, rows in zip(batches, answers, strict=True):
+            found.update(zip(batch, rows, strict=True))
+        return [found[index] for index in range(len(encoded))]
+
+    def _request(self, model: str, encoded: Sequence[bytes]) -> Any:
+        import tritonclient.grpc as triton
+
+        values = np.empty((len(encoded), 1), dtype=object)
+        values[:, 0] = encoded
+        tensor = triton.InferInput("text", list(values.shape), "BYTES")
+        tensor.set_data_from_numpy(values)
+        with self._asked(f"answer a request to {model}") as options:
+            return self._client.infer(model, [tensor], **options)
+
+    def _batch_size(self, model: str) -> int:
+        if model not in self._batch_sizes:
+            self._batch_sizes[model] = max(self.model_config(model).max_batch_size, 1)
+        return self._batch_sizes[model]
+
+
+def admin_headers(key: str | None) -> dict[str, str] | None:
+    """The gRPC header that opens restricted model control; InputError for a key that no header can carry."""
+    if key is None:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+        raise InputError("the admin key must be printable ASCII without blanks around it")
+    return {"triton-grpc-protocol-admin-key": key}
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"a text holds half a character at position {error.start} ({error.reason}): {text!r}"
+        ) from None
+
+
+def _answers(texts: Sequence[str], result: Any) -> list[Answer]:
+    labels, scores, logits = (result.as_numpy(name) for name in ("label", "score", "logits"))
+    versions, scope = result.as_numpy("head_version"), result.as_numpy("in_scope")
+    return [
+        Answer(
+            text,
+            tuple(label.decode() for label in labels[row]),
+            tuple(float(score) for score in scores[row]),
+            logits[row],
+            int(versions[row, 0]),
+            None if scope is None else float(scope[row, 0]),
+        )
+        for row, text in enumerate(texts)
+    ]

@@ -1,0 +1,187 @@
+"""The real tritonserver that the wheel ``nvidia-pytriton`` brings, put together so that it runs with this interpreter.
+
+The wheel holds the server, its libraries and a Python stub for each Python version, but no backend folder, and its
+stub reads no environment variable: it takes the environment that the ``python3`` first on the PATH belongs to, as any
+Python does that finds a ``pyvenv.cfg`` beside itself. So a folder is built, once for each interpreter and
+installation::
+
+    <folder>/backends/python/{libtriton_python.so, triton_python_backend_utils.py, triton_python_backend_stub}
+    <folder>/backends/onnxruntime/model.py          the backend of this package
+    <folder>/env/{pyvenv.cfg, bin/python3, lib/python3.X/site-packages/patcher_stub.pth}
+                                                    this interpreter, its standard library, where its packages lie
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from patcher.errors import ToolError
+
+__all__ = ["Installation", "find_installation", "find_libpython"]
+
+_HERE = Path(__file__).parent
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_INSTALL = "pip install 'triton-label-patcher[serve]'"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can be started: ``command`` with ``environment`` added to the process's own."""
+
+    binary: Path
+    backends: Path
+    caches: Path
+    environment: dict[str, str]
+
+
+def find_installation() -> Installation:
+    """The wheel's tritonserver with its backend folder for this interpreter, built if it is not there yet.
+
+    Raises
+    ------
+    ToolError
+        where the wheel, its stub for this Python or the interpreter's shared library is missing, with what to install.
+    """
+    server, libraries = _wheel()
+    stub = server / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
+    if not stub.is_file():
+        there = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
+        raise ToolError(f"nvidia-pytriton has no stub for Python {_PYTHON}; expected one of {there}: use such a Python")
+    _check_numpy()
+    folder = _assembled(server, stub)
+    search = [str(libraries)]
+    libpython = find_libpython(libraries)
+    if libpython:
+        search.append(str(libpython))
+    if inherited := os.environ.get("LD_LIBRARY_PATH"):
+        search.append(inherited)
+    environment = {
+        "LD_LIBRARY_PATH": os.pathsep.join(search),
+        "PATH": os.pathsep.join([str(folder / "env" / "bin"), os.environ.get("PATH", os.defpath)]),
+    }
+    return Installation(server / "bin" / "tritonserver", folder / "backends", server / "caches", environment)
+
+
+def find_libpython(bundled: Path) -> Path | None:
+    """The folder of this Python's shared library, which the stub loads; None where it is found without being told.
+
+    ``bundled`` is the wheel's own library folder, which has that of some versions.
+
+    Raises
+    ------
+    ToolError
+        where this interpreter has none and the system has none of its version.
+    """
+    if any(bundled.glob(f"libpython3-*.{sys.version_info.minor}.so.1.0")):
+        return None
+    name = f"libpython{_PYTHON}.so.1.0"
+    variables = sysconfig.get_config_vars()
+    folders = [variables.get("LIBDIR"), Path(sys.base_prefix, "lib")]
+    if variables.get("LIBDIR") and variables.get("MULTIARCH"):
+        folders.insert(1, Path(variables["LIBDIR"], variables["MULTIARCH"]))
+    for folder in folders:
+        if folder and Path(folder, name).is_file():
+            return Path(folder)
+    if ctypes.util.find_library(f"python{_PYTHON}") == name:
+        return None
+    raise ToolError(
+        f"Triton's Python stub needs {name}: this interpreter ({sys.executable}) was built without it and the system "
+        f"has none. `apt-get install libpython{_PYTHON}` on Debian or Ubuntu, `dnf install python3-libs` on Fedora or "
+        "RHEL; with pyenv, build it with PYTHON_CONFIGURE_OPTS=--enable-shared; uv's and conda's Pythons have it"
+    )
+
+
+def _check_numpy() -> None:
+    # Built against numpy 1, the stub reads garbage from the text tensors of numpy 2 and aborts at the first request.
+    version = importlib.metadata.version("numpy")
+    if int(version.partition(".")[0]) >= 2:  # noqa: PLR2004
+        raise ToolError(
+            f"Triton's Python stub needs numpy below 2, this environment has {version}: pip install 'numpy<2', with "
+            "Python 3.10 to 3.12 (for 3.13 there is none); the other verbs run with any numpy"
+        )
+
+
+def _wheel() -> tuple[Path, Path]:
+    # The package itself is not imported: it would bring half of its dependencies into this process.
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        where = f"{platform.system()} {platform.machine()}"
+        raise ToolError(f"no tritonserver here (nvidia-pytriton, Linux x86-64 only; this is {where}): {_INSTALL}")
+    package = Path(next(iter(spec.submodule_search_locations)))
+    server, libraries = package / "tritonserver", package.parent / "nvidia_pytriton.libs"
+    for path in (server / "bin" / "tritonserver", server / "backends" / "python" / "libtriton_python.so", libraries):
+        if not path.exists():
+            raise ToolError(f"nvidia-pytriton in {package.parent} has no {path.name}; expected version 0.7: {_INSTALL}")
+    return server, libraries
+
+
+def _assembled(server: Path, stub: Path) -> Path:
+    """The folder of this interpreter and installation: in the user's cache, or a temporary one if that cannot be."""
+    sources = {
+        "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
+        "backends/python/triton_python_backend_utils.py": server / "backends/python/triton_python_backend_utils.py",
+        "backends/python/triton_python_backend_stub": stub,
+        "backends/onnxruntime/model.py": _HERE / "backends" / "onnxruntime" / "model.py",
+        "stub_start.py": _HERE / "stub_start.py",
+    }
+    paths = _package_folders()
+    stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
+    identity = json.dumps([sys.version, sys.executable, sys.base_prefix, paths, stamps])
+    name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
+    folder = base / name
+    if folder.is_dir():
+        return folder
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=base))
+    except OSError:
+        building = Path(tempfile.mkdtemp(prefix="patcher-triton-"))
+        folder = building
+    _build(building, sources, paths)
+    if folder != building:
+        try:
+            building.rename(folder)
+        except OSError:  # somebody else was faster
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _package_folders() -> list[str]:
+    specs = [importlib.util.find_spec(name) for name in ("numpy", "onnxruntime", "tokenizers")]
+    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
+
+
+def _build(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
+    import py_compile
+
+    site = folder / "env" / "lib" / f"python{_PYTHON}" / "site-packages"
+    site.mkdir(parents=True)
+    for name, source in sources.items():
+        # Copied, not linked: Triton refuses a backend library that lies outside of its folder.
+        target = site / "patcher_stub_start.py" if name == "stub_start.py" else folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+        if target.suffix == ".py":
+            py_compile.compile(
+                str(target), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+            )
+    lines = ["import patcher_stub_start; patcher_stub_start.install()", *paths]
+    (site / "patcher_stub.pth").write_text("\n".join(lines) + "\n")
+    binaries = folder / "env" / "bin"
+    binaries.mkdir()
+    (binaries / "python3").symlink_to(sys.executable)
+    home = Path(getattr(sys, "_base_executable", sys.executable)).parent
+    (folder / "env" / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n")

@@ -1,0 +1,134 @@
+"""How the server's process is started, watched and kept discreet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patcher.errors import InputError, ServerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["accepts", "free_ports", "hide_argument", "start_with_parent", "telling_lines"]
+
+# Asks the kernel for SIGTERM when the parent goes, then becomes the server. Done by a program of its own, since code
+# run between fork and exec of a process with threads may hang.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the starting process is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def start_with_parent(command: Sequence[str], environment: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
+    """Start ``command``, output to the descriptor ``log``; it gets SIGTERM when this process ends, however it ends.
+
+    Raises ServerError where it cannot be started.
+    """
+    # The kernel's "parent died" is about the thread that started the child: one is needed that lasts as long as we do.
+    started = threading.Event()
+    box: list[subprocess.Popen[bytes] | OSError] = []
+
+    def run() -> None:
+        try:
+            process = subprocess.Popen(  # noqa: S603 - a list of our own, no shell
+                [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
+            )
+        except OSError as error:
+            box.append(error)
+            started.set()
+            return
+        box.append(process)
+        started.set()
+        process.wait()
+
+    threading.Thread(target=run, name="tritonserver", daemon=True).start()
+    started.wait()
+    (outcome,) = box
+    if isinstance(outcome, OSError):
+        raise ServerError(f"cannot start tritonserver: {outcome}") from outcome
+    return outcome
+
+
+def hide_argument(process: subprocess.Popen[bytes], program: Path, secret: bytes) -> bool:
+    """Overwrite ``secret`` in the command line of ``process`` once ``program`` runs in it and has read its options.
+
+    A child's memory may be written by its parent under every setting of ptrace_scope but 2 and 3. False where it may
+    not, and the secret stays visible to other users of the machine.
+    """
+    folder = Path(f"/proc/{process.pid}")
+    deadline = time.monotonic() + 30.0
+    try:
+        # Threads come after the options.
+        while (folder / "exe").resolve() != program.resolve() or len(list((folder / "task").iterdir())) == 1:
+            if process.poll() is not None or time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
+        with (folder / "mem").open("r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            for found in re.finditer(re.escape(secret), arguments):
+                memory.seek(start + found.start())
+                memory.write(b"*" * len(secret))
+    except OSError:
+        return False
+    return True
+
+
+def accepts(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        with socket.create_connection((host.strip("[]"), port), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def telling_lines(log_file: Path, most: int = 12) -> list[str]:
+    """The lines of a log that say why: Triton's errors and what follows them, without the harmless ones."""
+    try:
+        lines = log_file.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    noise = re.compile(
+        r"CUDA driver version|CudaDriverHelper|DCGM|NVML|pinned|Timeout \d+: Found|\+-{3,}|^\s*\|?\s*\|?$"
+    )
+    kept = [line for line in lines if line.strip() and not noise.search(line)]
+    telling = [line for line in kept if re.match(r"E\d{4} |error|Error|Traceback", line)]
+    return [line[:600] for line in (telling or kept)[-most:]]
+
+
+def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
+    """``wanted``, each 0 replaced by a port that is free on ``host`` now; InputError where one asked for is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for port in wanted:
+            probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise InputError(
+                    f"cannot listen on {host}:{port}: {error.strerror}; name another port, or 0 for any"
+                ) from error
+            ports.append(int(probe.getsockname()[1]))
+        return ports

@@ -1,0 +1,314 @@
+"""A real Triton server on this machine: started, watched, and ended with the process that started it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patcher.errors import InputError, ServerError
+from patcher.triton.client import TritonServer, admin_headers
+from patcher.triton.installation import find_installation
+from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from patcher.repository import ModelRepository
+
+__all__ = ["EmbeddedTriton", "serve"]
+
+_POLL_SECONDS = 0.02
+_PORT_TRIES = 3
+_PYTHON_BACKENDS = ("python", "onnxruntime")
+# Model control can run code, and the trace and log settings can write files: all an administrator's.
+_RESTRICTED = "model-repository,trace,logging"
+
+
+class EmbeddedTriton:
+    """A tritonserver that serves ``models`` of ``repository``, from :meth:`start` until :meth:`stop`.
+
+    Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
+    when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
+    by default in the user's state folder. ``exit_timeout`` is how many seconds :meth:`stop` lets requests in flight
+    finish. When the process that started the server dies, however it does, the server is told to stop, too.
+
+    ``admin_key`` restricts model control, trace and log settings over gRPC and HTTP to those who send the key. The
+    server takes it on its command line only (no file, no environment variable), which other users of the machine can
+    list; so the key is overwritten there as soon as the server has read it. It remains visible for some tenths of a
+    second at start, and for good where the system forbids a parent to write its child's memory (``key_hidden`` is then
+    False): where that matters, do not share the machine, or mount /proc with hidepid=2.
+
+    Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
+    """
+
+    def __init__(
+        self,
+        repository: Path | str,
+        models: Sequence[str],
+        *,
+        host: str = "127.0.0.1",
+        grpc_port: int = 0,
+        http_port: int = 0,
+        metrics_port: int = 0,
+        admin_key: str | None = None,
+        log_file: Path | str | None = None,
+        exit_timeout: int = 30,
+        options: Sequence[str] = (),
+    ) -> None:
+        admin_headers(admin_key)
+        if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
+            raise InputError(
+                "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
+            )
+        self.host = _address(host)
+        if admin_key is None and not ipaddress.ip_address(self.host).is_loopback:
+            raise InputError(
+                f"{host} can be reached by others, who could then load models, which runs code; "
+                "give an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
+            )
+        self.repository = Path(repository).resolve()
+        self.models = tuple(models)
+        self.exit_timeout = exit_timeout
+        self.log_file = None if log_file is None else Path(log_file)
+        self._wanted_ports = (grpc_port, http_port, metrics_port)
+        self.grpc_port, self.http_port, self.metrics_port = self._wanted_ports
+        self._admin_key = admin_key
+        self._options = tuple(options)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.key_hidden = admin_key is None
+        self._shared_memory = f"patcher_{os.getpid()}_{secrets.token_hex(4)}_"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """The gRPC address, HOST:PORT."""
+        return f"{_reachable(self.host)}:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """The HTTP address, HOST:PORT."""
+        return f"{_reachable(self.host)}:{self.http_port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, while there is one."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def client(self, timeout: float = 60.0) -> TritonServer:
+        """A client that may control models."""
+        return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout)
+
+    def start(self, timeout: float = 120.0) -> Self:
+        """Start the server and wait until every model answers; at most ``timeout`` seconds.
+
+        Raises
+        ------
+        ToolError
+            where no tritonserver is installed, or something that it needs is missing.
+        ServerError
+            where it does not get ready, with what its log says about that.
+        """
+        if self.pid:
+            return self
+        for attempt in range(_PORT_TRIES):
+            self._launch()
+            try:
+                self.wait_ready(timeout)
+            except ServerError as error:
+                self.stop()
+                # Somebody may take a free port between our look and the server's.
+                if 0 not in self._wanted_ports or "already in use" not in str(error) or attempt == _PORT_TRIES - 1:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
+        return self
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until every model answers; ServerError with the log's words where that does not come about."""
+        deadline = time.monotonic() + timeout
+        with self.client(timeout=5.0) as client:
+            # HTTP and metrics come a little after gRPC.
+            while not (
+                client.is_live()
+                and all(client.is_ready(model) for model in self.models)
+                and all(accepts(_reachable(self.host), port) for port in (self.http_port, self.metrics_port))
+            ):
+                if self._process is None or self._process.poll() is not None:
+                    code = "none" if self._process is None else self._process.returncode
+                    raise ServerError(
+                        f"tritonserver ended with exit code {code} before it was ready.{self._log_says()}"
+                    )
+                if time.monotonic() > deadline:
+                    waiting = [model for model in self.models if not (client.is_live() and client.is_ready(model))]
+                    raise ServerError(
+                        f"tritonserver was not ready after {timeout:g} s, waiting for {', '.join(waiting) or 'HTTP'}."
+                        + self._log_says()
+                    )
+                time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> int | None:
+        """End the server; requests in flight may finish. Its exit code, or None where none ran."""
+        process = self._process
+        if process is None:
+            return None
+        process.terminate()
+        try:
+            process.wait(self.exit_timeout + 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        except KeyboardInterrupt:  # asked again: no more waiting
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            self._process = None
+        for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # noqa: S108 - where Triton's stubs keep theirs
+            left.unlink(missing_ok=True)
+        return process.returncode
+
+    def wait(self) -> None:
+        """Wait for as long as the server runs; ServerError with its log's words when it ends by itself."""
+        if self._process is not None:
+            code = self._process.wait()
+            raise ServerError(f"tritonserver ended by itself with exit code {code}.{self._log_says()}")
+
+    def command(self) -> list[str]:
+        """The command line of the server, without the key."""
+        installation = find_installation()
+        bracketed = f"[{self.host}]" if ":" in self.host else self.host
+        command = [
+            str(installation.binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={installation.backends}",
+            f"--cache-directory={installation.caches}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={model}" for model in self.models),
+            f"--grpc-address={bracketed}",
+            *(f"--{service}-address={'ipv6:' * (':' in self.host)}{self.host}" for service in ("http", "metrics")),
+            f"--grpc-port={self.grpc_port}",
+            f"--http-port={self.http_port}",
+            f"--metrics-port={self.metrics_port}",
+            "--strict-readiness=false",  # with true, every swap and every refused load turns the server unready
+            "--disable-auto-complete-config",  # configurations are complete; completing costs a process for each load
+            f"--exit-timeout-secs={self.exit_timeout}",
+            *(f"--backend-config={name},shm-region-prefix-name={self._shared_memory}" for name in _PYTHON_BACKENDS),
+        ]
+        if not Path("/dev/nvidiactl").exists():
+            command.append("--allow-gpu-metrics=false")
+        return [*command, *self._options]
+
+    def _launch(self) -> None:
+        self.grpc_port, self.http_port, self.metrics_port = free_ports(self.host, self._wanted_ports)
+        if self.log_file is None:
+            self.log_file = _state_folder() / f"triton-{self.grpc_port}.log"
+        command = self.command()
+        if self._admin_key is not None:
+            restriction = f"{_RESTRICTED}:admin-key={self._admin_key}"
+            command += [f"--grpc-restricted-protocol={restriction}", f"--http-restricted-api={restriction}"]
+        environment = {**os.environ, **find_installation().environment}
+        try:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_file.is_file():
+                self.log_file.unlink()  # one that still writes there, writes on into its own
+            log = self.log_file.open("wb")
+        except OSError as error:
+            raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
+        with log:
+            self._process = start_with_parent(command, environment, log.fileno())
+        if self._admin_key is not None:
+            self.key_hidden = hide_argument(self._process, find_installation().binary, self._admin_key.encode())
+
+    def _log_says(self) -> str:
+        lines = telling_lines(self.log_file) if self.log_file else []
+        said = "".join(f"\n  {line}" for line in lines) or " It logged nothing."
+        return f"{said}\nThe whole log: {self.log_file}"
+
+
+def serve(
+    repository: ModelRepository,
+    *,
+    host: str = "127.0.0.1",
+    grpc_port: int = 8001,
+    http_port: int = 8000,
+    metrics_port: int = 8002,
+    admin_key: str | None = None,
+    log_file: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> int:
+    """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
+
+    Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
+    itself.
+    """
+    models = _served_models(repository)
+    server = EmbeddedTriton(
+        repository.root,
+        models,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        admin_key=admin_key,
+        log_file=log_file,
+    )
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
+        server.start()
+        if not server.key_hidden:
+            say("warning: this system lets other users see the admin key in the list of processes")
+        say(
+            f"ready: gRPC {server.url}, HTTP {server.http_url}, metrics {_reachable(host)}:{server.metrics_port}; "
+            f"log {server.log_file}; Ctrl-C stops it"
+        )
+        server.wait()
+    except KeyboardInterrupt:
+        say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
+    finally:
+        code = server.stop()
+        signal.signal(signal.SIGTERM, previous)
+    return code or 0
+
+
+def _served_models(repository: ModelRepository) -> list[str]:
+    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+    names = [name for each in classifiers for name in (each.name, each.features_model)]
+    return list(dict.fromkeys(names))
+
+
+def _address(host: str) -> str:
+    # Triton's HTTP server takes no names.
+    try:
+        return str(ipaddress.ip_address(host)) if ":" in host else socket.gethostbyname(host)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot listen on {host!r}: {error}; expected an address of this machine") from error
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - read, not bound to
+
+
+def _state_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "patcher"

@@ -1,0 +1,342 @@
+"""What patcher's own fit, gate and scope do on a setting: one label, many one after another, bounds, scope, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import InputError
+from patcher.fit import METHODS, Fit, fit
+from patcher.gate import judge
+from patcher.head import Head
+from patcher.memory import Memory
+from patcher.scope import fit_scope
+from tests.benchmarks.quality_baselines import logistic_regression
+from tests.benchmarks.quality_data import draws_of, note
+from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tests.benchmarks.quality_data import Setting
+
+    Floats = NDArray[np.float32]
+    Labelled = tuple[Floats, NDArray[np.int64]]
+
+__all__ = ["BUDGETS", "COUNTS", "RATES", "bound", "methods", "one_label", "scope", "sequential", "speed"]
+
+COUNTS = (1, 2, 5, 10, 20, 50)
+RATES = tuple(float(rate) for rate in np.geomspace(2.5e-4, 0.1, 27))
+"""Shares of flips at which the curve of recall is drawn."""
+NAMED_RATES = (5e-4, 2e-3, 5e-3)
+BUDGETS = (0.001, 0.005, 0.02)
+SPEED_REPEATS, SPEED_SECONDS = 5, 20.0
+IN_SCOPE = 0.5
+"""Below this score a text counts as out of scope."""
+MANY = 100
+"""Examples of each new label that the head trained from scratch gets."""
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """One fit, and what it did."""
+
+    outcome: Outcome
+    curve: list[float]
+    seconds: float
+    fitted: Fit
+
+
+def patch(
+    setting: Setting,
+    label: str,
+    examples: Floats,
+    memory: Memory | None,
+    method: str = "auto",
+    replay: Labelled | None = None,
+    **settings: float,
+) -> _Patch:
+    """Fit one new label and measure it on the old test set and the label's own."""
+    start = time.perf_counter()
+    fitted = fit({label: examples}, setting.head, memory, method=method, replay=replay, **settings)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    head = fitted.apply(setting.head)
+    old, new = head.logits(setting.test), head.logits(setting.new[label].test)
+    place = head.index(label)
+    found = outcome(setting.test_ids, setting.before, old.argmax(axis=1), new.argmax(axis=1), place)
+    lead_old = np.delete(old, place, axis=1).max(axis=1) - old[:, place]
+    lead_new = new[:, place] - np.delete(new, place, axis=1).max(axis=1)
+    curve = recall_at_flips(lead_old, setting.before == setting.test_ids, lead_new, (*RATES, *NAMED_RATES))
+    return _Patch(found, curve, seconds, fitted)
+
+
+def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
+    """The default method with nothing but the memory, for each count of examples: figures, curve, gate, seconds."""
+    found: dict[str, Any] = {}
+    for n in counts:
+        patches, passed, warned, estimates, per_label = [], [], [], [], {}
+        for label in setting.new:
+            mine = []
+            for picked in draws_of(setting, label, n, draws):
+                examples = setting.new[label].train[picked]
+                made = patch(setting, label, examples, setting.memory)
+                verdict = judge(setting.head, made.fitted, {label: examples}, setting.memory)
+                passed.append(verdict.passed)
+                warned.append(bool(verdict.too_few))
+                estimate = verdict.estimated_recall[label]
+                if estimate is not None:
+                    estimates.append(abs(estimate - made.outcome.recall))
+                mine.append(made)
+            patches += mine
+            if mine:
+                per_label[label] = summary([made.outcome for made in mine])
+        if not patches:
+            continue
+        curves = np.array([made.curve for made in patches]).mean(axis=0)
+        found[str(n)] = {
+            "patches": len(patches),
+            "figures": summary([made.outcome for made in patches]),
+            "recall at flips of": dict(zip(map(str, NAMED_RATES), curves[len(RATES) :].tolist(), strict=True)),
+            "curve": {"flips": RATES, "recall": curves[: len(RATES)].tolist()},
+            "gate passed": float(np.mean(passed)),
+            "gate says too few": float(np.mean(warned)),
+            "recall estimated off by": float(np.mean(estimates)) if estimates else None,
+            "seconds": float(np.median([made.seconds for made in patches])),
+            "method": patches[0].fitted.method,
+            "why": patches[0].fitted.why,
+            "old rows unchanged": all(_unchanged(setting.head, made.fitted) for made in patches),
+            "labels": per_label,
+        }
+        note(f"  {n} examples: {_short(found[str(n)]['figures'])}")
+    return found
+
+
+def methods(setting: Setting, n: int, draws: int) -> dict[str, Any]:
+    """Every other method and memory at one count of examples."""
+    default = fit(_first(setting, n), setting.head, setting.memory).method
+    every: list[tuple[str, str, Memory | None, Labelled | None]] = [
+        ("auto, statistics only in the memory", "auto", setting.statistics, None),
+        ("auto, no memory", "auto", None, None),
+        ("auto, old data as replay", "auto", setting.memory, (setting.train, setting.train_ids)),
+    ]
+    for method in METHODS:
+        if method not in ("auto", default):
+            replay = (setting.train, setting.train_ids) if method == "anchored" else None
+            every.append((method, method, setting.memory, replay))
+    found: dict[str, Any] = {}
+    for name, method, memory, replay in every:
+        try:
+            patches = [
+                patch(setting, label, setting.new[label].train[picked], memory, method, replay)
+                for label in setting.new
+                for picked in draws_of(setting, label, n, draws)
+            ]
+        except InputError as error:
+            found[name] = {"failed": str(error)}
+            continue
+        seconds = float(np.median([made.seconds for made in patches]))
+        figures = summary([made.outcome for made in patches])
+        found[name] = {"patches": len(patches), "figures": figures, "seconds": seconds}
+        note(f"  {name}: {_short(figures)}")
+    return found
+
+
+def _first(setting: Setting, n: int) -> dict[str, Floats]:
+    label = next(iter(setting.new))
+    return {label: setting.new[label].train[:n]}
+
+
+def _unchanged(head: Head, fitted: Fit) -> bool:
+    """Whether the rows of a patched head hold the bits that they held before."""
+    before, after = head.rows_hash(), fitted.apply(head).rows_hash()
+    return all(after[label] == row for label, row in before.items())
+
+
+def _short(figures: dict[str, dict[str, float]]) -> str:
+    return ", ".join(f"{name} {100 * value['mean']:.2f}" for name, value in figures.items())
+
+
+def sequential(setting: Setting, n: int, draws: int) -> dict[str, Any]:
+    """All new labels one after another, each order drawn anew, against heads trained on many examples of each."""
+    runs = [run for draw in range(draws) if (run := _one_after_another(setting, n, draw))]
+    names = ("all", "old", "new")
+    found: dict[str, Any] = {
+        "runs": len(runs),
+        "labels": len(setting.head.labels) + len(setting.new),
+        "accuracy": {name: _spread([run["accuracy"][name] for run in runs]) for name in names},
+        "seconds": {part: _spread([s for run in runs for s in run["seconds"][part]]) for part in ("fit", "whole add")},
+        "old rows unchanged": all(run["old rows unchanged"] for run in runs),
+    }
+    note(f"  one after another: {100 * found['accuracy']['all']['mean']:.2f} on all")
+    return {**found, f"trained on {MANY} of each": trained_on_many(setting)}
+
+
+def trained_on_many(setting: Setting) -> dict[str, Any]:
+    """Accuracy of softmax layers trained from scratch on all old data and many examples of each new label."""
+    labels = len(setting.head.labels) + len(setting.new)
+    reference = {}
+    for name, width in (("classifier features", setting.head.split), ("all features", setting.head.width)):
+        start = time.perf_counter()
+        scorer = logistic_regression(*_many(setting, width), labels)
+        answers = scorer(setting.everything[:, :width]).argmax(axis=1)
+        reference[name] = {**_accuracy(setting, answers), "seconds": time.perf_counter() - start}
+        note(f"  trained on {MANY} examples of each, {name}: {100 * reference[name]['all']:.2f} on all")
+    return reference
+
+
+def _one_after_another(setting: Setting, n: int, draw: int) -> dict[str, Any]:
+    head, memory = setting.head, setting.memory
+    before = head.rows_hash()
+    seconds: dict[str, list[float]] = {"fit": [], "whole add": []}
+    for position in np.random.default_rng([23, draw]).permutation(len(setting.new)).tolist():
+        label = list(setting.new)[position]
+        every = draws_of(setting, label, n, draw + 1)
+        if len(every) <= draw:
+            return {}
+        examples = setting.new[label].train[every[draw]]
+        start = time.perf_counter()
+        fitted = fit({label: examples}, head, memory)
+        seconds["fit"].append(time.perf_counter() - start)
+        judge(head, fitted, {label: examples}, memory)
+        memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
+        patched = fitted.apply(head)
+        head = dataclasses.replace(patched, scope=fit_scope(memory, patched))
+        seconds["whole add"].append(time.perf_counter() - start)
+    after = head.rows_hash()
+    order = [head.index(label) for label in (*setting.head.labels, *setting.new)]
+    answers = head.logits(setting.everything)[:, order].argmax(axis=1)
+    kept = all(after[label] == row for label, row in before.items())
+    return {"accuracy": _accuracy(setting, answers), "seconds": seconds, "old rows unchanged": kept}
+
+
+def _accuracy(setting: Setting, answers: NDArray[np.int64]) -> dict[str, float]:
+    right, split = answers == setting.everything_ids, len(setting.test)
+    return {"all": float(right.mean()), "old": float(right[:split].mean()), "new": float(right[split:].mean())}
+
+
+def _many(setting: Setting, width: int) -> Labelled:
+    """All old data, and at most ``MANY`` examples of each new label."""
+    new = [label.train[:MANY] for label in setting.new.values()]
+    ids = np.repeat(np.arange(len(new)) + len(setting.head.labels), [len(rows) for rows in new])
+    return np.concatenate([setting.train, *new])[:, :width], np.concatenate([setting.train_ids, ids])
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": sd, "min": float(np.min(values)), "max": float(np.max(values))}
+
+
+def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
+    """How often the flips on test stay within the upper bound that the gate states, for several budgets."""
+    found: dict[str, Any] = {}
+    everywhere: list[bool] = []
+    for budget in BUDGETS:
+        within: list[bool] = []
+        seen, stated = [], []
+        for label in setting.new:
+            for picked in draws_of(setting, label, n, draws):
+                examples = setting.new[label].train[picked]
+                made = patch(setting, label, examples, setting.memory, max_flips=budget)
+                verdict = judge(setting.head, made.fitted, {label: examples}, setting.memory, max_flips=budget)
+                if verdict.flips_upper_bound is not None:
+                    within.append(made.outcome.flips <= verdict.flips_upper_bound)
+                    stated.append(verdict.flips_upper_bound)
+                seen.append(made.outcome.flips)
+        found[str(budget)] = {
+            "patches": len(seen),
+            "without a bound": len(seen) - len(within),
+            "within": float(np.mean(within)) if within else None,
+            "flips": _spread(seen),
+            "stated bound": _spread(stated) if stated else None,
+        }
+        note(f"  budget {budget:.1%}: {found[str(budget)]['within']} of {len(within)} within the stated bound")
+        everywhere += within
+    share = float(np.mean(everywhere)) if everywhere else None
+    return {"budgets": found, "patches": len(everywhere), "within": share}
+
+
+def scope(setting: Setting, n: int) -> dict[str, Any]:
+    """How well the score tells texts of no label from old test texts, before and after all new labels are added."""
+    head, memory = setting.head, setting.memory
+    found = {"before": _scope_figures(setting, head, memory)}
+    for label, new in setting.new.items():
+        examples = new.train[draws_of(setting, label, n, 1)[0]]
+        head = fit({label: examples}, head, memory).apply(head)
+        memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
+    found[f"after {len(setting.new)} patches"] = _scope_figures(setting, head, memory)
+    for name, each in found.items():
+        note(f"  {name}: AUROC {each['auroc']:.4f}")
+    return found
+
+
+def _scope_figures(setting: Setting, head: Head, memory: Memory) -> dict[str, Any]:
+    start = time.perf_counter()
+    scorer = fit_scope(memory, head)
+    seconds = time.perf_counter() - start
+
+    def score(rows: Floats) -> Floats:
+        return scorer.score(rows, head.logits(rows))
+
+    inside, outside = score(setting.test), score(setting.outside)
+    threshold = getattr(scorer, "threshold", IN_SCOPE)
+    return {
+        "auroc": auroc(inside, outside),
+        "false alarms stated": scorer.false_alarms,
+        "false alarms on test": float((inside < threshold).mean()),
+        "found outside": float((outside < threshold).mean()),
+        "seconds": seconds,
+    }
+
+
+def speed() -> dict[str, Any]:
+    """Median seconds of a fit from a memory (and of the gate, the memory's growth, the scope) on made-up features."""
+    found = {}
+    for labels, split, width in ((150, 384, 384), (150, 384, 768), (5000, 384, 768)):
+        head, memory, examples = made_up(labels, split, width)
+        laps: list[dict[str, float]] = []
+        until = time.perf_counter() + SPEED_SECONDS
+        while len(laps) < SPEED_REPEATS and (not laps or time.perf_counter() < until):
+            laps.append(_lap(head, memory, examples))
+        name = f"{labels} labels x {width} features"
+        found[name] = {part: float(np.median([lap[part] for lap in laps])) for part in laps[0]}
+        found[name]["memory MB"] = memory.size / 1e6
+        note(f"  {name}: {', '.join(f'{part} {value:.3f}' for part, value in found[name].items())}")
+    return found
+
+
+def _lap(head: Head, memory: Memory, examples: Floats) -> dict[str, float]:
+    """Seconds of each step of one patch."""
+    ticks = [time.perf_counter()]
+    fitted = fit({"new": examples}, head, memory)
+    ticks.append(time.perf_counter())
+    judge(head, fitted, {"new": examples}, memory)
+    ticks.append(time.perf_counter())
+    grown = memory.add(["new"], examples, np.zeros(len(examples), np.int64))
+    ticks.append(time.perf_counter())
+    fit_scope(grown, fitted.apply(head))
+    ticks.append(time.perf_counter())
+    return dict(zip(("fit", "gate", "memory", "scope"), np.diff(ticks).tolist(), strict=True))
+
+
+def made_up(labels: int, split: int, width: int, per_label: int = 20) -> tuple[Head, Memory, Floats]:
+    """A head, a memory and ten examples like those of a fine-tuned model: labels far apart, spread within each."""
+    rng = np.random.default_rng(5)
+    means = rng.standard_normal((labels + 1, width)).astype(np.float32)
+    mixing = rng.standard_normal((width, width)).astype(np.float32) / np.sqrt(width)
+
+    def drawn(ids: NDArray[np.int64]) -> Floats:
+        rows: Floats = means[ids] + 0.5 * rng.standard_normal((len(ids), width), dtype=np.float32) @ mixing
+        return rows
+
+    ids = np.repeat(np.arange(labels), per_label)
+    names = [f"label {i}" for i in range(labels)]
+    weight = means[:labels, :split] * np.float32(12 / split)
+    bias = -0.5 * (weight * means[:labels, :split]).sum(axis=1)
+    head = Head.from_linear(names, weight, bias, width, "made up")
+    return head, Memory.build(drawn(ids), ids, names, split), drawn(np.full(10, labels))

@@ -1,0 +1,151 @@
+"""Other people's libraries, each measured as it is, in an environment of its own.
+
+The environment sees the packages of the running one (so torch stays the build that is there) and adds what the
+libraries need beyond them, without dependencies of dependencies: nothing here can pull in another torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.benchmarks.quality_data import draws_of, note
+
+if TYPE_CHECKING:
+    from tests.benchmarks.quality_data import Setting
+
+__all__ = ["LIBRARIES", "run_library"]
+
+LIBRARIES = {"adaptive-classifier": "0.3.1", "setfit": "1.2.0"}
+# The last pandas that takes numpy 1, where that is what runs (nvidia-pytriton asks for it).
+_PANDAS = "pandas" if int(np.__version__.split(".")[0]) > 1 else "pandas<3"
+_BESIDES: tuple[str, ...] = (
+    "charset-normalizer",
+    "datasets",
+    "dill",
+    "evaluate",
+    "faiss-cpu",
+    "joblib",
+    "multiprocess",
+    "narwhals",
+    _PANDAS,
+    "pyarrow",
+    "python-dateutil",
+    "pytz",
+    "requests",
+    "scikit-learn",
+    "scipy",
+    "sentence-transformers",
+    "six",
+    "threadpoolctl",
+    "tqdm",
+    "tzdata",
+    "urllib3",
+    "xxhash",
+)
+_PATIENCE_SECONDS = 3600
+
+
+def run_library(
+    library: str, checkpoint: Path, setting: Setting, cache: Path, *, examples: int, draws: int, labels: int | None
+) -> dict[str, Any]:
+    """Answers of one library: see ``quality_worker.py`` for what it is asked.
+
+    Returns the worker's document, or ``{"failed": why}`` with the last line that it said.
+    """
+    try:
+        python = _environment(cache / "libraries")
+        folder = cache / f"job-{library}"
+        _write_job(folder, library, checkpoint, setting, examples, draws, labels)
+        worker = Path(__file__).with_name("quality_worker.py")
+        return _run([str(python), str(worker), str(folder)], folder / "answers.json")
+    except subprocess.CalledProcessError as error:
+        said = [line for line in str(error.stderr or "").strip().splitlines() if line.strip()]
+        return {"failed": said[-1] if said else f"ended with {error.returncode}"}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"did not finish in {_PATIENCE_SECONDS} s"}
+
+
+def _environment(folder: Path) -> Path:
+    """The environment's Python, made at the first call."""
+    python = folder / "bin" / "python"
+    wanted = [*(f"{name}=={version}" for name, version in LIBRARIES.items()), *_BESIDES]
+    stamp = folder / "installed.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return python
+    note(f"installing {', '.join(LIBRARIES)} into {folder}")
+    venv.create(folder, with_pip=True, clear=True)
+    purelib = sysconfig.get_path("purelib")
+    inside = next(folder.glob("lib/python*/site-packages"))
+    (inside / "running-environment.pth").write_text(f"{purelib}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", *wanted]
+    subprocess.run(pip, check=True, capture_output=True, text=True)
+    stamp.write_text(json.dumps(wanted))
+    return python
+
+
+def _write_job(
+    folder: Path, library: str, checkpoint: Path, setting: Setting, examples: int, draws: int, labels: int | None
+) -> None:
+    """Everything that the worker needs, as one JSON file and one array: mean-pooled features of every text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "answers.json").unlink(missing_ok=True)
+    texts, rows = list(setting.train_texts + setting.test_texts), [setting.train, setting.test]
+    for label in setting.new.values():
+        texts += [*label.train_texts, *label.test_texts]
+        rows += [label.train, label.test]
+    # What these libraries call an embedding, the mean over tokens of the last hidden state: the features' second part.
+    np.save(folder / "embeddings.npy", np.concatenate(rows)[:, setting.head.split :])
+    adds = [
+        {"label": label, "draw": draw, "texts": [setting.new[label].train_texts[i] for i in picked]}
+        for label in list(setting.new)[:labels]
+        for draw, picked in enumerate(draws_of(setting, label, examples, draws))
+    ]
+    every = [{**add, "draw": 0} for add in _first_draws(setting, examples)]
+    job = {
+        "library": library,
+        "checkpoint": str(checkpoint.resolve()),
+        "labels": list(setting.head.labels),
+        "embedded": texts,
+        "train": {"texts": setting.train_texts, "ids": setting.train_ids.tolist()},
+        "test": {"texts": setting.test_texts},
+        "new_test": {label: new.test_texts for label, new in setting.new.items()},
+        "adds": adds,
+        "sequence": every,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def _first_draws(setting: Setting, examples: int) -> list[dict[str, Any]]:
+    found = []
+    for label, new in setting.new.items():
+        picked = draws_of(setting, label, examples, 1)
+        found += [{"label": label, "texts": [new.train_texts[i] for i in each]} for each in picked]
+    return found
+
+
+def _run(command: list[str], answers: Path) -> dict[str, Any]:
+    """Run the worker; its progress goes through to stderr, its last words are kept for the report."""
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    log = answers.with_name("worker.log")
+    with log.open("w") as said:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **offline},
+            stdout=sys.stderr,
+            stderr=said,
+            timeout=_PATIENCE_SECONDS,
+            check=False,
+        )
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, stderr=log.read_text(errors="replace"))
+    document: dict[str, Any] = json.loads(answers.read_text())
+    return document

@@ -1,0 +1,167 @@
+"""The quality benchmark's results as Markdown: the tables of the README."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tests.benchmarks.quality_measure import figures_row, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["markdown"]
+
+_FIGURES = ["flips %", "old accuracy, points", "recall %", "precision %", "F1 %"]
+_NEEDS_MORE = {"lda": "all rows change", "ridge": "all rows change", "anchored": "needs old data, all rows change"}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Everything that was measured, as tables; parts that were not run are left out."""
+    lines = ["# How right a patched classifier is", "", *_about(results)]
+    sections = {
+        "baselines ours finetune libraries": _methods,
+        "ours": _counts,
+        "sequential": _sequential,
+        "bound": _bound,
+        "scope": _scope,
+        "speed": _speed,
+    }
+    for needs, section in sections.items():
+        if any(part in results for part in needs.split()):
+            lines += ["", *section(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(results: Mapping[str, Any]) -> list[str]:
+    about = results["about"]
+    setting = (
+        f"`{about['data']}` with the checkpoint `{about['checkpoint']}`: {about['old labels']} old labels, "
+        f"{about['old test texts']} old test texts ({100 * about['old accuracy']:.2f} % right before any patch), "
+        f"{about['new labels']} labels that the backbone never saw. Python {about['python']}, {about['processor']}, "
+        f"{about['threads']} threads (load average {about['load']} at the start), {about['date']}."
+    )
+    cells = (
+        "Cells are mean ± standard deviation (worst) over labels and draws of the examples. *Flips*: old test texts "
+        "that were right before and are wrong after. Precision and F1 count the new label's test texts and all old "
+        "ones. Seconds are of the fit alone, features given."
+    )
+    return [setting, "", cells]
+
+
+def _methods(results: Mapping[str, Any]) -> list[str]:
+    n = results["about"]["examples"]
+    rows = [[name, *cells] for name, cells in _method_rows(results, str(n))]
+    lines = [f"## One new label from {n} examples", "", *table(["method", "patches", *_FIGURES, "seconds"], rows)]
+    notes = {
+        "baselines": (
+            "The random row is the forums' `torch.cat([weight, torch.randn(1, hidden)])`; fine-tuned, it and the rest "
+            "of the layer (or of the model) see the new label's examples alone."
+        ),
+        "libraries": (
+            "adaptive-classifier learns all old data by itself and is compared with what it answered before the "
+            "addition; setfit gets ten examples of every label, old ones too."
+        ),
+    }
+    chosen = [notes[part] for part in notes if part in results]
+    return [*lines, "", " ".join(chosen)] if chosen else lines
+
+
+def _method_rows(results: Mapping[str, Any], n: str) -> Iterator[tuple[str, list[str]]]:
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        if "failed" in row:
+            return ["0", f"failed: {row['failed']}", *[""] * len(_FIGURES)]
+        return [str(row["patches"]), *figures_row(row["figures"]), f"{row['seconds']:.3f}"]
+
+    for part in ("baselines", "finetune", "libraries"):
+        for name, row in results.get(part, {}).items():
+            yield name, cells(row)
+    ours = results.get("ours")
+    if ours:
+        for name, row in ours["methods"].items():
+            more = _NEEDS_MORE.get(name)
+            yield f"patcher, {name}" + (f" ({more})" if more else ""), cells(row)
+        if n in ours["counts"]:
+            yield "**patcher, default** (memory only)", cells(ours["counts"][n])
+
+
+def _counts(results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for n, row in results["ours"]["counts"].items():
+        at = [f"{100 * value:.1f}" for value in row["recall at flips of"].values()]
+        gate = f"{100 * row['gate passed']:.0f} %"
+        rows.append([n, row["patches"], *figures_row(row["figures"]), *at, gate, f"{row['seconds']:.3f}"])
+    first = next(iter(results["ours"]["counts"].values()))
+    rates = [f"recall at {100 * float(rate):g} % flips" for rate in first["recall at flips of"]]
+    kept = all(row["old rows unchanged"] for row in results["ours"]["counts"].values())
+    return [
+        "## The default method by number of examples",
+        "",
+        *table(["examples", "patches", *_FIGURES, *rates, "gate passed", "seconds"], rows),
+        "",
+        f"Old rows hold the same bits after every patch: {'yes' if kept else 'NO'}. "
+        "![recall against flips](quality.png)".replace("quality.png", results["about"]["plot"]),
+    ]
+
+
+def _sequential(results: Mapping[str, Any]) -> list[str]:
+    found, n = results["sequential"], results["about"]["examples"]
+    added = results["about"]["new labels"]
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.2f}"
+
+    accuracy = [
+        f"{100 * each['mean']:.2f} ± {100 * each['sd']:.2f} ({100 * each['min']:.2f})"
+        for each in found["accuracy"].values()
+    ]
+    seconds = found["seconds"]
+    spent = f"fit {seconds['fit']['mean']:.3f}, all {seconds['whole add']['mean']:.3f}"
+    rows: list[list[str]] = [[f"**patcher**, {n} examples each, {found['runs']} orders", *accuracy, spent]]
+    for name, row in results.get("libraries", {}).items():
+        if "sequential" in row:
+            theirs = [percent(value) for value in row["sequential"]["accuracy"].values()]
+            rows.append([f"{name}, {n} examples each", *theirs, f"{row['sequential']['seconds']:.3f}"])
+    for key, reference in found.items():
+        if key.startswith("trained on"):
+            for name, row in reference.items():
+                theirs = [percent(row[part]) for part in ("all", "old", "new")]
+                rows.append([f"head {key}, all old data, {name}", *theirs, f"{row['seconds']:.1f} (once)"])
+    heads = ["how", f"accuracy on all {found['labels']}", "old labels", "new labels", "seconds an add"]
+    return [f"## {added} labels one after another", "", *table(heads, rows)]
+
+
+def _bound(results: Mapping[str, Any]) -> list[str]:
+    found = results["bound"]
+    rows = []
+    for budget, row in found["budgets"].items():
+        stated = row["stated bound"]
+        within = "no bound stated" if row["within"] is None else f"{100 * row['within']:.1f} %"
+        flips = f"{100 * row['flips']['mean']:.3f} ({100 * row['flips']['max']:.3f})"
+        bound = f"{100 * stated['mean']:.3f}" if stated else ""
+        rows.append([f"{100 * float(budget):g} %", row["patches"], flips, bound, within])
+    total = "none" if found["within"] is None else f"{100 * found['within']:.1f} %"
+    heads = ["--max-flips", "patches", "flips on test % (worst)", "stated upper bound %", "within it"]
+    return ["## The bound on flips", "", *table(heads, rows), "", f"Of {found['patches']} patches: {total} within."]
+
+
+def _scope(results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, row in results["scope"].items():
+        stated = row["false alarms stated"]
+        promised = "none" if stated is None else f"{100 * stated:.1f} %"
+        alarms = f"{100 * row['false alarms on test']:.1f} % (stated {promised})"
+        rows.append(
+            [name, f"{row['auroc']:.4f}", alarms, f"{100 * row['found outside']:.1f} %", f"{row['seconds']:.3f}"]
+        )
+    heads = ["when", "AUROC", "old test texts called out of scope", "texts of no label found", "seconds to fit"]
+    return ["## Out of scope", "", *table(heads, rows)]
+
+
+def _speed(results: Mapping[str, Any]) -> list[str]:
+    parts = ("fit", "gate", "memory", "scope")
+    rows = [
+        [name, *(f"{1000 * row[part]:.0f}" for part in parts), f"{row['memory MB']:.1f}"]
+        for name, row in results["speed"].items()
+    ]
+    heads = ["size", "fit, ms", "gate, ms", "growing the memory, ms", "scope, ms", "memory, MB"]
+    return ["## Seconds", "", "Median on made-up features, ten examples.", "", *table(heads, rows)]

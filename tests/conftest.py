@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_original(tmp_path_factory):
+    """A repository with one tiny trained classifier, made once; tests take copies of it."""
+    root = tmp_path_factory.mktemp("tiny") / "model_repository"
+    tiny.make_repository(root, root.parent / "scratch")
+    return root
+
+
+@pytest.fixture
+def classifier(tiny_original, tmp_path):
+    """A fresh copy of the tiny classifier."""
+    from patcher import ModelRepository
+
+    root = tmp_path / "model_repository"
+    shutil.copytree(tiny_original, root)
+    return ModelRepository(root).classifier()
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """A function that tells every file below a folder with its bytes: "the repository byte for byte as before"."""
+
+    def read(root):
+        hidden = ".patcher.lock"
+        paths = (path for path in root.rglob("*") if path.name != hidden)
+        return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
+
+    return read

@@ -1,0 +1,249 @@
+"""The command line without a server: what it says, how it ends, and that bad input changes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from patcher.cli import main
+
+DEAD = "127.0.0.1:1"
+"""Nobody listens on port 1."""
+
+
+@pytest.fixture
+def patcher(classifier, capsys, monkeypatch):
+    """Run a verb on the tiny repository: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
+    monkeypatch.setenv("TRITON_URL", DEAD)
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return tiny.write_csv(tmp_path / "payday.csv", {"payday": tiny.sentences("payday", 10)})
+
+
+def test_add_label_without_a_server(patcher, classifier, examples):
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["labels_added"] == ["payday"]
+    assert (report["version"], report["parent_version"], report["labels"], report["examples"]) == (2, 1, 7, 10)
+    assert (report["gate"], report["published"], report["served"]) == ("passed", True, False)
+    assert report["flips"] <= report["flips_upper_bound"] <= 1
+    assert report["estimated_recall"] >= 0.5
+    assert report["head_bytes"] == (classifier.root / "intent_head" / "2" / "model.onnx").stat().st_size
+    assert report["seconds"]["total"] > 0
+    assert classifier.serving() == 2
+    assert classifier.head(2).base_hash() == classifier.head(1).base_hash()
+    assert classifier.memory(2).labels[-1] == "payday"
+
+
+def test_the_new_label_is_found_and_the_old_ones_still_are(patcher, examples, tmp_path):
+    held_out = {label: tiny.sentences(label, 20, seed=9) for label in (*tiny.OLD, "payday")}
+    test = tiny.write_csv(tmp_path / "test.csv", held_out)
+    before = json.loads(patcher("evaluate", test, "--json")[1])
+    patcher("add-label", "--examples", examples, "--no-load")
+    after = json.loads(patcher("evaluate", test, "--json")[1])
+    assert before["per_label"]["payday"]["recall"] == 0
+    assert after["per_label"]["payday"]["recall"] >= 0.9
+    assert all(after["per_label"][label]["recall"] >= before["per_label"][label]["recall"] - 0.06 for label in tiny.OLD)
+    difference = json.loads(patcher("diff", 1, 2, "--eval", test, "--json")[1])
+    assert difference["added"] == ["payday"]
+    assert (difference["same_rows"], difference["changed_rows"]) == (len(tiny.OLD), [])
+    assert len(difference["gains"]) >= 18
+
+
+def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, classifier, tmp_path):
+    groups = {label: tiny.sentences(label, 10) for label in (*tiny.NEW, tiny.OLD[0])}
+    code, out, err = patcher(
+        "add-label", "--examples", tiny.write_csv(tmp_path / "a.csv", groups), "--no-load", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["labels_added"] == list(tiny.NEW)
+    assert classifier.versions() == (1, 2)
+
+
+def test_without_a_memory_it_works_and_says_that_nothing_bounds_the_flips(patcher, classifier, examples):
+    (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load")
+    assert code == 0, err
+    assert "no bound" in out
+    code, out, _ = patcher("history", "--json")
+    assert json.loads(out)[1]["details"]["flips_upper_bound"] is None
+
+
+def test_a_dry_run_changes_nothing(patcher, classifier, examples, tree):
+    before = tree(classifier.root)
+    code, out, err = patcher("add-label", "--examples", examples, "--dry-run", "--json")
+    assert (code, json.loads(out)["published"]) == (0, False), err
+    assert tree(classifier.root) == before
+
+
+def test_the_gate_refuses_and_force_is_recorded(patcher, classifier, tmp_path, tree):
+    # Sentences of an old label under a new name cannot be told apart from it.
+    same = tiny.write_csv(tmp_path / "same.csv", {"rain": tiny.sentences("weather", 10, seed=5)})
+    before = tree(classifier.root)
+    code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json")
+    assert code == 3
+    assert json.loads(out)["gate"] == "refused"
+    assert "weather" in err
+    assert tree(classifier.root) == before
+    code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json", "--force")
+    assert (code, json.loads(out)["gate"]) == (0, "forced"), err
+    assert [entry["gate"] for entry in json.loads(patcher("history", "--json")[1])] == ["none", "forced"]
+
+
+def test_rollback_and_history(patcher, classifier, examples):
+    patcher("add-label", "--examples", examples, "--no-load")
+    code, out, _ = patcher("rollback", "--no-load", "--json")
+    assert (code, json.loads(out)) == (
+        0, {"classifier": "intent", "version": 1, "previous": 2, "served": False}
+    )  # fmt: skip
+    assert json.loads(patcher("labels", "--json")[1])["labels"] == list(tiny.OLD)
+    patcher("add-label", "pizza", *(a for t in tiny.sentences("pizza", 10) for a in ("--text", t)), "--no-load")
+    entries = json.loads(patcher("history", "--json")[1])
+    assert [(e["version"], e["parent"], e["added"], e["serving"]) for e in entries] == [
+        (1, None, [], False), (2, 1, ["payday"], False), (3, 1, ["pizza"], True)
+    ]  # fmt: skip
+    code, _, err = patcher("rollback", "--to", 9, "--no-load")
+    assert code == 2
+    assert "there are 1, 2, 3" in err
+
+
+def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier, examples, tmp_path):
+    (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
+    data = tiny.write_csv(tmp_path / "train.csv", tiny.train_set())
+    code, out, err = patcher("remember", "--data", data, "--memory", "statistics", "--no-load", "--json")
+    assert (code, json.loads(out)["version"]) == (0, 2), err
+    assert len(classifier.memory().sample) == 0
+    assert classifier.head().rows_hash() == classifier.head(1).rows_hash()
+    code, out, err = patcher("remember", "--data", data, "--no-load", "--json")
+    assert code == 0, err
+    assert len(classifier.memory().sample) == 20 * len(tiny.OLD)
+    report = json.loads(patcher("add-label", "--examples", examples, "--no-load", "--json")[1])
+    assert report["flips_upper_bound"] < 0.05
+    strange = tiny.write_csv(tmp_path / "strange.csv", {"unheard-of": ["a sentence"]})
+    code, _, err = patcher("remember", "--data", strange, "--no-load")
+    assert (code, "strange.csv, line 2: no label 'unheard-of'" in err) == (2, True)
+
+
+WRONG = {
+    "no verb": (["add-lable"], 2, "did you mean `patcher add-label`?"),
+    "no option": (["labels", "--verison", "1"], 2, "No such option"),
+    "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
+    "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
+    "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "a label of intent already"),
+    "an empty label": (["add-label", " ", "--text", "a b"], 2, "the label is empty"),
+    "an empty text": (["add-label", "payday", "--text", ""], 2, "example 1: the text is empty"),
+    "10 MB of text": (["add-label", "payday", "--text", "a" * 10_000_000], 2, "has 10,000,000 bytes"),
+    "no file": (["add-label", "--examples", "none.csv"], 2, "No such file"),
+    "no classifier": (["labels", "--classifier", "other"], 2, "it holds intent"),
+    "a path for a classifier": (["labels", "--classifier", "../intent"], 2, "cannot name a model"),
+    "no version": (["labels", "--version", "7"], 2, "there are 1"),
+    "nothing to roll back to": (["rollback", "--no-load"], 2, "no version before it"),
+    "a budget above one": (["add-label", "payday", "--text", "x", "--max-flips", "2"], 2, "--max-flips"),
+    "an unknown method": (["add-label", "payday", "--text", "x", "--method", "magic", "--no-load"], 2, "magic"),
+    "a dead server": (["add-label", "payday", "--text", "x"], 1, "`patcher serve"),
+    "a dead server to classify": (["classify", "hello"], 1, "no Triton server answers at 127.0.0.1:1"),
+    "a dead server to roll back": (["rollback", "--to", "1"], 1, "no Triton server answers"),
+    "nothing to classify": (["classify"], 2, "expected texts"),
+    "an empty text to classify": (["classify", ""], 2, "the text is empty"),
+    "no repository": (["labels", "--repo", "nowhere"], 2, "patcher export MODEL --repo nowhere"),
+    "no labelled file": (["evaluate", "none.csv"], 2, "No such file"),
+    "an address that is none": (["classify", "hello", "--url", "what:ever:this"], 2, "expected HOST:PORT"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_with_its_code_and_changes_nothing(case, patcher, classifier, tree):
+    arguments, expected, message = WRONG[case]
+    before = tree(classifier.root)
+    code, out, err = patcher(*arguments)
+    assert (code, message in err) == (expected, True), err
+    assert out == ""
+    assert "Traceback" not in err
+    assert tree(classifier.root) == before
+
+
+FILES = {
+    "truncated.csv": 'text,label\nhello there,payday\n"my pay',
+    "short.csv": "text,label\nhello there,payday\nmy pay\n",
+    "empty-text.csv": "text,label\n,payday\n",
+    "nul.csv": "text,label\nhel\0lo,payday\n",
+    "no-label.csv": "text\nhello\n",
+    "known.csv": "text,label\nhello there,weather\n",
+    "empty.csv": "",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_file_ends_with_2_and_changes_nothing(name, patcher, classifier, tree, tmp_path):
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    before = tree(classifier.root)
+    code, out, err = patcher("add-label", "--examples", path, "--no-load", "--json")
+    assert code == 2
+    assert json.loads(out) == {"error": err.removeprefix("error: ").strip(), "exit_code": 2}
+    assert name in err or name == "known.csv"
+    assert tree(classifier.root) == before
+
+
+def test_a_newer_repository_is_left_alone(patcher, classifier, examples, tree):
+    (classifier.root / "patcher.json").write_text('{"format": 99}')
+    before = tree(classifier.root)
+    code, _, err = patcher("add-label", "--examples", examples, "--no-load")
+    assert (code, "upgrade patcher" in err) == (2, True)
+    assert tree(classifier.root) == before
+
+
+def test_doctor_finds_what_is_wrong(patcher, classifier):
+    code, out, _ = patcher("doctor", "--json")
+    checks = {check["what"]: check for check in json.loads(out)}
+    assert (code, checks["intent"]["state"], checks["server"]["state"]) == (0, "ok", "note")
+    backbone = classifier.root / "intent_backbone" / "1" / "model.onnx"
+    backbone.write_bytes(backbone.read_bytes() + b"\0")
+    code, out, _ = patcher("doctor")
+    assert code == 1
+    assert "FAULT  intent_backbone: its file's SHA-256 is" in out
+
+
+def test_every_verb_teaches(patcher):
+    from patcher.cli import _VERBS
+
+    for verb in _VERBS:
+        code, out, _ = patcher(verb, "--help")
+        assert (code, "Usage: patcher" in out, "--help" in out) == (0, True, True)
+
+
+def test_help_answers_at_once_and_without_heavy_imports():
+    script = "import sys; from patcher.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "add-label" in done.stdout
+    for heavy in ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tritonclient", "scipy"):
+        assert f"'{heavy}'" not in done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
+    from patcher.errors import PatcherError
+
+    monkeypatch.setenv("PATCHER_DEBUG", "1")
+    with pytest.raises(PatcherError):
+        patcher("labels", "--version", "7")

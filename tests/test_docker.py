@@ -1,0 +1,176 @@
+"""docker/ as far as it can be checked without an engine: what the files say, and what their two scripts do."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+KEY = "0123456789abcdef" * 2
+# NVIDIA's image of the default release carries this Python.
+IMAGE = {"python_version": "3.10", "sys_platform": "linux", "platform_machine": "x86_64"}
+
+
+def compose() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((DOCKER / "docker-compose.yml").read_text())
+    return document
+
+
+def test_release_is_the_same_everywhere() -> None:
+    release = re.search(r"^ARG TRITON_RELEASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert release
+    assert "FROM nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3" in DOCKERFILE
+    service = compose()["services"]["triton"]
+    assert service["build"]["args"]["TRITON_RELEASE"] == f"${{TRITON_RELEASE:-{release[1]}}}"
+    assert service["image"].endswith(f"${{TRITON_RELEASE:-{release[1]}}}")
+    assert compose()["services"]["patcher"]["image"] == service["image"]
+
+
+def test_every_core_dependency_is_pinned_for_the_python_of_the_image() -> None:
+    pins: dict[str, list[str]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(IMAGE):
+                pins.setdefault(pin.name, []).append(str(pin.specifier).removeprefix("=="))
+    assert {name: versions for name, versions in pins.items() if len(versions) > 1} == {}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(text) for text in project["dependencies"]]
+    for requirement in wanted:
+        if requirement.marker is None or requirement.marker.evaluate(IMAGE):
+            assert requirement.specifier.contains(pins[requirement.name][0]), requirement
+    assert "pip install --no-cache-dir --no-compile -c constraints.txt ." in DOCKERFILE
+
+
+def test_everything_copied_exists_and_is_let_into_the_build() -> None:
+    allowed = {line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    copied = [word for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]]
+    sources = {word.rstrip("/") for word in copied if not word.startswith("--")}
+    assert sources == allowed
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_nothing_runs_as_root_or_is_reached_from_elsewhere() -> None:
+    assert re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "1000:1000"
+    services = compose()["services"]
+    assert all(port.startswith("127.0.0.1:") for port in services["triton"]["ports"])
+    assert services["triton"]["volumes"][0].endswith(":/models:ro")
+    assert all(service["secrets"] == ["admin-key"] for service in services.values())
+    assert compose()["secrets"]["admin-key"]["file"] == "./secrets/admin-key"
+
+
+def test_compose_reserves_a_gpu_and_waits_for_the_classifier() -> None:
+    services = compose()["services"]
+    (device,) = services["triton"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert services["triton"]["healthcheck"]["test"][-1] == "/usr/local/bin/healthcheck.py"
+    assert services["patcher"]["depends_on"]["triton"]["condition"] == "service_healthy"
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> dict[str, str]:
+    """The environment of a container with a repository, and a tritonserver and patcher that print what they get."""
+    for model in ("intent", "intent_head", "intent_features", "topic", "topic_head"):
+        (tmp_path / "models" / model).mkdir(parents=True)
+        (tmp_path / "models" / model / "config.pbtxt").touch()
+    (tmp_path / "bin").mkdir()
+    for name in ("tritonserver", "patcher"):
+        program = tmp_path / "bin" / name
+        program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "key=$PATCHER_ADMIN_KEY"\n')
+        program.chmod(0o755)
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "TRITON_MODEL_REPO": str(tmp_path / "models"),
+        "ADMIN_KEY_FILE": str(tmp_path / "key"),
+    }
+
+
+def enter(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(DOCKER / "entrypoint.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str, str]) -> None:
+    arguments = enter(container, "--log-verbose=1").stdout.split()
+    loaded = [argument for argument in arguments if argument.startswith("--load-model=")]
+    assert loaded == ["--load-model=intent", "--load-model=topic", "--load-model=intent_features"]
+    assert "--model-control-mode=explicit" in arguments
+    assert f"--grpc-restricted-protocol=model-repository,trace,logging:admin-key={KEY}" in arguments
+    assert f"--http-restricted-api=model-repository,trace,logging:admin-key={KEY}" in arguments
+    assert "--log-verbose=1" in arguments
+    assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == ["intent", "topic"]
+
+
+def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) -> None:
+    arguments = enter({**container, "CLASSIFIERS": "topic"}).stdout
+    assert "--load-model=topic" in arguments
+    assert "--load-model=intent\n" not in arguments
+
+
+def test_entrypoint_restricts_model_control_without_a_key_too(container: dict[str, str]) -> None:
+    del container["ADMIN_KEY_FILE"]
+    first, second = (re.findall(r"admin-key=([0-9a-f]{64})\b", enter(container).stdout) for _ in range(2))
+    assert len(first) == 2
+    assert first != second
+
+
+def test_entrypoint_hands_the_key_to_the_patcher(container: dict[str, str]) -> None:
+    assert enter(container, "patcher", "labels").stdout.split() == ["labels", f"key={KEY}"]
+
+
+@pytest.mark.parametrize("key", ["", "short", "0123456789abcdef:0123"])
+def test_entrypoint_refuses_a_weak_or_broken_key(container: dict[str, str], key: str) -> None:
+    Path(container["ADMIN_KEY_FILE"]).write_text(key)
+    outcome = enter(container)
+    assert outcome.returncode == 2
+    assert "openssl rand -hex 32" in outcome.stderr
+
+
+def test_entrypoint_refuses_an_empty_repository(container: dict[str, str], tmp_path: Path) -> None:
+    outcome = enter({**container, "TRITON_MODEL_REPO": str(tmp_path / "bin")})
+    assert outcome.returncode == 2
+    assert "no classifier in" in outcome.stderr
+
+
+class Ready(http.server.BaseHTTPRequestHandler):
+    """Answers as a Triton does in which only `intent` is ready, while the server itself says that it is."""
+
+    def do_GET(self) -> None:
+        ready = self.path in ("/v2/models/intent/ready", "/v2/health/ready")
+        self.send_response(200 if ready else 400)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("served, code", [("intent", 0), ("intent\ntopic", 1), ("", 1), (None, 1)])
+def test_health_is_the_readiness_of_every_classifier(tmp_path: Path, served: str | None, code: int) -> None:
+    if served is not None:
+        (tmp_path / "classifiers").write_text(served)
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert outcome.returncode == code, outcome.stdout + outcome.stderr

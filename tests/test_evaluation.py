@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from patcher.errors import LabelError
+from patcher.evaluation import evaluate_head
+from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
+
+
+def identity_head(problem=SINGLE_LABEL):
+    """Logits are the features themselves."""
+    return Head.from_linear(
+        ["a", "b", "c"], np.eye(3, dtype=np.float32), np.zeros(3, np.float32), 3, "f", problem=problem
+    )
+
+
+def rows(*answers):
+    return np.eye(3, dtype=np.float32)[["abc".index(answer) for answer in answers]]
+
+
+def test_figures_by_hand():
+    result = evaluate_head(identity_head(), rows("a", "a", "b", "b", "c"), ["a", "b", "b", "b", "b"])
+    assert result.accuracy == pytest.approx(3 / 5)
+    a, b, c = (result.per_label[label] for label in "abc")
+    assert (a.precision, a.recall, a.support) == (0.5, 1.0, 1)
+    assert (b.precision, b.recall, b.f1) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert (c.precision, c.recall, c.f1, c.support) == (0, 0, 0, 0)
+    assert result.macro_f1 == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert result.confusions == (("b", "a", 1), ("b", "c", 1))
+
+
+def test_agrees_with_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    expected, answered = rng.choice(list("abc"), 200), rng.choice(list("abc"), 200)
+    result = evaluate_head(identity_head(), rows(*answered), expected.tolist())
+    assert result.accuracy == pytest.approx(metrics.accuracy_score(expected, answered))
+    assert result.macro_f1 == pytest.approx(metrics.f1_score(expected, answered, average="macro"))
+
+
+def test_a_label_that_the_head_lacks_counts_as_wrong():
+    result = evaluate_head(identity_head(), rows("a", "b"), ["a", "new"])
+    assert (result.accuracy, result.unknown) == (0.5, ("new",))
+
+
+def test_a_file_of_strange_labels_is_refused():
+    with pytest.raises(LabelError, match=r"none of the file's 1 labels \(x …\)"):
+        evaluate_head(identity_head(), rows("a"), ["x"])
+
+
+def test_multi_label():
+    logits = np.array([[1, 1, -1], [1, -1, -1], [-1, -1, -1]], np.float32)
+    result = evaluate_head(identity_head(MULTI_LABEL), logits, ["a|b", "a|c", "b"])
+    assert result.accuracy == pytest.approx(1 / 3)
+    assert result.per_label["a"].f1 == 1
+    assert result.per_label["b"].recall == 0.5

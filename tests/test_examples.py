@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patcher.errors import ExamplesError, PatcherError
+from patcher.examples import MAX_TEXT_BYTES, data_hash, read_examples
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("column", ["text", "sentence", "sentece", "Utterance", " QUERY "])
+def test_every_spelling_of_the_text_column_is_read(tmp_path, column):
+    path = write(tmp_path, "a.csv", f"{column},label\nhello there,greeting\n")
+    examples = read_examples(path)
+    assert examples.texts == ("hello there",)
+    assert examples.labels == ("greeting",)
+
+
+def test_the_same_examples_come_out_of_every_format(tmp_path):
+    rows = [("hello, there", "greeting"), ('say "bye"\nnow', "farewell")]
+    quoted = "".join(f'"{t.replace(chr(34), chr(34) * 2)}",{label}\n' for t, label in rows)
+    files = {
+        "a.csv": "text,label\n" + quoted,
+        "a.tsv": "text\tlabel\n" + quoted.replace('",', '"\t'),
+        "a.jsonl": "\n".join(json.dumps({"text": t, "label": label}) for t, label in rows),
+    }
+    read = [read_examples(write(tmp_path, name, content)) for name, content in files.items()]
+    assert {(e.texts, e.labels) for e in read} == {(tuple(t for t, _ in rows), tuple(label for _, label in rows))}
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"sentence": ["hello", "bye"], "intent": ["greeting", "farewell"]}), path)
+    examples = read_examples(path)
+    assert (examples.texts, examples.labels) == (("hello", "bye"), ("greeting", "farewell"))
+
+
+def test_lines_are_those_an_editor_shows(tmp_path):
+    path = write(tmp_path, "a.csv", 'text,label\n"two\nlines",x\nnext,x\n')
+    assert read_examples(path).lines == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "", "no text column"),
+        ("a.csv", "text,label\n", "no examples"),
+        ("a.csv", "words,label\nhello,x\n", "found 'words', 'label'; expected one named text"),
+        ("a.csv", "text,label\nhello,x\nworld\n", "line 3: 1 fields, expected 2"),
+        ("a.csv", 'text,label\nhello,x\n"cut off in the mid', "line 3: .*cut off"),
+        ("a.csv", "text,label\n   ,x\n", "line 2: the text is empty"),
+        ("a.csv", "text,label\nhello,\n", "line 2: the label is empty"),
+        ("a.csv", "text,label\nhello,a\tb\n", "line 2: the label .* do not print"),
+        ("a.csv", "text,label\nhel\0lo,x\n", "line 2: a NUL byte"),
+        ("a.csv", b"text,label\nhello,x\nna\xefve,x\n", "line 3: not UTF-8"),
+        ("a.csv", f"text,label\n{'a' * (MAX_TEXT_BYTES + 1)},x\n", "line 2: the text has 1,048,577 bytes"),
+        ("a.jsonl", '{"text": "hello"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", '["hello"]', "line 1: expected an object, got list"),
+        ("a.jsonl", '{"text": 3}', "line 1: expected a text, got int"),
+        ("a.jsonl", '{"text": "a", "label": 1.5}', "line 1: expected a label, got float"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: no label"),
+        ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
+        ("a.xlsx", "text", "ending '.xlsx'"),
+        ("a.parquet", "PAR1 not really", "Parquet"),
+    ],
+)
+def test_what_cannot_be_used_is_said_with_its_line(tmp_path, name, content, message):
+    with pytest.raises(ExamplesError, match=message):
+        read_examples(write(tmp_path, name, content))
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ExamplesError, match="No such file"):
+        read_examples(tmp_path / "none.csv")
+
+
+@given(data=st.binary(max_size=300), ending=st.sampled_from([".csv", ".tsv", ".jsonl", ".txt"]))
+def test_any_bytes_are_read_or_refused_in_words(tmp_path_factory, data, ending):
+    path = tmp_path_factory.getbasetemp() / f"fuzz{ending}"
+    path.write_bytes(data)
+    try:
+        assert len(read_examples(path)) > 0
+    except PatcherError as error:
+        assert str(path) in str(error)
+
+
+def test_the_data_hash_tells_texts_from_labels():
+    assert data_hash(["ab"], ["c"]) != data_hash(["a"], ["bc"])
+    assert data_hash(["ab"], ["c"]) == data_hash(("ab",), ("c",))

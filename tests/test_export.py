@@ -1,0 +1,564 @@
+"""What export refuses and why, what it leaves alone, and that it repeats itself to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import checkpoints  # noqa: E402  needs both
+from tokenizers import Tokenizer  # noqa: E402
+
+import export  # noqa: E402
+import export.classifier  # noqa: E402
+from export import ExportCallback, export_classifier, run_export  # noqa: E402
+from patcher import ModelRepository  # noqa: E402
+from patcher.errors import (  # noqa: E402
+    CheckpointError,
+    ExamplesError,
+    ExportError,
+    InputError,
+    ParityError,
+    RepositoryError,
+    SplitError,
+    StorageError,
+)
+from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A saved BERT checkpoint; tests that change it take a copy."""
+    return checkpoints.save_checkpoint(tmp_path_factory.mktemp("bert") / "checkpoint")
+
+
+@pytest.fixture
+def copy(bert, tmp_path):
+    return shutil.copytree(bert, tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def train_file(folder, rows):
+    path = folder / "train.csv"
+    path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    return path
+
+
+def in_memory(model):
+    return {"model": model, "tokenizer": checkpoints.make_tokenizer()}
+
+
+# --- checkpoints that are refused -------------------------------------------------------------------------------------
+
+
+def regression(folder):
+    edit_config(folder, problem_type="regression")
+
+
+def one_label(folder):
+    edit_config(folder, id2label={"0": "score"}, label2id={"score": 0})
+
+
+def repeated_label(folder):
+    names = [*checkpoints.LABELS[:-1], checkpoints.LABELS[0]]
+    edit_config(folder, id2label={str(index): name for index, name in enumerate(names)}, label2id={})
+
+
+def label_with_newline(folder):
+    names = [*checkpoints.LABELS[:-1], "a\nb"]
+    edit_config(folder, id2label={str(index): name for index, name in enumerate(names)}, label2id={})
+
+
+def another_task(folder):
+    edit_config(folder, architectures=["BertForMaskedLM"])
+
+
+def no_head(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "classifier" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def other_shapes(folder):
+    edit_config(folder, hidden_size=64)
+
+
+def quantized(folder):
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+
+
+def pickle_only(folder):
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def unknown_model(folder):
+    edit_config(folder, model_type="something-new")
+
+
+def own_code(folder):
+    edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (folder / "own.py").write_text("raise SystemExit('this code ran')")
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (regression, "trained for regression"),
+        (one_label, r"1 label\(s\), as a regression has"),
+        (repeated_label, "'balance' more than once"),
+        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or characters that do not print"),
+        (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
+        (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
+        (other_shapes, "their shapes are not those that its config.json says"),
+        (quantized, "is quantized"),
+        (pickle_only, r"in a pickle \(pytorch_model.bin\), which can run code"),
+        (no_weights, "cannot read the weights of .*no file named model.safetensors"),
+        (cut_weights, "cannot read the weights of .*incomplete metadata"),
+        (broken_config, "cannot read the configuration of .*not a valid JSON file"),
+        (no_config, "holds no config.json"),
+        (unknown_model, "cannot read the configuration of .*`something-new`"),
+        (own_code, "brings Python code of its own; --trust-remote-code runs it"),
+        (no_tokenizer, "has no vocabulary for its BertTokenizer"),
+    ],
+)
+def test_a_checkpoint_is_refused_with_the_reason(copy, tmp_path, damage, reason):
+    damage(copy)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        run_export(copy, tmp_path / "model_repository")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "model_repository").exists()
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [("./not/there", "no folder that is there"), ("not/there/either", "no folder that is there"), (__file__, "a file")],
+)
+def test_a_source_that_is_no_checkpoint(tmp_path, source, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        run_export(source, tmp_path / "model_repository")
+
+
+def test_a_pickle_is_read_when_asked_for(copy, bert, tmp_path):
+    pickle_only(copy)
+    ours = run_export(copy, tmp_path / "one", allow_pickle=True)
+    assert ours.fingerprint == run_export(bert, tmp_path / "two").fingerprint
+
+
+def test_own_code_runs_when_asked_for(bert, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (copy / "own.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
+        "class OwnForSequenceClassification(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    homes = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnForSequenceClassification"}
+    edit_config(copy, model_type="own", auto_map=homes, architectures=["OwnForSequenceClassification"])
+    ours = run_export(copy, tmp_path / "one", trust_remote_code=True)
+    assert ours.fingerprint == run_export(bert, tmp_path / "two").fingerprint
+
+
+# --- models that cannot be split --------------------------------------------------------------------------------------
+
+
+def bert_class(name, **members):
+    return type(f"{name}ForSequenceClassification", (transformers.BertForSequenceClassification,), members)
+
+
+def model_of(kind):
+    model = checkpoints.make_model("bert", checkpoints.make_tokenizer())
+    model.__class__ = kind
+    return model
+
+
+def scaled_logits(self, **inputs):
+    output = transformers.BertForSequenceClassification.forward(self, **inputs)
+    output.logits = output.logits * 2
+    return output
+
+
+def cosine_logits(self, input_ids=None, attention_mask=None):
+    pooled = torch.nn.functional.normalize(self.bert(input_ids, attention_mask)[1], dim=-1)
+    return transformers.modeling_outputs.SequenceClassifierOutput(logits=pooled @ self.classifier.weight.T)
+
+
+def used_twice(self, input_ids=None, attention_mask=None):
+    states, pooled = self.bert(input_ids, attention_mask)[:2]
+    self.classifier(states)
+    return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def peeking(self, input_ids=None, attention_mask=None):
+    pooled = self.bert(input_ids, attention_mask)[1]
+    pooled = pooled * self.classifier.weight.mean() if hasattr(self.classifier, "weight") else pooled
+    return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(pooled))
+
+
+def failing(self, input_ids=None, attention_mask=None):
+    raise ValueError("only one text at a time")
+
+
+@pytest.mark.parametrize(
+    "forward, reason",
+    [
+        (scaled_logits, "something after the last layer changes them"),
+        (cosine_logits, r"no linear layer of .* gives its logits \(linear layers to 5 numbers: none\)"),
+        (used_twice, "calls its layer 'classifier' more than once"),
+        (peeking, "not made by the layer 'classifier' alone"),
+        (failing, "forward failed on a padded batch of tokens: only one text at a time"),
+    ],
+)
+def test_a_model_that_cannot_be_split_is_refused(tmp_path, forward, reason):
+    def spelled_out(self, input_ids=None, attention_mask=None, token_type_ids=None):
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask)
+
+    model = model_of(bert_class("Odd", forward=spelled_out))
+    with pytest.raises(SplitError, match=reason):
+        run_export(repository_dir=tmp_path / "model_repository", **in_memory(model))
+    assert not (tmp_path / "model_repository").exists()
+
+
+def test_a_layer_with_an_adapter_is_refused(tmp_path):
+    class Adapted(torch.nn.Linear):
+        def forward(self, given):
+            return super().forward(given) + given.sum(dim=-1, keepdim=True)
+
+    model = checkpoints.make_model("bert", checkpoints.make_tokenizer())
+    model.classifier.__class__ = Adapted
+    with pytest.raises(SplitError, match=r"'classifier' \(Adapted\) gives the logits, but is not linear"):
+        run_export(repository_dir=tmp_path / "model_repository", **in_memory(model))
+
+
+def test_a_last_layer_that_lies_the_other_way_round_is_found(tmp_path):
+    model = checkpoints.make_model("bert", checkpoints.make_tokenizer())
+    turned = transformers.pytorch_utils.Conv1D(5, 32)
+    turned.weight.data, turned.bias.data = model.classifier.weight.data.T.clone(), model.classifier.bias.data.clone()
+    model.classifier = turned
+    report = run_export(repository_dir=tmp_path / "model_repository", **in_memory(model))
+    head = report.repository.classifier().head()
+    np.testing.assert_array_equal(head.base_weight, turned.weight.detach().numpy().T)
+
+
+def test_a_model_that_torch_cannot_export_is_refused(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=200, d_model=32, num_layers=1, num_heads=4, d_ff=64, d_kv=8, num_labels=3, decoder_start_token_id=0
+    )
+    model = transformers.T5ForSequenceClassification(config)
+    with pytest.raises((ExportError, SplitError), match=r"cannot export|forward failed"):
+        run_export(repository_dir=tmp_path / "model_repository", **in_memory(model))
+
+
+# --- options and training files that are refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"name": "a/b"}, "'a/b' cannot name a model"),
+        ({"backbone": "x_head"}, "belong to its parts"),
+        ({"precision": "int4"}, "no precision 'int4' yet; expected fp32"),
+        ({"max_length": 81}, "a maximum length of 81 tokens; expected 1 to 78"),
+        ({"max_length": 0}, "a maximum length of 0 tokens"),
+    ],
+)
+def test_an_option_that_makes_no_sense(bert, tmp_path, options, reason):
+    with pytest.raises(InputError, match=reason):
+        run_export(bert, tmp_path / "model_repository", **options)
+    assert not (tmp_path / "model_repository").exists()
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        (
+            [*checkpoints.TRAIN, ("my card", "card lots")],
+            "line 12: .*no label 'card lots' among its 5: did you mean card",
+        ),
+        ([("my card", "2")], "line 2: .*no label '2' among its 5: it looks like an id; expected .*'card lost' for 2"),
+        ([("my card", "xyz")], "line 2: .*no label 'xyz' among its 5: expected one of balance, transfer"),
+    ],
+)
+def test_a_label_that_the_model_lacks_is_told_with_its_line(bert, tmp_path, rows, reason):
+    with pytest.raises(ExamplesError, match=reason):
+        run_export(bert, tmp_path / "model_repository", train=train_file(tmp_path, rows))
+    assert not (tmp_path / "model_repository").exists()
+
+
+def test_a_train_file_without_labels(bert, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("hello\n")
+    with pytest.raises(ExamplesError, match="no label column"):
+        run_export(bert, tmp_path / "model_repository", train=path)
+
+
+# --- what is written, and what is not ---------------------------------------------------------------------------------
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(bert, copy, tmp_path):
+    first = run_export(bert, tmp_path / "one")
+    second = run_export(copy, tmp_path / "two", name="other")
+    script = "import sys; from export import run_export; print(run_export(sys.argv[1], sys.argv[2]).fingerprint)"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    third = subprocess.run(
+        [sys.executable, "-c", script, str(bert), str(tmp_path / "three")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert first.fingerprint == second.fingerprint == third
+    path = first.repository.classifier().backbone_path
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == first.fingerprint
+    for secret in (str(tmp_path), str(bert), str(Path(transformers.__file__).parent), torch.__version__):
+        assert secret.encode() not in path.read_bytes()
+
+
+def test_a_model_in_memory_is_copied_and_exported_with_dropout_off(tmp_path):
+    tokenizer = checkpoints.make_tokenizer()
+    model = checkpoints.make_model("bert", tokenizer, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model.train().half()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attention = model.config._attn_implementation
+    repository = export_classifier(model, tmp_path / "model_repository", tokenizer=tokenizer)
+    graph = onnx.load(repository.classifier().backbone_path).graph
+    assert not [node for node in graph.node if "Dropout" in node.op_type or "Random" in node.op_type]
+    assert model.training
+    assert model.config._attn_implementation == attention
+    assert model.dtype == torch.float16
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_in_memory_needs_its_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="without its tokenizer"):
+        run_export(checkpoints.make_model("bert", checkpoints.make_tokenizer()), tmp_path / "model_repository")
+    with pytest.raises(CheckpointError, match="no transformers model, but a Linear"):
+        run_export(torch.nn.Linear(2, 2), tmp_path / "model_repository", tokenizer=checkpoints.make_tokenizer())
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path):
+    model = checkpoints.make_model("bert", checkpoints.make_tokenizer())
+    with pytest.raises(CheckpointError, match=r"has a slow tokenizer \(CanineTokenizer\)"):
+        run_export(model, tmp_path / "model_repository", tokenizer=transformers.CanineTokenizer())
+
+
+def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
+    heard = []
+    report = run_export(
+        bert, tmp_path / "model_repository", train=train_file(tmp_path, checkpoints.TRAIN), progress=heard.append
+    )
+    classifier = report.repository.classifier()
+    memory, head = classifier.memory(), classifier.head()
+    features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(checkpoints.SENTENCES)
+    assert dict(zip(memory.labels, memory.counts.tolist(), strict=True)) == dict.fromkeys(checkpoints.LABELS, 2)
+    np.testing.assert_allclose(memory.sums[0], features[:2].sum(axis=0), atol=1e-4)
+    assert (memory.split, memory.width) == (report.split, report.width) == (32, 64)
+    assert head.lineage.data_hash
+    assert (head.lineage.version, head.lineage.backbone, head.lineage.method) == (1, report.fingerprint, "export")
+    labels = [label for _, label in checkpoints.TRAIN]
+    right = np.mean([head.labels[i] == label for i, label in zip(head.logits(features).argmax(1), labels, strict=True)])
+    assert report.train_accuracy == pytest.approx(right)
+    assert any("last linear layer: classifier" in line for line in heard)
+    assert json.loads(json.dumps(report.to_json()))["labels"] == 5
+    assert "5 labels" in report.sentence()
+
+
+def test_a_multi_label_text_counts_for_each_of_its_labels(tmp_path):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", problem_type="multi_label_classification")
+    rows = [*checkpoints.TRAIN, ("hello, I lost my card", "greeting|card lost")]
+    report = run_export(folder, tmp_path / "model_repository", train=train_file(tmp_path, rows))
+    classifier = report.repository.classifier()
+    memory = classifier.memory()
+    assert dict(zip(memory.labels, memory.counts.tolist(), strict=True))["card lost"] == 3
+    answer = run_head(open_session(classifier.version_path(1) / "model.onnx"), np.zeros((1, report.width), np.float32))
+    expected = 1 / (1 + np.exp(-np.sort(answer.logits[0])[::-1]))
+    np.testing.assert_allclose(answer.scores[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture, most", [("bert", 80), ("roberta", 78), ("xlnet", 2048), ("llama", 2048)])
+def test_texts_are_cut_where_the_positions_end(tmp_path, architecture, most):
+    tokenizer = checkpoints.make_tokenizer(checkpoints.ARCHITECTURES[architecture][2])
+    tokenizer.model_max_length = int(1e30)
+    model = checkpoints.make_model(architecture, tokenizer)
+    assert run_export(model, tmp_path / "model_repository", tokenizer=tokenizer).max_length == most
+
+
+def test_texts_are_cut_where_asked_for(bert, tmp_path):
+    report = run_export(bert, tmp_path / "model_repository", max_length=16)
+    tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))
+    assert report.max_length == len(tokenizer.encode("card " * 100).ids) == 16
+    assert report.sentence().startswith("Exported intent: 5 labels, 32 + 32 features")
+
+
+def test_a_decoder_without_padding_gets_a_token_that_it_does_not_read(tmp_path):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "gpt2")
+    report = run_export(folder, tmp_path / "model_repository")
+    tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))
+    assert tokenizer.padding["pad_id"] == 2
+    assert tokenizer.encode_batch(["hello there", "hello there my good friend"])[0].ids[-1] == 2
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_is_read(bert, tmp_path, tree):
+    report = run_export(bert, tmp_path / "model_repository")
+    before = tree(report.repository.root)
+    with pytest.raises(InputError, match="holds a classifier 'intent' already"):
+        run_export("./not/there", report.repository.root)
+    assert tree(report.repository.root) == before
+
+
+def test_a_backbone_is_shared_when_it_is_the_same(bert, tmp_path, tree):
+    root = tmp_path / "model_repository"
+    run_export(bert, root, name="first", backbone="shared")
+    run_export(bert, root, name="second", backbone="shared")
+    assert ModelRepository(root).classifiers() == ("first", "second")
+    assert len(list(root.glob("*_backbone"))) == 1
+    before = tree(root)
+    other = checkpoints.save_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="holds another backbone 'shared'"):
+        run_export(other, root, name="third", backbone="shared")
+    with pytest.raises(InputError, match="has another tokenizer"):
+        run_export(bert, root, name="third", backbone="shared", max_length=9)
+    assert tree(root) == before
+
+
+def test_a_repository_of_a_newer_format_is_refused(bert, tmp_path):
+    (tmp_path / "patcher.json").write_text('{"format": 99}')
+    with pytest.raises(RepositoryError, match="upgrade patcher"):
+        run_export(bert, tmp_path)
+
+
+def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
+    def full(*_args, **_options):
+        raise StorageError("no space left on device")
+
+    kept = run_export(bert, tmp_path / "kept")
+    before = tree(kept.repository.root)
+    monkeypatch.setattr(ModelRepository, "add_classifier", full)
+    for root in (tmp_path / "fresh", kept.repository.root):
+        with pytest.raises(StorageError):
+            run_export(bert, root, name="late")
+    assert not (tmp_path / "fresh").exists()
+    assert tree(kept.repository.root) == before
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [(lambda w: w * 1.5, "logits differ from the checkpoint's by"), (lambda w: w * np.nan, "values not finite")],
+)
+def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monkeypatch, damage, reason):
+    honest = export.classifier.export_backbone
+
+    def lying(model, split, inputs, path):
+        made = honest(model, split, inputs, path)
+        graph = onnx.load(path)
+        for tensor in graph.graph.initializer:
+            if "word_embeddings" in tensor.name:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(damage(onnx.numpy_helper.to_array(tensor)), tensor.name))
+        onnx.save(graph, path)
+        return made
+
+    monkeypatch.setattr(export.classifier, "export_backbone", lying)
+    with pytest.raises(ParityError, match=reason):
+        run_export(bert, tmp_path / "model_repository")
+    assert not (tmp_path / "model_repository").exists()
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    tokenizer = checkpoints.make_tokenizer()
+    rows = [{**tokenizer(text), "labels": checkpoints.LABELS.index(label)} for text, label in checkpoints.TRAIN]
+
+    def make(**options):
+        return transformers.Trainer(
+            checkpoints.make_model("bert", tokenizer),
+            transformers.TrainingArguments(
+                str(tmp_path / "training"),
+                max_steps=3,
+                learning_rate=1e-2,
+                per_device_train_batch_size=5,
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+            processing_class=options.pop("processing_class", tokenizer),
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            callbacks=[ExportCallback(tmp_path / "model_repository", **options)],
+        )
+
+    return make
+
+
+def test_the_trainer_exports_what_it_trained(trainer, tmp_path):
+    training = trainer(name="support")
+    training.train()
+    classifier = ModelRepository(tmp_path / "model_repository").classifier("support")
+    features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(checkpoints.SENTENCES)
+    tokens = training.processing_class(list(checkpoints.SENTENCES), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = training.model.eval()(**tokens).logits.numpy()
+    np.testing.assert_allclose(classifier.head().logits(features), expected, atol=1e-4)
+    again = trainer(name="support")
+    with pytest.raises(InputError, match="holds a classifier 'support' already"):
+        again.train()
+    assert again.state.global_step == 0
+
+
+def test_the_trainer_is_told_before_it_starts_that_no_tokenizer_is_known(trainer):
+    training = trainer(processing_class=None)
+    with pytest.raises(InputError, match="knows no tokenizer"):
+        training.train()
+    assert training.state.global_step == 0
+
+
+def test_the_public_face():
+    assert sorted(export.__all__) == sorted(export._HOMES)
+    for name in export.__all__:
+        assert getattr(export, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = export.nothing

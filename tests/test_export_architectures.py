@@ -1,0 +1,83 @@
+"""Each architecture of the contract: its last layer is found, and the exported files answer as the checkpoint does."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import checkpoints  # noqa: E402  needs both
+
+from export import run_export  # noqa: E402
+from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
+
+TEXTS = [
+    "hi",
+    "I lost my card",
+    "please send twenty euros to my landlord today, and tell me the balance of my account afterwards",
+    "what are the opening hours of the branch in town on saturdays?",
+    "good morning",
+    "zebra quagga",
+    "block my card " * 12,
+]
+
+
+@pytest.fixture(scope="module", params=[*checkpoints.ARCHITECTURES, "multi-label"])
+def exported(request, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp(request.param)
+    settings = {"problem_type": "multi_label_classification"} if request.param == "multi-label" else {}
+    name = "bert" if settings else request.param
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", name, **settings)
+    return name, folder, run_export(folder, tmp_path / "model_repository")
+
+
+def test_the_files_answer_as_the_checkpoint_does(exported):
+    name, folder, report = exported
+    assert report.layer == checkpoints.ARCHITECTURES[name][3]
+    classifier = report.repository.classifier()
+    encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
+    head = open_session(classifier.version_path(1) / "model.onnx", threads=1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batches = [[text] for text in TEXTS]
+    if model.config.pad_token_id is not None:
+        batches += [TEXTS[:3], TEXTS]
+    for texts in batches:
+        with torch.no_grad():
+            expected = model(**tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")).logits.numpy()
+        answer = run_head(head, encoder.encode(texts))
+        np.testing.assert_allclose(answer.logits, expected, atol=1e-4, rtol=0)
+        assert answer.labels[:, 0].tolist() == [checkpoints.LABELS[i] for i in expected.argmax(axis=1)]
+        assert answer.version == 1
+
+
+def test_a_text_alone_and_in_company_gets_the_same_features(exported):
+    _, _, report = exported
+    classifier = report.repository.classifier()
+    encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
+    together = encoder.encode([*TEXTS, ""])
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    assert together.shape == (len(TEXTS) + 1, report.width)
+    np.testing.assert_allclose(together[:-1], alone, atol=1e-4)
+    assert np.isfinite(together[-1]).all()
+    assert np.isfinite(encoder.encode([""])).all()
+
+
+def test_the_file_is_what_old_runtimes_load(exported):
+    _, _, report = exported
+    classifier = report.repository.classifier()
+    model = onnx.load(classifier.backbone_path)
+    config = report.repository.config(classifier.backbone_model)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 17)]
+    assert model.ir_version == 8
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert {each.name for each in model.graph.input} == {each.name for each in config.input}
+    for each in model.graph.input:
+        assert [dim.dim_param for dim in each.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    (features,) = model.graph.output
+    batch, width = features.type.tensor_type.shape.dim
+    assert (features.name, batch.dim_param, width.dim_value) == ("features", "batch", report.width)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patcher.errors import ExamplesError, InputError, LabelError
+from patcher.fit import fit
+from patcher.fit.bias import Calibration, best_shift, normal_below
+from patcher.fit.minimise import minimise
+from patcher.fit.settings import SETTINGS
+from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
+from patcher.memory import Memory
+
+
+def world(labels=8, split=12, width=20, seed=0, per_label=40, problem=SINGLE_LABEL):
+    """Old labels as Gaussians, a head that knows them, their memory, and a function that draws a new label's inputs."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((labels + 3, width)) * 2.5
+    ids = np.repeat(np.arange(labels), per_label)
+    features = (centres[ids] + rng.standard_normal((len(ids), width))).astype(np.float32)
+    weight = centres[:labels, :split]
+    bias = -0.5 * (weight**2).sum(axis=1) if problem == SINGLE_LABEL else -(weight**2).sum(axis=1) * 0.7
+    head = Head.from_linear(
+        [f"l{i}" for i in range(labels)],
+        weight.astype(np.float32),
+        bias.astype(np.float32),
+        width,
+        "f",
+        problem=problem,
+    )
+    memory = Memory.build(features, ids, head.labels, split)
+
+    def new(count, which=0, seed=1):
+        draws = np.random.default_rng([seed, which]).standard_normal((count, width))
+        return (centres[labels + which] + draws).astype(np.float32)
+
+    return head, memory, features, ids, new
+
+
+@pytest.mark.parametrize("problem", [SINGLE_LABEL, MULTI_LABEL])
+def test_a_new_label_is_found_and_old_ones_stay(problem):
+    head, memory, features, ids, new = world(problem=problem)
+    made = fit({"new": new(10)}, head, memory)
+    after = made.apply(head)
+    fresh = after.logits(new(200, seed=9))
+    found = fresh.argmax(axis=1) == 8 if problem == SINGLE_LABEL else fresh[:, 8] > 0
+    before, now = head.logits(features), after.logits(features)
+    assert found.mean() > 0.9
+    assert now[:, :8].tobytes() == before.tobytes()
+    taken = now.argmax(axis=1) == 8 if problem == SINGLE_LABEL else now[:, 8] > 0
+    assert taken[before.argmax(axis=1) == ids].mean() <= 0.01
+    assert (made.method, made.calibration) == ("offset-logistic", "features")
+
+
+def test_several_labels_at_once_do_not_steal_from_each_other():
+    head, memory, _, _, new = world()
+    after = fit({f"n{k}": new(10, k) for k in range(3)}, head, memory).apply(head)
+    for k in range(3):
+        assert (after.logits(new(100, k, seed=5)).argmax(axis=1) == 8 + k).mean() > 0.85
+
+
+def test_without_a_memory_the_old_rows_have_to_do():
+    head, _, _, _, new = world()
+    made = fit({"new": new(10)}, head, None)
+    assert made.calibration == "none"
+    assert (made.weight[:, head.split :] == 0).all()  # the old rows say nothing about features they do not look at
+    assert (made.apply(head).logits(new(100, seed=9)).argmax(axis=1) == 8).mean() > 0.5
+
+
+def test_the_same_examples_give_the_same_row():
+    head, memory, _, _, new = world()
+    first, second = (fit({"new": new(10)}, head, memory) for _ in range(2))
+    assert first.weight.tobytes() == second.weight.tobytes()
+    assert first.bias.tobytes() == second.bias.tobytes()
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.01, 0.1])
+def test_the_budget_of_flips_is_kept_on_the_calibration_inputs(budget):
+    # A new label in the middle of an old one, so that the budget binds.
+    head, memory, features, ids, _ = world()
+    crowd = features[ids == 3][:10] + 0.1
+    made = fit({"new": crowd}, head, memory, max_flips=budget)
+    sample = memory.sample.astype(np.float32)
+    moved = sample @ made.weight[0] + made.bias[0] > head.logits(sample).max(axis=1)
+    assert moved.sum() <= budget * len(sample)
+
+
+def test_replay_takes_the_place_of_the_sample():
+    head, memory, features, ids, new = world()
+    assert fit({"new": new(10)}, head, memory, replay=(features, ids)).calibration == "replay"
+
+
+@pytest.mark.parametrize(
+    "examples, error",
+    [
+        ({"l1": np.zeros((2, 20), np.float32)}, LabelError),
+        ({"": np.zeros((2, 20), np.float32)}, LabelError),
+        ({"new": np.zeros((0, 20), np.float32)}, ExamplesError),
+        ({"new": np.zeros((2, 19), np.float32)}, ExamplesError),
+        ({"new": np.full((2, 20), np.nan, np.float32)}, ExamplesError),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(examples, error):
+    head, memory, *_ = world()
+    with pytest.raises(error):
+        fit(examples, head, memory)
+    with pytest.raises(InputError, match="magic"):
+        fit({"new": np.zeros((2, 20), np.float32)}, head, memory, method="magic")
+
+
+@given(
+    labels=st.integers(2, 6),
+    split=st.integers(1, 6),
+    more=st.integers(0, 6),
+    count=st.integers(1, 6),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+@settings(max_examples=40, deadline=None)
+def test_old_rows_are_the_same_bits_whatever_the_numbers(labels, split, more, count, seed, scale):
+    rng = np.random.default_rng(seed)
+    width = split + more
+    rows = (rng.standard_normal((labels, split)) * scale).astype(np.float32)
+    head = Head.from_linear([f"l{i}" for i in range(labels)], rows, np.zeros(labels, np.float32), width, "f")
+    features = (rng.standard_normal((labels * 3, width)) * scale).astype(np.float32)
+    memory = Memory.build(features, np.arange(labels * 3) % labels, head.labels, split)
+    made = fit({"new": (rng.standard_normal((count, width)) * scale).astype(np.float32)}, head, memory)
+    after = made.apply(head)
+    assert after.base_hash() == head.base_hash()
+    assert {k: v for k, v in after.rows_hash().items() if k != "new"} == head.rows_hash()
+    assert np.isfinite(made.weight).all()
+    assert np.isfinite(made.bias).all()
+
+
+def test_the_shift_weighs_what_is_missed_against_what_is_taken():
+    missed = np.full(10, -2.0) + np.linspace(-0.5, 0.5, 10)
+    far = Calibration(np.full(100, 50.0), np.ones(100), worth=0.05, cap=50.0)
+    near = Calibration(np.full(100, 0.5), np.ones(100), worth=0.05, cap=50.0)
+    capped = Calibration(np.full(100, 50.0), np.ones(100), worth=0.05, cap=0.5)
+    assert best_shift(missed, far, SETTINGS) > 2
+    assert best_shift(missed, near, SETTINGS) < best_shift(missed, far, SETTINGS)
+    assert best_shift(missed, capped, SETTINGS) == 0.5
+    assert best_shift(missed, None, SETTINGS) <= 0
+
+
+def test_the_normal_distribution():
+    from math import erf, sqrt
+
+    scores = np.linspace(-6, 6, 49)
+    expected = [0.5 * (1 + erf(score / sqrt(2))) for score in scores]
+    np.testing.assert_allclose(normal_below(scores), expected, atol=2e-7)
+
+
+def test_minimise_finds_the_least_of_a_convex_function():
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((30, 30))
+    matrix = matrix @ matrix.T + 0.1 * np.eye(30)
+    target = rng.standard_normal(30)
+    found = minimise(lambda x: (float(0.5 * (x - target) @ matrix @ (x - target)), matrix @ (x - target)), np.zeros(30))
+    np.testing.assert_allclose(found, target, atol=1e-3)
+
+
+def test_a_fit_takes_no_longer_than_a_patch_may():
+    head, memory, _, _, new = world(labels=150, split=64, width=128, per_label=20)
+    start = time.perf_counter()
+    fit({"new": new(10)}, head, memory)
+    assert time.perf_counter() - start < 5  # a bound for any machine; the figure is in the benchmark

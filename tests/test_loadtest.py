@@ -1,0 +1,170 @@
+"""The load test, with the real perf_analyzer against a real server."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import stat
+
+import pytest
+import tiny
+
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+from patcher.loadtest import Load, Measurement, StepTime, load_test, parse_loads, plot, write_csv, write_json
+from patcher.triton import perf_analyzer
+from patcher.triton.client import TritonServer
+from patcher.triton.perf_analyzer import find_perf_analyzer
+from patcher.triton.server import EmbeddedTriton
+
+MODELS = ["intent", "intent_features"]
+ROLES = ("intent_tokenizer", "intent_backbone", "intent_head")
+
+
+@pytest.fixture(scope="module")
+def client(tiny_original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loadtest")
+    shutil.copytree(tiny_original, folder / "model_repository")
+    log = folder / "triton.log"
+    with EmbeddedTriton(folder / "model_repository", MODELS, log_file=log) as server, server.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [
+        'a "quoted"\ttext,\nZ\u00fcrich \U0001f600',
+        "",
+        *(text for label in tiny.OLD for text in tiny.sentences(label, 5)),
+    ]
+
+
+@pytest.mark.server
+def test_measures_each_model_under_each_load(client, texts, tmp_path):
+    said: list[str] = []
+    loads = [*parse_loads("1:2"), Load(request_rate=20)]
+    found = load_test(client, MODELS, texts, loads, window=0.4, progress=said.append)
+    assert said == [
+        f"{model}, {load}" for load in ("concurrency 1", "concurrency 2", "20 requests/s") for model in MODELS
+    ]
+    assert [(each.model, each.concurrency, each.request_rate) for each in found] == [
+        (model, load.concurrency, load.request_rate) for load in loads for model in MODELS
+    ]
+    for each in found:
+        assert each.throughput > 1
+        assert 0 < each.p50_us <= each.p95_us <= each.p99_us < 60e6
+        assert each.failures == 0
+        expected = ROLES if each.model == "intent" else ROLES[:2]
+        assert tuple(step.model for step in each.steps) == expected
+        for step in each.steps:
+            assert step.requests > 5
+            assert step.compute_us > 0
+            assert step.queue_us >= 0
+            assert step.batch >= 1
+        assert sum(step.compute_us for step in each.steps) > 100
+    rate = [each for each in found if each.request_rate]
+    assert all(each.throughput < 60 for each in rate)
+
+    write_csv(found, tmp_path / "load.csv")
+    with (tmp_path / "load.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["throughput"]) for row in rows] == [each.throughput for each in found]
+    assert float(rows[0]["head_compute_us"]) == found[0].steps[2].compute_us
+    write_json(found, tmp_path / "load.json")
+    document = json.loads((tmp_path / "load.json").read_text())
+    assert {"model", "concurrency", "throughput", "p50_us", "p95_us", "p99_us", "failures"} <= document[0].keys()
+    plot(found, tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.server
+def test_says_what_went_wrong(client):
+    with pytest.raises(ServerRefused, match=r"does not serve nobody; .patcher doctor"):
+        load_test(client, ["nobody"], ["a"], [Load(1)])
+    with pytest.raises(ServerError, match=r"intent failed a request under concurrency 2: .*1 MiB"):
+        load_test(client, ["intent"], ["a", "x" * (1 << 20) + "x"], [Load(2)], window=0.3)
+    with pytest.raises(InputError, match="no texts"):
+        load_test(client, ["intent"], [], [Load(1)])
+    with pytest.raises(InputError, match="half a character"):
+        load_test(client, ["intent"], ["\udc00"], [Load(1)])
+
+
+def test_nobody_there():
+    with pytest.raises(ServerUnreachable, match="patcher serve"):
+        load_test(TritonServer("localhost:9"), ["intent"], ["a"], [Load(1)])
+
+
+@pytest.mark.parametrize(
+    "text,levels",
+    [("1:16:4", [1, 5, 9, 13]), ("3", [3]), ("2:4", [2, 3, 4]), ("1:1:5", [1]), ("8:8", [8])],
+)
+def test_reads_a_range_as_perf_analyzer_does(text, levels):
+    assert [load.concurrency for load in parse_loads(text)] == levels
+
+
+def test_reads_rates():
+    assert [load.request_rate for load in parse_loads(None, "0.5:1:0.25")] == [0.5, 0.75, 1.0]
+    assert parse_loads("1", "10") == [Load(concurrency=1), Load(request_rate=10.0)]
+
+
+@pytest.mark.parametrize("text", ["", "a", "0", "-1", "1:2:3:4", "4:1", "1:2:0", "1.5", "nan", "inf", "1:1e9", "1:2:"])
+def test_refuses_other_ranges(text):
+    with pytest.raises(InputError, match="--concurrency"):
+        parse_loads(text)
+
+
+def test_nothing_to_plot(tmp_path):
+    with pytest.raises(InputError, match="no measurement"):
+        plot([], tmp_path / "plot.png")
+
+
+def test_a_measurement_as_json():
+    step = StepTime("intent_head", 3, 1.0, 2.0, 1.0)
+    measured = Measurement("intent", 1, None, 100.0, 1.0, 2.0, 3.0, 0, (step,))
+    assert json.loads(json.dumps(measured.to_json()))["steps"][0]["model"] == "intent_head"
+
+
+class TestFinding:
+    def test_the_installed_one_runs(self):
+        outcome = find_perf_analyzer().run(["--version"], timeout=60)
+        assert outcome.returncode == 0
+        assert "Perf Analyzer" in outcome.stdout + outcome.stderr
+
+    def test_named_one_first_then_installed_then_path(self, monkeypatch, tmp_path):
+        script = tmp_path / "perf_analyzer"
+        script.write_text("#!/bin/sh\necho named\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATCHER_PERF_ANALYZER", str(script))
+        assert find_perf_analyzer().run([], timeout=10).stdout == "named\n"
+        monkeypatch.setenv("PATCHER_PERF_ANALYZER", str(tmp_path / "nowhere"))
+        with pytest.raises(ToolError, match=r"nowhere.*perf_analyzer install"):
+            find_perf_analyzer()
+        monkeypatch.delenv("PATCHER_PERF_ANALYZER")
+        monkeypatch.setattr(perf_analyzer, "_target", lambda: tmp_path / "nowhere")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert find_perf_analyzer().path == script
+        script.unlink()
+        with pytest.raises(ToolError, match=r"not installed; .*-m patcher\.triton\.perf_analyzer install"):
+            find_perf_analyzer()
+
+    def test_the_command_says_what_is_missing(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setenv("PATCHER_PERF_ANALYZER", str(tmp_path / "nowhere"))
+        assert perf_analyzer.main([]) == 1
+        assert "nowhere" in capsys.readouterr().err
+
+    def test_one_that_cannot_be_run(self, tmp_path):
+        (tmp_path / "perf_analyzer").write_text("text")
+        with pytest.raises(ToolError, match="cannot run"):
+            perf_analyzer.PerfAnalyzer(tmp_path / "perf_analyzer").run([], timeout=5)
+
+    def test_one_that_does_not_end(self, tmp_path):
+        script = tmp_path / "perf_analyzer"
+        script.write_text("#!/bin/sh\nexec sleep 60\n")
+        script.chmod(0o755)
+        with pytest.raises(ToolError, match="did not end within 0 s"):
+            perf_analyzer.PerfAnalyzer(script).run([], timeout=0.2)
+
+    def test_libraries_that_are_not_there(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ToolError, match=r"nvidia-pytriton.*pip install"):
+            perf_analyzer._wanted_libraries()

@@ -1,0 +1,70 @@
+"""The public face: what is exported, what the light core imports, how errors end a process."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import patcher
+from patcher import errors
+
+HEAVY = ("torch", "transformers", "pytriton", "matplotlib", "pyarrow", "scipy")
+
+
+def test_every_public_name_is_there_and_says_what_it_is():
+    assert sorted(patcher.__all__) == sorted(patcher._HOMES)
+    for name in patcher.__all__:
+        assert inspect.getdoc(getattr(patcher, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = patcher.nothing
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["errors", "evaluation", "examples", "features", "fit", "gate", "head", "head_file", "labelling", "lifecycle",
+     "lineage", "memory", "model_config", "relabelling", "remembering", "repository", "rollout", "runtime", "scope"],
+)  # fmt: skip
+def test_modules_export_what_they_define(name):
+    module = importlib.import_module(f"patcher.{name}")
+    assert set(module.__all__) <= set(dir(module))
+    public = {
+        member
+        for member, value in vars(module).items()
+        if not member.startswith("_") and getattr(value, "__module__", None) == module.__name__ and callable(value)
+    }
+    assert public <= set(module.__all__), public - set(module.__all__)
+
+
+def test_every_error_is_in_the_tree_with_its_exit_code():
+    classes = [getattr(errors, name) for name in errors.__all__]
+    assert all(issubclass(each, errors.PatcherError) for each in classes)
+    codes = {each.__name__: each.exit_code for each in classes}
+    assert {name for name, code in codes.items() if code == 2} == {
+        "InputError", "ExamplesError", "LabelError", "VersionError", "RepositoryError", "CheckpointError", "SplitError"
+    }  # fmt: skip
+    assert (codes["GateRefused"], codes["NotServed"], codes["ServerUnreachable"]) == (3, 4, 1)
+    assert all(f"{name} " in errors.__doc__ or f"{name}\n" in errors.__doc__ for name in codes)
+
+
+def test_the_core_needs_none_of_the_heavy_packages():
+    """Every verb but `export` in a process where the heavy packages cannot be imported at all."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))\n"
+    script = block + (
+        "import patcher\n"
+        "for name in patcher.__all__: getattr(patcher, name)\n"
+        "from patcher.cli import _VERBS, main\n"
+        "codes = [main([verb, '--help']) for verb in _VERBS]\n"
+        "assert codes == [0] * len(_VERBS), codes\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_patcher_costs_next_to_nothing():
+    script = "import sys; before = set(sys.modules); import patcher; print(sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not any(f"'{name}'" in loaded for name in (*HEAVY, "numpy", "onnx", "onnxruntime", "tritonclient"))

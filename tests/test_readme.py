@@ -1,0 +1,96 @@
+"""Every command and every line of Python in the README, run as it stands on a tiny checkpoint and a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which the README's file names mean something."""
+    pytest.importorskip("torch")
+    import checkpoints
+
+    folder = tmp_path_factory.mktemp("readme")
+    checkpoints.save_checkpoint(folder / "my-finetuned-bert")
+    train = {label: [text for text, own in checkpoints.TRAIN if own == label] for label in checkpoints.LABELS}
+    tiny.write_csv(folder / "train.csv", train)
+    lost = [
+        f"{start} {thing} {end}"
+        for start in ("I lost", "help,")
+        for thing in ("my card", "it")
+        for end in ("!", "today")
+    ]
+    (folder / "examples.csv").write_text("text\n" + "\n".join(f'"{text}"' for text in lost) + "\n")
+    return folder
+
+
+def sections():
+    return [(language, body) for language, body in BLOCKS if language in ("sh", "python")]
+
+
+@pytest.mark.slow
+def test_the_snippets_run_in_order(folder):
+    """A random checkpoint cannot tell labels apart, so the gate may refuse; nothing else may fail."""
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_MODEL_REPO", None)
+    ports = tiny.free_ports(3)
+    environment["TRITON_URL"] = f"127.0.0.1:{ports[0]}"
+    server, ran = None, []
+    try:
+        for language, body in sections():
+            if language == "python":
+                code = body.replace("localhost:8001", environment["TRITON_URL"])
+                code = code.replace("server=server)", "server=server, settings=patcher.PatchSettings(force=True))")
+                done = subprocess.run(
+                    [sys.executable, "-c", f"import patcher\n{code}"],
+                    cwd=folder, env=environment, capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                ran.append("python")
+                continue
+            for line in body.strip().splitlines():
+                words = shlex.split(line)
+                ran.append(words[1])
+                if words[1] == "serve":
+                    flags = [f"--{k}-port={p}" for k, p in zip(("grpc", "http", "metrics"), ports, strict=True)]
+                    command = [str(BIN / "patcher"), "serve", *flags, "--log-file", str(folder / "triton.log")]
+                    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+                    assert any(printed.startswith("ready") for printed in server.stdout)
+                    continue
+                extra = ["--force"] if words[1] == "add-label" else []
+                done = subprocess.run(
+                    [str(BIN / "patcher"), *words[1:], *extra],
+                    cwd=folder, env=environment, capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    finally:
+        if server:
+            server.terminate()
+            server.communicate(timeout=60)
+    assert {"export", "serve", "add-label", "classify", "rollback", "python", "merge-labels", "doctor"} <= set(ran)
+
+
+def test_every_verb_is_told():
+    from patcher.cli import _VERBS
+
+    assert [verb for verb in _VERBS if f"patcher {verb}" not in README] == []
+
+
+def test_no_figure_waits_to_be_filled_in():
+    for mark in ("demo", "quality", "road"):
+        body = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
+        assert body, mark
+        assert len(body[1]) > 200, mark

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+
+import pytest
+import tiny
+
+from patcher import ModelRepository, model_config
+from patcher.errors import Busy, InputError, PatcherError, RepositoryError, StorageError, VersionError
+from patcher.repository import check_name
+
+
+def next_head(classifier):
+    head = classifier.head()
+    lineage = dataclasses.replace(head.lineage, version=classifier.next_version(), parent=head.lineage.version)
+    return dataclasses.replace(head, lineage=lineage)
+
+
+def test_the_layout_is_the_contracts(classifier):
+    files = {str(p.relative_to(classifier.root)) for p in classifier.root.rglob("*") if p.is_file()}
+    assert files - {".patcher.lock"} == {
+        "patcher.json",
+        "intent/config.pbtxt",
+        "intent/1/.keep",
+        "intent_features/config.pbtxt",
+        "intent_features/1/.keep",
+        "intent_tokenizer/config.pbtxt",
+        "intent_tokenizer/1/model.py",
+        "intent_tokenizer/1/tokenizer.json",
+        "intent_backbone/config.pbtxt",
+        "intent_backbone/1/model.onnx",
+        "intent_head/config.pbtxt",
+        "intent_head/1/model.onnx",
+        "intent_head/1/memory.safetensors",
+    }
+
+
+def test_configs_parse_back_to_what_the_contract_says(classifier):
+    config = classifier.repository.config("intent")
+    assert [(t.name, list(t.dims)) for t in config.input] == [("text", [1])]
+    assert [(t.name, list(t.dims)) for t in config.output] == [
+        ("label", [-1]), ("score", [-1]), ("logits", [-1]), ("head_version", [1]), ("in_scope", [1])
+    ]  # fmt: skip
+    assert [step.model_name for step in config.ensemble_scheduling.step] == [
+        "intent_tokenizer", "intent_backbone", "intent_head"
+    ]  # fmt: skip
+    head = classifier.repository.config("intent_head")
+    assert (head.backend, head.max_batch_size) == ("onnxruntime", 64)
+    assert model_config.pinned_versions(head) == (1,)
+    assert (
+        classifier.repository.config("intent_backbone").parameters["fingerprint"].string_value
+        == classifier.fingerprint()
+    )
+
+
+def test_publish_then_pin_then_back(classifier):
+    head = next_head(classifier)
+    with classifier.repository.lock():
+        classifier.publish(head, classifier.memory())
+        assert (classifier.versions(), classifier.serving()) == ((1, 2), 1)
+        classifier.pin(2)
+        assert classifier.serving() == 2
+        assert classifier.head().lineage == head.lineage
+        with pytest.raises(VersionError, match="serves"):
+            classifier.withdraw(2)
+        classifier.pin(1)
+        classifier.withdraw(2)
+    assert (classifier.versions(), classifier.serving()) == ((1,), 1)
+
+
+def test_a_pin_keeps_what_somebody_tuned(classifier):
+    path = classifier.root / "intent_head" / "config.pbtxt"
+    path.write_text(path.read_text() + "\nmodel_warmup { name: 'w' batch_size: 1 }\n")
+    classifier.publish(next_head(classifier), None)
+    classifier.pin(2)
+    assert classifier.repository.config("intent_head").model_warmup[0].name == "w"
+
+
+def test_a_version_is_never_overwritten(classifier, tree):
+    head = next_head(classifier)
+    classifier.publish(head, None)
+    before = tree(classifier.root)
+    with pytest.raises(StorageError, match="nothing was changed"):
+        classifier.publish(dataclasses.replace(head, labels=tuple(f"x{i}" for i in range(len(head.labels)))), None)
+    assert tree(classifier.root) == before
+
+
+def test_leftovers_of_killed_processes_are_swept(classifier):
+    for folder in (classifier.root, classifier.root / "intent_head"):
+        (folder / ".patcher-staging-dead").mkdir()
+    with classifier.repository.lock():
+        assert not list(classifier.root.rglob(".patcher-staging-*"))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "1"}', '{"format": 0}', "not json"])
+def test_a_damaged_format_file(classifier, content):
+    (classifier.root / "patcher.json").write_text(content)
+    with pytest.raises(RepositoryError):
+        ModelRepository(classifier.root)
+
+
+def test_a_newer_format_is_refused(classifier):
+    (classifier.root / "patcher.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(RepositoryError, match=r"format 2; this patcher knows formats up to 1: upgrade"):
+        ModelRepository(classifier.root)
+
+
+def test_no_repository(tmp_path):
+    with pytest.raises(RepositoryError, match="patcher export MODEL --repo"):
+        ModelRepository(tmp_path / "none")
+    with pytest.raises(RepositoryError, match=r"no patcher\.json"):
+        ModelRepository(tmp_path)
+
+
+def test_which_classifier(classifier, tmp_path):
+    repository = classifier.repository
+    assert repository.classifier().name == "intent"
+    with pytest.raises(InputError, match="it holds intent"):
+        repository.classifier("other")
+    with repository.lock():
+        repository.add_classifier("topic", classifier.head(), backbone="intent")
+    assert repository.classifiers() == ("intent", "topic")
+    assert repository.classifier("topic").features_model == "intent_features"
+    with pytest.raises(InputError, match="2 classifiers"):
+        repository.classifier()
+    with pytest.raises(InputError, match="no classifier"):
+        ModelRepository.create(tmp_path / "empty").classifier()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a b", "x" * 65, "-x", "a\0b", "intent_head", "ä"])
+def test_names_that_become_paths_are_checked(name, classifier):
+    with pytest.raises(InputError):
+        check_name(name)
+    with pytest.raises(InputError):
+        classifier.repository.classifier(name)
+
+
+def test_what_exists_is_not_overwritten(classifier, tmp_path, tree):
+    before = tree(classifier.root)
+    with pytest.raises(InputError, match="already"):
+        classifier.repository.add_backbone("intent", tiny.backbone_files(tmp_path))
+    with pytest.raises(InputError, match="already"):
+        classifier.repository.add_classifier("intent", classifier.head(), backbone="intent")
+    assert tree(classifier.root) == before
+
+
+def test_a_head_of_another_backbone_is_refused(classifier):
+    head = classifier.head()
+    other = dataclasses.replace(head, lineage=dataclasses.replace(head.lineage, backbone="0" * 64))
+    with pytest.raises(RepositoryError, match="belongs to backbone 000000000000"):
+        classifier.repository.add_classifier("topic", other, backbone="intent")
+
+
+def test_a_half_made_export_is_made_anew(classifier, tmp_path):
+    # As after a kill between two renames: parts are there, the features ensemble that completes them is not.
+    import shutil
+
+    shutil.rmtree(classifier.root / "intent_features")
+    shutil.rmtree(classifier.root / "intent")
+    with classifier.repository.lock():
+        classifier.repository.add_backbone("intent", tiny.backbone_files(tmp_path))
+    assert classifier.repository.has_backbone("intent")
+    assert not list(classifier.root.glob(".patcher-*/"))
+
+
+def hold(root, ready, done):
+    with ModelRepository(root).lock():
+        ready.set()
+        done.wait(30)
+
+
+def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(classifier.root, ready, done))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(Busy, match="another patcher"), classifier.repository.lock(timeout=0.2):
+        pass
+    process.kill()
+    process.join()
+    with classifier.repository.lock(timeout=10):
+        assert classifier.serving() == 1
+
+
+def test_a_read_only_folder(classifier, tree, monkeypatch):
+    # Made to fail where the kernel would refuse: a test that runs as root may write to any folder.
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    before = tree(classifier.root)
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
+    with pytest.raises(StorageError, match="Permission denied; nothing was changed"):
+        classifier.publish(next_head(classifier), None)
+    assert tree(classifier.root) == before
+
+
+def test_a_full_disk(classifier, tree, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = tree(classifier.root)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+        classifier.publish(next_head(classifier), None)
+    with pytest.raises(StorageError, match="No space left"):
+        classifier.pin(1)
+    monkeypatch.undo()
+    assert tree(classifier.root) == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_head_is_named(classifier, damage):
+    path = classifier.root / "intent_head" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:1000] if damage is None else damage)
+    with pytest.raises(PatcherError, match=r"intent_head/1/model\.onnx"):
+        classifier.head()
+
+
+def test_a_damaged_config_is_named(classifier):
+    (classifier.root / "intent_head" / "config.pbtxt").write_text("name: [")
+    with pytest.raises(RepositoryError, match=r"intent_head/config\.pbtxt"):
+        classifier.serving()

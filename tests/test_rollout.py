@@ -1,0 +1,211 @@
+"""What a failing server, a full disk or Ctrl-C leave behind, with a stand-in that fails where a real server will not.
+
+The real server's part is in ``test_road.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from patcher import NotServed
+from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
+from patcher.head_file import write_head
+from patcher.lineage import next_lineage
+from patcher.repository import Classifier
+from patcher.rollout import roll_back, roll_out, validate
+from patcher.runtime import Encoder
+from patcher.triton.client import Answer
+
+
+class Server:
+    """Answers from the files, as a server would that loads what is pinned; ``faults`` fail its next calls."""
+
+    url = "stand-in:1"
+
+    def __init__(self, classifier, **faults):
+        self.classifier, self.faults, self.serving = classifier, faults, classifier.serving()
+        self.encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
+
+    def _maybe_fail(self, call):
+        fault = self.faults.get(call)
+        if fault:
+            error = fault.pop(0)
+            if error is not None:
+                raise error
+
+    def is_live(self):
+        return "dead" not in self.faults
+
+    def is_ready(self, _):
+        return True
+
+    def model_config(self, model):
+        return self.classifier.repository.config(model)
+
+    def load(self, _):
+        self._maybe_fail("load")
+        self.serving = self.classifier.serving()
+
+    def features(self, _, texts):
+        self._maybe_fail("features")
+        return self.encoder.encode(texts)
+
+    def classify(self, _, texts):
+        self._maybe_fail("classify")
+        head = self.classifier.head(self.serving)
+        logits = head.logits(self.encoder.encode(texts))
+        best = [head.labels[row.argmax()] for row in logits]
+        return [
+            Answer(text, (label,), (1.0,), row, head.lineage.version, None)
+            for text, label, row in zip(texts, best, logits, strict=True)
+        ]
+
+
+def next_head(classifier):
+    head = classifier.head()
+    rows = np.ones((1, head.width), np.float32)
+    return dataclasses.replace(
+        head.with_rows(["new"], rows, np.zeros(1, np.float32)), lineage=next_lineage(classifier, head)
+    )
+
+
+def test_a_good_rollout(classifier):
+    server = Server(classifier)
+    with classifier.repository.lock():
+        switch = roll_out(classifier, next_head(classifier), classifier.memory(), server)
+    assert (switch.version, switch.previous, switch.served) == (2, 1, True)
+    assert (classifier.serving(), server.serving) == (2, 2)
+
+
+FAULTS = {
+    "the load is refused": ({"load": [ServerError("no")]}, NotServed),
+    "the probe fails": ({"classify": [ServerError("gone")]}, NotServed),
+    "the features do not fit": ({"features": [ValueError("shapes (1,7) and (48,) not aligned")]}, NotServed),
+    "Ctrl-C during the load": ({"load": [KeyboardInterrupt()]}, KeyboardInterrupt),
+    "Ctrl-C during the probe": ({"classify": [KeyboardInterrupt()]}, KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_whatever_fails_the_previous_version_is_back(classifier, case):
+    faults, expected = FAULTS[case]
+    server = Server(classifier, **{call: list(errors) for call, errors in faults.items()})
+    config = (classifier.root / "intent_head" / "config.pbtxt").read_bytes()
+    with classifier.repository.lock(), pytest.raises(expected):
+        roll_out(classifier, next_head(classifier), None, server)
+    assert (classifier.serving(), server.serving) == (1, 1)
+    assert (classifier.root / "intent_head" / "config.pbtxt").read_bytes() == config
+    assert not list(classifier.root.rglob(".patcher-staging-*"))
+
+
+def test_when_the_way_back_fails_too_the_message_says_so(classifier):
+    server = Server(classifier, load=[ServerError("no"), ServerUnreachable("dead now")])
+    with classifier.repository.lock(), pytest.raises(NotServed, match="could not be brought back to it") as caught:
+        roll_out(classifier, next_head(classifier), None, server)
+    assert caught.value.report == {"version": 2, "parent_version": 1, "published": True, "served": False}
+    assert classifier.serving() == 1
+    server = Server(classifier, load=[KeyboardInterrupt(), ServerUnreachable("dead now")])
+    with classifier.repository.lock(), pytest.raises(NotServed, match="KeyboardInterrupt"):
+        roll_out(classifier, next_head(classifier), None, server)
+
+
+def test_a_dead_server_costs_nothing(classifier, tree):
+    before = tree(classifier.root)
+    with classifier.repository.lock(), pytest.raises(ServerUnreachable, match="nothing was changed"):
+        roll_out(classifier, next_head(classifier), None, Server(classifier, dead=[]))
+    assert tree(classifier.root) == before
+
+
+def test_a_disk_that_fills_up_between_publishing_and_pinning(classifier, tree, monkeypatch):
+    before = tree(classifier.root)
+    publish = Classifier.publish
+
+    def then_full(self, head, memory):
+        publish(self, head, memory)
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+
+    monkeypatch.setattr(Classifier, "publish", then_full)
+    with classifier.repository.lock(), pytest.raises(StorageError, match="nothing was changed"):
+        roll_out(classifier, next_head(classifier), None, None)
+    monkeypatch.undo()
+    assert tree(classifier.root) == before
+
+
+def test_a_full_disk_does_not_stop_the_way_back(classifier, monkeypatch):
+    class Filling(Server):
+        def load(self, model):
+            def full(*_):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr("os.fsync", full)
+            super().load(model)
+
+    server = Filling(classifier, load=[ServerError("no")])
+    with classifier.repository.lock(), pytest.raises(NotServed, match="Version 1 serves again"):
+        roll_out(classifier, next_head(classifier), None, server)
+    assert classifier.serving() == 1
+
+
+def test_going_back_to_a_damaged_file_is_refused(classifier, tree):
+    import onnx
+
+    with classifier.repository.lock():
+        roll_out(classifier, next_head(classifier), None, None)
+    path = classifier.root / "intent_head" / "1" / "model.onnx"
+    model = onnx.load(path)
+    model.graph.node[0].input[0] = "nothing"  # all numbers as they were, and a graph that does not run
+    path.write_bytes(model.SerializeToString())
+    before = tree(classifier.root)
+    with classifier.repository.lock(), pytest.raises(RepositoryError, match="ONNX Runtime cannot load"):
+        roll_back(classifier, 1)
+    assert tree(classifier.root) == before
+
+
+def test_a_head_that_is_not_what_it_says_is_not_published(classifier):
+    head = next_head(classifier)
+    other = dataclasses.replace(head, base_bias=head.base_bias + 1)
+    with pytest.raises(RepositoryError, match="logits differ"):
+        validate(write_head(other), head)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(classifier, tmp_path):
+    """Whatever moment it is, the repository opens, and serves the version before or the one after."""
+    file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
+    command = [sys.executable, "-m", "patcher", "add-label", "--no-load", "--repo", str(classifier.root)]
+    start = time.perf_counter()
+    subprocess.run([*command, "--examples", str(file)], check=True, capture_output=True)
+    whole = time.perf_counter() - start
+    with classifier.repository.lock():
+        roll_back(classifier, 1)
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for delay in rng.uniform(0.2 * whole, 1.05 * whole, 12):
+        expected = classifier.next_version()
+        process = subprocess.Popen([*command, "--examples", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        serving = classifier.serving()
+        assert serving in (1, expected)
+        assert len(classifier.head().labels) == len(tiny.OLD) + (serving != 1)
+        outcomes.add(serving == 1)
+        with classifier.repository.lock():
+            assert not list(classifier.root.rglob(".patcher-staging-*"))
+            if serving != 1:
+                roll_back(classifier, 1)
+    assert True in outcomes

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from patcher.errors import RepositoryError
+from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
+from patcher.head_file import read_head, write_head
+from patcher.memory import Memory
+from patcher.runtime import open_session, run_head
+from patcher.scope import Scope, fit_scope
+
+RNG = np.random.default_rng(0)
+CENTRES = RNG.standard_normal((6, 20)).astype(np.float32) * 3
+IDS = np.repeat(np.arange(6), 50)
+FEATURES = (CENTRES[IDS] + RNG.standard_normal((300, 20))).astype(np.float32)
+LABELS = [f"l{i}" for i in range(6)]
+
+
+def make_head(problem=SINGLE_LABEL):
+    return Head.from_linear(LABELS, CENTRES[:, :10], np.zeros(6, np.float32), 20, "f" * 64, problem=problem)
+
+
+@pytest.mark.parametrize("problem", [SINGLE_LABEL, MULTI_LABEL])
+@pytest.mark.parametrize("memory", [None, Memory.build(FEATURES, IDS, LABELS, 10)])
+def test_the_graph_scores_as_numpy_does(problem, memory):
+    head = make_head(problem)
+    scope = fit_scope(memory, head)
+    head = dataclasses.replace(head, scope=scope)
+    served = run_head(open_session(write_head(head), threads=1), FEATURES[::7]).in_scope
+    np.testing.assert_allclose(served, scope.score(FEATURES[::7], head.logits(FEATURES[::7])), rtol=1e-3, atol=1e-3)
+    again = read_head(write_head(head)).scope
+    assert again.settings() == scope.settings()
+
+
+def test_strangers_score_lower_and_the_threshold_keeps_its_word():
+    head = make_head()
+    scope = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10, per_label=50), head, false_alarms=0.1)
+    known = scope.score(FEATURES, head.logits(FEATURES))
+    strange = (RNG.standard_normal((200, 20)) * 3).astype(np.float32)
+    below = scope.score(strange, head.logits(strange)) < 0.5
+    assert scope.calibrated
+    assert np.mean(known < 0.5) == pytest.approx(0.1, abs=0.02)
+    assert below.mean() > 0.9
+
+
+def test_without_real_features_there_is_no_threshold():
+    assert not fit_scope(Memory.build(FEATURES, IDS, LABELS, 10, per_label=0), make_head()).calibrated
+    assert not fit_scope(None, make_head()).calibrated
+
+
+def test_a_damaged_scorer_is_refused():
+    with pytest.raises(RepositoryError, match="damaged"):
+        Scope.from_arrays({"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": None}, {})
+    with pytest.raises(RepositoryError, match="damaged"):
+        Scope.from_arrays({"kind": "softmax"}, {})

@@ -1,0 +1,178 @@
+"""The tokenizer that runs inside Triton: what it emits, and that one bad text harms no other."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tokenizer_json
+from tokenizers import Tokenizer
+from triton_models import tensor
+from tritonclient.utils import InferenceServerException
+
+from patcher.triton.server import EmbeddedTriton
+from patcher.triton.tokenizer import model as tokenizer_model
+from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, read_text
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+SOURCE = Path(tokenizer_model.__file__)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_str(tokenizer_json())
+
+
+def test_pads_to_the_longest_as_tokenizer_json_says(tokenizer):
+    tokens = encode(tokenizer, ["please tell me", "please"], NAMES)
+    alone = tokenizer.encode("please tell me")
+    assert {name: (value.dtype, value.shape) for name, value in tokens.items()} == dict.fromkeys(
+        NAMES, (np.dtype(np.int64), (2, 5))
+    )
+    assert tokens["input_ids"][0].tolist() == alone.ids
+    assert tokens["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert tokens["input_ids"][1, 3:].tolist() == [0, 0]
+    assert not tokens["token_type_ids"].any()
+
+
+def test_emits_what_is_asked_for_and_leaves_the_tokenizer_as_it_was(tokenizer):
+    before = tokenizer.to_str()
+    assert list(encode(tokenizer, ["a"], ["attention_mask"])) == ["attention_mask"]
+    assert tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_token_and_multiple(side):
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    tokenizer.enable_padding(direction=side, pad_id=1, pad_token="[UNK]", pad_to_multiple_of=8)  # noqa: S106
+    tokens = encode(tokenizer, ["please tell me", "please"], NAMES)
+    assert tokens["input_ids"].shape == (2, 8)
+    kept = slice(5, None) if side == "left" else slice(None, 3)
+    assert tokens["input_ids"][1, kept].tolist() == tokenizer.encode("please").ids[kept]
+    assert tokens["attention_mask"][1].sum() == 3
+    assert set(tokens["input_ids"][1][tokens["attention_mask"][1] == 0].tolist()) == {1}
+
+
+def test_an_empty_text_keeps_its_special_tokens_and_long_ones_are_cut(tokenizer):
+    assert encode(tokenizer, [""], NAMES)["input_ids"].tolist() == [[2, 3]]
+    assert encode(tokenizer, ["please " * 500], NAMES)["input_ids"].shape == (1, 64)
+
+
+def test_a_text_without_any_token_becomes_one_of_padding():
+    bare = Tokenizer.from_str(tokenizer_json())
+    bare.post_processor = None
+    assert encode(bare, [""], NAMES)["attention_mask"].tolist() == [[0]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=5))
+def test_together_is_as_alone_but_for_padding(texts):
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    together = encode(tokenizer, texts, NAMES)
+    for row, text in enumerate(texts):
+        alone = encode(tokenizer, [text], NAMES)
+        length = alone["input_ids"].shape[1]
+        for name in NAMES:
+            assert (together[name][row, :length] == alone[name][0]).all()
+        assert not together["attention_mask"][row, length:].any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=64))
+def test_bytes_are_text_or_refused(value):
+    try:
+        expected = value.decode()
+    except UnicodeDecodeError:
+        with pytest.raises(TextError, match="not UTF-8"):
+            read_text(value)
+    else:
+        assert read_text(value) == expected
+
+
+def test_the_longest_text():
+    assert len(read_text(b"x" * MAX_BYTES)) == MAX_BYTES
+    with pytest.raises(TextError, match="1 MiB"):
+        read_text(b"x" * (MAX_BYTES + 1))
+
+
+def test_needs_nothing_that_nvidias_container_could_lack():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module))
+    allowed = {"__future__", "json", "pathlib", "typing", "collections.abc", "numpy", "numpy.typing", "tokenizers"}
+    assert imported <= allowed | {"triton_python_backend_utils"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizer") / "model_repository"
+    (root / "tok" / "1").mkdir(parents=True)
+    shutil.copy(SOURCE, root / "tok" / "1" / "model.py")
+    (root / "tok" / "1" / "tokenizer.json").write_text(tokenizer_json())
+    (root / "tok" / "config.pbtxt").write_text(
+        'name: "tok" backend: "python" max_batch_size: 64 '
+        + tensor("input", "text", "STRING", 1)
+        + tensor("output", "attention_mask", "INT64", -1)
+        + tensor("output", "input_ids", "INT64", -1)
+        + "instance_group { count: 1 kind: KIND_CPU } dynamic_batching { max_queue_delay_microseconds: 500000 }"
+    )
+    with EmbeddedTriton(root, ["tok"], log_file=root.parent / "log") as running:
+        yield running
+
+
+def tokenize(server, *texts):
+    given_tensor = triton.InferInput("text", [len(texts), 1], "BYTES")
+    given_tensor.set_data_from_numpy(np.array([[text] for text in texts], dtype=object))
+    with triton.InferenceServerClient(server.url) as client:
+        return client.infer("tok", [given_tensor])
+
+
+@pytest.mark.server
+def test_served_as_in_this_process_each_request_at_its_own_length(server, tokenizer):
+    requests = [("please tell me",), ("", "can you tell me the balance0 today"), ("Z\u00fcrich \U0001f600",), ("a",)]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda texts: tokenize(server, *(text.encode() for text in texts)), requests))
+    for texts, answer in zip(requests, answers, strict=True):
+        expected = encode(tokenizer, texts, ["input_ids", "attention_mask"])
+        assert answer.as_numpy("input_ids").tolist() == expected["input_ids"].tolist()
+        assert answer.as_numpy("attention_mask").tolist() == expected["attention_mask"].tolist()
+        assert answer.as_numpy("token_type_ids") is None  # not declared
+    with server.client() as client:
+        (statistics,) = client.statistics("tok")
+    assert statistics.executions < statistics.successes
+
+
+@pytest.mark.server
+def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
+    def outcome(text):
+        try:
+            return tokenize(server, text).as_numpy("input_ids").shape
+        except InferenceServerException as error:
+            return f"{error.status()}: {error.message()}"
+
+    texts = [b"please", b"\xff\xfe", b"x" * (MAX_BYTES + 1), b"please tell me"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        good, not_utf8, too_long, good_too = pool.map(outcome, texts)
+    assert (good, good_too) == ((1, 3), (1, 5))
+    assert not_utf8.startswith("StatusCode.INVALID_ARGUMENT: ")
+    assert "not UTF-8" in not_utf8
+    assert "1048577 bytes; expected at most 1048576" in too_long
+
+
+@pytest.mark.server
+def test_leaves_nothing_in_the_repository(server):
+    assert sorted(path.name for path in server.repository.rglob("*") if path.is_file()) == [
+        "config.pbtxt",
+        "model.py",
+        "tokenizer.json",
+    ]

@@ -1,0 +1,292 @@
+"""The Python-based onnxruntime backend on the real server: refuses what the C++ one refuses, and answers right."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from onnx import helper
+from triton_models import FLOAT, linear, lookup, onnx_bytes, tensor, write_model
+from tritonclient.utils import InferenceServerException
+
+from patcher import TritonServer
+from patcher.errors import ServerRefused
+from patcher.triton.server import EmbeddedTriton
+
+pytestmark = pytest.mark.server
+
+FEATURES, LOGITS = tensor("input", "features", "FP32", 3), tensor("output", "logits", "FP32", 2)
+BATCH = "max_batch_size: 8 "
+GOOD = BATCH + FEATURES + LOGITS
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backend")
+    root = folder / "model_repository"
+    root.mkdir()
+    with EmbeddedTriton(root, [], log_file=folder / "triton.log") as running:
+        yield running
+
+
+@pytest.fixture
+def load(server, request):
+    """Load a model made for the test, under the test's own name; gives the name."""
+
+    def write_and_load(data, config):
+        name = "m" + str(abs(hash(request.node.name)))
+        write_model(server.repository, name, data, config)
+        with TritonServer(server.url) as client:
+            client.load(name)
+        return name
+
+    return write_and_load
+
+
+def ask(server, model, name, value, data_type, outputs=()):
+    given = triton.InferInput(name, list(value.shape), data_type)
+    given.set_data_from_numpy(value)
+    with triton.InferenceServerClient(server.url) as client:
+        return client.infer(model, [given], outputs=[triton.InferRequestedOutput(each) for each in outputs] or None)
+
+
+def free_axis():
+    """Logits whose label axis is free: Slice to an end that is known at run time only."""
+    nodes = [
+        helper.make_node("MatMul", ["features", "weight"], ["raw"]),
+        helper.make_node("Shape", ["features"], ["shape"]),
+        helper.make_node("Mul", ["shape", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "two"], ["ends"]),
+        helper.make_node("Slice", ["ends", "zero", "one"], ["end"]),
+        helper.make_node("Slice", ["raw", "zero", "end", "one"], ["logits"]),
+    ]
+    constants = {"zero": [0], "one": [1], "two": [2], "weight": np.ones((3, 2), np.float32)}
+    return onnx_bytes(nodes, [("features", FLOAT, ["batch", 3])], [("logits", FLOAT, ["batch", "labels"])], constants)
+
+
+def two_inputs():
+    return onnx_bytes(
+        [helper.make_node("Add", ["features", "other"], ["logits"])],
+        [("features", FLOAT, ["batch", 2]), ("other", FLOAT, ["batch", 2])],
+        [("logits", FLOAT, ["batch", 2])],
+    )
+
+
+def two_outputs():
+    nodes = [helper.make_node("Identity", ["features"], ["logits"]), helper.make_node("Neg", ["features"], ["extra"])]
+    return onnx_bytes(
+        nodes, [("features", FLOAT, ["batch", 2])], [("logits", FLOAT, ["batch", 2]), ("extra", FLOAT, ["batch", 2])]
+    )
+
+
+def default_input():
+    """`shift` has a value of its own that a request may replace."""
+    return onnx_bytes(
+        [helper.make_node("Add", ["features", "shift"], ["logits"])],
+        [("features", FLOAT, ["batch", 2]), ("shift", FLOAT, [1, 2])],
+        [("logits", FLOAT, ["batch", 2])],
+        {"shift": np.full((1, 2), 10, np.float32)},
+    )
+
+
+REFUSED = {
+    "free dims over a fixed output": (linear(), BATCH + FEATURES + tensor("output", "logits", "FP32", -1), "logits"),
+    "a name declared free over a plain Gemm": (
+        onnx_bytes(
+            [helper.make_node("Gemm", ["features", "weight"], ["logits"])],
+            [("features", FLOAT, ["batch", 3])],
+            [("logits", FLOAT, ["batch", "labels"])],
+            {"weight": np.ones((3, 2), np.float32)},
+        ),
+        BATCH + FEATURES + tensor("output", "logits", "FP32", -1),
+        r"\[-1, 2\].*\[-1, -1\]",
+    ),
+    "fixed dims over a free output": (free_axis(), GOOD, r"\[-1, -1\].*\[-1, 2\]"),
+    "other dims of an output": (
+        linear(),
+        BATCH + FEATURES + tensor("output", "logits", "FP32", 5),
+        r"\[-1, 2\].*-1, 5",
+    ),
+    "other dims of an input": (linear(), BATCH + tensor("input", "features", "FP32", 4) + LOGITS, r"\[-1, 3\].*-1, 4"),
+    "free dims over a fixed input": (linear(), BATCH + tensor("input", "features", "FP32", -1) + LOGITS, r"-1, -1"),
+    "another rank": (linear(), BATCH + tensor("input", "features", "FP32", 3, 1) + LOGITS, r"\[-1, 3\].*\[-1, 3, 1\]"),
+    "too few inputs": (two_inputs(), BATCH + tensor("input", "features", "FP32", 2) + LOGITS, "expects 1.*provides 2"),
+    "too many inputs": (linear(), GOOD + tensor("input", "more", "FP32", 1), "expects 2.*provides 1"),
+    "an input the file lacks": (linear(), BATCH + tensor("input", "x", "FP32", 3) + LOGITS, "'x'.*features"),
+    "an output the file lacks": (linear(), GOOD + tensor("output", "y", "FP32", 2), "'y'.*logits"),
+    "another type of an input": (linear(), BATCH + tensor("input", "features", "FP16", 3) + LOGITS, "FP16.*FP32"),
+    "another type of an output": (linear(), BATCH + FEATURES + tensor("output", "logits", "FP64", 2), "FP64.*FP32"),
+    "batches over a fixed first axis": (linear(batch=1), GOOD, r"first dimension.*\[1, 3\]"),
+    "an optional input under batching": (
+        default_input(),
+        BATCH
+        + tensor("input", "features", "FP32", 2)
+        + tensor("input", "shift", "FP32", 2, more="optional: true")
+        + LOGITS,
+        "optional input 'shift'",
+    ),
+    "a missing file": (None, GOOD, "no file"),
+    "a file that is no ONNX": (b"not an ONNX file", GOOD, "cannot read"),
+    "an empty file": (b"", GOOD, "cannot read|provides 0"),
+    "half a file": (linear(300, 300)[:1000], GOOD, "cannot read"),
+    "an unknown accelerator": (
+        linear(),
+        GOOD + 'optimization { execution_accelerators { cpu_execution_accelerator { name: "warp" } } }',
+        "unknown Execution Accelerator 'warp'",
+    ),
+    "an unknown execution mode": (
+        linear(),
+        GOOD + 'parameters { key: "execution_mode" value { string_value: "7" } }',
+        "execution_mode is 7",
+    ),
+    "threads that are no number": (
+        linear(),
+        GOOD + 'parameters { key: "intra_op_thread_count" value { string_value: "many" } }',
+        "'many'; expected a whole number",
+    ),
+    "a flag that is none": (
+        linear(),
+        GOOD + 'parameters { key: "enable_mem_arena" value { string_value: "perhaps" } }',
+        "'perhaps'; expected one of",
+    ),
+    "ragged batches": (
+        linear(),
+        BATCH + tensor("input", "features", "FP32", 3, more="allow_ragged_batch: true") + LOGITS,
+        "ragged",
+    ),
+    "custom operators": (linear(), GOOD + 'model_operations { op_library_filename: "libops.so" }', "model_operations"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case, load):
+    data, config, reason = REFUSED[case]
+    with pytest.raises(ServerRefused, match=reason):
+        load(data, config)
+
+
+ACCEPTED = {
+    "what fits": (linear(), GOOD),
+    "free over free": (free_axis(), BATCH + FEATURES + tensor("output", "logits", "FP32", -1)),
+    "an output left out": (two_outputs(), BATCH + tensor("input", "features", "FP32", 2) + LOGITS),
+    "no batching over a free first axis": (
+        linear(),
+        tensor("input", "features", "FP32", 4, 3) + tensor("output", "logits", "FP32", -1, 2),
+    ),
+    "an input that leaves out its default": (default_input(), BATCH + tensor("input", "features", "FP32", 2) + LOGITS),
+    "every setting": (
+        linear(),
+        GOOD
+        + "optimization { graph { level: 1 } }"
+        + "".join(
+            f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }} '
+            for key, value in {
+                "intra_op_thread_count": 1,
+                "inter_op_thread_count": 1,
+                "execution_mode": 1,
+                "enable_mem_arena": "true",
+                "enable_mem_pattern": "false",
+                "memory.enable_memory_arena_shrinkage": "cpu:0",
+                "session.use_device_allocator_for_initializers": 1,
+                "somebody_elses": "x",
+            }.items()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepts_and_answers(case, load, server):
+    name = load(*ACCEPTED[case])
+    width = 2 if case in ("an output left out", "an input that leaves out its default") else 3
+    rows = 4 if case.startswith("no batching") else 1
+    answer = ask(server, name, "features", np.ones((rows, width), np.float32), "FP32")
+    assert answer.as_numpy("logits").shape == (rows, 2)
+    assert np.isfinite(answer.as_numpy("logits")).all()
+
+
+def test_an_optional_input_may_be_left_out(load, server):
+    config = tensor("input", "features", "FP32", 1, 2) + tensor("output", "logits", "FP32", -1, 2)
+    name = load(default_input(), config + tensor("input", "shift", "FP32", 1, 2, more="optional: true"))
+    assert ask(server, name, "features", np.zeros((1, 2), np.float32), "FP32").as_numpy("logits").tolist() == [[10, 10]]
+
+
+def test_strings_and_chosen_outputs(load, server):
+    config = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
+    name = load(lookup(), config + tensor("output", "same", "INT64", -1))
+    answer = ask(server, name, "index", np.array([[2, 0]]), "INT64", ["found"])
+    assert [value.decode() for value in answer.as_numpy("found")[0]] == ["zw\u00f6i", "zero"]
+    assert answer.as_numpy("same") is None
+
+
+def test_requests_are_joined_and_a_bad_one_fails_alone(load, server):
+    config = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
+    wait = "dynamic_batching { preferred_batch_size: 8 max_queue_delay_microseconds: 1000000 }"
+    name = load(lookup(), config + tensor("output", "same", "INT64", -1) + wait)
+    values = [np.array([[0, 1], [2, 2]]), np.array([[1, 1]]), np.array([[9, 9]]), np.array([[2, 0], [0, 0], [1, 0]])]
+    values.append(np.array([[1, 0]]))
+
+    def outcome(value):
+        try:
+            answer = ask(server, name, "index", value, "INT64")
+        except InferenceServerException as error:
+            return error.message()
+        return answer.as_numpy("found"), answer.as_numpy("same")
+
+    with ThreadPoolExecutor(len(values)) as pool:
+        outcomes = list(pool.map(outcome, values))
+    assert "onnxruntime" in outcomes[2]
+    words = [b"zero", b"eins", "zw\u00f6i".encode()]
+    for value, answered in zip(values, outcomes, strict=True):
+        if value.max() < 3:
+            found, same = answered
+            assert same.tolist() == value.tolist()
+            assert found.tolist() == [[words[index] for index in row] for row in value]
+    with TritonServer(server.url) as client:
+        (statistics,) = client.statistics(name)
+    assert statistics.executions < len(values)
+
+
+def test_requests_of_other_shapes_are_answered_each_on_its_own(load, server):
+    config = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "same", "INT64", -1)
+    name = load(lookup(), config + "dynamic_batching { max_queue_delay_microseconds: 200000 }")
+    values = [np.arange(n).reshape(1, n) % 3 for n in (1, 3, 2, 3)]
+    with ThreadPoolExecutor(len(values)) as pool:
+        answers = list(pool.map(lambda value: ask(server, name, "index", value, "INT64").as_numpy("same"), values))
+    assert [each.tolist() for each in answers] == [each.tolist() for each in values]
+
+
+def test_a_refused_file_leaves_the_old_version_serving(load, server):
+    name = load(linear(), GOOD)
+    folder = server.repository / name
+    (folder / "2").mkdir()
+    (folder / "2" / "model.onnx").write_bytes(linear(columns=3))
+    with TritonServer(server.url) as client:
+        with pytest.raises(ServerRefused, match=r"\[-1, 3\]"):
+            client.load(name)
+        assert client.is_ready(name)
+    assert ask(server, name, "features", np.ones((1, 3), np.float32), "FP32").as_numpy("logits").tolist() == [[3, 6]]
+
+
+def test_every_element_type_passes_through(load, server):
+    types = {"BOOL": np.bool_, "UINT8": np.uint8, "INT32": np.int32, "FP16": np.float16, "FP64": np.float64}
+    for data_type, dtype in types.items():
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        data = onnx_bytes(
+            [helper.make_node("Identity", ["x"], ["y"])], [("x", element, ["b", 2])], [("y", element, ["b", 2])]
+        )
+        name = f"identity_{data_type.lower()}"
+        write_model(
+            server.repository,
+            name,
+            data,
+            BATCH + tensor("input", "x", data_type, 2) + tensor("output", "y", data_type, 2),
+        )
+        with TritonServer(server.url) as client:
+            client.load(name)
+        value = np.array([[1, 0]], dtype=dtype)
+        answer = ask(server, name, "x", value, data_type).as_numpy("y")
+        assert answer.dtype == dtype
+        assert answer.tolist() == value.tolist()

@@ -1,0 +1,429 @@
+"""The embedded server and the client, on a real tritonserver."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+
+from patcher import TritonServer
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+from patcher.triton import installation, process
+from patcher.triton.server import EmbeddedTriton
+
+pytestmark = pytest.mark.server
+MODELS = ["intent", "intent_features"]
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where Triton keeps it
+KEY = "a-Key.of_some~length/1+2"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_original, tmp_path_factory):
+    """A server with an admin key, on its own copy of the tiny repository."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copytree(tiny_original, folder / "model_repository")
+    log = folder / "logs" / "triton.log"
+    with EmbeddedTriton(folder / "model_repository", MODELS, admin_key=KEY, log_file=log) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as opened:
+        yield opened
+
+
+def http_status(address, path, headers=None):
+    connection = http.client.HTTPConnection(address, timeout=10)
+    try:
+        connection.request("POST" if "repository" in path else "GET", path, headers=headers or {})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def gone(pid, seconds=20.0):
+    """Whether the process ends within that time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class TestServer:
+    def test_is_ready_when_start_returns_and_listens_on_loopback_only(self, server):
+        assert http_status(server.http_url, "/v2/health/ready") == 200
+        assert http_status(server.http_url, "/v2/models/intent/ready") == 200
+        metrics = f"127.0.0.1:{server.metrics_port}"
+        assert http_status(metrics, "/metrics") == 200
+        ports = {f"{port:04X}" for port in (server.grpc_port, server.http_port, server.metrics_port)}
+        tables = [Path("/proc/net/tcp").read_text(), Path("/proc/net/tcp6").read_text()]
+        lines = [line.split() for table in tables for line in table.splitlines()[1:]]
+        listening = {tuple(each[1].split(":")) for each in lines if each[3] == "0A" and each[1].split(":")[1] in ports}
+        assert {port for _, port in listening} == ports
+        assert {address[-8:] for address, _ in listening} == {"0100007F"}
+        assert {address[:-8].replace("0", "") for address, _ in listening} <= {"", "FFFF"}  # gRPC's is IPv4 within IPv6
+
+    def test_logs_where_it_was_told(self, server):
+        assert "Started GRPCInferenceService" in server.log_file.read_text()
+
+    def test_the_key_is_not_in_the_list_of_processes(self, server):
+        command = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert b"admin-key=*" in command
+        assert KEY.encode() not in command
+        assert KEY not in server.log_file.read_text()
+
+    def test_writes_nothing_into_the_repository(self, server, tiny_original, tree):
+        assert tree(server.repository) == tree(tiny_original)
+
+    def test_says_why_it_does_not_start(self, classifier, tmp_path):
+        (classifier.root / "intent_head" / "1" / "model.onnx").write_bytes(b"broken")
+        broken = EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log")
+        with pytest.raises(ServerError, match=r"intent_head[\s\S]*cannot read[\s\S]*whole log"):
+            broken.start()
+        assert broken.pid is None
+
+    def test_says_which_model_it_waited_for(self, classifier, tmp_path):
+        with pytest.raises(ServerError, match=r"not ready after 0\.05 s, waiting for intent"):
+            EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log").start(timeout=0.05)
+
+    def test_ends_when_the_process_that_started_it_is_killed(self, classifier, tmp_path):
+        code = (
+            "import sys, time\nfrom patcher.triton.server import EmbeddedTriton\n"
+            "def start():\n"
+            "    global server\n"
+            "    server = EmbeddedTriton(sys.argv[1], ['intent'], log_file=sys.argv[2]).start()\n"
+            # from a thread that ends: it is the process whose end counts
+            "import threading; thread = threading.Thread(target=start); thread.start(); thread.join()\n"
+            "print(server.pid, server.url, flush=True)\ntime.sleep(300)\n"
+        )
+        command = [sys.executable, "-c", code, str(classifier.root), str(tmp_path / "log")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+            output: Any = parent.stdout
+            pid, url = output.readline().split()
+            stubs = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            with TritonServer(url) as other:
+                assert other.is_ready("intent")
+            assert stubs
+            parent.kill()
+        assert all(gone(each) for each in [pid, *stubs])
+
+    def test_leaves_no_process_and_no_shared_memory(self, classifier, tmp_path):
+        with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
+            pid = running.pid
+            stubs = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            assert list(SHARED_MEMORY.glob(f"{running._shared_memory}*"))
+        assert all(gone(each, 5) for each in [pid, *stubs])
+        assert not list(SHARED_MEMORY.glob(f"{running._shared_memory}*"))
+        assert running.stop() is None
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1"])  # noqa: S104
+    def test_refuses_to_open_model_control_to_others(self, host):
+        with pytest.raises(InputError, match="admin key"):
+            EmbeddedTriton("anywhere", MODELS, host=host)
+
+    @pytest.mark.parametrize("key", ["", " ", "a b", "a=b", "a,b", "\u00fc", "a\nb", " a"])
+    def test_refuses_a_key_that_cannot_be_passed_on(self, key):
+        with pytest.raises(InputError, match="admin key"):
+            EmbeddedTriton("anywhere", MODELS, admin_key=key)
+
+    @pytest.mark.parametrize("host,url", [("localhost", "127.0.0.1:"), ("::1", "[::1]:")])
+    def test_listens_where_it_is_told(self, host, url, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with EmbeddedTriton(tmp_path / "empty", [], host=host, log_file=tmp_path / "log") as running:
+            assert running.url.startswith(url)
+            assert http_status(running.http_url, "/v2/health/ready") == 200
+            with running.client() as opened:
+                assert opened.is_live()
+
+    def test_names_a_host_that_is_none(self):
+        with pytest.raises(InputError, match=r"no\.such\.host\.invalid"):
+            EmbeddedTriton("anywhere", MODELS, host="no.such.host.invalid", admin_key=KEY)
+
+    def test_names_a_port_that_is_taken(self, classifier, tmp_path):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(InputError, match=f"{port}.*another port"):
+                EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
+
+    def test_names_a_log_that_cannot_be_written(self, classifier):
+        with pytest.raises(InputError, match="log"):
+            EmbeddedTriton(classifier.root, MODELS, log_file=Path("/proc/nowhere/log")).start()
+
+
+@contextmanager
+def serving(classifier, log):
+    """``patcher serve`` on free ports in a process of its own: the process, its output to come, the gRPC address."""
+    command = [sys.executable, "-c", "from patcher.cli import main; import sys; sys.exit(main(sys.argv[1:]))", "serve"]
+    command += ["--repo", str(classifier.root), "--log-file", str(log)]
+    command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as served:
+        output: Any = served.stdout
+        ready = next(line for line in iter(output.readline, "") if "ready: gRPC" in line)
+        try:
+            yield served, output, ready.split("gRPC ")[1].split(",")[0]
+        finally:
+            if served.poll() is None:
+                served.kill()
+
+
+class TestServeCommand:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_ends_it_cleanly_and_no_answer_is_lost(self, number, classifier, tmp_path):
+        ends: list[ServerError] = []
+
+        def loop(url):
+            with TritonServer(url) as looping:
+                while not ends:
+                    try:
+                        looping.classify("intent", ["please tell me"])
+                    except ServerError as error:
+                        ends.append(error)
+
+        with serving(classifier, tmp_path / "log") as (served, output, url):
+            threads = [threading.Thread(target=loop, args=[url]) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+            served.send_signal(number)
+            for thread in threads:
+                thread.join(30)
+            rest = output.read()
+            assert served.wait(60) == 0, rest
+        # Turned away at the door, by a server that has unloaded its models or is gone: no answer was lost.
+        assert ends
+        for end in ends:
+            assert isinstance(end, ServerUnreachable) or "has no available versions" in str(end)
+        assert "Traceback" not in rest
+
+    def test_says_when_the_server_dies(self, classifier, tmp_path):
+        with serving(classifier, tmp_path / "log") as (served, output, _):
+            (triton,) = psutil.Process(served.pid).children()
+            triton.kill()
+            said = output.read()
+            assert served.wait(30) == 1
+        assert "ended by itself with exit code -9" in said
+
+
+class TestClient:
+    def test_answers_in_order_whatever_the_lengths(self, client):
+        texts = [" ".join(tiny.sentences(label, 1 + n % 3, n)) for n in range(60) for label in tiny.OLD]
+        answers = client.classify("intent", texts)
+        assert [answer.text for answer in answers] == texts
+        some = [0, 77, 200, 359]
+        for index in some:
+            (alone,) = client.classify("intent", [texts[index]])
+            assert alone.labels == answers[index].labels
+            np.testing.assert_allclose(alone.logits, answers[index].logits, rtol=1e-4, atol=1e-5)
+        first = answers[0]
+        assert first.head_version == 1
+        assert len(first.labels) == len(first.scores) == 5
+        assert list(first.scores) == sorted(first.scores, reverse=True)
+        assert first.logits.shape == (len(tiny.OLD),)
+        assert isinstance(first.in_scope, float)
+        features = client.features("intent_features", texts)
+        np.testing.assert_allclose(
+            features[some], client.features("intent_features", [texts[i] for i in some]), atol=1e-5
+        )
+        assert features.shape == (360, tiny.WIDTH)
+        assert features.dtype == np.float32
+
+    def test_no_text_and_an_empty_text(self, client):
+        assert client.classify("intent", []) == []
+        assert client.features("intent_features", []).shape == (0, tiny.WIDTH)
+        assert client.classify("intent", [""])[0].text == ""
+
+    def test_several_threads_may_share_it(self, client):
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda label: client.classify("intent", tiny.sentences(label, 3)), tiny.OLD))
+        assert [answer[0].labels[0] for answer in answers] == list(tiny.OLD)
+
+    def test_what_it_says_of_the_server(self, client):
+        assert str(client.server_metadata()) == "triton 2.51.0"
+        assert client.is_live()
+        assert client.is_ready("intent")
+        assert not client.is_ready("nobody")
+        assert not client.is_ready("intent_head", "77")
+        states = {(each.name, each.version): each.state for each in client.repository_index()}
+        assert states["intent_head", "1"] == "READY"
+        assert client.model_config("intent_head").max_batch_size == 64
+        before = sum(each.successes for each in client.statistics("intent"))
+        client.classify("intent", ["a"])
+        assert sum(each.successes for each in client.statistics("intent")) == before + 1
+
+    def test_loads_and_unloads_with_the_key(self, client, server):
+        client.unload("intent_features")
+        assert not client.is_ready("intent_features")
+        client.load("intent_features")
+        assert client.is_ready("intent_features")
+        with pytest.raises(ServerError, match="nobody"):
+            client.load("nobody")
+        with pytest.raises(ServerRefused, match=r"nobody.*not found.*doctor"):
+            client.classify("nobody", ["a"])
+        for path in ("/v2/repository/index", "/v2/repository/models/intent_head/load"):
+            assert http_status(server.http_url, path) == 403
+            assert http_status(server.http_url, path, {"admin-key": KEY}) == 200
+
+    @pytest.mark.parametrize("key,reason", [(None, "no admin key"), ("another", "the wrong admin key")])
+    def test_model_control_without_the_key(self, server, key, reason):
+        with TritonServer(server.url, admin_key=key) as other:
+            for call in (
+                lambda: other.load("intent_head"),
+                lambda: other.unload("intent_head"),
+                other.repository_index,
+            ):
+                with pytest.raises(ServerRefused, match=f"{reason}.*--admin-key-file"):
+                    call()
+            assert other.classify("intent", ["a"])[0].head_version == 1
+
+    def test_bad_texts(self, client):
+        with pytest.raises(InputError, match="half a character"):
+            client.classify("intent", ["\ud83d"])
+        with pytest.raises(ServerRefused, match="1 MiB"):
+            client.classify("intent", ["x" * (1 << 20) + "x"])
+
+    @pytest.mark.parametrize("url", ["", "localhost", "localhost:", ":8001", "http://localhost:8001", "host:port"])
+    def test_bad_addresses(self, url):
+        with pytest.raises(InputError, match="HOST:PORT"):
+            TritonServer(url)
+
+    def test_nobody_there(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"localhost:{free.getsockname()[1]}"
+        with TritonServer(url) as nobody:
+            assert not nobody.is_live()
+            for call in (lambda: nobody.classify("intent", ["a"]), lambda: nobody.is_ready("intent")):
+                with pytest.raises(ServerUnreachable, match=r"no Triton server answers.*patcher serve.*--url"):
+                    call()
+
+    def test_the_http_port_instead_of_the_grpc_one(self, server):
+        with TritonServer(server.http_url, timeout=5) as wrong, pytest.raises(ServerUnreachable):
+            wrong.classify("intent", ["a"])
+
+    def test_a_server_that_hangs(self, server, client):
+        assert client.is_ready("intent")
+        os.kill(server.pid, signal.SIGSTOP)
+        time.sleep(0.3)  # the kernel stops its threads one after another
+        try:
+            with TritonServer(server.url, timeout=0.5) as impatient:
+                assert not impatient.is_live()
+                with pytest.raises(ServerUnreachable, match=r"within 0\.5 s"):
+                    impatient.classify("intent", ["a"])
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert client.is_ready("intent")
+
+    def test_swaps_under_load_lose_nothing(self, classifier, tmp_path):
+        head_folder = classifier.root / "intent_head"
+        shutil.copytree(head_folder / "1", head_folder / "2")
+        stop = threading.Event()
+        failed: list[str] = []
+        answered: list[int] = []
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as running:
+
+            def loop():
+                with running.client() as looping:
+                    while not stop.is_set():
+                        try:
+                            answered.append(len(looping.classify("intent", ["please tell me"])))
+                        except ServerError as error:
+                            failed.append(str(error))
+
+            threads = [threading.Thread(target=loop) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            with running.client() as control:
+                for version in (2, 1, 2, 1):
+                    classifier.pin(version)
+                    control.load("intent_head")
+                    assert control.is_ready("intent_head", str(version))
+                    assert control.classify("intent", ["please"])[0].head_version == 1  # of the file, copied
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert failed == []
+        assert len(answered) > 20
+
+
+class TestInstallation:
+    def test_no_wheel(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ToolError, match=r"nvidia-pytriton.*pip install 'triton-label-patcher\[serve\]'"):
+            installation.find_installation()
+
+    def test_no_stub_for_this_python(self, monkeypatch):
+        monkeypatch.setattr(installation, "_PYTHON", "3.99")
+        with pytest.raises(ToolError, match=r"no stub for Python 3\.99; expected one of 3\.10"):
+            installation.find_installation()
+
+    def test_numpy_2(self, monkeypatch):
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "2.1.0")
+        with pytest.raises(
+            ToolError, match=r"needs numpy below 2, this environment has 2\.1\.0: pip install 'numpy<2'"
+        ):
+            installation.find_installation()
+
+    def test_no_shared_library_of_this_python(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(installation, "_PYTHON", "3.99")
+        with pytest.raises(ToolError, match=r"libpython3\.99\.so\.1\.0.*apt-get install libpython3\.99"):
+            installation.find_libpython(tmp_path)
+
+    def test_a_library_that_the_wheel_brings(self, tmp_path):
+        (tmp_path / f"libpython3-abc.{sys.version_info.minor}.so.1.0").touch()
+        assert installation.find_libpython(tmp_path) is None
+
+    def test_a_cache_that_cannot_be_written(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        found = installation.find_installation()
+        assert (found.backends / "python" / "triton_python_backend_stub").is_file()
+        assert (found.backends / "onnxruntime" / "model.py").is_file()
+        shutil.rmtree(found.backends.parent)
+
+    def test_is_put_together_once(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with ThreadPoolExecutor(4) as pool:
+            found = set(pool.map(lambda _: installation.find_installation().backends, range(4)))
+        assert len(found) == 1
+        assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.pop().parent.name]
+
+
+def test_telling_lines_leave_out_the_harmless(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        'I1122 13:00:00.1 1 x.cc:1] "fine"\n'
+        'E1122 13:00:00.1 1 server.cc:241] "CudaDriverHelper has not been initialized."\n'
+        "E1122 13:00:00.2 1 model.cc:1] \"failed to load 'intent_head'\"\n"
+        "+---------+\n|         |\n"
+        "error: creating server: no\n"
+    )
+    assert [line[:5] for line in process.telling_lines(log)] == ["E1122", "error"]
+    assert process.telling_lines(tmp_path / "nowhere") == []
+
+
+def test_free_ports_differ():
+    ports = process.free_ports("127.0.0.1", (0, 0, 0))
+    assert len(set(ports)) == 3
