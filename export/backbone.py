@@ -17,7 +17,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.split import last_hidden, without_layer
+from export.pooling import last_states, pooled
+from export.split import without_layer
 from patcher.errors import ExportError
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class BackboneFile:
 def export_backbone(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> BackboneFile:
     """Write the backbone to ``path``.
 
-    Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the mean of the last
-    hidden state over the tokens of the text. The same model gives the same bytes.
+    Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the mean over the
+    tokens of the text, and over the last layers, of the hidden states. The same model gives the same bytes.
 
     Parameters
     ----------
@@ -83,12 +84,9 @@ class _Backbone(nn.Module):
 
     def forward(self, *tokens: Tensor) -> Tensor:
         inputs = dict(zip(self.names, tokens, strict=True))
-        with last_hidden(self.model) as states:
+        with last_states(self.model) as states:
             classifier_features = self.model(**inputs).logits
-        state = states[-1]
-        mask = inputs["attention_mask"].unsqueeze(-1).to(state.dtype)
-        # An empty text may be padding alone: its mean is zero, not a division by zero.
-        mean = (state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        mean = pooled(states[-1], inputs["attention_mask"])
         return torch.cat([classifier_features, mean], dim=-1)
 
 

@@ -25,7 +25,7 @@ class ExportReport:
     labels: tuple[str, ...]
     problem: str
     split: int
-    """Classifier features; ``width`` counts the mean of the last hidden state too."""
+    """Classifier features; ``width`` counts the mean of the last hidden states too."""
     width: int
     max_length: int
     """Tokens a text, beyond which it is cut."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from export.pooling import last_states
 from patcher.errors import SplitError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-__all__ = ["Split", "find_split", "last_hidden", "without_layer"]
+__all__ = ["Split", "find_split", "without_layer"]
 
 _TOKENWISE = 3
 """Dimensions of a tensor with a row for each token: batch, sequence, width."""
@@ -31,7 +33,7 @@ class Split:
     """The last linear layer, and what stands before it.
 
     ``weight`` FP32 ``[labels, split]`` and ``bias`` FP32 ``[labels]`` (zeros where the layer has none) give the logits
-    from the classifier features; ``hidden`` is the width of the last hidden state.
+    from the classifier features; ``hidden`` is the width of the last hidden states.
     """
 
     layer: str
@@ -75,7 +77,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         when no linear layer gives the logits, when something after it changes them, when the model uses it more than
         once, or when there is no last hidden state ``[batch, sequence, hidden]``.
     """
-    with torch.no_grad(), last_hidden(model) as hidden_states:
+    with torch.no_grad(), last_states(model) as states:
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
@@ -85,8 +87,8 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
             features = model(**inputs).logits
     if features.shape != (len(logits), matrix.shape[1]) or _gap(features @ matrix.T + bias, logits) > _CLOSE:
         raise SplitError(f"the logits are not made by the layer {layer!r} alone: without it, other features come out")
-    hidden = hidden_states[-1]
-    return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), int(hidden.shape[-1]))
+    hidden = int(states[-1][-1].shape[-1])
+    return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), hidden)
 
 
 @contextlib.contextmanager
@@ -100,27 +102,6 @@ def without_layer(model: nn.Module, layer: str) -> Iterator[None]:
         yield
     finally:
         setattr(parent, name, removed)
-
-
-@contextlib.contextmanager
-def last_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that gets the last hidden state ``[batch, sequence, hidden]`` of each forward; SplitError without one."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _given: Any, result: Any) -> None:
-        state = result[0] if isinstance(result, (tuple, Mapping)) and len(result) else result
-        if not isinstance(state, Tensor) or state.dim() != _TOKENWISE:
-            raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
-        seen.append(state)
-
-    body = model.base_model
-    if body is model:
-        raise SplitError(f"{type(model).__name__} does not tell which part of it is the encoder (its base_model)")
-    hook = body.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def _traced(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -> tuple[list[_Call], Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.fit.inputs import OldInputs, old_inputs
 from patcher.fit.model import HeadLike, OldLabels, from_memory
 
 if TYPE_CHECKING:
@@ -182,31 +183,36 @@ def _count_flips(
     replay: tuple[Floats, Ints] | None,
     evaluation: tuple[Floats, Ints] | None,
 ) -> _Flips:
-    old = len(head.labels)
-    if evaluation is not None and bool((evaluation[1] < old).any()):
-        mine = evaluation[1] < old
-        return _flips_on("eval", evaluation[0][mine], evaluation[1][mine], head, fit)
-    if replay is not None:
-        return _flips_on("replay", replay[0], replay[1], head, fit)
-    if memory is not None and len(memory.sample):
-        place = {label: i for i, label in enumerate(head.labels)}
-        ids = np.array([place.get(label, -1) for label in memory.labels], np.int64)[memory.sample_labels]
-        rows = memory.sample[ids >= 0].astype(np.float32)
-        return _flips_on("features", rows, ids[ids >= 0], head, fit)
-    if memory is not None:
-        return _Flips("draws", 0, 0, {})
-    return _Flips("none", 0, 0, {})
+    inputs = None
+    if evaluation is not None:
+        mine = evaluation[1] < len(head.labels)
+        inputs = old_inputs(None, (evaluation[0][mine], evaluation[1][mine]), head, "eval")
+    inputs = inputs or old_inputs(memory, replay, head)
+    if inputs is None:
+        return _Flips("none" if memory is None else "draws", 0, 0, {})
+    lost = inputs.ids[_flipped(inputs, head, fit)]
+    counted = Counter(head.labels[i] for i in lost.tolist())
+    return _Flips(inputs.source, len(inputs), len(lost), dict(counted.most_common()))
 
 
-def _flips_on(kind: str, rows: Floats, ids: Ints, head: HeadLike, fit: Fit) -> _Flips:
+def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
+    """Places of the inputs that were answered rightly and are no longer."""
+    single = head.problem == "single_label"
+    # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
+    # need the logits of all labels.
+    near = np.arange(len(inputs))
+    if fit.base_weight is None and fit.patch_weight is None:
+        rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
+        near = np.flatnonzero(rival > (inputs.own if single else 0.0))
+    rows, ids = inputs.features[near], inputs.ids[near]
     before = head.logits(rows)
     after = _logits_after(rows, before, fit, head)
-    if head.problem == "single_label":
+    if single:
         lost = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
     else:  # no label displaces another here: a new one that shows up where it does not belong is the harm
         lost = (after[:, before.shape[1] :] > 0).any(axis=1)
-    counted = Counter(head.labels[i] for i in ids[lost].tolist())
-    return _Flips(kind, len(rows), int(lost.sum()), dict(counted.most_common()))
+    places: Ints = near[lost]
+    return places
 
 
 def _logits_after(rows: Floats, before: Floats, fit: Fit, head: HeadLike) -> Floats:
@@ -275,9 +281,9 @@ def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
     means = old.whitening.of(old.means)
     spot = np.array([place.get(int(b), -1) for b in best])
     far = ((old.whitening.of(rows) - means[spot]) ** 2).sum(axis=1)
-    some = memory.sample[:: max(1, len(memory.sample) // 1000)].astype(np.float32)
-    gaps = old.whitening.of(some)
-    own = np.array([((point[None] - means) ** 2).sum(axis=1).min() for point in gaps])
+    step = max(1, len(memory.sample) // 1000)
+    gaps = memory.sample[::step].astype(np.float32) - memory.means()[memory.sample_labels[::step]]
+    own = ((gaps @ old.whitening.points) ** 2).sum(axis=1)
     typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
     return typical
 

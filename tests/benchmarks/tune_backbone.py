@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from export.pooling import LAYERS, pooled
+
 
 def read(path: Path) -> list[tuple[str, str]]:
     """Sentences and labels of one CSV file with a header."""
@@ -77,10 +79,10 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features and mask-weighted means of the last three layers, float32 [n, width] each."""
+    """Classifier features, means of the last three layers, and ``wide`` as an export takes it, float32 [n, width]."""
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
-    found: dict[str, list[np.ndarray]] = {"clf": [], "h6": [], "h5": [], "h4": []}
+    found: dict[str, list[np.ndarray]] = {"clf": [], "h6": [], "h5": [], "h4": [], "wide": []}
     for i in range(0, len(order), 64):
         inputs = tokenizer(
             [texts[j] for j in order[i : i + 64]], padding=True, truncation=True, max_length=64, return_tensors="pt"
@@ -88,6 +90,7 @@ def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # ty
         out = model.base_model(**inputs, output_hidden_states=True)
         mask = inputs["attention_mask"][..., None].float()
         found["clf"].append(out.pooler_output.numpy())
+        found["wide"].append(pooled(out.hidden_states[-LAYERS:], inputs["attention_mask"]).numpy())
         for back, name in ((-1, "h6"), (-2, "h5"), (-3, "h4")):
             found[name].append(((out.hidden_states[back] * mask).sum(1) / mask.sum(1)).numpy())
     back_order = np.argsort(order)

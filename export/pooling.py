@@ -1,0 +1,70 @@
+"""The features beside the classifier's own: a mean over the tokens of the last hidden states.
+
+Fine-tuning pulls the tensor that enters the classifier towards the labels it saw; what tells a new label apart is
+better kept in the hidden states, and in those of several layers better than in the last one alone
+(``tests/benchmarks/tune_fit.py`` measures it). Their mean is as wide as one of them and costs nothing to serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from patcher.errors import SplitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LAYERS", "last_states", "pooled"]
+
+LAYERS = 3
+"""So many of the last layers are averaged, fewer where there are fewer."""
+_TOKENWISE = 3
+"""Dimensions of a tensor with a row for each token: batch, sequence, width."""
+
+
+def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Mean ``[batch, hidden]`` over layers and tokens of hidden states ``[batch, sequence, hidden]``.
+
+    Each token's state is brought to a root mean square of 1 first: in models that normalise before a layer, not after
+    it, the states grow from layer to layer, and the last would drown the others. An empty text may be padding alone:
+    its mean is zero, not a division by zero.
+    """
+    weights = mask.unsqueeze(-1).to(states[-1].dtype)
+    total = torch.stack([state * torch.rsqrt(state.pow(2).mean(dim=-1, keepdim=True) + 1e-6) for state in states]).mean(
+        dim=0
+    )
+    return (total * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+@contextlib.contextmanager
+def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
+    """A list that gets the last hidden states ``[batch, sequence, hidden]`` of each forward, the last one at its end.
+
+    Raises SplitError where the encoder's first output is no such state.
+    """
+    seen: list[tuple[Tensor, ...]] = []
+
+    def keep(_module: nn.Module, _given: Any, result: Any) -> None:
+        state = result[0] if isinstance(result, (tuple, Mapping)) and len(result) else result
+        if not isinstance(state, Tensor) or state.dim() != _TOKENWISE:
+            raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
+        # The first is the embedding; the last one is there twice where it needs no norm of its own.
+        inner = [each for each in (getattr(result, "hidden_states", None) or ())[1:-1] if each.shape == state.shape]
+        seen.append((*inner[len(inner) - min(len(inner), LAYERS - 1) :], state))
+
+    body = model.base_model
+    if body is model:
+        raise SplitError(f"{type(model).__name__} does not tell which part of it is the encoder (its base_model)")
+    hook = body.register_forward_hook(keep)
+    asked = model.config.output_hidden_states
+    model.config.output_hidden_states = True
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        model.config.output_hidden_states = asked
