@@ -120,6 +120,24 @@ def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str,
     assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == ["intent", "topic"]
 
 
+def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str, str], tmp_path: Path) -> None:
+    environment = {**container, "TLS_FOLDER": str(tmp_path)}
+    outcome = enter(environment)
+    assert (outcome.returncode, "tls.crt in it cannot be read" in outcome.stderr) == (2, True)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).touch()
+    arguments = enter(environment).stdout.split()
+    assert "--grpc-use-ssl=true" in arguments
+    assert f"--grpc-server-key={tmp_path}/tls.key" in arguments
+    assert "--http-address=127.0.0.1" in arguments
+    (closed,) = (each for each in arguments if each.startswith("--http-restricted-api="))
+    assert closed.startswith("--http-restricted-api=inference,")
+    assert "health" not in closed
+    assert not any("mutual" in each for each in arguments)
+    (tmp_path / "client-ca.crt").touch()
+    assert f"--grpc-root-cert={tmp_path}/client-ca.crt" in enter(environment).stdout.split()
+
+
 def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) -> None:
     arguments = enter({**container, "CLASSIFIERS": "topic"}).stdout
     assert "--load-model=topic" in arguments
