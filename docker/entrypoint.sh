@@ -5,6 +5,7 @@
 #   TRITON_MODEL_REPO  folder of the repository (/models)
 #   CLASSIFIERS        names to serve, blanks between them (default: every NAME that has a NAME_head beside it)
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
+#   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
 set -euo pipefail
 
 repository="${TRITON_MODEL_REPO:-/models}"
@@ -49,7 +50,25 @@ if [ -z "$key" ]; then
   echo "no ADMIN_KEY_FILE: nobody can load or unload models in this server" >&2
   key="$(od -An -v -N 32 -tx1 /dev/urandom | tr -d ' \n')"
 fi
-restriction="model-repository,trace,logging:admin-key=$key"
+restricted="model-repository,trace,logging"
+restricted_http="$restricted"
+
+# Triton's HTTP knows no TLS: beside gRPC with TLS it keeps to this container, for its health check.
+tls=()
+if [ -n "${TLS_FOLDER:-}" ]; then
+  for file in tls.crt tls.key; do
+    if [ ! -r "$TLS_FOLDER/$file" ]; then
+      echo "TLS_FOLDER is $TLS_FOLDER, and $file in it cannot be read; expected tls.crt and tls.key" >&2
+      exit 2
+    fi
+  done
+  tls=(--grpc-use-ssl=true "--grpc-server-cert=$TLS_FOLDER/tls.crt" "--grpc-server-key=$TLS_FOLDER/tls.key")
+  tls+=(--http-address=127.0.0.1)
+  if [ -e "$TLS_FOLDER/client-ca.crt" ]; then
+    tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_FOLDER/client-ca.crt")
+  fi
+  restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
+fi
 
 # Readiness is not strict: a refused load of a new head would turn the whole server unready while the classifier goes on
 # answering. The health check asks for the classifiers themselves.
@@ -60,6 +79,7 @@ exec tritonserver \
   --strict-readiness=false \
   --disable-auto-complete-config \
   --exit-timeout-secs=30 \
-  "--grpc-restricted-protocol=$restriction" \
-  "--http-restricted-api=$restriction" \
+  "--grpc-restricted-protocol=$restricted:admin-key=$key" \
+  "--http-restricted-api=$restricted_http:admin-key=$key" \
+  "${tls[@]}" \
   "$@"

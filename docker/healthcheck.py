@@ -1,6 +1,7 @@
 """Exit 0 when every classifier that this container serves is ready, not merely the server around them.
 
-Usage: healthcheck.py [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down.
+Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down. With --live it is
+enough that the server answers at all.
 """
 
 import os
@@ -9,27 +10,32 @@ import sys
 import urllib.error
 import urllib.request
 
-ADDRESS = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:8000"
+LIVE = "--live" in sys.argv[1:]
+ADDRESS = next((word for word in sys.argv[1:] if word != "--live"), "127.0.0.1:8000")
 SERVED = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "classifiers"  # noqa: S108 - a tmpfs of the container's own
 
 
-def trouble(classifier: str) -> str:
-    """Why the classifier does not answer, or an empty text."""
+def trouble(what: str) -> str:
+    """Why the server does not say yes to ``what``, or an empty text."""
     try:
-        with urllib.request.urlopen(f"http://{ADDRESS}/v2/models/{classifier}/ready", timeout=4):
+        with urllib.request.urlopen(f"http://{ADDRESS}/v2/{what}", timeout=4):
             return ""
     except (OSError, urllib.error.HTTPError) as error:
-        return f"{classifier}: {error}"
+        return f"{what}: {error}"
 
 
 def main() -> int:
     """Ask for each classifier."""
+    if LIVE:
+        problem = trouble("health/live")
+        print(problem or "live")
+        return 1 if problem else 0
     try:
         names = SERVED.read_text().split()
     except OSError as error:
         print(f"entrypoint.sh has not got that far: {error}")
         return 1
-    found = [text for text in map(trouble, names) if text]
+    found = [text for name in names if (text := trouble(f"models/{name}/ready"))]
     print("\n".join(found) or f"ready: {', '.join(names)}")
     return 1 if found or not names else 0
 

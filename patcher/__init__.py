@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from patcher.remembering import remember
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import Answer, TritonServer
+    from patcher.triton.tls import ClientTls
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Answer": "patcher.triton.client",
     "Classifier": "patcher.repository",
+    "ClientTls": "patcher.triton.tls",
     "Examples": "patcher.examples",
     "GateRefused": "patcher.errors",
     "Head": "patcher.head",
@@ -51,6 +53,7 @@ _HOMES = {
 __all__ = [
     "Answer",
     "Classifier",
+    "ClientTls",
     "Examples",
     "GateRefused",
     "Head",

@@ -12,6 +12,7 @@ PatcherError                 1  failed, nothing changed
 │   └── ParityError             what was exported does not answer as the checkpoint does
 ├── ServerError              1  the server answered with an error
 │   ├── ServerUnreachable       nobody answers, or not in time
+│   │   └── TlsError            somebody answers, but the connection cannot be secured as asked
 │   └── ServerRefused           the server understood and said no (a missing key, an unknown model)
 ├── ToolError                1  a program or library that is needed is missing or failed
 ├── StorageError             1  the disk would not take what was to be written
@@ -46,6 +47,7 @@ __all__ = [
     "ServerUnreachable",
     "SplitError",
     "StorageError",
+    "TlsError",
     "ToolError",
     "VersionError",
 ]
@@ -106,6 +108,10 @@ class ServerError(PatcherError):
 
 class ServerUnreachable(ServerError):
     """Nobody answers at the server's address, or not in time."""
+
+
+class TlsError(ServerUnreachable):
+    """Somebody answers there, but not with the TLS (or the lack of it) that was asked for."""
 
 
 class ServerRefused(ServerError):

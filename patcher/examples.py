@@ -36,6 +36,10 @@ LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
+MAX_FILE_BYTES = 1 << 30
+"""A file is read whole."""
+MAX_EXAMPLES = 1_000_000
+"""Texts of one file: more than any fine-tuning set, and ten minutes of features."""
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
 
@@ -129,14 +133,18 @@ def read_examples(path: str | Path) -> Examples:
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
         raise ExamplesError(f"{path}: cannot tell what the ending {path.suffix!r} means; expected {', '.join(_KINDS)}")
+    _check_size(path)
     if kind == "parquet":
         records = _parquet(path)
     else:
         content = _content(path)
         records = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "lines": _lines}[kind](content, path)
-    texts, labels, lines = [], [], []
+    texts: list[str] = []
+    labels, lines = [], []
     for line, text, label in records:
         where = f"{path}, line {line}"
+        if len(texts) == MAX_EXAMPLES:
+            raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or part the file")
         texts.append(check_text(text, where))
         lines.append(line)
         if label is not None:
@@ -151,6 +159,15 @@ def read_examples(path: str | Path) -> Examples:
 
 
 Record = tuple[int, Any, Any]
+
+
+def _check_size(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
+    if size > MAX_FILE_BYTES:
+        raise ExamplesError(f"{path} has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: part the file")
 
 
 def _content(path: Path) -> str:

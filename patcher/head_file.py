@@ -19,6 +19,7 @@ import numpy as np
 
 from patcher.errors import RepositoryError
 from patcher.head import SINGLE_LABEL, TOP_K, Head, Lineage
+from patcher.onnx_file import parse_model
 from patcher.scope import Scope, scope_graph
 
 if TYPE_CHECKING:
@@ -126,22 +127,14 @@ def _lineage(values: dict[str, Any]) -> Lineage:
 
 
 def _parse(data: bytes) -> onnx.ModelProto:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except DecodeError as error:
-        raise RepositoryError(f"not an ONNX file: {len(data)} bytes that do not parse ({error})") from error
+    model = parse_model(data)
+    if model.functions:
+        raise RepositoryError("this ONNX file is no head of ours: it defines functions")
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _PLAIN_OPS:
             raise RepositoryError(
                 f"this ONNX file is no head of ours: it uses the operator {node.domain}:{node.op_type}"
             )
-    for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.DEFAULT or tensor.external_data:
-            raise RepositoryError("this ONNX file keeps weights outside of itself, which a head never does")
     return model
 
 

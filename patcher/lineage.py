@@ -6,7 +6,7 @@ import getpass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from patcher import __version__
+from patcher import __version__, audit
 from patcher.head import Head, Lineage
 
 if TYPE_CHECKING:
@@ -17,8 +17,11 @@ __all__ = ["next_lineage", "now"]
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
     """Lineage of the version after ``parent``: numbers, time, author and tool, and ``what`` was done."""
+    version = classifier.next_version()
+    facts = {name: value for name, value in what.items() if name != "details"}
+    audit.note(classifier=classifier.name, version=version, parent_version=parent.lineage.version, **facts)
     return Lineage(
-        version=classifier.next_version(),
+        version=version,
         parent=parent.lineage.version,
         backbone=parent.lineage.backbone,
         created=now(),

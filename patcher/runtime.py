@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.errors import RepositoryError
+from patcher.onnx_file import check_backbone_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,7 @@ class Encoder:
     def __init__(self, backbone: Path, tokenizer: Path, threads: int = 0) -> None:
         from tokenizers import Tokenizer
 
+        check_backbone_file(backbone)
         self._session = open_session(backbone, threads)
         self._names = tuple(tensor.name for tensor in self._session.get_inputs())
         try:

@@ -56,7 +56,7 @@ def test_every_core_dependency_is_pinned_for_the_python_of_the_image() -> None:
     for requirement in wanted:
         if requirement.marker is None or requirement.marker.evaluate(IMAGE):
             assert requirement.specifier.contains(pins[requirement.name][0]), requirement
-    assert "pip install --no-cache-dir --no-compile -c constraints.txt ." in DOCKERFILE
+    assert "pip install --no-cache-dir --no-compile -c constraints.txt '.[metrics]'" in DOCKERFILE
 
 
 def test_everything_copied_exists_and_is_let_into_the_build() -> None:
@@ -120,6 +120,24 @@ def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str,
     assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == ["intent", "topic"]
 
 
+def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str, str], tmp_path: Path) -> None:
+    environment = {**container, "TLS_FOLDER": str(tmp_path)}
+    outcome = enter(environment)
+    assert (outcome.returncode, "tls.crt in it cannot be read" in outcome.stderr) == (2, True)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).touch()
+    arguments = enter(environment).stdout.split()
+    assert "--grpc-use-ssl=true" in arguments
+    assert f"--grpc-server-key={tmp_path}/tls.key" in arguments
+    assert "--http-address=127.0.0.1" in arguments
+    (closed,) = (each for each in arguments if each.startswith("--http-restricted-api="))
+    assert closed.startswith("--http-restricted-api=inference,")
+    assert "health" not in closed
+    assert not any("mutual" in each for each in arguments)
+    (tmp_path / "client-ca.crt").touch()
+    assert f"--grpc-root-cert={tmp_path}/client-ca.crt" in enter(environment).stdout.split()
+
+
 def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) -> None:
     arguments = enter({**container, "CLASSIFIERS": "topic"}).stdout
     assert "--load-model=topic" in arguments
@@ -155,12 +173,21 @@ class Ready(http.server.BaseHTTPRequestHandler):
     """Answers as a Triton does in which only `intent` is ready, while the server itself says that it is."""
 
     def do_GET(self) -> None:
-        ready = self.path in ("/v2/models/intent/ready", "/v2/health/ready")
+        ready = self.path in ("/v2/models/intent/ready", "/v2/health/ready", "/v2/health/live")
         self.send_response(200 if ready else 400)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def test_live_is_less_than_ready() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", f"127.0.0.1:{server.server_port}"]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+        server.shutdown()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
 @pytest.mark.parametrize("served, code", [("intent", 0), ("intent\ntopic", 1), ("", 1), (None, 1)])
@@ -174,3 +201,17 @@ def test_health_is_the_readiness_of_every_classifier(tmp_path: Path, served: str
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         server.shutdown()
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
+
+
+def test_monitoring_scrapes_what_compose_runs() -> None:
+    services = yaml.safe_load((DOCKER / "docker-compose.monitoring.yml").read_text())["services"]
+    scraped = yaml.safe_load((DOCKER / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    assert scraped[0]["dns_sd_configs"][0]["names"] == ["triton"]
+    host, port = scraped[1]["static_configs"][0]["targets"][0].split(":")
+    assert host in services
+    assert f":{port}/" in services[host]["healthcheck"]["test"][-1]
+    for service in services.values():
+        assert all(bound.startswith("127.0.0.1:") for bound in service.get("ports", []))
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (DOCKER / source).is_file()

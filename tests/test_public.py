@@ -26,7 +26,8 @@ def test_every_public_name_is_there_and_says_what_it_is():
 @pytest.mark.parametrize(
     "name",
     ["errors", "evaluation", "examples", "features", "fit", "gate", "head", "head_file", "labelling", "lifecycle",
-     "lineage", "memory", "model_config", "relabelling", "remembering", "repository", "rollout", "runtime", "scope"],
+     "lineage", "memory", "metrics", "model_config", "onnx_file", "relabelling", "remembering", "repository", "rollout",
+     "runtime", "scope"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
     module = importlib.import_module(f"patcher.{name}")

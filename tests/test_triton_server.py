@@ -425,5 +425,5 @@ def test_telling_lines_leave_out_the_harmless(tmp_path):
 
 
 def test_free_ports_differ():
-    ports = process.free_ports("127.0.0.1", (0, 0, 0))
+    ports = process.free_ports(["127.0.0.1"] * 3, (0, 0, 0))
     assert len(set(ports)) == 3

@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from patcher import audit
 from patcher.cli.output import tell
 from patcher.errors import PatcherError
 
@@ -30,6 +31,7 @@ _VERBS = {
     "remember": "remember:remember_command",
     "evaluate": "evaluate:evaluate_command",
     "loadtest": "loadtest:loadtest_command",
+    "metrics": "metrics:metrics_command",
     "doctor": "doctor:doctor_command",
 }
 _HELP = {
@@ -47,6 +49,7 @@ _HELP = {
     "remember": "Build the memory from labelled data, after the export.",
     "evaluate": "Accuracy of a version on a labelled file.",
     "loadtest": "Throughput and latency, by perf_analyzer.",
+    "metrics": "For Prometheus: versions and labels on each replica, patches, refusals.",
     "doctor": "What is installed, what the server says, whether all agree.",
 }
 
@@ -85,6 +88,7 @@ class _Verbs(click.Group):
     epilog="`patcher VERB --help` teaches a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
     "4 published but not served (the previous version was put back).",
 )
+@click.option("--log-json", is_flag=True, expose_value=False, help="One JSON event on stderr  [env: PATCHER_LOG=json]")
 @click.version_option(package_name="triton-label-patcher", prog_name="patcher")
 def _patcher() -> None:
     """Add a label to a fine-tuned text classifier in production: one small head, no downtime.
@@ -99,7 +103,15 @@ def _patcher() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; a traceback shows only with ``PATCHER_DEBUG=1``."""
-    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    audit.begin(next((word for word in given if word in _VERBS), ""))
+    code, error = _run(arguments, "--json" in given)
+    verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
+    audit.finish(code, error, to_stderr=verbose)
+    return code
+
+
+def _run(arguments: list[str] | None, as_json: bool) -> tuple[int, str]:
     try:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False)
     except PatcherError as error:
@@ -118,11 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         said = f"unexpected {type(error).__name__}: {error}. This is a fault of patcher; PATCHER_DEBUG=1 shows where"
         return _failed(said, 1, as_json)
-    return result if isinstance(result, int) else 0
+    return (result if isinstance(result, int) else 0), ""
 
 
-def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> int:
+def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:
     tell(f"error: {message}", err=True)
     if as_json:
         tell(json.dumps({**(report or {}), "error": message, "exit_code": code}))
-    return code
+    return code, message

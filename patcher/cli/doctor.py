@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import click
 
-from patcher.cli.options import Settings, common_options, read_key
+from patcher.cli.options import Settings, common_options
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
@@ -16,12 +18,17 @@ def doctor_command(settings: Settings) -> int:
 
     Ends with 1 where something is at fault.
     """
-    from patcher.doctor import diagnose
-    from patcher.triton.client import TritonServer
+    from patcher.doctor import Check, diagnose
+    from patcher.errors import TlsError
 
     checks = []
-    with TritonServer(settings.url, admin_key=read_key(settings.key_file)) as server:
-        for check in diagnose(settings.repo, server if server.is_live() else None, settings.url):
+    with settings.server() as server:
+        fault = []
+        try:
+            live = server.is_live()
+        except TlsError as error:
+            live, fault = False, [Check("TLS", "fault", str(error))]
+        for check in itertools.chain(fault, diagnose(settings.repo, server if live else None, settings.url)):
             checks.append(check)
             if not settings.json:
                 settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")

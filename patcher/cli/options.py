@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -20,8 +21,9 @@ from patcher.errors import InputError
 if TYPE_CHECKING:
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
+    from patcher.triton.tls import ClientTls
 
-__all__ = ["Settings", "common_options", "read_key", "repo_option"]
+__all__ = ["Settings", "common_options", "read_key", "repo_option", "warn_if_open"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +37,9 @@ class Settings:
     url: str
     json: bool
     key_file: Path | None
+    tls_files: tuple[Path | None, Path | None, Path | None] = (None, None, None)
+    """The authority, and the client's own certificate and key."""
+    tls_server_name: str | None = None
 
     @cached_property
     def repository(self) -> ModelRepository:
@@ -52,7 +57,21 @@ class Settings:
         """The server at ``--url``; whether it answers shows at the first call."""
         from patcher.triton.client import TritonServer
 
-        return TritonServer(self.url, admin_key=read_key(self.key_file))
+        return TritonServer(self.url, admin_key=read_key(self.key_file), tls=self.tls)
+
+    @property
+    def tls(self) -> ClientTls | None:
+        """TLS as the options ask for it; None where they do not."""
+        from patcher.triton.tls import ClientTls
+
+        ca, certificate, key = self.tls_files
+        if ca is None:
+            if certificate or key or self.tls_server_name:
+                raise InputError("TLS needs --tls-ca FILE (or $PATCHER_TLS_CA): the authority that signed the server's")
+            return None
+        if key is not None:
+            warn_if_open(key)
+        return ClientTls(ca, certificate, key, self.tls_server_name)
 
     def say(self, text: str = "") -> None:
         """People's words: stdout, or stderr where stdout belongs to ``--json``."""
@@ -81,15 +100,22 @@ def read_key(path: Path | None) -> str | None:
         return os.environ.get("PATCHER_ADMIN_KEY") or None
     try:
         key = path.read_text().strip()
-        mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the admin key file {path}: {error}") from error
     if not key or not key.isascii() or not key.isprintable():
         raise InputError(f"the admin key file {path} holds no key; expected one line of printable ASCII")
-    if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
-        tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
+    warn_if_open(path)
     return key
 
+
+def warn_if_open(path: Path) -> None:
+    """Say on stderr that others can read a file with a secret."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
+            tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
+
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 repo_option = click.option(
     "--repo",
@@ -114,14 +140,33 @@ _OPTIONS = (
     click.option(
         "--admin-key-file",
         "key_file",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=_FILE,
         help="File with the key for model control  [env: PATCHER_ADMIN_KEY holds the key itself]",
+    ),
+    click.option(
+        "--tls-ca",
+        type=_FILE,
+        envvar="PATCHER_TLS_CA",
+        help="Speak TLS, and trust servers that this authority signed  [env: PATCHER_TLS_CA]",
+    ),
+    click.option(
+        "--tls-cert",
+        type=_FILE,
+        envvar="PATCHER_TLS_CERT",
+        help="Our certificate, for servers that ask for one  [env: PATCHER_TLS_CERT]",
+    ),
+    click.option("--tls-key", type=_FILE, envvar="PATCHER_TLS_KEY", help="Its key  [env: PATCHER_TLS_KEY]"),
+    click.option(
+        "--tls-server-name",
+        metavar="NAME",
+        envvar="PATCHER_TLS_SERVER_NAME",
+        help="Name expected in the server's certificate, if not --url's  [env: PATCHER_TLS_SERVER_NAME]",
     ),
 )
 
 
 def common_options(command: Command) -> Command:
-    """Give a command ``--repo --classifier --url --json --admin-key-file`` and, from them, a ``settings`` argument."""
+    """Give a command the options of ``_OPTIONS`` and, from them, a ``settings`` argument."""
     import functools
 
     @functools.wraps(command)
@@ -132,9 +177,15 @@ def common_options(command: Command) -> Command:
         url: str,
         as_json: bool,
         key_file: Path | None,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        tls_server_name: str | None,
         **kwargs: Any,
     ) -> Any:
-        return command(*args, settings=Settings(repo, classifier_name, url, as_json, key_file), **kwargs)
+        tls = (tls_ca, tls_cert, tls_key)
+        settings = Settings(repo, classifier_name, url, as_json, key_file, tls, tls_server_name)
+        return command(*args, settings=settings, **kwargs)
 
     for option in reversed(_OPTIONS):
         with_settings = option(with_settings)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
-from patcher.cli.options import read_key, repo_option
+from patcher.cli.options import read_key, repo_option, warn_if_open
 from patcher.cli.output import tell
+from patcher.errors import InputError
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("serve")
@@ -24,7 +27,24 @@ from patcher.cli.output import tell
     type=click.Path(path_type=Path, dir_okay=False),
     help="File with the key that model control then takes  [env: PATCHER_ADMIN_KEY holds the key itself]",
 )
-@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Where Triton writes its log.")
+@click.option(
+    "--tls-cert",
+    type=_FILE,
+    envvar="PATCHER_SERVER_TLS_CERT",
+    help="gRPC speaks TLS with this certificate; HTTP then keeps to health checks on loopback  "
+    "[env: PATCHER_SERVER_TLS_CERT]",
+)
+@click.option("--tls-key", type=_FILE, envvar="PATCHER_SERVER_TLS_KEY", help="Its key  [env: PATCHER_SERVER_TLS_KEY]")
+@click.option(
+    "--tls-client-ca",
+    type=_FILE,
+    envvar="PATCHER_SERVER_TLS_CLIENT_CA",
+    help="Let in only clients whose certificate this authority signed  [env: PATCHER_SERVER_TLS_CLIENT_CA]",
+)
+@click.option(
+    "--metrics-host", help="Address of the metrics, which know no TLS.  [default: --host; with TLS, loopback]"
+)
+@click.option("--log-file", type=_FILE, help="Where Triton writes its log.")
 def serve_command(
     repo: Path,
     host: str,
@@ -32,16 +52,27 @@ def serve_command(
     http_port: int,
     metrics_port: int,
     key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    metrics_host: str | None,
     log_file: Path | None,
 ) -> None:
     """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C or SIGTERM.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise.
+    told otherwise; to listen elsewhere takes an admin key, and should take TLS.
     """
     from patcher.repository import ModelRepository
     from patcher.triton.server import serve
+    from patcher.triton.tls import ServerTls
 
+    tls = None
+    if tls_cert and tls_key:
+        warn_if_open(tls_key)
+        tls = ServerTls(tls_cert, tls_key, tls_client_ca)
+    elif tls_cert or tls_key or tls_client_ca:
+        raise InputError("a server speaks TLS with --tls-cert FILE and --tls-key FILE together; got only part of them")
     repository = ModelRepository(repo)
     serve(
         repository,
@@ -50,6 +81,8 @@ def serve_command(
         http_port=http_port,
         metrics_port=metrics_port,
         admin_key=read_key(key_file),
+        tls=tls,
+        metrics_host=metrics_host,
         log_file=log_file,
         say=tell,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from patcher import audit
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, table
 
@@ -47,10 +48,12 @@ def history_command(settings: Settings) -> None:
             entry.lineage.method,
             entry.lineage.gate,
             entry.lineage.author or "—",
+            entry.lineage.data_hash[:12] or "—",
         )
         for entry in entries
     ]
-    settings.say(table(("version", "parent", "created", "labels", "change", "method", "gate", "by"), rows, right=(3,)))
+    header = ("version", "parent", "created", "labels", "change", "method", "gate", "by", "data")
+    settings.say(table(header, rows, right=(3,)))
 
 
 @click.command("diff")
@@ -105,6 +108,7 @@ def rollback_command(to: int | None, no_load: bool, settings: Settings) -> None:
     else:
         with settings.server() as server:
             switch = rollback(classifier, to, server)
+    audit.note(classifier=classifier.name, version=switch.version, previous=switch.previous)
     settings.emit(
         {
             "classifier": classifier.name,

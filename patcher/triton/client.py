@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, TlsError
+from patcher.triton.tls import handshake_problem, speaks_tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from typing_extensions import Self
+
+    from patcher.triton.tls import ClientTls
 
 __all__ = ["Answer", "ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
 
@@ -85,15 +88,25 @@ class TritonServer:
     """A Triton server at ``url`` (gRPC, HOST:PORT).
 
     ``admin_key`` goes along with model control, where the server restricts that; ``timeout`` in seconds bounds every
-    call. Every method raises ServerUnreachable where nobody answers in time and ServerRefused where the server says no;
+    call; ``tls`` encrypts all of it and says whom to trust. Every method raises ServerUnreachable where nobody answers
+    in time (TlsError where somebody does, but without the TLS asked for) and ServerRefused where the server says no;
     what it could not do otherwise is a ServerError.
     """
 
-    def __init__(self, url: str = "localhost:8001", *, admin_key: str | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        admin_key: str | None = None,
+        timeout: float = 60.0,
+        tls: ClientTls | None = None,
+    ) -> None:
         host, colon, port = url.rpartition(":")
         if not (host and colon and port.isdigit() and 0 < int(port) <= _LARGEST_PORT) or "/" in url:
             raise InputError(f"server address {url!r}; expected HOST:PORT of its gRPC service, such as localhost:8001")
         self.url = url
+        self.tls = tls
+        self._host, self._port = host.strip("[]"), int(port)
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
         self._batch_sizes: dict[str, int] = {}
@@ -117,12 +130,24 @@ class TritonServer:
 
         # A proxy from the environment would be asked for this very machine, too.
         proxy = int(not self.url.startswith(_LOOPBACK))
-        arguments = [
+        arguments: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.enable_http_proxy", proxy),
         ]
-        return triton.InferenceServerClient(self.url, channel_args=arguments)
+        if self.tls is None:
+            return triton.InferenceServerClient(self.url, channel_args=arguments)
+        if self.tls.server_name:
+            arguments.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        own = [str(path) if path else None for path in (self.tls.key, self.tls.certificate)]
+        return triton.InferenceServerClient(
+            self.url,
+            ssl=True,
+            root_certificates=str(self.tls.ca),
+            private_key=own[0],
+            certificate_chain=own[1],
+            channel_args=arguments,
+        )
 
     @contextmanager
     def _asked(self, what: str, timeout: float | None = None) -> Iterator[dict[str, Any]]:
@@ -149,10 +174,7 @@ class TritonServer:
                 "`patcher doctor` asks again"
             )
         if status == "UNAVAILABLE" and "unknown model" not in message:
-            return ServerUnreachable(
-                f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
-                "--url or $TRITON_URL names another"
-            )
+            return self._unreachable(message)
         if status == "NOT_FOUND" or "unknown model" in message:
             return ServerRefused(f"{self.url} could not {what}: {message}; `patcher doctor` says what it serves")
         if status in (
@@ -165,11 +187,28 @@ class TritonServer:
             return ServerRefused(f"{self.url} refused to {what}: {message}")
         return ServerError(f"{self.url} failed to {what}: {message} ({status or 'no status'})")
 
+    def _unreachable(self, message: str) -> ServerUnreachable:
+        if problem := self._tls_problem():
+            return TlsError(f"the server at {self.url} {problem}")
+        return ServerUnreachable(
+            f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
+            "--url or $TRITON_URL names another"
+        )
+
+    def _tls_problem(self) -> str | None:
+        if self.tls is not None:
+            return handshake_problem(self._host, self._port, self.tls)
+        if speaks_tls(self._host, self._port):
+            return "speaks TLS only; give --tls-ca FILE, or $PATCHER_TLS_CA, with the authority that signed it"
+        return None
+
     def is_live(self) -> bool:
-        """Whether a Triton server answers here; False also where nobody does."""
+        """Whether a Triton server answers here; False also where nobody does. Raises TlsError as all others do."""
         try:
             with self._asked("say that it lives", min(self.timeout, _PROBE_SECONDS)) as options:
                 return bool(self._client.is_server_live(**options))
+        except TlsError:
+            raise
         except ServerError:
             return False
 

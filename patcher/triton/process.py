@@ -116,12 +116,12 @@ def telling_lines(log_file: Path, most: int = 12) -> list[str]:
     return [line[:600] for line in (telling or kept)[-most:]]
 
 
-def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
-    """``wanted``, each 0 replaced by a port that is free on ``host`` now; InputError where one asked for is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
+    """``wanted``, each 0 replaced by a port that is free on its host now; InputError where one asked for is taken."""
     with contextlib.ExitStack() as stack:
         ports = []
-        for port in wanted:
+        for host, port in zip(hosts, wanted, strict=True):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

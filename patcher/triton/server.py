@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from patcher.repository import ModelRepository
+    from patcher.triton.tls import ClientTls, ServerTls
 
 __all__ = ["EmbeddedTriton", "serve"]
 
@@ -33,6 +36,8 @@ _PORT_TRIES = 3
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
 _RESTRICTED = "model-repository,trace,logging"
+# Triton's HTTP knows no TLS. Beside gRPC with TLS it keeps to loopback and, but for health, asks for a key.
+_ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 
 
 class EmbeddedTriton:
@@ -49,6 +54,10 @@ class EmbeddedTriton:
     second at start, and for good where the system forbids a parent to write its child's memory (``key_hidden`` is then
     False): where that matters, do not share the machine, or mount /proc with hidepid=2.
 
+    ``tls`` encrypts gRPC, and with a client authority lets in only clients that it vouches for. Triton's HTTP and
+    metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
+    checks alone; everything else there takes the key, where there is none, one that nobody knows.
+
     Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
     """
 
@@ -62,6 +71,8 @@ class EmbeddedTriton:
         http_port: int = 0,
         metrics_port: int = 0,
         admin_key: str | None = None,
+        tls: ServerTls | None = None,
+        metrics_host: str | None = None,
         log_file: Path | str | None = None,
         exit_timeout: int = 30,
         options: Sequence[str] = (),
@@ -77,6 +88,9 @@ class EmbeddedTriton:
                 f"{host} can be reached by others, who could then load models, which runs code; "
                 "give an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
             )
+        self.tls = tls
+        self.http_host = _loopback(self.host) if tls else self.host
+        self.metrics_host = _address(metrics_host) if metrics_host else self.http_host
         self.repository = Path(repository).resolve()
         self.models = tuple(models)
         self.exit_timeout = exit_timeout
@@ -86,7 +100,8 @@ class EmbeddedTriton:
         self._admin_key = admin_key
         self._options = tuple(options)
         self._process: subprocess.Popen[bytes] | None = None
-        self.key_hidden = admin_key is None
+        self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
+        self.key_hidden = self._http_key is None
         self._shared_memory = f"patcher_{os.getpid()}_{secrets.token_hex(4)}_"
 
     def __enter__(self) -> Self:
@@ -105,16 +120,21 @@ class EmbeddedTriton:
     @property
     def http_url(self) -> str:
         """The HTTP address, HOST:PORT."""
-        return f"{_reachable(self.host)}:{self.http_port}"
+        return f"{_reachable(self.http_host)}:{self.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """The address of the metrics, HOST:PORT."""
+        return f"{_reachable(self.metrics_host)}:{self.metrics_port}"
 
     @property
     def pid(self) -> int | None:
         """The server's process, while there is one."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
-    def client(self, timeout: float = 60.0) -> TritonServer:
-        """A client that may control models."""
-        return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout)
+    def client(self, timeout: float = 60.0, tls: ClientTls | None = None) -> TritonServer:
+        """A client that may control models; a server with TLS wants ``tls``."""
+        return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout, tls=tls)
 
     def start(self, timeout: float = 120.0) -> Self:
         """Start the server and wait until every model answers; at most ``timeout`` seconds.
@@ -147,12 +167,18 @@ class EmbeddedTriton:
     def wait_ready(self, timeout: float) -> None:
         """Wait until every model answers; ServerError with the log's words where that does not come about."""
         deadline = time.monotonic() + timeout
+        addresses = [url.rsplit(":", 1) for url in (self.url, self.http_url, self.metrics_url)]
         with self.client(timeout=5.0) as client:
+
+            def ready(model: str = "") -> bool:
+                # With TLS we may lack what the server asks of clients; health over HTTP is open on loopback.
+                if self.tls:
+                    return self._http_ready(f"models/{model}/ready" if model else "health/live")
+                return client.is_ready(model) if model else client.is_live()
+
             # HTTP and metrics come a little after gRPC.
             while not (
-                client.is_live()
-                and all(client.is_ready(model) for model in self.models)
-                and all(accepts(_reachable(self.host), port) for port in (self.http_port, self.metrics_port))
+                ready() and all(map(ready, self.models)) and all(accepts(host, int(port)) for host, port in addresses)
             ):
                 if self._process is None or self._process.poll() is not None:
                     code = "none" if self._process is None else self._process.returncode
@@ -160,12 +186,21 @@ class EmbeddedTriton:
                         f"tritonserver ended with exit code {code} before it was ready.{self._log_says()}"
                     )
                 if time.monotonic() > deadline:
-                    waiting = [model for model in self.models if not (client.is_live() and client.is_ready(model))]
+                    waiting = [model for model in self.models if not (ready() and ready(model))]
                     raise ServerError(
                         f"tritonserver was not ready after {timeout:g} s, waiting for {', '.join(waiting) or 'HTTP'}."
                         + self._log_says()
                     )
                 time.sleep(_POLL_SECONDS)
+
+    def _http_ready(self, what: str) -> bool:
+        try:
+            # A proxy from the environment would be asked for this very machine, too.
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"http://{self.http_url}/v2/{what}", timeout=5.0):
+                return True
+        except (OSError, urllib.error.HTTPError):
+            return False
 
     def stop(self) -> int | None:
         """End the server; requests in flight may finish. Its exit code, or None where none ran."""
@@ -206,7 +241,10 @@ class EmbeddedTriton:
             "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in self.models),
             f"--grpc-address={bracketed}",
-            *(f"--{service}-address={'ipv6:' * (':' in self.host)}{self.host}" for service in ("http", "metrics")),
+            *(
+                f"--{service}-address={'ipv6:' * (':' in host)}{host}"
+                for service, host in (("http", self.http_host), ("metrics", self.metrics_host))
+            ),
             f"--grpc-port={self.grpc_port}",
             f"--http-port={self.http_port}",
             f"--metrics-port={self.metrics_port}",
@@ -217,16 +255,19 @@ class EmbeddedTriton:
         ]
         if not Path("/dev/nvidiactl").exists():
             command.append("--allow-gpu-metrics=false")
-        return [*command, *self._options]
+        return [*command, *(self.tls.options() if self.tls else ()), *self._options]
 
     def _launch(self) -> None:
-        self.grpc_port, self.http_port, self.metrics_port = free_ports(self.host, self._wanted_ports)
+        hosts = (self.host, self.http_host, self.metrics_host)
+        self.grpc_port, self.http_port, self.metrics_port = free_ports(hosts, self._wanted_ports)
         if self.log_file is None:
             self.log_file = _state_folder() / f"triton-{self.grpc_port}.log"
         command = self.command()
         if self._admin_key is not None:
-            restriction = f"{_RESTRICTED}:admin-key={self._admin_key}"
-            command += [f"--grpc-restricted-protocol={restriction}", f"--http-restricted-api={restriction}"]
+            command.append(f"--grpc-restricted-protocol={_RESTRICTED}:admin-key={self._admin_key}")
+        if self._http_key is not None:
+            closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
+            command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
         environment = {**os.environ, **find_installation().environment}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,8 +278,8 @@ class EmbeddedTriton:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
         with log:
             self._process = start_with_parent(command, environment, log.fileno())
-        if self._admin_key is not None:
-            self.key_hidden = hide_argument(self._process, find_installation().binary, self._admin_key.encode())
+        if self._http_key is not None:
+            self.key_hidden = hide_argument(self._process, find_installation().binary, self._http_key.encode())
 
     def _log_says(self) -> str:
         lines = telling_lines(self.log_file) if self.log_file else []
@@ -254,6 +295,8 @@ def serve(
     http_port: int = 8000,
     metrics_port: int = 8002,
     admin_key: str | None = None,
+    tls: ServerTls | None = None,
+    metrics_host: str | None = None,
     log_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> int:
@@ -271,6 +314,8 @@ def serve(
         http_port=http_port,
         metrics_port=metrics_port,
         admin_key=admin_key,
+        tls=tls,
+        metrics_host=metrics_host,
         log_file=log_file,
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -280,7 +325,8 @@ def serve(
         if not server.key_hidden:
             say("warning: this system lets other users see the admin key in the list of processes")
         say(
-            f"ready: gRPC {server.url}, HTTP {server.http_url}, metrics {_reachable(host)}:{server.metrics_port}; "
+            f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
+            f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
             f"log {server.log_file}; Ctrl-C stops it"
         )
         server.wait()
@@ -304,6 +350,10 @@ def _address(host: str) -> str:
         return str(ipaddress.ip_address(host)) if ":" in host else socket.gethostbyname(host)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot listen on {host!r}: {error}; expected an address of this machine") from error
+
+
+def _loopback(host: str) -> str:
+    return "::1" if ":" in host else "127.0.0.1"
 
 
 def _reachable(host: str) -> str:

@@ -1,0 +1,104 @@
+"""What was done, by whom, with what outcome: one JSON object for each run of a verb, for logs and for the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["CHANGES", "begin", "finish", "note", "read_events"]
+
+CHANGES = frozenset(
+    ["export", "add-label", "rollback", "remove-label", "rename-label", "merge-labels", "remember", "serve"]
+)
+"""The verbs that a file of events (``$PATCHER_AUDIT_LOG``) keeps."""
+_OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}
+_MOST_ERROR = 2000
+
+_event: ContextVar[dict[str, Any] | None] = ContextVar("event", default=None)
+
+
+def begin(verb: str) -> None:
+    """Start the event of a run of ``verb``."""
+    _event.set({"verb": verb, "started": time.time()})
+
+
+def note(**facts: Any) -> None:
+    """Add to the event of this run, where there is one: versions, data hash, gate."""
+    event = _event.get()
+    if event is not None:
+        event.update(facts)
+
+
+def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
+    """End the event: a line on stderr if asked for, and for a change one in the file ``$PATCHER_AUDIT_LOG``.
+
+    A file that cannot be written is said on stderr: what was done stays done.
+    """
+    event = _event.get()
+    _event.set(None)
+    if event is None:
+        return
+    started = event.pop("started")
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "verb": event.pop("verb"),
+        "outcome": _OUTCOMES.get(code, "failed"),
+        "exit_code": code,
+        "seconds": round(time.time() - started, 3),
+        "user": _user(),
+        "host": socket.gethostname(),
+        **event,
+    }
+    if "gate" in record:
+        record["forced"] = record["gate"] == "forced"
+    if error:
+        record["error"] = error[:_MOST_ERROR]
+    line = json.dumps(record, ensure_ascii=True, default=str)
+    if to_stderr:
+        sys.stderr.write(line + "\n")
+    path = os.environ.get("PATCHER_AUDIT_LOG")
+    if path and record["verb"] in CHANGES:
+        try:
+            # One write to a file opened for appending: lines of several patchers do not mix.
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            try:
+                os.write(descriptor, line.encode() + b"\n")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as problem:
+            sys.stderr.write(f"warning: the audit log {path} cannot be written: {problem.strerror or problem}\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events in a file, oldest first; none where there is no file, and without lines that are no event."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("verb"), str) and isinstance(event.get("outcome"), str):
+            found.append(event)
+    return found
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser().encode("utf-8", "replace").decode()
+    except (OSError, KeyError):
+        return ""

@@ -1,0 +1,204 @@
+"""TLS on the way to a server: which files a client and a server need, whether they can work, and why one did not.
+
+gRPC says little about a handshake that failed, so the reason is found by a handshake of Python's own.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from patcher.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["ClientTls", "ServerTls", "handshake_problem", "speaks_tls"]
+
+_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ClientTls:
+    """How a client trusts and proves itself: ``ca`` is whom it trusts to vouch for the server.
+
+    ``certificate`` and ``key`` (both or none) are the client's own, for servers that ask for one (mutual TLS);
+    ``server_name`` is the name expected in the server's certificate where that is not the host of the address, as with
+    the single replicas behind one DNS name. All files are PEM. Raises InputError for files that cannot work.
+    """
+
+    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("a client proves itself with --tls-cert and --tls-key together; got only one of them")
+        _check_ca(self.ca, "--tls-ca")
+        if self.certificate and self.key:
+            _check_pair(self.certificate, self.key, "client")
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """What a server shows: ``certificate`` (with its chain) and ``key``, PEM.
+
+    With ``client_ca`` only clients whose certificate that authority signed are let in. Raises InputError for files that
+    cannot work, an expired certificate among them.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_pair(self.certificate, self.key, "server")
+        if self.client_ca:
+            _check_ca(self.client_ca, "--tls-client-ca")
+
+    def options(self) -> list[str]:
+        """Triton's options for gRPC."""
+        options = [
+            "--grpc-use-ssl=true",
+            f"--grpc-server-cert={self.certificate.resolve()}",
+            f"--grpc-server-key={self.key.resolve()}",
+        ]
+        if self.client_ca:
+            options += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={self.client_ca.resolve()}"]
+        return options
+
+
+def handshake_problem(host: str, port: int, tls: ClientTls) -> str | None:
+    """Why no connection under ``tls`` comes about with the server there, with what to do; None where one does."""
+    context = _client_context(tls.ca)
+    if tls.certificate and tls.key:
+        context.load_cert_chain(tls.certificate, tls.key)
+    name = tls.server_name or host
+    try:
+        with (
+            socket.create_connection((host, port), _SECONDS) as raw,
+            context.wrap_socket(raw, server_hostname=name) as wrapped,
+        ):
+            # Under TLS 1.3 the server looks at our certificate after our side is done: the refusal comes on reading.
+            if not wrapped.recv(1):  # gRPC hangs up without a word; one that takes us says what it can do
+                return _hung_up(tls)
+    except ssl.SSLCertVerificationError as error:
+        return _unverified(error, name, tls.ca)
+    except ssl.SSLError as error:
+        return _refused(error, tls)
+    except ConnectionResetError:
+        return _hung_up(tls)
+    except OSError:
+        return None
+    return None
+
+
+def speaks_tls(host: str, port: int) -> bool:
+    """Whether the server there answers a TLS handshake at all; nothing is believed of what it shows."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host, port), _SECONDS) as raw, context.wrap_socket(raw):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _client_context(ca: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(ca)
+    context.set_alpn_protocols(["h2"])
+    # As gRPC does: a certificate in the file is trusted for what it is, whoever signed it.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _unverified(error: ssl.SSLCertVerificationError, name: str, ca: Path) -> str:
+    said = error.verify_message
+    if "expired" in said:
+        return "shows a certificate that has expired; its administrator has to renew it"
+    if "not yet valid" in said:
+        return "shows a certificate that is not valid yet; are the clocks right on both sides?"
+    if "mismatch" in said.lower():
+        return f"shows a certificate for another name than {name!r} ({said}); --tls-server-name NAME expects another"
+    return f"shows a certificate that {ca} does not vouch for ({said}); --tls-ca names the authority that signed it"
+
+
+def _hung_up(tls: ClientTls) -> str:
+    if tls.certificate is None:
+        return "asks for the client's own certificate (mutual TLS); give --tls-cert FILE and --tls-key FILE"
+    return f"does not trust the certificate {tls.certificate}; expected one that its --tls-client-ca signed"
+
+
+def _refused(error: ssl.SSLError, tls: ClientTls) -> str:
+    reason = (error.reason or str(error)).upper()
+    if any(word in reason for word in ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "UNKNOWN_CA", "BAD_CERTIFICATE")):
+        return _hung_up(tls)
+    if "CERTIFICATE_EXPIRED" in reason:
+        return f"refuses the certificate {tls.certificate}: it has expired"
+    if any(word in reason for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF")):
+        return "does not speak TLS; leave --tls-ca out, or start the server with --tls-cert and --tls-key"
+    return f"does not agree on TLS ({error.reason or error})"
+
+
+def _check_ca(path: Path, option: str) -> None:
+    _check_readable(path, option)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise InputError(f"{option} {path} holds no certificate; expected PEM (BEGIN CERTIFICATE)") from error
+
+
+def _check_pair(certificate: Path, key: Path, side: str) -> None:
+    _check_readable(certificate, "--tls-cert")
+    _check_readable(key, "--tls-key")
+
+    def locked() -> str:
+        raise InputError(
+            f"the key {key} is encrypted, which the server could not read; expected one without a password"
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if side == "server" else ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_cert_chain(certificate, key, password=locked)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise InputError(f"the key {key} does not belong to the certificate {certificate}") from error
+        raise InputError(f"cannot use {certificate} with {key}; expected a PEM certificate and its PEM key") from error
+    said = _validity(certificate, key)
+    if "expired" in said or "not yet valid" in said:
+        raise InputError(f"the {side}'s certificate {certificate}: {said}; expected one that is valid now")
+
+
+def _validity(certificate: Path, key: Path) -> str:
+    """What verification says of a certificate by itself, its purpose aside; the standard library has no other way."""
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), _client_context(certificate)
+    server.load_cert_chain(certificate, key)
+    client.check_hostname = False
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server, server_side=False),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    for _ in range(4):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLCertVerificationError as error:
+                return error.verify_message
+            except ssl.SSLError:
+                return ""
+    return ""
+
+
+def _check_readable(path: Path, option: str) -> None:
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {option} {path}: {error.strerror or error}") from error

@@ -1,0 +1,169 @@
+"""The exporter and the audit log on a real server, and that every metric in the dashboard and the alerts exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import urllib.request
+from pathlib import Path
+
+import promql_parser
+import pytest
+import tiny
+import yaml
+
+from patcher import ModelRepository
+from patcher.audit import read_events
+from patcher.cli import main
+from patcher.metrics import Targets, expose, replicas
+from patcher.triton.server import EmbeddedTriton
+
+MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
+
+
+def scrape(address):
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+        return answer.read().decode()
+
+
+def sample(text, name, **labels):
+    """The value of the one series of that name with those labels."""
+    pattern = re.compile(rf"^{name}{{(.*)}} (\S+)$", re.MULTILINE)
+    wanted = {f'{key}="{value}"' for key, value in labels.items()}
+    (found,) = [value for each, value in pattern.findall(text) if wanted <= set(each.split(","))]
+    return float(found)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_original, tmp_path_factory):
+    """Two replicas over one repository."""
+    folder = tmp_path_factory.mktemp("metrics")
+    shutil.copytree(tiny_original, folder / "model_repository")
+    models = ["intent", "intent_features"]
+    with (
+        EmbeddedTriton(folder / "model_repository", models, log_file=folder / "a.log") as one,
+        EmbeddedTriton(folder / "model_repository", models, log_file=folder / "b.log") as other,
+    ):
+        yield one, other
+
+
+@pytest.fixture(scope="module")
+def exported(two, tmp_path_factory):
+    """What the exporter says after a refused patch, a forced one on the first replica only, and a failure."""
+    one, other = two
+    folder = tmp_path_factory.mktemp("changes")
+    same = tiny.write_csv(folder / "same.csv", {"rain": tiny.sentences("weather", 10, seed=5)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_MODEL_REPO", str(one.repository))
+        patch.setenv("TRITON_URL", one.url)
+        patch.setenv("PATCHER_AUDIT_LOG", str(folder / "audit.jsonl"))
+        assert main(["add-label", "--examples", str(same)]) == 3
+        assert main(["add-label", "--examples", str(same), "--force"]) == 0
+        assert main(["rollback", "--to", "9"]) == 2
+        assert main(["labels"]) == 0
+    texts = tuple(tiny.sentences("weather", 5))
+    targets = Targets(
+        (one.url, other.url, "127.0.0.1:1"), ("intent",), ModelRepository(one.repository), folder / "audit.jsonl", texts
+    )
+    server, _ = expose(targets, "127.0.0.1", 0)
+    yield scrape(f"127.0.0.1:{server.server_port}"), folder / "audit.jsonl"
+    server.shutdown()
+
+
+@pytest.mark.server
+def test_each_replica_is_told_apart(exported, two):
+    text, _ = exported
+    one, other = two
+    assert sample(text, "patcher_head_version", replica=one.url) == 2
+    assert sample(text, "patcher_head_version", replica=other.url) == 1  # nobody told it
+    assert sample(text, "patcher_labels", replica=one.url) == len(tiny.OLD) + 1
+    assert sample(text, "patcher_labels", replica=other.url) == len(tiny.OLD)
+    assert sample(text, "patcher_replica_up", replica="127.0.0.1:1") == 0
+    assert sample(text, "patcher_pinned_version", classifier="intent") == 2
+    assert 0 < sample(text, "patcher_sample_score", replica=one.url, quantile="0.5") <= 1
+    assert 0 <= sample(text, "patcher_sample_in_scope", replica=other.url, quantile="0.05") <= 1
+
+
+@pytest.mark.server
+def test_changes_are_counted_from_the_audit_log(exported):
+    text, _ = exported
+    assert sample(text, "patcher_changes_total", verb="add-label", outcome="refused") == 1
+    assert sample(text, "patcher_changes_total", verb="add-label", outcome="done") == 1
+    assert sample(text, "patcher_changes_total", verb="rollback", outcome="bad_input") == 1
+    assert sample(text, "patcher_forced_total", classifier="intent") == 1
+
+
+@pytest.mark.server
+def test_the_audit_log_says_who_did_what_from_what(exported):
+    refused, forced, bad = read_events(exported[1])
+    assert (refused["outcome"], refused["gate"], refused["exit_code"]) == ("refused", "refused", 3)
+    assert (forced["outcome"], forced["gate"], forced["forced"], forced["version"]) == ("done", "forced", True, 2)
+    assert forced["data_hash"] == refused["data_hash"]
+    assert len(forced["data_hash"]) == 64
+    assert forced["seconds"] > 0
+    assert {"time", "user", "host", "classifier", "parent_version", "method", "added"} <= forced.keys()
+    assert "there are 1, 2" in bad["error"]
+
+
+def test_a_log_line_beside_json(classifier, monkeypatch, capsys):
+    monkeypatch.setenv("PATCHER_LOG", "json")
+    assert main(["labels", "--repo", str(classifier.root), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["version"] == 1
+    assert json.loads(captured.err)["outcome"] == "done"
+    monkeypatch.delenv("PATCHER_LOG")
+    assert main(["--log-json", "labels", "--repo", str(classifier.root), "--version", "7"]) == 2
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["outcome"] == "bad_input"
+
+
+def test_an_audit_log_that_cannot_be_written_undoes_nothing(classifier, monkeypatch, capsys):
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", "/proc/nowhere/log")
+    assert main(["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)]) == 0
+    assert "cannot be written" in capsys.readouterr().err
+    assert classifier.serving() == 2
+
+
+def test_history_shows_the_data(classifier, capsys, tmp_path):
+    file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
+    assert main(["add-label", "--examples", str(file), "--no-load", "--repo", str(classifier.root)]) == 0
+    capsys.readouterr()
+    assert main(["history", "--repo", str(classifier.root)]) == 0
+    assert classifier.head(2).lineage.data_hash[:12] in capsys.readouterr().out
+
+
+def test_a_name_stands_for_its_addresses():
+    assert replicas("localhost:8001") == ["127.0.0.1:8001"]
+    assert replicas("no.such.host.invalid:8001") == ["no.such.host.invalid:8001"]
+
+
+def expressions():
+    """Every PromQL expression of the dashboard and of the rules."""
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
+    return found + [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+
+
+def names(node):
+    """The metrics that a parsed expression reads."""
+    if isinstance(node, promql_parser.VectorSelector):
+        return {node.name}
+    if isinstance(node, promql_parser.MatrixSelector):
+        return {node.vector_selector.name}
+    parts = [getattr(node, part, None) for part in ("expr", "lhs", "rhs", "param")]
+    parts += list(getattr(node, "args", None) or [])
+    return {name for part in parts if part is not None for name in names(part)}
+
+
+@pytest.mark.server
+def test_every_metric_in_use_exists(exported, two):
+    text = exported[0] + scrape(two[0].metrics_url)
+    there = set(re.findall(r"^(\w+)(?:{| )", text, re.MULTILINE))
+    used = {
+        name for text in expressions() for name in names(promql_parser.parse(text.replace("$__rate_interval", "5m")))
+    }
+    assert len(used) > 12
+    # Prometheus itself adds `up`; the GPU's are Triton's, where there is a GPU.
+    assert {name for name in used - there if not name.startswith("nv_gpu_")} <= {"up"}
+    assert used & {"patcher_head_version", "patcher_changes_total", "nv_inference_request_success"}
