@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from export.split import Split
 
-__all__ = ["BackboneFile", "export_backbone"]
+__all__ = ["BackboneFile", "export_backbone", "tidy_nodes"]
 
 _OPSET = 17
 _IR_VERSION = 8
@@ -133,9 +133,7 @@ def _tidied(model: onnx.ModelProto, width: int) -> onnx.ModelProto:
     model.ir_version = _IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "patcher", "", ""
     graph = model.graph
-    graph.name, graph.doc_string = "backbone", ""
-    for message in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        _strip(message)
+    tidy_nodes(graph)
     # An input that no node reads would be sent to the server for nothing.
     read = {name for node in graph.node for name in node.input}
     inputs = [each for each in graph.input if each.name in read]
@@ -144,6 +142,13 @@ def _tidied(model: onnx.ModelProto, width: int) -> onnx.ModelProto:
     # Conv1D layers end in a Reshape that hides the width, and Triton compares the declared dims with these.
     graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
     return model
+
+
+def tidy_nodes(graph: onnx.GraphProto) -> None:
+    """Take out of a graph what tells where and with what it was made."""
+    graph.name, graph.doc_string = "backbone", ""
+    for message in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        _strip(message)
 
 
 def _strip(message: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from export.backbone import export_backbone
 from export.checkpoint import Checkpoint, from_objects, load_checkpoint
 from export.parity import check_parity, token_batch
+from export.precision import LIMITS, PRECISIONS, check_precision, convert, sample
 from export.report import ExportReport
 from export.split import find_split
 from export.tokenizer import embeddings, prepare_tokenizer
@@ -31,7 +32,7 @@ from patcher.runtime import Encoder, check_head_file
 from patcher.scope import fit_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from export.backbone import BackboneFile
     from export.parity import Parity
+    from export.precision import PrecisionCheck
     from export.split import Split
     from export.tokenizer import TextEncoder
     from export.training import LabelIds
@@ -47,9 +49,9 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | nn.Module
 
-__all__ = ["PRECISIONS", "ExportOptions", "export_classifier", "refuse_taken", "run_export"]
+__all__ = ["DEVICES", "ExportOptions", "export_classifier", "refuse_taken", "run_export"]
 
-PRECISIONS = ("fp32",)
+DEVICES = ("cpu", "gpu")
 _TRACED_LENGTHS = (11, 7, 4)
 _PARITY_TEXTS = 32
 
@@ -59,15 +61,21 @@ class ExportOptions(TypedDict, total=False):
 
     ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
     and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
-    builds the memory beside head version 1. ``max_length`` is the tokens beyond which a text is cut (by default what
-    tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory. ``allow_pickle`` and
-    ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is going on.
+    builds the memory beside head version 1. ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
+    GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
+    ``evaluation``, labelled texts like ``train``, or else on a part of ``train``. ``device`` ``gpu`` places the
+    backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
+    cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
+    ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is going on.
     """
 
     name: str
     backbone: str | None
     train: str | os.PathLike[str] | Examples | None
-    precision: str
+    evaluation: str | os.PathLike[str] | Examples | None
+    precision: str | None
+    device: str
+    tensorrt: bool
     max_length: int | None
     tokenizer: PreTrainedTokenizerBase | None
     allow_pickle: bool
@@ -111,17 +119,17 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     root, name = Path(repository_dir), options.get("name", "intent")
     backbone = options.get("backbone") or name
     refuse_taken(root, name, backbone)
-    precision = options.get("precision", "fp32")
-    if precision not in PRECISIONS:
-        raise InputError(f"no precision {precision!r} yet; expected {', '.join(PRECISIONS)}")
+    target = _target(options)
     with watch("load"):
-        train = _examples(options.get("train"))
+        train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
         checkpoint = _checkpoint(model, options)
-        ids = label_ids(train, checkpoint.labels, checkpoint.problem) if train else ()
+        ids, held_out_ids = (
+            label_ids(each, checkpoint.labels, checkpoint.problem) if each else () for each in (train, held_out)
+        )
         encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
     with tempfile.TemporaryDirectory(prefix="patcher-export-") as folder:
-        making = _Making(checkpoint, encoder, Path(folder), options.get("progress") or _silent, watch)
-        made = making.run(train, ids)
+        making = _Making(checkpoint, encoder, Path(folder), target, options.get("progress") or _silent, watch)
+        made = making.run(train, ids, held_out, held_out_ids)
         with watch("publish"):
             repository = _publish(root, name, backbone, made)
     return ExportReport(
@@ -140,6 +148,10 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         train_examples=len(train) if train else 0,
         train_accuracy=made.accuracy,
         memory_bytes=made.memory.size if made.memory else 0,
+        precision=target.precision,
+        device=target.device,
+        noise=made.parity.noise,
+        checked=made.checked,
         seconds=watch.seconds,
     )
 
@@ -150,6 +162,29 @@ def refuse_taken(root: Path, name: str, backbone: str) -> None:
     check_name(backbone)
     if (root / "patcher.json").exists() and name in ModelRepository(root).classifiers():
         raise InputError(f"{root} holds a classifier {name!r} already; expected another --name, or another --repo")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the backbone is made for."""
+
+    precision: str
+    device: str
+    tensorrt: bool
+
+
+def _target(options: ExportOptions) -> _Target:
+    device, tensorrt = options.get("device", "cpu"), options.get("tensorrt", False)
+    precision = options.get("precision") or ("fp16" if device == "gpu" else "fp32")
+    if precision not in PRECISIONS:
+        raise InputError(f"no precision {precision!r}; expected {', '.join(PRECISIONS)}")
+    if device not in DEVICES:
+        raise InputError(f"no device {device!r}; expected {', '.join(DEVICES)}")
+    if device == "gpu" and precision == "int8":
+        raise InputError("int8 is made for CPUs: CUDA has no kernel for it; expected fp16 or fp32 with the device gpu")
+    if tensorrt and device != "gpu":
+        raise InputError("TensorRT runs on GPUs; expected the device gpu with it")
+    return _Target(precision, device, tensorrt)
 
 
 def _examples(train: str | os.PathLike[str] | Examples | None) -> Examples | None:
@@ -179,6 +214,7 @@ class _Made:
     head: Head
     memory: Memory | None
     accuracy: float | None
+    checked: PrecisionCheck | None
 
 
 @dataclass(frozen=True)
@@ -188,10 +224,11 @@ class _Making:
     checkpoint: Checkpoint
     encoder: TextEncoder
     folder: Path
+    target: _Target
     tell: Callable[[str], None]
     watch: _Stopwatch
 
-    def run(self, train: Examples | None, ids: LabelIds) -> _Made:
+    def run(self, train: Examples | None, ids: LabelIds, held_out: Examples | None, held_out_ids: LabelIds) -> _Made:
         """All of them."""
         model, labels = self.checkpoint.model, self.checkpoint.labels
         self.tell(
@@ -207,28 +244,81 @@ class _Making:
             texts = train.texts[:: len(train) // _PARITY_TEXTS + 1] if train else ()
             parity = check_parity(model, split, self.encoder, backbone.path, texts)
             self.tell(f"logits within {parity.difference:.1g} of the checkpoint's on {parity.texts} texts")
-        features = self._features(backbone, train) if train else None
+        plain = backbone
+        if self.target.precision != "fp32":
+            with self.watch("convert"):
+                backbone = convert(plain, self.target.precision, self.folder / f"{self.target.precision}.onnx")
+                limits = LIMITS[self.target.precision]
+                parity = check_parity(model, split, self.encoder, backbone.path, texts, limits)
+                self.tell(f"{self.target.precision}: logits {parity.noise:.1%} of their spread off the checkpoint's")
+        features = None if train is None else self._features(backbone, train.texts, "features")
+        checked = None
+        if plain is not backbone and (held_out or (train and features is not None)):
+            if held_out:
+                after, source = self._features(backbone, held_out.texts, "check"), held_out.source
+                checked = self._checked(split, plain, after, held_out.texts, held_out_ids, source)
+            elif train and features is not None:
+                some = sample(len(train))
+                checked = self._checked(split, plain, features[some], train.texts[some], ids[some], train.source)
         with self.watch("memory"):
             memory = None if features is None else build_memory(features, ids, labels, split.split)
-            head = self._head(split, backbone, parity, train, memory)
+            head = self._head(split, backbone, parity, train, memory, checked)
         return _Made(
-            files=BackboneFiles(backbone.path, backbone.fingerprint, self.encoder.json, backbone.inputs, split.width),
+            files=BackboneFiles(
+                backbone.path,
+                backbone.fingerprint,
+                self.encoder.json,
+                backbone.inputs,
+                split.width,
+                device=self.target.device,
+                tensorrt=self.target.precision.upper() if self.target.tensorrt else "",
+            ),
             layer=split.layer,
             parity=parity,
             head=head,
             memory=memory,
             accuracy=None if features is None else accuracy(head, features, ids),
+            checked=checked,
         )
 
-    def _features(self, backbone: BackboneFile, train: Examples) -> NDArray[np.float32]:
-        """Features of the training texts, by the files that will serve."""
+    def _checked(
+        self,
+        split: Split,
+        plain: BackboneFile,
+        after: NDArray[np.float32],
+        texts: Sequence[str],
+        ids: LabelIds,
+        source: str,
+    ) -> PrecisionCheck:
+        """What the precision costs on labelled texts with features ``after``."""
+        before = self._features(plain, texts, "check")
+        head = Head.from_linear(
+            self.checkpoint.labels,
+            split.weight,
+            split.bias,
+            split.width,
+            plain.fingerprint,
+            problem=self.checkpoint.problem,
+        )
+        found = check_precision(self.target.precision, head, before, after, ids, source)
+        self.tell(f"{found.agreement:.2%} of {found.texts} texts answered as in FP32, accuracy {-found.loss:+.2%}")
+        return found
+
+    def _features(self, backbone: BackboneFile, texts: Sequence[str], stage: str) -> NDArray[np.float32]:
+        """Features of texts, by the files that will serve."""
         path = self.folder / "tokenizer.json"
         path.write_text(self.encoder.json, encoding="utf-8")
-        with self.watch("features"):
-            return Encoder(backbone.path, path).encode(train.texts, counter(self.tell, len(train)))
+        with self.watch(stage):
+            return Encoder(backbone.path, path).encode(texts, counter(self.tell, len(texts)))
 
     def _head(
-        self, split: Split, backbone: BackboneFile, parity: Parity, train: Examples | None, memory: Memory | None
+        self,
+        split: Split,
+        backbone: BackboneFile,
+        parity: Parity,
+        train: Examples | None,
+        memory: Memory | None,
+        checked: PrecisionCheck | None,
     ) -> Head:
         """Version 1, and the proof that its file says what it should."""
         head = Head.from_linear(
@@ -245,6 +335,9 @@ class _Making:
                 "architecture": type(self.checkpoint.model).__name__,
                 "layer": split.layer,
                 "parity": parity.difference,
+                "precision": self.target.precision,
+                **({"noise": parity.noise} if self.target.precision != "fp32" else {}),
+                **({"checked": checked.details()} if checked else {}),
                 "max_length": self.encoder.max_length,
                 "train_examples": len(train) if train else 0,
             },
@@ -313,4 +406,4 @@ class _Stopwatch:
         try:
             yield
         finally:
-            self.seconds[stage] = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from export.tokenizer import SAMPLE_TEXTS, embeddings
-from patcher.errors import ParityError
+from patcher.errors import ParityError, PrecisionError
 from patcher.runtime import open_session
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from export.precision import Limits
     from export.split import Split
     from export.tokenizer import TextEncoder
 
@@ -43,6 +44,8 @@ class Parity:
     difference: float
     features: NDArray[np.float32]
     """Features FP32 ``[texts, width]`` of everything that was compared."""
+    noise: float = 0.0
+    """RMS of the change of the logits over the RMS of the logits about their mean."""
 
 
 def token_batch(
@@ -65,29 +68,52 @@ def token_batch(
 
 
 def check_parity(
-    model: PreTrainedModel, split: Split, encoder: TextEncoder, path: Path, texts: Sequence[str] = ()
+    model: PreTrainedModel,
+    split: Split,
+    encoder: TextEncoder,
+    path: Path,
+    texts: Sequence[str] = (),
+    limits: Limits | None = None,
 ) -> Parity:
     """Compare the backbone at ``path`` and the split-off layer with the checkpoint: padded batches of several lengths.
 
-    Random tokens show what tracing froze, texts (``texts`` beside a few of our own) that the tokenizer fits.
+    Random tokens show what tracing froze, texts (``texts`` beside a few of our own) that the tokenizer fits. With
+    ``limits``, those of a lower precision, single logits may move more: their noise over all texts is what is bounded.
 
     Raises
     ------
     ParityError
-        when a logit differs by more than 1e-4, or the best label is another one (ties aside).
+        when a logit differs by more than 1e-4, or the best label is another one (ties aside); a PrecisionError when the
+        noise is above ``limits``.
     """
     session = open_session(path)
     names = [tensor.name for tensor in session.get_inputs()]
-    worst, count, features = 0.0, 0, []
+    worst, features, logits = 0.0, [], []
     for tokens in _batches(model, encoder, texts):
         with torch.no_grad():
             expected = model(**tokens).logits.float().numpy()
         given = session.run(["features"], {name: tokens[name].numpy() for name in names})[0]
-        worst = max(worst, _compare(given, expected, split, tuple(tokens["input_ids"].shape)))
-        count += 1
+        shape = tuple(tokens["input_ids"].shape)
+        _refuse_unusable(given, split, shape)
+        found = given[:, : split.split] @ split.weight.T + split.bias
+        worst = max(worst, float(np.abs(found - expected).max()))
+        if limits is None:
+            _compare(found, expected, shape)
         features.append(given)
+        logits.append((found, expected))
     rows = np.concatenate(features)
-    return Parity(count, len(rows), worst, rows)
+    noise = _noise(*(np.concatenate(each) for each in zip(*logits, strict=True)))
+    if limits is not None and noise > limits.noise:
+        raise PrecisionError(
+            f"in this precision the logits move by {noise:.1%} of their spread on {len(rows)} texts; expected at most "
+            f"{limits.noise:.1%}: this model does not take so few bits, a higher --precision keeps more of it"
+        )
+    return Parity(len(features), len(rows), worst, rows, noise)
+
+
+def _noise(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    spread = float(np.sqrt(np.square(expected - expected.mean()).mean()))
+    return float(np.sqrt(np.square(found - expected).mean())) / max(spread, 1e-12)
 
 
 def _batches(model: PreTrainedModel, encoder: TextEncoder, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
@@ -99,11 +125,19 @@ def _batches(model: PreTrainedModel, encoder: TextEncoder, texts: Sequence[str])
             yield {name: torch.from_numpy(ids) for name, ids in encoder(list(group)).items()}
 
 
-def _compare(given: NDArray[np.float32], expected: NDArray[np.float32], split: Split, shape: tuple[int, ...]) -> float:
-    where = f"on a batch of {shape[0]} texts of {shape[1]} tokens"
+def _where(shape: tuple[int, ...]) -> str:
+    return f"on a batch of {shape[0]} texts of {shape[1]} tokens"
+
+
+def _refuse_unusable(given: NDArray[np.float32], split: Split, shape: tuple[int, ...]) -> None:
     if given.shape != (shape[0], split.width) or not np.isfinite(given).all():
-        raise ParityError(f"the exported backbone gives features {list(given.shape)} {where}, or values not finite")
-    logits = given[:, : split.split] @ split.weight.T + split.bias
+        raise ParityError(
+            f"the exported backbone gives features {list(given.shape)} {_where(shape)}, or values not finite"
+        )
+
+
+def _compare(logits: NDArray[np.float32], expected: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    where = _where(shape)
     gap = float(np.abs(logits - expected).max())
     if gap > TOLERANCE:
         raise ParityError(
@@ -114,4 +148,3 @@ def _compare(given: NDArray[np.float32], expected: NDArray[np.float32], split: S
     behind = expected.max(axis=1) - expected[rows, logits.argmax(axis=1)]
     if (behind > 2 * TOLERANCE).any():
         raise ParityError(f"the exported model prefers another label than the checkpoint {where}")
-    return gap

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from export.precision import PrecisionCheck
     from patcher.repository import ModelRepository
 
 __all__ = ["ExportReport"]
@@ -36,6 +37,12 @@ class ExportReport:
     train_accuracy: float | None = None
     """Share of the training texts that the exported files answer as they are labelled; None without them."""
     memory_bytes: int = 0
+    precision: str = "fp32"
+    device: str = "cpu"
+    noise: float = 0.0
+    """RMS of the change of the logits over the RMS of the logits about their mean, on ``parity_texts`` texts."""
+    checked: PrecisionCheck | None = None
+    """What a lower precision changed on labelled texts; None for FP32, or where no such texts were given."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage."""
 
@@ -43,6 +50,7 @@ class ExportReport:
         """All of it as plain values; ``labels`` is their count."""
         values = {name: value for name, value in vars(self).items() if name != "seconds"}
         values.update(repository=str(self.repository.root), labels=len(self.labels))
+        values["checked"] = self.checked and self.checked.details()
         return {**values, "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
     def sentence(self) -> str:
@@ -54,7 +62,22 @@ class ExportReport:
                 f"a memory of {self.train_examples:,} texts, {self.train_accuracy:.1%} of them answered as labelled"
             )
         features = f"{self.split} + {self.width - self.split} features"
+        if self.precision == "fp32":
+            closeness = f"logits within {self.parity:.1g} of the checkpoint's"
+        else:
+            closeness = (
+                f"{self.precision}: logits {self.noise:.1%} of their spread off the checkpoint's, {self._cost()}"
+            )
         return (
             f"Exported {self.classifier}: {len(self.labels)} labels, {features}, "
-            f"logits within {self.parity:.1g} of the checkpoint's, {memory}; {sum(self.seconds.values()):.0f} s."
+            f"{closeness}, {memory}; {sum(self.seconds.values()):.0f} s."
+        )
+
+    def _cost(self) -> str:
+        found = self.checked
+        if found is None:
+            return "accuracy not measured (--train or --eval FILE measures it)"
+        return (
+            f"accuracy {found.accuracy_before:.2%} before and {found.accuracy_after:.2%} after on {found.texts:,} "
+            f"texts of {found.source}, {found.agreement:.2%} answered the same"
         )

@@ -10,6 +10,7 @@ PatcherError                 1  failed, nothing changed
 │       └── SplitError          a model that cannot be split into backbone and head
 ├── ExportError              1  the export started and could not be finished
 │   └── ParityError             what was exported does not answer as the checkpoint does
+│       └── PrecisionError      a backbone in fewer bits loses more than its precision may
 ├── ServerError              1  the server answered with an error
 │   ├── ServerUnreachable       nobody answers, or not in time
 │   │   └── TlsError            somebody answers, but the connection cannot be secured as asked
@@ -41,6 +42,7 @@ __all__ = [
     "NotServed",
     "ParityError",
     "PatcherError",
+    "PrecisionError",
     "RepositoryError",
     "ServerError",
     "ServerRefused",
@@ -100,6 +102,10 @@ class ExportError(PatcherError):
 
 class ParityError(ExportError):
     """What was exported does not answer as the checkpoint does."""
+
+
+class PrecisionError(ParityError):
+    """A backbone in fewer bits loses more than its precision may; ``report`` holds what was measured."""
 
 
 class ServerError(PatcherError):

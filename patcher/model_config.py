@@ -7,6 +7,7 @@ backends is compared with the declaration at load).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ __all__ = [
     "classifier_config",
     "features_config",
     "head_config",
+    "on_cpu",
+    "on_gpu",
     "parse",
     "pinned_versions",
     "render",
@@ -70,6 +73,10 @@ class ModelConfig:
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
+    kind: str = ""
+    """``KIND_CPU`` or ``KIND_GPU``; empty leaves it to Triton."""
+    tensorrt: str = ""
+    """Precision of ONNX Runtime's TensorRT provider (``FP16``, ``FP32``); empty does without it."""
 
 
 _TEXT = Tensor("text", "STRING", (1,))
@@ -140,6 +147,16 @@ def classifier_config(name: str, tokenizer: str, backbone: str, head: str, token
     return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps)
 
 
+def on_gpu(config: ModelConfig, tensorrt: str = "") -> ModelConfig:
+    """The same model on every GPU that Triton sees, through CUDA, or through TensorRT in the precision given."""
+    return dataclasses.replace(config, kind="KIND_GPU", tensorrt=tensorrt)
+
+
+def on_cpu(config: ModelConfig) -> ModelConfig:
+    """The same model on the CPU, even where Triton sees a GPU."""
+    return dataclasses.replace(config, kind="KIND_CPU")
+
+
 def _message(config: ModelConfig) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -151,7 +168,10 @@ def _message(config: ModelConfig) -> Any:
     if config.versions:
         message.version_policy.specific.versions.extend(config.versions)
     if config.instances:
-        message.instance_group.add(count=config.instances)
+        message.instance_group.add(count=config.instances, kind=config.kind or "KIND_AUTO")
+    if config.tensorrt:
+        accelerator = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+        accelerator.parameters["precision_mode"] = config.tensorrt
     if config.dynamic_batching:
         message.dynamic_batching.SetInParent()
     for key in sorted(config.parameters):

@@ -67,6 +67,10 @@ class BackboneFiles:
     """A Rust tokenizer with padding and truncation switched on."""
     token_inputs: tuple[str, ...]
     width: int
+    device: str = "cpu"
+    """``gpu`` places the backbone there, and all else on the CPU; ``cpu`` leaves it to Triton."""
+    tensorrt: str = ""
+    """Precision in which TensorRT runs the backbone on a GPU; empty leaves it to CUDA."""
 
 
 class ModelRepository:
@@ -177,9 +181,13 @@ class ModelRepository:
         check_name(name)
         parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
         self._refuse_existing(parts["features"])
+        tokenizer = model_config.tokenizer_config(parts["tokenizer"], files.token_inputs)
+        backbone = model_config.backbone_config(parts["backbone"], files.token_inputs, files.width, files.fingerprint)
+        if files.device == "gpu":
+            tokenizer, backbone = model_config.on_cpu(tokenizer), model_config.on_gpu(backbone, files.tensorrt)
         configs = (
-            model_config.tokenizer_config(parts["tokenizer"], files.token_inputs),
-            model_config.backbone_config(parts["backbone"], files.token_inputs, files.width, files.fingerprint),
+            tokenizer,
+            backbone,
             model_config.features_config(
                 parts["features"], parts["tokenizer"], parts["backbone"], files.token_inputs, files.width
             ),
@@ -208,8 +216,12 @@ class ModelRepository:
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
         version = head.lineage.version
+        head_config = model_config.head_config(f"{name}_head", head.width, version)
+        if self._on_gpu(backbone):
+            # Its rows are a few microseconds' work, and a session on a GPU would make every swap wait for CUDA.
+            head_config = model_config.on_cpu(head_config)
         configs = (
-            model_config.head_config(f"{name}_head", head.width, version),
+            head_config,
             model_config.classifier_config(
                 name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs
             ),
@@ -239,6 +251,10 @@ class ModelRepository:
         message = self.config(f"{name}_backbone")
         tokens = tuple(tensor.name for tensor in message.input)
         return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
+
+    def _on_gpu(self, backbone: str) -> bool:
+        groups = self.config(f"{backbone}_backbone").instance_group
+        return any(group.kind == group.KIND_GPU for group in groups)
 
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""

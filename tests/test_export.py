@@ -300,7 +300,7 @@ def test_a_model_that_torch_cannot_export_is_refused(tmp_path):
     [
         ({"name": "a/b"}, "'a/b' cannot name a model"),
         ({"backbone": "x_head"}, "belong to its parts"),
-        ({"precision": "int4"}, "no precision 'int4' yet; expected fp32"),
+        ({"precision": "int4"}, "no precision 'int4'; expected fp32, fp16, int8"),
         ({"max_length": 81}, "a maximum length of 81 tokens; expected 1 to 78"),
         ({"max_length": 0}, "a maximum length of 0 tokens"),
     ],

@@ -20,8 +20,24 @@ from patcher.cli.output import tell
     help="Labelled file the model was fine-tuned on: builds the memory that bounds the harm of later patches.",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the exported backbone."
+    "--eval",
+    "evaluation",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Labelled file, held out, on which the cost of a lower precision is measured; part of --train without it.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Of the backbone: int8 for CPUs, fp16 for GPUs.  [default: fp16 with --device gpu, else fp32]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu"]),
+    default="cpu",
+    show_default=True,
+    help="Where Triton runs the backbone; all else stays on the CPU.",
+)
+@click.option("--tensorrt", is_flag=True, help="TensorRT runs the backbone on the GPU.")
 @click.option("--backbone", metavar="NAME", help="Name of the backbone's models, for several classifiers on one.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code.")
@@ -31,7 +47,10 @@ def export_command(
     repo: Path,
     name: str,
     train: Path | None,
-    precision: str,
+    evaluation: Path | None,
+    precision: str | None,
+    device: str,
+    tensorrt: bool,
     backbone: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
@@ -44,6 +63,7 @@ def export_command(
 
     \b
     patcher export my-finetuned-bert --repo model_repository --name intent --train train.csv
+    patcher export my-finetuned-bert --repo model_repository --train train.csv --eval val.csv --precision int8
     """
     import json
 
@@ -61,7 +81,10 @@ def export_command(
         repo,
         name=name,
         train=train,
+        evaluation=evaluation,
         precision=precision,
+        device=device,
+        tensorrt=tensorrt,
         backbone=backbone,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,

@@ -1,0 +1,194 @@
+"""The backbone in fewer bits: converted from the proven FP32 file, and held against it on labelled texts.
+
+INT8 is dynamic quantisation of every MatMul by a constant, weights signed and by channel: activations get their scale
+from each batch, so no calibration data can be unlike production. Embeddings stay FP32 (quantising them gained no time
+and changed more answers), products of two activations (attention) too. Only operators of plain ONNX come out: ONNX
+Runtime's own fused attention was no faster. FP16 is for GPUs: all of the model, but not the mean over tokens behind it,
+whose sum a long text could lift above what FP16 holds; token ids and features keep their types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from export.backbone import BackboneFile, tidy_nodes
+from export.training import accuracy
+from patcher.errors import ExportError, PrecisionError
+from patcher.evaluation import answers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.training import LabelIds
+    from patcher.head import Head
+
+    Floats = NDArray[np.float32]
+
+__all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "sample"]
+
+PRECISIONS = ("fp32", "fp16", "int8")
+MOST_TEXTS = 2000
+"""Training texts on which a precision is checked, evenly spread; a file given for it is taken whole."""
+# Scopes of the exported module: what is not of the model is the pooling that export adds behind it.
+_MODEL_SCOPE = "/model/"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision may cost before the export is refused.
+
+    ``noise`` is the RMS of the change of the logits over the RMS of the logits about their mean, ``loss`` the share of
+    labelled texts that turn wrong net of those that turn right, ``disagreement`` the share that get another answer.
+    """
+
+    noise: float
+    loss: float
+    disagreement: float
+
+
+LIMITS = {"fp16": Limits(noise=0.01, loss=0.002, disagreement=0.005), "int8": Limits(0.25, 0.01, 0.03)}
+"""By precision; FP32 has its own, tighter parity."""
+
+
+@dataclass(frozen=True)
+class PrecisionCheck:
+    """Answers of the converted backbone beside the FP32 one's, on ``texts`` labelled texts."""
+
+    precision: str
+    texts: int
+    source: str
+    agreement: float
+    """Share of texts with the same answer."""
+    accuracy_before: float
+    accuracy_after: float
+
+    @property
+    def loss(self) -> float:
+        """Share of the texts lost, net; negative where the fewer bits happen to be right more often."""
+        return self.accuracy_before - self.accuracy_after
+
+    def details(self) -> dict[str, Any]:
+        """As report and lineage keep it."""
+        return {**vars(self), "loss": self.loss}
+
+
+def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
+    """Write ``backbone`` in another precision to ``path``; the same file gives the same bytes.
+
+    Raises ExportError where the converter cannot do it.
+    """
+    try:
+        model = _quantized(backbone.path, path) if precision == "int8" else _halved(backbone.path)
+        onnx.checker.check_model(model)
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"the backbone cannot be converted to {precision}: {error}; --precision fp32 can") from error
+    model.producer_name, model.producer_version, model.doc_string = "patcher", "", ""
+    del model.metadata_props[:]
+    tidy_nodes(model.graph)
+    data = model.SerializeToString(deterministic=True)
+    path.write_bytes(data)
+    return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs)
+
+
+def _quantized(source: Path, path: Path) -> onnx.ModelProto:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # it recommends what was tried and gained nothing
+    try:
+        quantize_dynamic(source, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        logging.root.setLevel(level)
+    model = onnx.load(path)
+    if not any(node.op_type == "MatMulInteger" for node in model.graph.node):
+        raise ValueError("it has no matrix product by a constant")
+    # The converter adds the domains of all that it may have used; old runtimes refuse those that they do not know.
+    used = {node.domain for node in model.graph.node}
+    kept = [each for each in model.opset_import if each.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    return model
+
+
+def _halved(source: Path) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(source)
+    blocked = [
+        node.name for node in model.graph.node if node.op_type != "Constant" and not node.name.startswith(_MODEL_SCOPE)
+    ]
+    halved: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, node_block_list=blocked)
+    # A value that several blocked nodes read is cast back once for each of them, behind them and under one name.
+    known = {each.name for each in halved.graph.input} | {each.name for each in halved.graph.initializer}
+    ordered = _ordered({node.output[0]: node for node in reversed(halved.graph.node)}.values(), known)
+    del halved.graph.node[:]
+    halved.graph.node.extend(ordered)
+    return halved
+
+
+def _ordered(nodes: Iterable[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProto]:
+    """The nodes of a graph, each after those that it reads from; ``known`` are inputs and initializers."""
+    waiting: list[onnx.NodeProto] = list(nodes)
+    ordered: list[onnx.NodeProto] = []
+    known = {*known, ""}
+    while waiting:
+        later: list[onnx.NodeProto] = []
+        for node in reversed(waiting):
+            if known.issuperset(node.input):
+                known.update(node.output)
+                ordered.append(node)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            raise ValueError("its nodes read what no node gives")
+        waiting = later[::-1]
+    return ordered
+
+
+def sample(count: int) -> slice:
+    """Which of ``count`` training texts a precision is checked on."""
+    return slice(0, count, -(-count // MOST_TEXTS))
+
+
+def check_precision(
+    precision: str, head: Head, before: Floats, after: Floats, ids: LabelIds, source: str
+) -> PrecisionCheck:
+    """Compare the answers from FP32 features with those from the converted backbone's, both FP32 ``[n, width]``.
+
+    Raises
+    ------
+    PrecisionError
+        when more is lost than ``LIMITS`` allow; one text may always change, as a small file says no more.
+    """
+    same = sum(a == b for a, b in zip(answers(head, before), answers(head, after), strict=True))
+    found = PrecisionCheck(
+        precision,
+        texts=len(ids),
+        source=source,
+        agreement=same / len(ids),
+        accuracy_before=accuracy(head, before, ids),
+        accuracy_after=accuracy(head, after, ids),
+    )
+    limits = LIMITS[precision]
+    slack = 1.0 / len(ids) + 1e-9
+    for share, limit, what in (
+        (found.loss, limits.loss, f"costs {found.loss:.2%} of accuracy ({found.accuracy_before:.2%} before)"),
+        (1 - found.agreement, limits.disagreement, f"changes the answer to {1 - found.agreement:.2%} of the texts"),
+    ):
+        if share > max(limit, slack):
+            raise PrecisionError(
+                f"{precision} {what} on {found.texts} texts of {source}; expected at most {limit:.2%}: "
+                f"this model does not take so few bits, --precision {'fp16' if precision == 'int8' else 'fp32'} "
+                "keeps more of it",
+                found.details(),
+            )
+    return found
