@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_BATCH_SIZE",
+    "PADDING_SLACK",
     "ModelConfig",
+    "Serving",
     "Step",
     "Tensor",
     "backbone_config",
@@ -27,12 +29,19 @@ __all__ = [
     "parse",
     "pinned_versions",
     "render",
+    "serving_of",
     "tokenizer_config",
     "with_pin",
+    "with_response_cache",
+    "with_serving",
 ]
 
 MAX_BATCH_SIZE = 64
 """The largest batch that Triton forms or takes for any model of a classifier."""
+
+PADDING_SLACK = 12
+"""Tokens of padding that texts of different lengths may cost to share a batch (the tokenizer's own default)."""
+_THREADS, _SLACK = "intra_op_thread_count", "padding_slack"
 
 
 @dataclass(frozen=True)
@@ -199,3 +208,82 @@ def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") ->
     message.version_policy.Clear()
     message.version_policy.specific.versions.extend(versions)
     return _text(message)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a backbone and its tokenizer are run: what `patcher tune` chooses for a machine.
+
+    ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
+    in the tokenizer's queue for others; ``slack`` the tokens of padding that texts of different lengths may cost
+    to share a batch (0: only equal lengths do); ``batch`` the largest batch of the backbone.
+    """
+
+    instances: int = 1
+    threads: int = 0
+    delay_us: int = 0
+    slack: int = PADDING_SLACK
+    batch: int = MAX_BATCH_SIZE
+
+
+def serving_of(tokenizer: Any, backbone: Any) -> Serving:
+    """What two parsed configurations say; RepositoryError where a setting is no whole number."""
+    try:
+        return Serving(
+            instances=sum(group.count for group in backbone.instance_group) or 1,
+            threads=int(_parameter(backbone, _THREADS, "0")),
+            delay_us=int(tokenizer.dynamic_batching.max_queue_delay_microseconds),
+            slack=int(_parameter(tokenizer, _SLACK, str(PADDING_SLACK))),
+            batch=max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size)),
+        )
+    except ValueError as error:
+        raise RepositoryError(
+            f"{backbone.name} or {tokenizer.name}: {error}; expected whole numbers in {_THREADS} and {_SLACK}"
+        ) from error
+
+
+def with_serving(tokenizer: str, backbone: str, serving: Serving) -> tuple[str, str]:
+    """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
+    first, second = parse(tokenizer), parse(backbone)
+    first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
+    _set_parameter(first, _SLACK, serving.slack, PADDING_SLACK)
+    if not second.instance_group:
+        second.instance_group.add()
+    second.instance_group[0].count = serving.instances
+    _set_parameter(second, _THREADS, serving.threads, 0)
+    # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
+    del second.dynamic_batching.preferred_batch_size[:]
+    if serving.batch < second.max_batch_size:
+        second.dynamic_batching.preferred_batch_size.append(serving.batch)
+    return _text(first), _text(second)
+
+
+def with_response_cache(text: str, *, enable: bool) -> str:
+    """The same configuration with Triton's response cache on or off, for the backbone.
+
+    Only a backbone may have it: its answer depends on its input alone, and its file never changes. Heads and the
+    ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
+    RepositoryError for them.
+    """
+    message = parse(text)
+    if "fingerprint" not in message.parameters:
+        raise RepositoryError(
+            f"{message.name} is no backbone; a cached answer of it would outlive the head that gave it. Expected a "
+            "model whose file never changes: NAME_backbone"
+        )
+    if enable:
+        message.response_cache.enable = True
+    else:
+        message.ClearField("response_cache")
+    return _text(message)
+
+
+def _parameter(message: Any, key: str, default: str) -> str:
+    return str(message.parameters[key].string_value) if key in message.parameters else default
+
+
+def _set_parameter(message: Any, key: str, value: int, default: int) -> None:
+    if value == default:
+        message.parameters.pop(key, None)
+    else:
+        message.parameters[key].string_value = str(value)

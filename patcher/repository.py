@@ -26,7 +26,7 @@ from patcher.head_file import read_head, write_head
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
 
@@ -244,6 +244,19 @@ class ModelRepository:
         """A model's ``config.pbtxt`` as a parsed message."""
         path = self.root / model / _CONFIG
         return model_config.parse(_read_text(path), str(path))
+
+    def write_configs(self, configs: Mapping[str, str]) -> None:
+        """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
+        before = {model: _read_bytes(self.root / model / _CONFIG) for model in configs}
+        with _storage(self.root):
+            try:
+                for model, text in configs.items():
+                    with self.staging(model) as staging:
+                        _replace(self.root / model / _CONFIG, text.encode(), staging)
+            except BaseException:
+                for model, data in before.items():
+                    _replace(self.root / model / _CONFIG, data)
+                raise
 
     def _refuse_existing(self, name: str) -> None:
         if (self.root / name / _CONFIG).exists():

@@ -30,6 +30,7 @@ _VERBS = {
     "remember": "remember:remember_command",
     "evaluate": "evaluate:evaluate_command",
     "loadtest": "loadtest:loadtest_command",
+    "tune": "tune:tune_command",
     "doctor": "doctor:doctor_command",
 }
 _HELP = {
@@ -47,6 +48,7 @@ _HELP = {
     "remember": "Build the memory from labelled data, after the export.",
     "evaluate": "Accuracy of a version on a labelled file.",
     "loadtest": "Throughput and latency, by perf_analyzer.",
+    "tune": "The fastest settings for this machine.",
     "doctor": "What is installed, what the server says, whether all agree.",
 }
 
