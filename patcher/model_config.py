@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import RepositoryError
+from patcher.errors import InputError, RepositoryError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +41,8 @@ MAX_BATCH_SIZE = 64
 
 PADDING_SLACK = 12
 """Tokens of padding that texts of different lengths may cost to share a batch (the tokenizer's own default)."""
+# Not measured: no GPU was at hand.
+_GPU_DELAY_US, _GPU_SLACK = 500, 512
 _THREADS, _SLACK = "intra_op_thread_count", "padding_slack"
 
 
@@ -76,6 +78,12 @@ class ModelConfig:
     """The versions to serve; empty leaves Triton's default, the latest one."""
     instances: int = 0
     """Instances a device; 0 leaves the backend's default."""
+    kind: str = ""
+    """``CPU``, ``GPU``, or empty: a GPU where the server has one and the backend can use it."""
+    accelerator: str = ""
+    """What the onnxruntime backend runs it with on a GPU: ``cuda``, ``tensorrt``, or empty for its default (CUDA)."""
+    delay_us: int = 0
+    """How long a request may wait for others to share its batch."""
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -91,6 +99,12 @@ _ANSWER = (
 )
 
 
+def _is_gpu(device: str) -> bool:
+    if device not in ("cpu", "gpu"):
+        raise InputError(f"no device {device!r}; expected cpu or gpu")
+    return device == "gpu"
+
+
 def _features(width: int) -> Tensor:
     return Tensor("features", "FP32", (width,))
 
@@ -99,19 +113,47 @@ def _tokens(names: Sequence[str]) -> tuple[Tensor, ...]:
     return tuple(Tensor(name, "INT64", (-1,)) for name in names)
 
 
-def tokenizer_config(name: str, token_inputs: Sequence[str]) -> ModelConfig:
-    """Text to the token tensors that the backbone takes."""
-    return ModelConfig(name, (_TEXT,), _tokens(token_inputs), backend="python", instances=1, dynamic_batching=True)
+def tokenizer_config(name: str, token_inputs: Sequence[str], device: str = "cpu") -> ModelConfig:
+    """Text to the token tensors that the backbone takes.
+
+    For a backbone on a ``gpu`` texts wait a little for each other and share lengths freely: there a batch more costs
+    far more than padding does.
+    """
+    gpu = _is_gpu(device)
+    return ModelConfig(
+        name,
+        (_TEXT,),
+        _tokens(token_inputs),
+        backend="python",
+        instances=1,
+        kind="CPU",  # without it a server with GPUs starts one for each of them
+        dynamic_batching=True,
+        delay_us=_GPU_DELAY_US if gpu else 0,
+        parameters={_SLACK: str(_GPU_SLACK)} if gpu else {},
+    )
 
 
-def backbone_config(name: str, token_inputs: Sequence[str], width: int, fingerprint: str) -> ModelConfig:
-    """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``."""
+def backbone_config(
+    name: str, token_inputs: Sequence[str], width: int, fingerprint: str, device: str = "cpu", accelerator: str = ""
+) -> ModelConfig:
+    """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``.
+
+    ``device`` ``gpu`` insists on one, where ``cpu`` leaves the choice to the server; ``accelerator`` may then be
+    ``tensorrt``, which builds an engine for each new range of shapes.
+    """
+    gpu = _is_gpu(device)
+    if accelerator not in ("", "cuda", "tensorrt") or (accelerator and not gpu):
+        raise InputError(f"no accelerator {accelerator!r} on a {device}; expected cuda or tensorrt, on a gpu")
     return ModelConfig(
         name,
         _tokens(token_inputs),
         (_features(width),),
         backend="onnxruntime",
+        # One session with a thread for each core of whatever machine it is: Triton's default of two such sessions has
+        # them fight, and while one works, a batch forms in front of it. `patcher tune` tries others.
         instances=1,
+        kind="GPU" if gpu else "",
+        accelerator=accelerator,
         dynamic_batching=True,
         parameters={"fingerprint": fingerprint},
     )
@@ -126,6 +168,7 @@ def head_config(name: str, width: int, version: int) -> ModelConfig:
         backend="onnxruntime",
         versions=(version,),
         instances=1,
+        kind="CPU",  # a thousandth of the backbone's work, and strings, which no GPU knows
         dynamic_batching=True,
         # One core is plenty for a few small matrix products, and more threads would fight the backbone's for theirs.
         parameters={"intra_op_thread_count": "1"},
@@ -149,6 +192,20 @@ def classifier_config(name: str, tokenizer: str, backbone: str, head: str, token
     return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps)
 
 
+def _schedule(message: Any, config: ModelConfig) -> None:
+    if config.instances:
+        group = message.instance_group.add(count=config.instances)
+        if config.kind:
+            group.kind = group.Kind.Value(f"KIND_{config.kind}")
+    if config.accelerator:
+        accelerators = message.optimization.execution_accelerators
+        accelerators.gpu_execution_accelerator.add(name=config.accelerator)
+    if config.dynamic_batching:
+        message.dynamic_batching.SetInParent()
+        if config.delay_us:
+            message.dynamic_batching.max_queue_delay_microseconds = config.delay_us
+
+
 def _message(config: ModelConfig) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -159,10 +216,7 @@ def _message(config: ModelConfig) -> Any:
         message.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
     if config.versions:
         message.version_policy.specific.versions.extend(config.versions)
-    if config.instances:
-        message.instance_group.add(count=config.instances)
-    if config.dynamic_batching:
-        message.dynamic_batching.SetInParent()
+    _schedule(message, config)
     for key in sorted(config.parameters):
         message.parameters[key].string_value = config.parameters[key]
     if config.steps:

@@ -117,6 +117,20 @@ def test_only_a_backbone_may_have_a_response_cache(classifier):
             with_response_cache((classifier.root / model / "config.pbtxt").read_text(), enable=True)
 
 
+def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
+    tokens = ("input_ids", "attention_mask")
+    backbone = model_config.backbone_config("b", tokens, 8, "f", device="gpu", accelerator="tensorrt")
+    text = model_config.render(backbone)
+    assert "kind: KIND_GPU" in text
+    assert parse(text).optimization.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
+    tokenizer = parse(model_config.render(model_config.tokenizer_config("t", tokens, device="gpu")))
+    assert tokenizer.dynamic_batching.max_queue_delay_microseconds > 0
+    assert tokenizer.instance_group[0].kind == type(tokenizer.instance_group[0]).KIND_CPU
+    for device, accelerator in (("tpu", ""), ("cpu", "tensorrt"), ("gpu", "warp")):
+        with pytest.raises(InputError, match="expected"):
+            model_config.backbone_config("b", tokens, 8, "f", device=device, accelerator=accelerator)
+
+
 @pytest.mark.server
 def test_a_cached_backbone_never_mixes_head_versions(classifier):
     from patcher import add_label
