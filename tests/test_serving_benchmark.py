@@ -9,7 +9,7 @@ import tiny
 
 from patcher.loadtest import Measurement
 from patcher.runtime import Encoder, open_session, run_head
-from tests.benchmarks import serving, serving_contenders, swaps
+from tests.benchmarks import serving, serving_contenders, serving_swaps
 from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
@@ -58,7 +58,7 @@ def test_ratios_are_taken_round_by_round():
 @pytest.mark.server
 @pytest.mark.slow
 def test_swapping_heads_under_load_fails_nothing(classifier):
-    found = swaps.measure(classifier, TEXTS, seconds=2, concurrency=4, window=2)
+    found = serving_swaps.measure(classifier, TEXTS, seconds=2, concurrency=4, window=2)
     assert found["failures"] == 0
     assert found["swaps"] >= 2
     assert found["texts/s while swapping"] > 0.3 * found["texts/s undisturbed"]

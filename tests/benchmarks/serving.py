@@ -5,7 +5,8 @@
 Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece, the ensemble from
 tokens. In processes of their own: onnxruntime sorted into batches of 32 (the practical limit), the transformers
 pipeline one by one, PyTorch in batches, a FastAPI + onnxruntime server (where fastapi and uvicorn are installed).
-Without ``--repo`` a tiny classifier made on the spot is served: that measures the serving, not a model.
+Without ``--repo`` the demo's classifier is served, if `make demo` was run, else a tiny one made on the spot: that
+measures the serving, not a model.
 
 Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Take ratios within one run, not the
 figures of two.
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 LEVELS = (1, 4, 16, 32)
 MOST_TEXTS = 600
 LIMIT = "onnxruntime, sorted, batches of 32"
+
+
+DEMO = ROOT / "build" / "demo"
 
 
 def tell(what: str) -> None:
@@ -145,6 +149,9 @@ def main() -> None:
     from patcher import ModelRepository, read_examples
     from patcher.loadtest import plot
 
+    if not arguments.repo and (DEMO / "model_repository" / "patcher.json").is_file():
+        arguments.repo, arguments.checkpoint = DEMO / "model_repository", DEMO / "checkpoint"
+        arguments.texts = arguments.texts or ROOT / "tests" / "demo" / "data" / "test.csv"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "model_repository"
         if arguments.repo:

@@ -1,11 +1,11 @@
 """What clients notice while heads are swapped once a second under load: throughput, p99, failures.
 
-    python tests/benchmarks/swaps.py [--repo DIR --texts FILE] [--seconds 120] [--concurrency 8]
+    python tests/benchmarks/serving_swaps.py [--repo DIR --texts FILE] [--seconds 120] [--concurrency 8]
 
 Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
-clients are threads of this process: perf_analyzer ends when a version that it knew is gone.
-Undisturbed and disturbed windows alternate. Without ``--repo`` a tiny classifier is served: there a
-request costs nothing but the serving, so a swap shows most. Prints JSON.
+clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
+and disturbed windows alternate. Without ``--repo`` a tiny classifier is served: there a request costs nothing but the
+serving, so a swap shows most. Prints JSON.
 """
 
 from __future__ import annotations
