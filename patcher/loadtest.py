@@ -340,9 +340,10 @@ class _Bench:
                     delayed=re.search(r"not able to keep up", outcome.stdout + outcome.stderr) is not None,
                 )
             said = outcome.stdout + outcome.stderr
-            if "larger time window" not in said or attempt == _TRIES - 1:
+            # A window passed without an answer, or with too few to be told from noise.
+            if not re.search(r"larger time window|increase the --measurement-interval", said) or attempt == _TRIES - 1:
                 break
-            window *= 4  # a window passed without an answer
+            window *= 4
         raise self._failed(model, load, said)
 
     def _count(self, model: str, steps: Sequence[str]) -> dict[str, list[ModelStatistics]]:
