@@ -91,7 +91,7 @@ def tune(
     response_cache: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Tuning:
-    """Try settings for ``seconds`` at most, and write the best to the repository, where they are better.
+    """Begin no trial after ``seconds`` of trying, and write the best to the repository, where they are better.
 
     ``response_cache`` switches Triton's cache for the backbone on or off, None leaves it; it is off while settings are
     tried, since texts that come again would be answered from it.
@@ -116,7 +116,7 @@ def tune(
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with EmbeddedTriton(root, [copy.name], log_file=Path(name) / "triton.log") as triton, triton.client() as server:
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))
-            before, best, trials = search.run(started + seconds)
+            before, best, trials = search.run(seconds)
             gain, throughput = search.versus(best, before) if best != before else (1.0, search.measure(before))
     if gain < 1.0:  # it won by chance
         best, gain = before, 1.0
@@ -152,14 +152,15 @@ class _Search:
     tell: Callable[[str], None]
     loaded: Serving | None = None
 
-    def run(self, deadline: float) -> tuple[Serving, Serving, list[Trial]]:
-        """What the repository says, the best found before ``deadline``, and all that was tried."""
+    def run(self, seconds: float) -> tuple[Serving, Serving, list[Trial]]:
+        """What the repository says, the best found within so many seconds, and all that was tried."""
         repository = self.classifier.repository
         models = (self.classifier.tokenizer_model, self.classifier.backbone_model)
         before = best = self.loaded = serving_of(*(repository.config(model) for model in models))
         trials: list[Trial] = []
         self.tell(f"now: {before}")
         self.measure(before)  # warm
+        deadline = time.monotonic() + seconds
         search = candidates(best, len(os.sched_getaffinity(0)))
         name, group = next(search)
         while True:
