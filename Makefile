@@ -54,7 +54,7 @@ bench: bench-quality bench-serving ## both benchmarks
 bench-quality: setup ## how right the patched classifier is (ARGS="--checkpoint DIR --data DIR")
 	@$(BIN)/python tests/benchmarks/quality.py $(ARGS)
 
-bench-serving: setup ## how fast it answers (ARGS="--repo DIR --texts FILE")
+bench-serving: setup ## how fast it answers (ARGS="--repo DIR --checkpoint DIR --texts FILE")
 	@$(BIN)/python tests/benchmarks/serving.py $(ARGS)
 
 audit: setup ## known faults in the packages installed here (asks a service on the internet)

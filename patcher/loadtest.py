@@ -6,10 +6,16 @@ from the server's own counters, read before and after each level of load.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import os
+import re
+import resource
+import statistics
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +28,28 @@ if TYPE_CHECKING:
     from patcher.triton.client import ModelStatistics, TritonServer
     from patcher.triton.perf_analyzer import PerfAnalyzer
 
-__all__ = ["Load", "Measurement", "StepTime", "load_test", "parse_loads", "plot", "write_csv", "write_json"]
+__all__ = [
+    "Load",
+    "Measurement",
+    "Ratio",
+    "StepTime",
+    "compare",
+    "load_test",
+    "parse_loads",
+    "plot",
+    "warnings",
+    "write_csv",
+    "write_json",
+]
 
 _WINDOWS = 3
 """Windows that perf_analyzer measures at each level; what it reports is their mean."""
 _TRIES = 3
 _MOST_TEXTS = 20_000
 _MOST_LEVELS = 100
+_BUSY_CLIENT = 0.5
+"""Share of this machine's cores from which on perf_analyzer itself may be what limits the figures."""
+_KEPT_UP = 0.9
 
 
 @dataclass(frozen=True)
@@ -76,10 +97,70 @@ class Measurement:
     p99_us: float
     failures: int
     steps: tuple[StepTime, ...]
+    client_share: float = 0.0
+    """Of this machine's cores, what perf_analyzer took for itself."""
+    delayed: bool = False
+    """Whether perf_analyzer could not send as fast as it was asked to."""
+
+    @property
+    def load(self) -> Load:
+        """The level it was measured under."""
+        return Load(self.concurrency, self.request_rate)
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A model's throughput over another's under one load: median, lowest and highest over the rounds."""
+
+    model: str
+    against: str
+    load: Load
+    ratio: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, the load as loadtest's figures name it."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("load"), **fields}
+
+
+def compare(measurements: Sequence[Measurement], against: str) -> list[Ratio]:
+    """Each model's throughput over that of ``against``, round by round: the n-th of one to the n-th of the other."""
+    groups: dict[tuple[str, Load], list[float]] = {}
+    for each in measurements:
+        groups.setdefault((each.model, each.load), []).append(each.throughput)
+    found = []
+    for (model, load), rates in groups.items():
+        others = groups.get((against, load), [])
+        ratios = [rate / other for rate, other in zip(rates, others, strict=False) if other]
+        if model != against and ratios:
+            found.append(Ratio(model, against, load, statistics.median(ratios), min(ratios), max(ratios)))
+    return found
+
+
+def warnings(measurements: Sequence[Measurement]) -> list[str]:
+    """What makes some figures doubtful: a client that is the bottleneck, requests that failed."""
+    said = []
+    for each in measurements:
+        where = f"{each.model} under {each.load}"
+        if each.client_share > _BUSY_CLIENT:
+            said.append(
+                f"{where}: perf_analyzer took {each.client_share:.0%} of this machine's cores; the client may be the "
+                "bottleneck: measure from another machine"
+            )
+        if each.delayed or (each.request_rate and each.throughput < _KEPT_UP * each.request_rate):
+            said.append(
+                f"{where}: only {each.throughput:.1f} texts/s came through; either the server or the client could not "
+                "keep up, and latencies grow with the length of the test"
+            )
+        if each.failures:
+            said.append(f"{where}: {each.failures} requests failed")
+    return list(dict.fromkeys(said))
 
 
 def parse_loads(concurrency: str | None = None, request_rate: str | None = None) -> list[Load]:
@@ -124,11 +205,14 @@ def load_test(
     window: float = 2.0,
     rounds: int = 1,
     progress: Callable[[str], None] | None = None,
+    inputs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> list[Measurement]:
     """Measure every model under every load, one text a request, the models taking turns.
 
-    ``texts`` are sent over and over, in order; ``window`` is the length in seconds of each of the three windows of a
-    measurement. ``rounds`` repeats all of it. ``progress`` hears what is measured next.
+    ``texts`` are sent over and over, in order; ``window`` is the length in seconds of each of the three windows of
+    a measurement. ``rounds`` repeats all of it. ``progress`` hears what is measured next. A model may be
+    ``NAME@HOST:PORT`` (gRPC): then another server is asked for it. ``inputs`` holds rows of perf_analyzer's input
+    file for models that do not take texts.
 
     Raises
     ------
@@ -139,22 +223,28 @@ def load_test(
     ServerUnreachable, ServerRefused, ServerError
         where nobody answers, a model is not served, or a request failed.
     """
+    from patcher.triton.client import TritonServer
     from patcher.triton.perf_analyzer import find_perf_analyzer
 
     analyzer = find_perf_analyzer()
     if not server.is_live():
         raise ServerUnreachable(f"no Triton server answers at {server.url} (gRPC); `patcher serve` starts one")
-    steps = {model: _steps(server, model) for model in models}
     found = []
-    with tempfile.TemporaryDirectory(prefix="patcher-load-") as name:
-        bench = _Bench(server, analyzer, Path(name), window)
-        bench.write_texts(texts)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patcher-load-")))
+        benches = {}
+        for number, model in enumerate(models):
+            name, _, url = model.partition("@")
+            asked = stack.enter_context(TritonServer(url)) if url else server
+            bench = _Bench(asked, analyzer, folder / str(number), window, model)
+            bench.write_rows((inputs or {}).get(model) or _text_rows(texts))
+            benches[model] = (bench, name, _steps(asked, name))
         for load in loads:
             for turn in range(rounds):
-                for model in models:
+                for model, (bench, name, steps) in benches.items():
                     if progress:
                         progress(f"{model}, {load}" + (f", round {turn + 1} of {rounds}" if rounds > 1 else ""))
-                    found.append(bench.measure(model, load, steps[model]))
+                    found.append(bench.measure(name, load, steps))
     return found
 
 
@@ -218,13 +308,13 @@ class _Bench:
     analyzer: PerfAnalyzer
     folder: Path
     window: float
+    label: str
 
-    def write_texts(self, texts: Sequence[str]) -> None:
-        if not texts:
-            raise InputError("no texts to send; expected at least one")
-        document = {"data": [{"text": [text]} for text in texts[:_MOST_TEXTS]]}
+    def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.folder.mkdir()
         try:
-            (self.folder / "texts.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+            document = json.dumps({"data": list(rows)}, ensure_ascii=False)
+            (self.folder / "texts.json").write_text(document, encoding="utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"a text holds half a character: {error.reason}") from None
 
@@ -232,18 +322,28 @@ class _Bench:
         window = self.window
         for attempt in range(_TRIES):
             before = self._count(model, steps)
+            started, used = time.monotonic(), _children_seconds()
             outcome = self.analyzer.run(self._arguments(model, load, window), timeout=60 + 10 * _WINDOWS * window)
+            share = (_children_seconds() - used) / (time.monotonic() - started) / len(os.sched_getaffinity(0))
             after = self._count(model, steps)
             if outcome.returncode == 0:
                 change = {name: _change(before[name], after[name]) for name in after}
                 times = tuple(_step_time(step, change[step]) for step in steps)
-                row = self._report()
-                failures = change[model]["failures"]
-                return Measurement(model, load.concurrency, load.request_rate, *row, failures=failures, steps=times)
+                return Measurement(
+                    self.label,
+                    load.concurrency,
+                    load.request_rate,
+                    *self._report(),
+                    failures=change[model]["failures"],
+                    steps=times,
+                    client_share=round(share, 3),
+                    delayed=re.search(r"not able to keep up", outcome.stdout + outcome.stderr) is not None,
+                )
             said = outcome.stdout + outcome.stderr
-            if "larger time window" not in said or attempt == _TRIES - 1:
+            # A window passed without an answer, or with too few to be told from noise.
+            if not re.search(r"larger time window|increase the --measurement-interval", said) or attempt == _TRIES - 1:
                 break
-            window *= 4  # a window passed without an answer
+            window *= 4
         raise self._failed(model, load, said)
 
     def _count(self, model: str, steps: Sequence[str]) -> dict[str, list[ModelStatistics]]:
@@ -283,6 +383,18 @@ class _Bench:
         if reasons:
             return ServerError(f"{model} failed a request under {load}: {reasons[0]}")
         return ToolError(f"perf_analyzer ended without a result for {model} under {load}: {' '.join(lines[-3:])}")
+
+
+def _text_rows(texts: Sequence[str]) -> list[dict[str, Any]]:
+    if not texts:
+        raise InputError("no texts to send; expected at least one")
+    return [{"text": [text]} for text in texts[:_MOST_TEXTS]]
+
+
+def _children_seconds() -> float:
+    # Of processes that ended and were waited for: perf_analyzer, not a server that still runs.
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _steps(server: TritonServer, model: str) -> tuple[str, ...]:

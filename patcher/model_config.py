@@ -7,35 +7,43 @@ backends is compared with the declaration at load).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import RepositoryError
+from patcher.errors import InputError, RepositoryError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = [
     "MAX_BATCH_SIZE",
+    "PADDING_SLACK",
     "ModelConfig",
+    "Serving",
     "Step",
     "Tensor",
     "backbone_config",
     "classifier_config",
     "features_config",
     "head_config",
-    "on_cpu",
-    "on_gpu",
     "parse",
     "pinned_versions",
     "render",
+    "serving_of",
     "tokenizer_config",
     "with_pin",
+    "with_response_cache",
+    "with_serving",
 ]
 
 MAX_BATCH_SIZE = 64
 """The largest batch that Triton forms or takes for any model of a classifier."""
+
+PADDING_SLACK = 12
+"""Tokens of padding that texts of different lengths may cost to share a batch (the tokenizer's own default)."""
+# Not measured: no GPU was at hand.
+_GPU_DELAY_US, _GPU_SLACK = 500, 512
+_THREADS, _SLACK = "intra_op_thread_count", "padding_slack"
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,15 @@ class ModelConfig:
     """The versions to serve; empty leaves Triton's default, the latest one."""
     instances: int = 0
     """Instances a device; 0 leaves the backend's default."""
+    kind: str = ""
+    """``CPU``, ``GPU``, or empty: a GPU where the server has one and the backend can use it."""
+    tensorrt: str = ""
+    """Precision of ONNX Runtime's TensorRT provider on a GPU (``FP16``, ``FP32``); empty does without it."""
+    delay_us: int = 0
+    """How long a request may wait for others to share its batch."""
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
-    kind: str = ""
-    """``KIND_CPU`` or ``KIND_GPU``; empty leaves it to Triton."""
-    tensorrt: str = ""
-    """Precision of ONNX Runtime's TensorRT provider (``FP16``, ``FP32``); empty does without it."""
 
 
 _TEXT = Tensor("text", "STRING", (1,))
@@ -89,6 +99,12 @@ _ANSWER = (
 )
 
 
+def _is_gpu(device: str) -> bool:
+    if device not in ("cpu", "gpu"):
+        raise InputError(f"no device {device!r}; expected cpu or gpu")
+    return device == "gpu"
+
+
 def _features(width: int) -> Tensor:
     return Tensor("features", "FP32", (width,))
 
@@ -97,19 +113,47 @@ def _tokens(names: Sequence[str]) -> tuple[Tensor, ...]:
     return tuple(Tensor(name, "INT64", (-1,)) for name in names)
 
 
-def tokenizer_config(name: str, token_inputs: Sequence[str]) -> ModelConfig:
-    """Text to the token tensors that the backbone takes."""
-    return ModelConfig(name, (_TEXT,), _tokens(token_inputs), backend="python", instances=1, dynamic_batching=True)
+def tokenizer_config(name: str, token_inputs: Sequence[str], device: str = "cpu") -> ModelConfig:
+    """Text to the token tensors that the backbone takes.
+
+    For a backbone on a ``gpu`` texts wait a little for each other and share lengths freely: there a batch more costs
+    far more than padding does.
+    """
+    gpu = _is_gpu(device)
+    return ModelConfig(
+        name,
+        (_TEXT,),
+        _tokens(token_inputs),
+        backend="python",
+        instances=1,
+        kind="CPU",  # without it a server with GPUs starts one for each of them
+        dynamic_batching=True,
+        delay_us=_GPU_DELAY_US if gpu else 0,
+        parameters={_SLACK: str(_GPU_SLACK)} if gpu else {},
+    )
 
 
-def backbone_config(name: str, token_inputs: Sequence[str], width: int, fingerprint: str) -> ModelConfig:
-    """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``."""
+def backbone_config(
+    name: str, token_inputs: Sequence[str], width: int, fingerprint: str, device: str = "cpu", tensorrt: str = ""
+) -> ModelConfig:
+    """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``.
+
+    ``device`` ``gpu`` insists on one, where ``cpu`` leaves the choice to the server; ``tensorrt`` may then be
+    the precision of that provider, which builds an engine for each new range of shapes.
+    """
+    gpu = _is_gpu(device)
+    if tensorrt not in ("", "FP16", "FP32") or (tensorrt and not gpu):
+        raise InputError(f"no TensorRT with {tensorrt!r} on a {device}; expected FP16 or FP32, on a gpu")
     return ModelConfig(
         name,
         _tokens(token_inputs),
         (_features(width),),
         backend="onnxruntime",
+        # One session with a thread for each core of whatever machine it is: Triton's default of two such sessions has
+        # them fight, and while one works, a batch forms in front of it. `patcher tune` tries others.
         instances=1,
+        kind="GPU" if gpu else "",
+        tensorrt=tensorrt,
         dynamic_batching=True,
         parameters={"fingerprint": fingerprint},
     )
@@ -124,6 +168,7 @@ def head_config(name: str, width: int, version: int) -> ModelConfig:
         backend="onnxruntime",
         versions=(version,),
         instances=1,
+        kind="CPU",  # a thousandth of the backbone's work, and strings, which no GPU knows
         dynamic_batching=True,
         # One core is plenty for a few small matrix products, and more threads would fight the backbone's for theirs.
         parameters={"intra_op_thread_count": "1"},
@@ -147,14 +192,18 @@ def classifier_config(name: str, tokenizer: str, backbone: str, head: str, token
     return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps)
 
 
-def on_gpu(config: ModelConfig, tensorrt: str = "") -> ModelConfig:
-    """The same model on every GPU that Triton sees, through CUDA, or through TensorRT in the precision given."""
-    return dataclasses.replace(config, kind="KIND_GPU", tensorrt=tensorrt)
-
-
-def on_cpu(config: ModelConfig) -> ModelConfig:
-    """The same model on the CPU, even where Triton sees a GPU."""
-    return dataclasses.replace(config, kind="KIND_CPU")
+def _schedule(message: Any, config: ModelConfig) -> None:
+    if config.instances:
+        group = message.instance_group.add(count=config.instances)
+        if config.kind:
+            group.kind = group.Kind.Value(f"KIND_{config.kind}")
+    if config.tensorrt:
+        accelerator = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+        accelerator.parameters["precision_mode"] = config.tensorrt
+    if config.dynamic_batching:
+        message.dynamic_batching.SetInParent()
+        if config.delay_us:
+            message.dynamic_batching.max_queue_delay_microseconds = config.delay_us
 
 
 def _message(config: ModelConfig) -> Any:
@@ -167,13 +216,7 @@ def _message(config: ModelConfig) -> Any:
         message.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
     if config.versions:
         message.version_policy.specific.versions.extend(config.versions)
-    if config.instances:
-        message.instance_group.add(count=config.instances, kind=config.kind or "KIND_AUTO")
-    if config.tensorrt:
-        accelerator = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
-        accelerator.parameters["precision_mode"] = config.tensorrt
-    if config.dynamic_batching:
-        message.dynamic_batching.SetInParent()
+    _schedule(message, config)
     for key in sorted(config.parameters):
         message.parameters[key].string_value = config.parameters[key]
     if config.steps:
@@ -219,3 +262,82 @@ def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") ->
     message.version_policy.Clear()
     message.version_policy.specific.versions.extend(versions)
     return _text(message)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a backbone and its tokenizer are run: what `patcher tune` chooses for a machine.
+
+    ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
+    in the tokenizer's queue for others; ``slack`` the tokens of padding that texts of different lengths may cost
+    to share a batch (0: only equal lengths do); ``batch`` the largest batch of the backbone.
+    """
+
+    instances: int = 1
+    threads: int = 0
+    delay_us: int = 0
+    slack: int = PADDING_SLACK
+    batch: int = MAX_BATCH_SIZE
+
+
+def serving_of(tokenizer: Any, backbone: Any) -> Serving:
+    """What two parsed configurations say; RepositoryError where a setting is no whole number."""
+    try:
+        return Serving(
+            instances=sum(group.count for group in backbone.instance_group) or 1,
+            threads=int(_parameter(backbone, _THREADS, "0")),
+            delay_us=int(tokenizer.dynamic_batching.max_queue_delay_microseconds),
+            slack=int(_parameter(tokenizer, _SLACK, str(PADDING_SLACK))),
+            batch=max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size)),
+        )
+    except ValueError as error:
+        raise RepositoryError(
+            f"{backbone.name} or {tokenizer.name}: {error}; expected whole numbers in {_THREADS} and {_SLACK}"
+        ) from error
+
+
+def with_serving(tokenizer: str, backbone: str, serving: Serving) -> tuple[str, str]:
+    """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
+    first, second = parse(tokenizer), parse(backbone)
+    first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
+    _set_parameter(first, _SLACK, serving.slack, PADDING_SLACK)
+    if not second.instance_group:
+        second.instance_group.add()
+    second.instance_group[0].count = serving.instances
+    _set_parameter(second, _THREADS, serving.threads, 0)
+    # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
+    del second.dynamic_batching.preferred_batch_size[:]
+    if serving.batch < second.max_batch_size:
+        second.dynamic_batching.preferred_batch_size.append(serving.batch)
+    return _text(first), _text(second)
+
+
+def with_response_cache(text: str, *, enable: bool) -> str:
+    """The same configuration with Triton's response cache on or off, for the backbone.
+
+    Only a backbone may have it: its answer depends on its input alone, and its file never changes. Heads and the
+    ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
+    RepositoryError for them.
+    """
+    message = parse(text)
+    if "fingerprint" not in message.parameters:
+        raise RepositoryError(
+            f"{message.name} is no backbone; a cached answer of it would outlive the head that gave it. Expected a "
+            "model whose file never changes: NAME_backbone"
+        )
+    if enable:
+        message.response_cache.enable = True
+    else:
+        message.ClearField("response_cache")
+    return _text(message)
+
+
+def _parameter(message: Any, key: str, default: str) -> str:
+    return str(message.parameters[key].string_value) if key in message.parameters else default
+
+
+def _set_parameter(message: Any, key: str, value: int, default: int) -> None:
+    if value == default:
+        message.parameters.pop(key, None)
+    else:
+        message.parameters[key].string_value = str(value)

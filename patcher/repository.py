@@ -26,7 +26,7 @@ from patcher.head_file import read_head, write_head
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
 
@@ -181,13 +181,11 @@ class ModelRepository:
         check_name(name)
         parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
         self._refuse_existing(parts["features"])
-        tokenizer = model_config.tokenizer_config(parts["tokenizer"], files.token_inputs)
-        backbone = model_config.backbone_config(parts["backbone"], files.token_inputs, files.width, files.fingerprint)
-        if files.device == "gpu":
-            tokenizer, backbone = model_config.on_cpu(tokenizer), model_config.on_gpu(backbone, files.tensorrt)
         configs = (
-            tokenizer,
-            backbone,
+            model_config.tokenizer_config(parts["tokenizer"], files.token_inputs, files.device),
+            model_config.backbone_config(
+                parts["backbone"], files.token_inputs, files.width, files.fingerprint, files.device, files.tensorrt
+            ),
             model_config.features_config(
                 parts["features"], parts["tokenizer"], parts["backbone"], files.token_inputs, files.width
             ),
@@ -216,12 +214,8 @@ class ModelRepository:
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
         version = head.lineage.version
-        head_config = model_config.head_config(f"{name}_head", head.width, version)
-        if self._on_gpu(backbone):
-            # Its rows are a few microseconds' work, and a session on a GPU would make every swap wait for CUDA.
-            head_config = model_config.on_cpu(head_config)
         configs = (
-            head_config,
+            model_config.head_config(f"{name}_head", head.width, version),
             model_config.classifier_config(
                 name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs
             ),
@@ -252,14 +246,23 @@ class ModelRepository:
         tokens = tuple(tensor.name for tensor in message.input)
         return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
 
-    def _on_gpu(self, backbone: str) -> bool:
-        groups = self.config(f"{backbone}_backbone").instance_group
-        return any(group.kind == group.KIND_GPU for group in groups)
-
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
         path = self.root / model / _CONFIG
         return model_config.parse(_read_text(path), str(path))
+
+    def write_configs(self, configs: Mapping[str, str]) -> None:
+        """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
+        before = {model: _read_bytes(self.root / model / _CONFIG) for model in configs}
+        with _storage(self.root):
+            try:
+                for model, text in configs.items():
+                    with self.staging(model) as staging:
+                        _replace(self.root / model / _CONFIG, text.encode(), staging)
+            except BaseException:
+                for model, data in before.items():
+                    _replace(self.root / model / _CONFIG, data)
+                raise
 
     def _refuse_existing(self, name: str) -> None:
         if (self.root / name / _CONFIG).exists():

@@ -11,7 +11,18 @@ import pytest
 import tiny
 
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
-from patcher.loadtest import Load, Measurement, StepTime, load_test, parse_loads, plot, write_csv, write_json
+from patcher.loadtest import (
+    Load,
+    Measurement,
+    StepTime,
+    compare,
+    load_test,
+    parse_loads,
+    plot,
+    warnings,
+    write_csv,
+    write_json,
+)
 from patcher.triton import perf_analyzer
 from patcher.triton.client import TritonServer
 from patcher.triton.perf_analyzer import find_perf_analyzer
@@ -87,6 +98,38 @@ def test_says_what_went_wrong(client):
         load_test(client, ["intent"], [], [Load(1)])
     with pytest.raises(InputError, match="half a character"):
         load_test(client, ["intent"], ["\udc00"], [Load(1)])
+
+
+@pytest.mark.server
+def test_a_model_on_another_server_is_asked_there(client):
+    other = f"intent@{client.url}"
+    found = load_test(client, ["intent", other], ["a", "b"], [Load(2)], window=0.3, rounds=2)
+    assert [each.model for each in found] == ["intent", other] * 2
+    (ratio,) = compare(found, other)
+    assert (ratio.model, ratio.against, ratio.load) == ("intent", other, Load(2))
+    assert 0 < ratio.low <= ratio.ratio <= ratio.high
+    assert all(0 < each.client_share < 1 for each in found)
+    with pytest.raises(ServerError):
+        load_test(client, ["intent@localhost:9"], ["a"], [Load(1)])
+
+
+def measured(model, throughput, **more):
+    return Measurement(model, 4, None, throughput, 1.0, 2.0, 3.0, more.pop("failures", 0), (), **more)
+
+
+def test_compares_round_by_round():
+    found = [measured("a", 90.0), measured("b", 100.0), measured("a", 300.0), measured("b", 200.0)]
+    (ratio,) = compare([*found, measured("a", 50.0), measured("b", 50.0)], "b")
+    assert (ratio.ratio, ratio.low, ratio.high) == (1.0, 0.9, 1.5)
+    assert compare(found, "nobody") == []
+
+
+def test_says_what_makes_figures_doubtful():
+    assert warnings([measured("a", 90.0)]) == []
+    assert "the client may be the bottleneck" in warnings([measured("a", 90.0, client_share=0.8)])[0]
+    assert "3 requests failed" in warnings([measured("a", 90.0, failures=3)])[0]
+    slow = Measurement("a", None, 100.0, 60.0, 1.0, 2.0, 3.0, 0, ())
+    assert "could not keep up" in warnings([slow])[0]
 
 
 def test_nobody_there():

@@ -32,6 +32,7 @@ _VERBS = {
     "evaluate": "evaluate:evaluate_command",
     "loadtest": "loadtest:loadtest_command",
     "metrics": "metrics:metrics_command",
+    "tune": "tune:tune_command",
     "doctor": "doctor:doctor_command",
 }
 _HELP = {
@@ -50,6 +51,7 @@ _HELP = {
     "evaluate": "Accuracy of a version on a labelled file.",
     "loadtest": "Throughput and latency, by perf_analyzer.",
     "metrics": "For Prometheus: versions and labels on each replica, patches, refusals.",
+    "tune": "The fastest settings for this machine.",
     "doctor": "What is installed, what the server says, whether all agree.",
 }
 

@@ -29,7 +29,11 @@ _TEXTS = (
 @click.option("--concurrency", metavar="START:END:STEP", help="Requests at once, as 1:16:4.  [default: 1:8:3]")
 @click.option("--request-rate", metavar="START:END:STEP", help="Requests a second, at random (Poisson) moments.")
 @click.option("--input", "file", type=_OUT, help="File with the texts to send; a few made-up ones by default.")
-@click.option("--against", metavar="MODEL", help="Another model on the server to measure in alternating rounds.")
+@click.option(
+    "--against",
+    metavar="MODEL[@HOST:PORT]",
+    help="Another model, or one on another server (gRPC), to measure in alternating rounds.",
+)
 @click.option(
     "--window", type=click.FloatRange(0.2, 600), default=2.0, show_default=True, help="Seconds; 3 a measurement."
 )
@@ -52,9 +56,10 @@ def loadtest_command(
 
     \b
     patcher loadtest --concurrency 1:16:5 --input questions.csv --plot load.png
+    patcher loadtest --concurrency 4 --against intent@other-host:8001 --rounds 5
     """
     from patcher.examples import read_examples
-    from patcher.loadtest import load_test, parse_loads, plot, write_csv
+    from patcher.loadtest import compare, load_test, parse_loads, plot, warnings, write_csv
 
     if concurrency is None and request_rate is None:
         concurrency = "1:8:3"
@@ -70,9 +75,18 @@ def loadtest_command(
         write_csv(found, csv_file)
     if plot_file:
         plot(found, plot_file)
-    settings.emit([each.to_json() for each in found])
+    ratios = compare(found, against) if against else []
+    by_load = {(each.model, each.load): {"ratio": each.ratio, "ratio_range": [each.low, each.high]} for each in ratios}
+    settings.emit([{**each.to_json(), **by_load.get((each.model, each.load), {})} for each in found])
     if not settings.json:
         settings.say(_table(found))
+    for each in ratios:
+        settings.say(
+            f"{each.model} / {each.against}, {each.load}: {each.ratio:.3f} of its throughput "
+            f"({each.low:.3f} to {each.high:.3f} over {rounds} rounds)"
+        )
+    for said in warnings(found):
+        tell(f"warning: {said}", err=True)
 
 
 def _table(found: Sequence[Measurement]) -> str:

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ClientTls, ServerTls
 
-__all__ = ["EmbeddedTriton", "serve"]
+__all__ = ["EmbeddedTriton", "cache_options", "serve"]
 
 _POLL_SECONDS = 0.02
 _PORT_TRIES = 3
+_CACHE_BYTES = 64 << 20
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
 _RESTRICTED = "model-repository,trace,logging"
@@ -317,6 +318,7 @@ def serve(
         tls=tls,
         metrics_host=metrics_host,
         log_file=log_file,
+        options=cache_options(repository),
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -336,6 +338,13 @@ def serve(
         code = server.stop()
         signal.signal(signal.SIGTERM, previous)
     return code or 0
+
+
+def cache_options(repository: ModelRepository) -> list[str]:
+    """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
+    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+    asked = any(repository.config(each.backbone_model).response_cache.enable for each in classifiers)
+    return [f"--cache-config=local,size={_CACHE_BYTES}"] if asked else []
 
 
 def _served_models(repository: ModelRepository) -> list[str]:

@@ -1,0 +1,210 @@
+"""Find the serving settings that are fastest on this machine, by trying them.
+
+A server runs over a copy of the repository. One setting after the other is varied, a candidate and the best so far are
+measured in turns, and a candidate has to win clearly: on a busy machine a figure alone says little. Only the end result
+touches the repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import InputError, ServerError
+from patcher.loadtest import Load, load_test
+from patcher.model_config import MAX_BATCH_SIZE, Serving, parse, serving_of, with_response_cache, with_serving
+from patcher.repository import ModelRepository
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from patcher.repository import Classifier
+    from patcher.triton.client import TritonServer
+
+__all__ = ["Trial", "Tuning", "candidates", "tune"]
+
+_WIN = 1.03
+"""What a candidate's throughput must be over the best one's: less than that is noise, and not worth a change."""
+_TURNS = 2
+_WINDOW = 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, and its throughput over that of the best before it; None where the server would not load it."""
+
+    serving: Serving
+    ratio: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried, and what won; ``gain`` is the winner's throughput over that of what was there before."""
+
+    before: Serving
+    best: Serving
+    gain: float
+    throughput: float
+    concurrency: int
+    seconds: float
+    trials: tuple[Trial, ...]
+    written: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return dataclasses.asdict(self)
+
+
+def candidates(best: Serving, cores: int) -> Generator[tuple[str, list[Serving]], Serving, None]:
+    """What to vary, the most telling first: sessions and their threads, then waiting, padding and batches.
+
+    A generator: each group is built upon the ``best`` that was sent in after the one before.
+    """
+    counts = [count for count in (1, 2, 4, 8) if count <= cores]
+    layouts = [(1, 0), *((count, cores // count) for count in counts if count > 1), (1, max(cores - 1, 1))]
+    groups: tuple[tuple[str, list[dict[str, int]]], ...] = (
+        ("instances and threads", [{"instances": count, "threads": threads} for count, threads in layouts]),
+        ("delay_us", [{"delay_us": value} for value in (0, 500, 2000)]),
+        ("slack", [{"slack": value} for value in (0, 12, 48)]),
+        ("batch", [{"batch": value} for value in (8, 16, MAX_BATCH_SIZE)]),
+    )
+    for name, changes in groups:
+        found = [dataclasses.replace(best, **change) for change in changes]
+        best = yield name, [each for each in dict.fromkeys(found) if each != best]
+
+
+def tune(
+    classifier: Classifier,
+    texts: Sequence[str],
+    *,
+    seconds: float = 120.0,
+    concurrency: int = 16,
+    write: bool = True,
+    response_cache: bool | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Begin no trial after ``seconds`` of trying, and write the best to the repository, where they are better.
+
+    ``response_cache`` switches Triton's cache for the backbone on or off, None leaves it; it is off while settings are
+    tried, since texts that come again would be answered from it.
+
+    Raises
+    ------
+    InputError
+        for a budget or a concurrency that is not positive, and without texts.
+    ToolError, ServerError
+        where no server or perf_analyzer is installed, or the server does not serve the classifier as it is.
+    """
+    if seconds <= 0 or concurrency < 1 or not texts:
+        raise InputError(f"{seconds:g} s at concurrency {concurrency} with {len(texts)} texts; expected more than none")
+    from patcher.triton.server import EmbeddedTriton
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="patcher-tune-") as name:
+        root = Path(name) / "model_repository"
+        shutil.copytree(classifier.root, root, ignore=shutil.ignore_patterns(".patcher*"))
+        copy = ModelRepository(root).classifier(classifier.name)
+        for model, text in _configs(copy, None, response_cache=False).items():
+            (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
+        with EmbeddedTriton(root, [copy.name], log_file=Path(name) / "triton.log") as triton, triton.client() as server:
+            search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))
+            before, best, trials = search.run(seconds)
+            gain, throughput = search.versus(best, before) if best != before else (1.0, search.measure(before))
+    if gain < 1.0:  # it won by chance
+        best, gain = before, 1.0
+    if write:
+        with classifier.repository.lock():
+            changed = _configs(classifier, None if best == before else best, response_cache)
+            classifier.repository.write_configs(changed)
+    took = round(time.monotonic() - started, 1)
+    return Tuning(before, best, gain, throughput, concurrency, took, tuple(trials), write and best != before)
+
+
+def _configs(classifier: Classifier, serving: Serving | None, response_cache: bool | None = None) -> dict[str, str]:
+    """Those of tokenizer and backbone that change; None leaves what is there."""
+    models = (classifier.tokenizer_model, classifier.backbone_model)
+    tokenizer, backbone = ((classifier.root / model / "config.pbtxt").read_text(encoding="utf-8") for model in models)
+    before = (tokenizer, backbone)
+    if serving is not None:
+        tokenizer, backbone = with_serving(tokenizer, backbone, serving)
+    if response_cache is not None and parse(backbone).response_cache.enable != response_cache:
+        backbone = with_response_cache(backbone, enable=response_cache)
+    pairs = zip(models, before, (tokenizer, backbone), strict=True)
+    return {model: after for model, old, after in pairs if old != after}
+
+
+@dataclass
+class _Search:
+    """Settings put on the copy's server and measured there."""
+
+    classifier: Classifier
+    server: TritonServer
+    texts: Sequence[str]
+    concurrency: int
+    tell: Callable[[str], None]
+    loaded: Serving | None = None
+
+    def run(self, seconds: float) -> tuple[Serving, Serving, list[Trial]]:
+        """What the repository says, the best found within so many seconds, and all that was tried."""
+        repository = self.classifier.repository
+        models = (self.classifier.tokenizer_model, self.classifier.backbone_model)
+        before = best = self.loaded = serving_of(*(repository.config(model) for model in models))
+        trials: list[Trial] = []
+        self.tell(f"now: {before}")
+        self.measure(before)  # warm
+        deadline = time.monotonic() + seconds
+        search = candidates(best, len(os.sched_getaffinity(0)))
+        name, group = next(search)
+        while True:
+            for candidate in group:
+                if time.monotonic() > deadline:
+                    self.tell("the time is up")
+                    return before, best, trials
+                ratio = self._ratio(candidate, best)
+                chosen = ratio is not None and ratio >= _WIN
+                trials.append(Trial(candidate, ratio, chosen))
+                said = "would not load" if ratio is None else f"{ratio:.2f} of the best so far"
+                self.tell(f"{name}: {candidate} {said}{', the best now' if chosen else ''}")
+                best = candidate if chosen else best
+            try:
+                name, group = search.send(best)
+            except StopIteration:
+                return before, best, trials
+
+    def _ratio(self, candidate: Serving, best: Serving) -> float | None:
+        try:
+            return self.versus(candidate, best)[0]
+        except ServerError as error:
+            self.tell(str(error))
+            return None
+
+    def versus(self, candidate: Serving, best: Serving) -> tuple[float, float]:
+        """The candidate's throughput over that of the best in alternating turns (median), and itself."""
+        ratios, rates = [], []
+        for turn in range(_TURNS):
+            pair = (candidate, best) if turn % 2 else (best, candidate)  # so that each is loaded once a turn
+            found = {serving: self.measure(serving) for serving in pair}
+            ratios.append(found[candidate] / found[best])
+            rates.append(found[candidate])
+        return statistics.median(ratios), statistics.median(rates)
+
+    def measure(self, serving: Serving) -> float:
+        """Texts a second under these settings."""
+        if serving != self.loaded:
+            for model, text in _configs(self.classifier, serving).items():
+                (self.classifier.root / model / "config.pbtxt").write_text(text, encoding="utf-8")
+                self.server.load(model)
+            self.loaded = serving
+            self.server.classify(self.classifier.name, self.texts[:32])
+        (found,) = load_test(
+            self.server, [self.classifier.name], self.texts, [Load(concurrency=self.concurrency)], window=_WINDOW
+        )
+        return found.throughput

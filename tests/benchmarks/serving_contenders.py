@@ -1,0 +1,138 @@
+"""What a classifier is compared with outside of Triton, on the same texts; each gives texts a second."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from patcher.repository import Classifier
+
+BATCH = 32
+CLIENTS = 16
+SERVER = """
+import sys
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from patcher.repository import ModelRepository
+from patcher.runtime import Encoder, open_session, run_head
+
+classifier = ModelRepository(sys.argv[1]).classifier(sys.argv[2])
+encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path)
+head = open_session(classifier.version_path(classifier.serving()) / "model.onnx", threads=1)
+app = FastAPI()
+
+class Question(BaseModel):
+    text: str
+
+@app.post("/classify")
+def classify(question: Question):
+    answer = run_head(head, encoder.encode([question.text]))
+    return {"label": answer.labels[0].tolist(), "score": answer.scores[0].tolist(), "version": answer.version}
+
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="error")
+"""
+
+
+def _rate(run: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
+    run(texts[:BATCH])
+    start = time.perf_counter()
+    run(texts)
+    return len(texts) / (time.perf_counter() - start)
+
+
+def onnxruntime_sorted(classifier: Classifier) -> Callable[[Sequence[str]], float]:
+    """The repository's own files in this process, sorted by length, in batches of 32: the practical limit."""
+    from patcher.runtime import Encoder, open_session, run_head
+
+    encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path)
+    head = open_session(classifier.version_path(classifier.serving()) / "model.onnx")
+    return lambda texts: _rate(lambda some: run_head(head, encoder.encode(some)), texts)
+
+
+def transformers_one_by_one(checkpoint: Path) -> Callable[[Sequence[str]], float]:
+    """The pipeline that most begin with."""
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=str(checkpoint), device="cpu", top_k=5)
+    return lambda texts: _rate(lambda some: [classify(text) for text in some], texts)
+
+
+def pytorch_batched(checkpoint: Path) -> Callable[[Sequence[str]], float]:
+    """The checkpoint in PyTorch, sorted by length, in batches of 32."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def run(texts: Sequence[str]) -> None:
+        ordered = sorted(texts, key=len)
+        with torch.inference_mode():
+            for start in range(0, len(ordered), BATCH):
+                model(**tokenizer(ordered[start : start + BATCH], padding=True, truncation=True, return_tensors="pt"))
+
+    return lambda texts: _rate(run, texts)
+
+
+class FastApi:
+    """A FastAPI + onnxruntime server, one text a request, as it is usually written; a process of its own.
+
+    ``available`` tells whether fastapi and uvicorn are installed: `pip install fastapi uvicorn`.
+    """
+
+    available = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn"))
+
+    def __init__(self, classifier: Classifier, port: int) -> None:
+        self.port = port
+        root = Path(__file__).resolve().parents[2]
+        command = [sys.executable, "-c", SERVER, str(classifier.root.resolve()), classifier.name, str(port)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+        self.process = subprocess.Popen(command, env=environment)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self.ask("hello")
+                break
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.close()
+                    raise
+                time.sleep(0.1)
+
+    def ask(self, text: str) -> bytes:
+        """One question."""
+        import http.client
+        import json
+
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            body = json.dumps({"text": text})
+            connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+            if response.status != 200:
+                raise OSError(f"the FastAPI server answered {response.status}: {answer[:200]!r}")
+            return answer
+        finally:
+            connection.close()
+
+    def rate(self, texts: Sequence[str]) -> float:
+        """Texts a second from 16 clients at once."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return _rate(lambda some: list(pool.map(self.ask, some)), texts)
+
+    def close(self) -> None:
+        """End the server."""
+        self.process.terminate()
+        self.process.wait(timeout=30)

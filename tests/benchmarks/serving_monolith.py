@@ -1,0 +1,88 @@
+"""The models that the split ensemble is measured against, added to a copy of its repository.
+
+``whole`` is the classifier as if it had never been split: tokenizer, then backbone and head merged into one ONNX file.
+``tokens`` is the split ensemble without its tokenizer. Both are served by the same server under the same settings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from patcher.repository import Classifier
+
+WHOLE, TOKENS = "whole", "tokens"
+
+
+def merged(backbone: Path, head: Path) -> bytes:
+    """Backbone and head as one graph: token tensors in, the head's answer out."""
+    import onnx
+    from onnx import compose
+
+    first, second = onnx.load(backbone), onnx.load(head)
+    second = compose.add_prefix(second, "head/", rename_inputs=False, rename_outputs=False)
+    joined = compose.merge_models(
+        first, second, io_map=[("features", "features")], outputs=[output.name for output in second.graph.output]
+    )
+    joined.ir_version = first.ir_version
+    del joined.metadata_props[:]
+    data: bytes = joined.SerializeToString()
+    return data
+
+
+def _write(root: Path, name: str, message: Any, data: bytes | None = None) -> None:
+    from google.protobuf import text_format
+
+    message.name = name
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "config.pbtxt").write_text(text_format.MessageToString(message))
+    if data is not None:
+        (root / name / "1" / "model.onnx").write_bytes(data)
+
+
+def add_contenders(classifier: Classifier) -> tuple[str, str]:
+    """Write ``whole`` and ``tokens`` into the repository of ``classifier`` (a copy!); returns their names."""
+    repository, root = classifier.repository, classifier.root
+    backbone, head, ensemble = (
+        repository.config(name) for name in (classifier.backbone_model, classifier.head_model, classifier.name)
+    )
+    # The merged graph under the settings of the backbone: all of them but what goes in and out.
+    whole = type(backbone)()
+    whole.CopyFrom(backbone)
+    del whole.output[:]
+    whole.output.extend(head.output)
+    del whole.model_warmup[:]
+    data = merged(classifier.backbone_path, classifier.version_path(classifier.serving()) / "model.onnx")
+    _write(root, f"{WHOLE}_model", whole, data)
+
+    answer = {tensor.name: tensor.name for tensor in head.output}
+    tokens = {tensor.name: tensor.name for tensor in backbone.input}
+    step = ensemble.ensemble_scheduling.step
+    one = type(ensemble)()
+    one.CopyFrom(ensemble)
+    del one.ensemble_scheduling.step[1:]
+    one.ensemble_scheduling.step.add(model_name=f"{WHOLE}_model", model_version=-1, input_map=tokens, output_map=answer)
+    _write(root, WHOLE, one)
+
+    headless = type(ensemble)()
+    headless.CopyFrom(ensemble)
+    del headless.input[:], headless.ensemble_scheduling.step[:]
+    headless.input.extend(backbone.input)
+    headless.ensemble_scheduling.step.extend(step[1:])
+    _write(root, TOKENS, headless)
+    return WHOLE, TOKENS
+
+
+def with_tritons_defaults(classifier: Classifier) -> None:
+    """What a repository serves with when nobody chose instances and threads: two sessions, a thread per core each."""
+    from google.protobuf import text_format
+
+    for model in (classifier.backbone_model, classifier.head_model):
+        message = classifier.repository.config(model)
+        del message.instance_group[:]
+        message.instance_group.add(count=2)  # what the C++ backend starts on a CPU where nothing is said
+        for key in [key for key in message.parameters if key.endswith("thread_count")]:
+            del message.parameters[key]
+        (classifier.root / model / "config.pbtxt").write_text(text_format.MessageToString(message))

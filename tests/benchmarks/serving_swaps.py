@@ -1,0 +1,162 @@
+"""What clients notice while heads are swapped once a second under load: throughput, p99, failures.
+
+    python tests/benchmarks/serving_swaps.py [--repo DIR --texts FILE] [--seconds 120] [--concurrency 8]
+
+Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
+clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
+and disturbed windows alternate. Without ``--repo`` a tiny classifier is served: there a request costs nothing but the
+serving, so a swap shows most. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+EVERY = 1.0
+WINDOW = 6.0
+
+
+@contextlib.contextmanager
+def swapping(classifier, triton) -> Iterator[list[float]]:
+    """Swap the head once a second; the list fills with the seconds that each swap took."""
+    from patcher.lifecycle import rollback
+
+    stop, took, failed = threading.Event(), [], []
+
+    def run() -> None:
+        try:
+            with triton.client() as server:
+                versions = classifier.versions()
+                while not stop.is_set():
+                    started = time.monotonic()
+                    other = next(version for version in versions if version != classifier.serving())
+                    rollback(classifier, to=other, server=server)
+                    took.append(time.monotonic() - started)
+                    stop.wait(max(0.0, EVERY - took[-1]))
+        except Exception as error:  # noqa: BLE001  raised again where it is seen
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the clients saw for some seconds."""
+
+    throughput: float
+    p99_us: float
+    failures: int
+
+
+def load(url: str, model: str, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
+    """Ask in a loop with so many clients at once."""
+    from patcher import TritonServer
+    from patcher.errors import ServerError
+
+    def client(number: int) -> tuple[list[float], int]:
+        took, failures = [], 0
+        with TritonServer(url) as server:
+            for text in itertools.cycle(texts[number:] + texts[:number]):
+                started = time.monotonic()
+                if started > end:
+                    return took, failures
+                try:
+                    server.classify(model, [text])
+                except ServerError:
+                    failures += 1
+                else:
+                    took.append(time.monotonic() - started)
+        return took, failures
+
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(concurrency) as pool:
+        found = list(pool.map(client, range(concurrency)))
+    took = sorted(each for some, _ in found for each in some)
+    return Window(len(took) / seconds, 1e6 * took[int(0.99 * len(took))], sum(failures for _, failures in found))
+
+
+def measure(classifier, texts: list[str], seconds: float, concurrency: int, window: float = WINDOW) -> dict[str, Any]:
+    """Alternate undisturbed and disturbed windows until ``seconds`` of swapping are over."""
+    from patcher import add_label
+    from patcher.labelling import PatchSettings
+    from patcher.triton.server import EmbeddedTriton
+
+    log = classifier.root.parent / "triton.log"
+    calm, busy, took = [], [], []
+    with EmbeddedTriton(classifier.root, [classifier.name, classifier.features_model], log_file=log) as triton:
+        if len(classifier.versions()) == 1:
+            add_label(classifier.repository, "swapped in", texts[:10], settings=PatchSettings(force=True))
+        load(triton.url, classifier.name, texts, concurrency, window)
+        for _ in range(max(1, round(seconds / window))):
+            calm.append(load(triton.url, classifier.name, texts, concurrency, window))
+            with swapping(classifier, triton) as swaps:
+                busy.append(load(triton.url, classifier.name, texts, concurrency, window))
+            took += swaps
+    ratios = [after.throughput / before.throughput for before, after in zip(calm, busy, strict=True)]
+    tails = [after.p99_us / before.p99_us for before, after in zip(calm, busy, strict=True)]
+    return {
+        "swaps": len(took),
+        "seconds a swap, median": statistics.median(took),
+        "texts/s undisturbed": statistics.median(each.throughput for each in calm),
+        "texts/s while swapping": statistics.median(each.throughput for each in busy),
+        "throughput ratio": statistics.median(ratios),
+        "throughput ratio, lowest": min(ratios),
+        "p99 ratio": statistics.median(tails),
+        "p99 ratio, highest": max(tails),
+        "failures": sum(each.failures for each in (*calm, *busy)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo", type=Path)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of swapping")
+    parser.add_argument("--concurrency", type=int, default=8)
+    arguments = parser.parse_args()
+    import tiny
+
+    from patcher import ModelRepository, read_examples
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "model_repository"
+        if arguments.repo:
+            shutil.copytree(arguments.repo, root)
+            classifier = ModelRepository(root).classifier()
+        else:
+            classifier = tiny.make_repository(root, Path(folder) / "scratch")
+        texts = [text for label in tiny.OLD for text in tiny.sentences(label, 20)]
+        if arguments.texts:
+            texts = list(read_examples(arguments.texts).texts)[::7]
+        print(json.dumps(measure(classifier, texts, arguments.seconds, arguments.concurrency), indent=2))
+
+
+if __name__ == "__main__":
+    main()

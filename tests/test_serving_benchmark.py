@@ -1,0 +1,71 @@
+"""The serving benchmarks, run small: that they measure what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import tiny
+
+from patcher.loadtest import Measurement
+from patcher.runtime import Encoder, open_session, run_head
+from tests.benchmarks import serving, serving_contenders, serving_swaps
+from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged
+
+TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
+
+
+def test_the_merged_graph_answers_as_the_two_halves(classifier):
+    head_path = classifier.version_path(1) / "model.onnx"
+    whole = ort.InferenceSession(merged(classifier.backbone_path, head_path))
+    rows = serving.token_rows(classifier, TEXTS[:3])
+    encoder, head = Encoder(classifier.backbone_path, classifier.tokenizer_path), open_session(head_path)
+    for text, row in zip(TEXTS, rows, strict=False):
+        feed = {name: np.array([each["content"]], dtype=np.int64) for name, each in row.items()}
+        answer = dict(zip([output.name for output in whole.get_outputs()], whole.run(None, feed), strict=True))
+        expected = run_head(head, encoder.encode([text]))
+        assert np.allclose(answer["logits"], expected.logits, atol=1e-4)
+        assert answer["label"].tolist() == expected.labels.tolist()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_every_contender_is_served_by_one_server_and_summed_up(classifier, monkeypatch):
+    monkeypatch.setattr(serving, "LEVELS", (2,))
+    measured = serving.served(classifier, TEXTS, rounds=2, window=0.2)
+    assert [each.model for each in measured] == ["intent", WHOLE, TOKENS] * 2
+    assert not any(each.failures for each in measured)
+    assert {step.model for each in measured if each.model == WHOLE for step in each.steps} == {
+        "intent_tokenizer", "whole_model"
+    }  # fmt: skip
+    outside = {serving.LIMIT: [serving_contenders.onnxruntime_sorted(classifier)(TEXTS)]}
+    rows = serving.summary(outside, measured, "intent")
+    assert len(rows) == 4
+    assert rows[1]["of the whole, low"] <= rows[1]["of the whole"] <= rows[1]["of the whole, high"]
+    assert serving.table(rows).count("\n") == 5
+
+
+def test_ratios_are_taken_round_by_round():
+    def measured(model, throughput):
+        return Measurement(model, 4, None, throughput, 1e3, 2e3, 3e3, 0, ())
+
+    found = [measured("intent", 97.0), measured(WHOLE, 100.0), measured("intent", 50.0), measured(WHOLE, 50.0)]
+    rows = serving.summary({serving.LIMIT: [200.0]}, found, "intent")
+    assert rows[1]["of the whole"] == pytest.approx(0.985)
+    assert rows[1]["of the limit"] == pytest.approx(73.5 / 200)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_swapping_heads_under_load_fails_nothing(classifier):
+    found = serving_swaps.measure(classifier, TEXTS, seconds=2, concurrency=4, window=2)
+    assert found["failures"] == 0
+    assert found["swaps"] >= 2
+    assert found["texts/s while swapping"] > 0.3 * found["texts/s undisturbed"]
+
+
+def test_add_contenders_leaves_the_classifier_alone(classifier, tree):
+    before = tree(classifier.root)
+    add_contenders(classifier)
+    after = tree(classifier.root)
+    assert {name: after[name] for name in before} == before

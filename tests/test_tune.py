@@ -1,0 +1,162 @@
+"""Serving settings: read, written without touching anything else, tried on a real server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from patcher import model_config
+from patcher.errors import InputError, RepositoryError
+from patcher.model_config import Serving, parse, serving_of, with_response_cache, with_serving
+from patcher.triton.server import EmbeddedTriton, cache_options
+from patcher.tune import candidates, tune
+
+TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
+MODELS = ("intent_tokenizer", "intent_backbone")
+
+
+def configs(classifier):
+    return tuple((classifier.root / model / "config.pbtxt").read_text() for model in MODELS)
+
+
+def test_settings_are_read_back_and_all_else_stays(classifier):
+    before = configs(classifier)
+    assert serving_of(*map(parse, before)) == Serving()
+    wanted = Serving(instances=3, threads=2, delay_us=700, slack=5, batch=8)
+    after = with_serving(*before, wanted)
+    assert serving_of(*map(parse, after)) == wanted
+    assert parse(after[1]).parameters["fingerprint"] == parse(before[1]).parameters["fingerprint"]
+    assert parse(after[1]).max_batch_size == model_config.MAX_BATCH_SIZE
+    back = with_serving(*after, Serving())
+    assert [parse(text) for text in back] == [parse(text) for text in before]
+
+
+def test_settings_that_are_no_numbers(classifier):
+    tokenizer, backbone = map(parse, configs(classifier))
+    backbone.parameters["intra_op_thread_count"].string_value = "many"
+    with pytest.raises(RepositoryError, match="many"):
+        serving_of(tokenizer, backbone)
+
+
+def test_each_group_of_candidates_builds_upon_the_best_before():
+    search = candidates(Serving(), cores=4)
+    name, group = next(search)
+    assert name == "instances and threads"
+    assert {(each.instances, each.threads) for each in group} == {(2, 2), (4, 1), (1, 3)}
+    best = Serving(instances=2, threads=2)
+    for _, group in iter(lambda: search.send(best), None):
+        assert all((each.instances, each.threads) == (2, 2) for each in group)
+        assert best not in group
+        if group[0].batch != best.batch:
+            break
+
+
+def test_a_budget_of_nothing(classifier):
+    with pytest.raises(InputError, match="expected more than none"):
+        tune(classifier, TEXTS, seconds=0)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_tunes_within_its_time_and_writes_only_what_won(classifier, tree):
+    before, said = tree(classifier.root), []
+    found = tune(classifier, TEXTS, seconds=6, concurrency=4, progress=said.append)
+    assert found.trials
+    assert said
+    assert found.throughput > 1
+    assert found.gain >= 1.0
+    after = tree(classifier.root)
+    changed = {name for name in after if after[name] != before.get(name)}
+    if found.best == found.before:
+        assert not changed
+    else:
+        assert changed <= {f"{model}/config.pbtxt" for model in MODELS}
+        assert found.written
+        assert serving_of(*map(parse, configs(classifier))) == found.best
+
+
+@pytest.mark.server
+def test_interrupted_the_repository_is_as_it_was(classifier, tmp_path, tree):
+    before = tree(classifier.root)
+    texts = tiny.write_csv(tmp_path / "texts.csv", {"a": TEXTS})
+    command = [sys.executable, "-m", "patcher", "tune", "--repo", str(classifier.root), "--input", str(texts)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as process:
+        assert "now: Serving(" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 40
+    assert tree(classifier.root) == before
+
+
+def test_a_write_that_fails_halfway_puts_the_first_file_back(classifier, tree):
+    before = tree(classifier.root)
+    (classifier.root / "nobody").mkdir()
+    with classifier.repository.lock(), pytest.raises(RepositoryError, match="nobody"):
+        classifier.repository.write_configs({MODELS[0]: "x", "nobody": "y"})
+    (classifier.root / "nobody").rmdir()
+    assert tree(classifier.root) == before
+
+
+def test_only_a_backbone_may_have_a_response_cache(classifier):
+    backbone = (classifier.root / "intent_backbone" / "config.pbtxt").read_text()
+    cached = with_response_cache(backbone, enable=True)
+    assert parse(cached).response_cache.enable
+    assert parse(with_response_cache(cached, enable=False)) == parse(backbone)
+    for model in ("intent", "intent_head", "intent_tokenizer"):
+        with pytest.raises(RepositoryError, match="is no backbone"):
+            with_response_cache((classifier.root / model / "config.pbtxt").read_text(), enable=True)
+
+
+def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
+    tokens = ("input_ids", "attention_mask")
+    backbone = model_config.backbone_config("b", tokens, 8, "f", device="gpu", tensorrt="FP16")
+    text = model_config.render(backbone)
+    assert "kind: KIND_GPU" in text
+    assert parse(text).optimization.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
+    tokenizer = parse(model_config.render(model_config.tokenizer_config("t", tokens, device="gpu")))
+    assert tokenizer.dynamic_batching.max_queue_delay_microseconds > 0
+    assert tokenizer.instance_group[0].kind == type(tokenizer.instance_group[0]).KIND_CPU
+    for device, tensorrt in (("tpu", ""), ("cpu", "FP16"), ("gpu", "warp")):
+        with pytest.raises(InputError, match="expected"):
+            model_config.backbone_config("b", tokens, 8, "f", device=device, tensorrt=tensorrt)
+
+
+@pytest.mark.server
+def test_a_cached_backbone_never_mixes_head_versions(classifier):
+    from patcher import add_label
+    from patcher.lifecycle import rollback
+
+    path = classifier.root / "intent_backbone" / "config.pbtxt"
+    with classifier.repository.lock():
+        classifier.repository.write_configs({"intent_backbone": with_response_cache(path.read_text(), enable=True)})
+    options = cache_options(classifier.repository)
+    assert options
+    log = classifier.root.parent / "triton.log"
+    models = ["intent", "intent_features"]
+    with EmbeddedTriton(classifier.root, models, log_file=log, options=options) as triton, triton.client() as server:
+        texts = tiny.sentences("payday", 5, seed=3)
+
+        def ask():
+            answers = server.classify("intent", texts)
+            # Asked one by one a text's features come from the cache.
+            return answers, [server.classify("intent", [text])[0] for text in texts for _ in range(2)]
+
+        ask()
+        (statistics,) = server.statistics("intent_backbone")
+        assert statistics.inferences > statistics.executions  # some came from the cache
+        add_label(classifier.repository, "payday", tiny.sentences("payday", 10), server=server)
+        for answers in ask():
+            assert {(each.head_version, each.labels[0], len(each.logits)) for each in answers} == {(2, "payday", 7)}
+        rollback(classifier, server=server)
+        for answers in ask():
+            assert {(each.head_version, len(each.logits)) for each in answers} == {(1, 6)}
