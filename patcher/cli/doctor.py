@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import click
 
-from patcher.cli.options import Settings, common_options, read_key
+from patcher.cli.options import Settings, common_options
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
 
 @click.command("doctor")
+@click.option(
+    "--repair", is_flag=True, help="Finish or undo what was interrupted; have every server serve what is pinned."
+)
 @common_options
-def doctor_command(settings: Settings) -> int:
+def doctor_command(repair: bool, settings: Settings) -> int:
     """Say what is installed, what the repository holds, what the server says, and whether they agree.
 
     Ends with 1 where something is at fault.
     """
-    from patcher.doctor import diagnose
-    from patcher.triton.client import TritonServer
+    from patcher import doctor
 
     checks = []
-    with TritonServer(settings.url, admin_key=read_key(settings.key_file)) as server:
-        for check in diagnose(settings.repo, server if server.is_live() else None, settings.url):
-            checks.append(check)
-            if not settings.json:
-                settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
+
+    def tell(check: doctor.Check) -> None:
+        checks.append(check)
+        if not settings.json:
+            settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
+
+    with settings.server() as asked:
+        server = asked if asked.is_live() else None
+        if repair:
+            for check in doctor.repair(settings.repo, server):
+                tell(check)
+        for check in doctor.diagnose(settings.repo, server, settings.url):
+            tell(check)
     settings.emit([check.to_json() for check in checks])
     return int(any(check.state == "fault" for check in checks))

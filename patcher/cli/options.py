@@ -49,10 +49,18 @@ class Settings:
         return self.repository.classifier(self.classifier_name)
 
     def server(self) -> TritonServer:
-        """The server at ``--url``; whether it answers shows at the first call."""
+        """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
+        from patcher.fleet import Fleet, addresses
         from patcher.triton.client import TritonServer
 
-        return TritonServer(self.url, admin_key=read_key(self.key_file))
+        urls, key = addresses(self.url), read_key(self.key_file)
+        if len(urls) == 1:
+            return TritonServer(urls[0], admin_key=key)
+        fleet = Fleet(urls, admin_key=key)
+        if fleet.away and len(fleet.away) < len(urls):
+            away = ", ".join(fleet.away)
+            tell(f"warning: {away} does not answer and is left out; `patcher sync` when it is back", err=True)
+        return fleet
 
     def say(self, text: str = "") -> None:
         """People's words: stdout, or stderr where stdout belongs to ``--json``."""
@@ -104,11 +112,14 @@ _OPTIONS = (
     click.option("--classifier", "classifier_name", metavar="NAME", help="Which one, if there are several."),
     click.option(
         "--url",
+        "urls",
         envvar="TRITON_URL",
-        default="localhost:8001",
+        multiple=True,
+        default=("localhost:8001",),
         show_default=True,
         metavar="HOST:PORT",
-        help="The server's gRPC address  [env: TRITON_URL]",
+        help="The server's gRPC address; several (commas, or the option again) or a name of several: all of them"
+        "  [env: TRITON_URL]",
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr."),
     click.option(
@@ -129,12 +140,12 @@ def common_options(command: Command) -> Command:
         *args: Any,
         repo: Path,
         classifier_name: str | None,
-        url: str,
+        urls: tuple[str, ...],
         as_json: bool,
         key_file: Path | None,
         **kwargs: Any,
     ) -> Any:
-        return command(*args, settings=Settings(repo, classifier_name, url, as_json, key_file), **kwargs)
+        return command(*args, settings=Settings(repo, classifier_name, ",".join(urls), as_json, key_file), **kwargs)
 
     for option in reversed(_OPTIONS):
         with_settings = option(with_settings)
