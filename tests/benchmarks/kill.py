@@ -3,8 +3,8 @@
     python tests/benchmarks/kill.py [--moments 200] [--seed 0]
 
 After each kill: the repository opens, pins the version before or the one after, the server answers from one of the
-two; then ``patcher doctor --repair`` brings all to agree, and ``patcher doctor`` finds nothing. Prints what was found as
-JSON; ends with 1 where a rule was broken.
+two; then ``patcher doctor --repair`` brings all to agree, and ``patcher doctor`` finds nothing. Prints what was found
+as JSON; ends with 1 where a rule was broken.
 """
 
 from __future__ import annotations

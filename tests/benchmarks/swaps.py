@@ -1,0 +1,114 @@
+"""Many swaps under load: requests that fail, answers that contradict themselves, what the server's memory does.
+
+    python tests/benchmarks/swaps.py [--swaps 1000] [--clients 4]
+
+Each swap makes another version serve (the file of version 1 or 2, by pin, load and probe, as ``patcher rollback`` does)
+while clients ask in a loop. The server's memory is that of tritonserver with all its stubs (proportional set size); its
+stubs, open files and shared memory are counted, too. Prints what was found as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny
+
+from patcher import TritonServer, add_label, rollback
+from patcher.triton.server import EmbeddedTriton
+
+
+def usage(pid: int) -> dict[str, int]:
+    """What a process and its children hold."""
+    root = psutil.Process(pid)
+    everyone = [root, *root.children(recursive=True)]
+    shared = os.scandir("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
+    return {
+        "pss_mb": sum(process.memory_full_info().pss for process in everyone) // 2**20,
+        "server_pss_mb": root.memory_full_info().pss // 2**20,
+        "stubs": len(everyone) - 1,
+        "open_files": root.num_fds(),
+        "threads": root.num_threads(),
+        "shared_memory": sum(entry.name.startswith(f"patcher_{os.getpid()}_") for entry in shared),
+    }
+
+
+def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
+    """Swap so often; ``warm`` is the swap after which growth counts."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
+        models = ["intent", "intent_features"]
+        add_label(classifier.repository, "payday", tiny.sentences("payday", 10))
+        heads = {version: classifier.head(version) for version in classifier.versions()}
+        stop = threading.Event()
+        asked = [0] * clients
+        failed: list[str] = []
+        wrong: list[str] = []
+        seen: set[int] = set()
+        with EmbeddedTriton(classifier.root, models, log_file=folder / "log") as triton:
+            pid = triton.pid or 0
+
+            def loop(number: int) -> None:
+                with TritonServer(triton.url) as server:
+                    texts = [tiny.sentences(label, 1, seed=number)[0] for label in (*tiny.OLD, "payday")]
+                    while not stop.is_set():
+                        try:
+                            answers = server.classify("intent", texts)
+                        except Exception as error:  # noqa: BLE001 - whatever it is, a request has failed
+                            failed.append(repr(error))
+                            continue
+                        asked[number] += 1
+                        for answer in answers:
+                            head = heads[answer.head_version]
+                            seen.add(answer.head_version)
+                            best = head.labels[int(answer.logits.argmax())]
+                            if len(answer.logits) != len(head.labels) or answer.labels[0] != best:
+                                wrong.append(f"{answer.head_version}: {answer.labels[0]}, {len(answer.logits)} logits")
+
+            threads = [threading.Thread(target=loop, args=(number,)) for number in range(clients)]
+            for thread in threads:
+                thread.start()
+            table, start = [], time.perf_counter()
+            with triton.client() as server:
+                for number in range(swaps):
+                    if number in (0, warm) or number % 100 == 0:
+                        table.append({"swaps": number, **usage(pid)})
+                        print(table[-1], file=sys.stderr, flush=True)
+                    rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
+            table.append({"swaps": swaps, **usage(pid)})
+            stop.set()
+            for thread in threads:
+                thread.join()
+        base = next(row for row in table if row["swaps"] == min(warm, swaps))
+        return {
+            "swaps": swaps,
+            "seconds": round(time.perf_counter() - start, 1),
+            "requests": sum(asked),
+            "failed": failed[:10],
+            "failures": len(failed),
+            "contradictions": wrong[:10],
+            "versions_seen": sorted(seen),
+            "growth_after_warm_percent": round(100 * (table[-1]["pss_mb"] / base["pss_mb"] - 1), 2),
+            "table": table,
+        }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swaps", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=4)
+    options = parser.parse_args()
+    result = run(options.swaps, options.clients)
+    print(json.dumps(result, indent=2))
+    sys.exit(int(bool(result["failures"] or result["contradictions"])))
