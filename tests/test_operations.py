@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import tiny
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill
+import swaps
 import together
 
 from patcher import Fleet, ModelRepository, NotServed, TritonServer, add_label, doctor, prune, rollback, sync
@@ -287,6 +289,52 @@ class TestFaults:
                 rollback(classifier, 1, TritonServer("127.0.0.1:1"))
             assert add_label(classifier.repository, "payday", TEN, server=server).served
             assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_what_lies_beside_or_was_loaded_by_others_does_not_serve(self, classifier, tmp_path):
+        """TRITON.md's traps: restart beside a corrupt version, readiness after a refused load, load by bytes."""
+        patched(classifier)
+        rollback(classifier)
+        corrupt = classifier.root / "intent_head" / "9"
+        corrupt.mkdir()
+        (corrupt / "model.onnx").write_bytes(b"torn")
+        config = classifier.root / "intent_head" / "config.pbtxt"
+        good = config.read_text()
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            assert server.classify("intent", TEN)[0].head_version == 1
+            with pytest.raises(RepositoryError, match="not an ONNX file"):
+                rollback(classifier, 9, server)
+            config.write_text(good.replace("versions: 1", "versions: 9"))
+            with pytest.raises(ServerError):
+                server.load("intent_head")
+            ready = urllib.request.urlopen(f"http://{triton.http_url}/v2/health/ready")
+            assert ready.status == 200
+            assert server.classify("intent", TEN)[0].head_version == 1
+            config.write_text(good)
+            shutil.rmtree(corrupt)
+            # Somebody loads bytes that the repository does not pin: seen, and brought back to what it does.
+            by_bytes = json.dumps({"version_policy": {"specific": {"versions": [2]}}, **_as_json(classifier)})
+            server._client.load_model("intent_head", config=by_bytes, files={
+                "file:2/model.onnx": classifier.head_bytes(2)
+            })  # fmt: skip
+            assert server.classify("intent", TEN)[0].head_version == 2
+            assert "answers from head version 2; expected 1" in faults(classifier, server)[0].finding
+            assert sync(classifier, server) == {server.url: "caught up"}
+            assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_swaps_under_load(self):
+        found = swaps.run(6, clients=2, warm=2)
+        assert (found["failures"], found["contradictions"], found["versions_seen"]) == (0, [], [1, 2])
+        assert found["requests"] > 20
+
+
+def _as_json(classifier):
+    from google.protobuf import json_format
+
+    config = classifier.repository.config("intent_head")
+    config.version_policy.Clear()
+    return json_format.MessageToDict(config, preserving_proto_field_name=True)
 
 
 def test_addresses_and_waves(monkeypatch):
