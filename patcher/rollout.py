@@ -111,7 +111,7 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
 
 def _require_live(server: TritonServer | None) -> None:
     # Before anything is published, so that a server that is not there costs nothing.
-    if server is not None and not server.is_live():
+    if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
             "--url or $TRITON_URL names another, --no-load does without"

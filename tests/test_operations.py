@@ -177,6 +177,25 @@ def test_patchers_at_once_lose_no_label():
     assert found["reachable"] == 7
 
 
+@pytest.fixture
+def mounted(classifier, tmp_path):
+    """A file system of its own, with room for the repository and for a version or two."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = sum(path.stat().st_blocks * 512 for path in classifier.root.rglob("*")) + 131072
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here; the test with a limit on the size of files stands in")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(path):
+    with path.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
 class TestFaults:
     def test_a_disk_that_is_full(self, classifier, tree):
         """A limit on the size of files makes the kernel refuse real writes, wherever the patch has got to."""
@@ -200,36 +219,24 @@ class TestFaults:
         assert patched(classifier) > 1
         assert faults(classifier) == []
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
-    def test_a_file_system_without_room(self, classifier, tmp_path):
-        small = tmp_path / "small"
-        small.mkdir()
-        size = sum(path.stat().st_blocks * 512 for path in classifier.root.rglob("*"))
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size + 65536}", "tmpfs", str(small)],
-            capture_output=True,
-            check=False,
-        )
-        if mounted.returncode:
-            pytest.skip("mounting is not allowed here; the test above stands in")
-        try:
-            full = ModelRepository(shutil.copytree(classifier.root, small / "repository")).classifier()
-            (small / "ballast").write_bytes(b"")
-            with (small / "ballast").open("wb", buffering=0) as file:
-                try:
-                    while file.write(b"x" * 4096) == 4096:
-                        pass
-                except OSError as error:
-                    assert error.errno == 28
-            with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
-                patched(full)
-            assert full.serving() == 1
-            assert full.versions() == (1,)
-            (small / "ballast").unlink()
-            assert patched(full) > 1
-            assert faults(full) == []
-        finally:
-            subprocess.run(["umount", str(small)], check=True)
+    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree):
+        full = ModelRepository(shutil.copytree(classifier.root, mounted / "repository")).classifier()
+        with pytest.raises(OSError, match="No space left"):
+            fill(mounted / "ballast")
+        before = tree(full.root)
+        with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+            patched(full)
+        assert tree(full.root) == before
+        (mounted / "ballast").unlink()
+        assert patched(full) > 1
+        assert faults(full) == []
+        subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+        before = tree(full.root)
+        for change in (rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)):
+            with pytest.raises(StorageError, match="Read-only file system; nothing was changed"):
+                change(full)
+        assert tree(full.root) == before
+        assert faults(full) == []
 
     @pytest.mark.server
     def test_a_server_that_hangs_dies_or_lies(self, classifier, tmp_path, monkeypatch):
@@ -395,8 +402,22 @@ class TestFleet:
                 add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
             assert asked == []
             assert versions() == [2, 2, 2]
+        # Nobody was there when it was looked; that one is there now proves nothing about what it serves.
+        with Fleet(["127.0.0.1:1", "127.0.0.1:2"]) as server:
+            server.is_live = lambda: True
+            with pytest.raises(ServerUnreachable, match="nothing was changed"):
+                rollback(classifier, 1, server)
         fleet[1].stop()
-        arguments = ["--repo", str(classifier.root), "--url", urls[0], "--url", f"{urls[1]},{urls[2]}"]
+        arguments = [
+            "--repo",
+            str(classifier.root),
+            "--watch",
+            "0.2",
+            "--url",
+            urls[0],
+            "--url",
+            f"{urls[1]},{urls[2]}",
+        ]
         assert main(["rollback", *arguments]) == 0
         assert f"warning: {urls[1]} does not answer" in capsys.readouterr().err
         assert versions() == [1, None, 1]

@@ -35,6 +35,7 @@ class Settings:
     url: str
     json: bool
     key_file: Path | None
+    watch: float
 
     @cached_property
     def repository(self) -> ModelRepository:
@@ -56,7 +57,7 @@ class Settings:
         urls, key = addresses(self.url), read_key(self.key_file)
         if len(urls) == 1:
             return TritonServer(urls[0], admin_key=key)
-        fleet = Fleet(urls, admin_key=key)
+        fleet = Fleet(urls, watch_seconds=self.watch, admin_key=key)
         if fleet.away and len(fleet.away) < len(urls):
             away = ", ".join(fleet.away)
             tell(f"warning: {away} does not answer and is left out; `patcher sync` when it is back", err=True)
@@ -121,6 +122,14 @@ _OPTIONS = (
         help="The server's gRPC address; several (commas, or the option again) or a name of several: all of them"
         "  [env: TRITON_URL]",
     ),
+    click.option(
+        "--watch",
+        type=click.FloatRange(0),
+        default=2.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Of several servers the first serves a change alone so long, before the others do.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr."),
     click.option(
         "--admin-key-file",
@@ -141,11 +150,14 @@ def common_options(command: Command) -> Command:
         repo: Path,
         classifier_name: str | None,
         urls: tuple[str, ...],
+        watch: float,
         as_json: bool,
         key_file: Path | None,
         **kwargs: Any,
     ) -> Any:
-        return command(*args, settings=Settings(repo, classifier_name, ",".join(urls), as_json, key_file), **kwargs)
+        return command(
+            *args, settings=Settings(repo, classifier_name, ",".join(urls), as_json, key_file, watch), **kwargs
+        )
 
     for option in reversed(_OPTIONS):
         with_settings = option(with_settings)
