@@ -24,7 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 
-from patcher import TritonServer, add_label, rollback
+from patcher import NotServed, TritonServer, add_label, rollback
 from patcher.triton.server import EmbeddedTriton
 
 
@@ -55,6 +55,7 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
         asked = [0] * clients
         failed: list[str] = []
         wrong: list[str] = []
+        refused: list[str] = []
         seen: set[int] = set()
         with EmbeddedTriton(classifier.root, models, log_file=folder / "log") as triton:
             pid = triton.pid or 0
@@ -83,7 +84,7 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
             with triton.client() as server:
                 for number in range(swaps):
                     if number in (0, warm) or number % 100 == 0:
-                        table.append({"swaps": number, **usage(pid)})
+                        table.append({"swaps": number, "requests": sum(asked), "failures": len(failed), **usage(pid)})
                         print(table[-1], file=sys.stderr, flush=True)
                     rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
             table.append({"swaps": swaps, **usage(pid)})
@@ -98,6 +99,7 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
             "failed": failed[:10],
             "failures": len(failed),
             "contradictions": wrong[:10],
+            "swaps_put_back": refused,
             "versions_seen": sorted(seen),
             "growth_after_warm_percent": round(100 * (table[-1]["pss_mb"] / base["pss_mb"] - 1), 2),
             "table": table,
@@ -111,4 +113,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     result = run(options.swaps, options.clients)
     print(json.dumps(result, indent=2))
-    sys.exit(int(bool(result["failures"] or result["contradictions"])))
+    sys.exit(int(bool(result["failures"] or result["contradictions"] or result["swaps_put_back"])))
