@@ -86,7 +86,10 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
                     if number in (0, warm) or number % 100 == 0:
                         table.append({"swaps": number, "requests": sum(asked), "failures": len(failed), **usage(pid)})
                         print(table[-1], file=sys.stderr, flush=True)
-                    rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
+                    try:
+                        rollback(classifier, 1 if classifier.serving() == 2 else 2, server)  # noqa: PLR2004
+                    except NotServed as error:  # put back, so that the clients should see nothing of it
+                        refused.append(f"swap {number}: {error}")
             table.append({"swaps": swaps, **usage(pid)})
             stop.set()
             for thread in threads:
