@@ -10,12 +10,14 @@ stubs, open files and shared memory are counted, too. Prints what was found as J
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,48 @@ def usage(pid: int) -> dict[str, int]:
     """What a process and its children hold."""
     root = psutil.Process(pid)
     everyone = [root, *root.children(recursive=True)]
+    sizes = []
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the stub of an old version, just gone
+            sizes.append(process.memory_full_info().pss)
     shared = os.scandir("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
     return {
-        "pss_mb": sum(process.memory_full_info().pss for process in everyone) // 2**20,
+        "pss_mb": sum(sizes) // 2**20,
         "server_pss_mb": root.memory_full_info().pss // 2**20,
         "stubs": len(everyone) - 1,
         "open_files": root.num_fds(),
         "threads": root.num_threads(),
         "shared_memory": sum(entry.name.startswith(f"patcher_{os.getpid()}_") for entry in shared),
     }
+
+
+@dataclass
+class Found:
+    """What the clients saw."""
+
+    asked: list[int]
+    failed: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+
+def ask(url: str, number: int, heads: dict[int, Any], found: Found, stop: threading.Event) -> None:
+    """Ask in a loop, and hold every answer against the head that it says it comes from."""
+    with TritonServer(url) as server:
+        texts = [tiny.sentences(label, 1, seed=number)[0] for label in (*tiny.OLD, "payday")]
+        while not stop.is_set():
+            try:
+                answers = server.classify("intent", texts)
+            except Exception as error:  # noqa: BLE001 - whatever it is, a request has failed
+                found.failed.append(repr(error))
+                continue
+            found.asked[number] += 1
+            for answer in answers:
+                head = heads[answer.head_version]
+                found.seen.add(answer.head_version)
+                best = head.labels[int(answer.logits.argmax())]
+                if len(answer.logits) != len(head.labels) or answer.labels[0] != best:
+                    found.wrong.append(f"{answer.head_version}: {answer.labels[0]}, {len(answer.logits)} logits")
 
 
 def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
@@ -52,42 +87,26 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
         add_label(classifier.repository, "payday", tiny.sentences("payday", 10))
         heads = {version: classifier.head(version) for version in classifier.versions()}
         stop = threading.Event()
-        asked = [0] * clients
-        failed: list[str] = []
-        wrong: list[str] = []
+        found = Found([0] * clients)
         refused: list[str] = []
-        seen: set[int] = set()
         with EmbeddedTriton(classifier.root, models, log_file=folder / "log") as triton:
             pid = triton.pid or 0
 
-            def loop(number: int) -> None:
-                with TritonServer(triton.url) as server:
-                    texts = [tiny.sentences(label, 1, seed=number)[0] for label in (*tiny.OLD, "payday")]
-                    while not stop.is_set():
-                        try:
-                            answers = server.classify("intent", texts)
-                        except Exception as error:  # noqa: BLE001 - whatever it is, a request has failed
-                            failed.append(repr(error))
-                            continue
-                        asked[number] += 1
-                        for answer in answers:
-                            head = heads[answer.head_version]
-                            seen.add(answer.head_version)
-                            best = head.labels[int(answer.logits.argmax())]
-                            if len(answer.logits) != len(head.labels) or answer.labels[0] != best:
-                                wrong.append(f"{answer.head_version}: {answer.labels[0]}, {len(answer.logits)} logits")
-
-            threads = [threading.Thread(target=loop, args=(number,)) for number in range(clients)]
+            threads = [
+                threading.Thread(target=ask, args=(triton.url, number, heads, found, stop)) for number in range(clients)
+            ]
             for thread in threads:
                 thread.start()
             table, start = [], time.perf_counter()
             with triton.client() as server:
                 for number in range(swaps):
                     if number in (0, warm) or number % 100 == 0:
-                        table.append({"swaps": number, "requests": sum(asked), "failures": len(failed), **usage(pid)})
+                        table.append(
+                            {"swaps": number, "requests": sum(found.asked), "failures": len(found.failed), **usage(pid)}
+                        )
                         print(table[-1], file=sys.stderr, flush=True)
                     try:
-                        rollback(classifier, 1 if classifier.serving() == 2 else 2, server)  # noqa: PLR2004
+                        rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
                     except NotServed as error:  # put back, so that the clients should see nothing of it
                         refused.append(f"swap {number}: {error}")
             table.append({"swaps": swaps, **usage(pid)})
@@ -98,12 +117,12 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
         return {
             "swaps": swaps,
             "seconds": round(time.perf_counter() - start, 1),
-            "requests": sum(asked),
-            "failed": failed[:10],
-            "failures": len(failed),
-            "contradictions": wrong[:10],
+            "requests": sum(found.asked),
+            "failed": found.failed[:10],
+            "failures": len(found.failed),
+            "contradictions": found.wrong[:10],
             "swaps_put_back": refused,
-            "versions_seen": sorted(seen),
+            "versions_seen": sorted(found.seen),
             "growth_after_warm_percent": round(100 * (table[-1]["pss_mb"] / base["pss_mb"] - 1), 2),
             "table": table,
         }
