@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
+    from patcher.fleet import Fleet
     from patcher.head import Head
     from patcher.labelling import PatchReport, PatchSettings, add_label, add_labels
-    from patcher.lifecycle import diff, evaluate, history, rollback
+    from patcher.lifecycle import diff, evaluate, history, prune, rollback, sync
     from patcher.memory import Memory
     from patcher.relabelling import merge_labels, remove_label, rename_label
     from patcher.remembering import remember
@@ -26,6 +27,7 @@ _HOMES = {
     "Classifier": "patcher.repository",
     "ClientTls": "patcher.triton.tls",
     "Examples": "patcher.examples",
+    "Fleet": "patcher.fleet",
     "GateRefused": "patcher.errors",
     "Head": "patcher.head",
     "InputError": "patcher.errors",
@@ -43,11 +45,13 @@ _HOMES = {
     "evaluate": "patcher.lifecycle",
     "history": "patcher.lifecycle",
     "merge_labels": "patcher.relabelling",
+    "prune": "patcher.lifecycle",
     "read_examples": "patcher.examples",
     "remember": "patcher.remembering",
     "remove_label": "patcher.relabelling",
     "rename_label": "patcher.relabelling",
     "rollback": "patcher.lifecycle",
+    "sync": "patcher.lifecycle",
 }
 
 __all__ = [
@@ -55,6 +59,7 @@ __all__ = [
     "Classifier",
     "ClientTls",
     "Examples",
+    "Fleet",
     "GateRefused",
     "Head",
     "InputError",
@@ -72,11 +77,13 @@ __all__ = [
     "evaluate",
     "history",
     "merge_labels",
+    "prune",
     "read_examples",
     "remember",
     "remove_label",
     "rename_label",
     "rollback",
+    "sync",
 ]
 
 

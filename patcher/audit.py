@@ -16,7 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["CHANGES", "begin", "finish", "note", "read_events"]
 
 CHANGES = frozenset(
-    ["export", "add-label", "rollback", "remove-label", "rename-label", "merge-labels", "remember", "serve"]
+    [
+        "export",
+        "add-label",
+        "rollback",
+        "prune",
+        "sync",
+        "remove-label",
+        "rename-label",
+        "merge-labels",
+        "remember",
+        "tune",
+        "serve",
+    ]
 )
 """The verbs that a file of events (``$PATCHER_AUDIT_LOG``) keeps."""
 _OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}

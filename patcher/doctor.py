@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import PatcherError, RepositoryError
 from patcher.features import extract_features
+from patcher.fleet import members, present
+from patcher.journal import hashes
 from patcher.repository import ModelRepository
-from patcher.rollout import PROBE_TEXT, probe, validate
+from patcher.rollout import PROBE_TEXT, catch_up, changing, probe, recover, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["Check", "diagnose"]
+__all__ = ["Check", "diagnose", "repair"]
 
 _NEEDED = ("numpy", "onnx", "tritonclient", "tokenizers", "safetensors")
 _OPTIONAL = {
@@ -65,12 +67,39 @@ def diagnose(root: Path, server: TritonServer | None, url: str) -> Iterator[Chec
     if server is None:
         yield Check("server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {root}` starts a server")
         return
-    yield Check("server", "ok", f"{server.server_metadata()} at {url}")
-    for name in names:
+    for member in members(server):
+        if member not in present(server):
+            yield Check("server", "fault", f"nobody answers at {member.url}, one of {url}; `patcher sync` when it does")
+            continue
+        yield Check("server", "ok", f"{member.server_metadata()} at {member.url}")
+        for name in names:
+            try:
+                yield _served(repository.classifier(name), member)
+            except PatcherError as error:
+                yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+
+
+def repair(root: Path, server: TritonServer | None) -> Iterator[Check]:
+    """Finish or undo what was interrupted, begin a journal that cannot be read anew, have servers serve what is pinned.
+
+    Damaged versions are not touched: nobody but you knows another copy of them.
+    """
+    repository = ModelRepository(root)
+    for name in repository.classifiers():
+        what = f"{name}, repair"
         try:
-            yield _served(repository.classifier(name), server)
+            classifier = repository.classifier(name)
+            with repository.lock():
+                try:
+                    classifier.journal.entries()
+                except RepositoryError as error:
+                    yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside().name} now")
+                yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
+            with changing(classifier, server):
+                for url, state in (catch_up(classifier, server) if server else {}).items():
+                    yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
         except PatcherError as error:
-            yield Check(f"{name}, served", "fault", str(error))
+            yield Check(what, "fault", str(error))
 
 
 def _installation() -> Iterator[Check]:
@@ -108,13 +137,33 @@ def _on_disk(repository: ModelRepository, name: str) -> Iterator[Check]:
         return
     faults = [check for version in versions if (check := _version(classifier, version, serving))]
     yield from faults
+    yield _journal(classifier)
     yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves")
     yield _backbone(classifier)
     yield _local_answer(classifier)
 
 
+def _journal(classifier: Classifier) -> Check:
+    what = f"{classifier.name}, journal"
+    try:
+        pending, published = classifier.journal.pending(), classifier.journal.published()
+    except PatcherError as error:
+        return Check(what, "fault", str(error))
+    if pending:
+        done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
+        return Check(what, "fault", f"interrupted: {pending}; {done}")
+    unknown = sorted(set(classifier.versions()) - set(published))
+    if unknown:
+        found = ", ".join(map(str, unknown))
+        return Check(
+            what, "note", f"versions {found} are not in it, of an older patcher perhaps; the next change adds them"
+        )
+    return Check(what, "ok", "nothing was interrupted; every file is the one that was published")
+
+
 def _version(classifier: Classifier, version: int, serving: int) -> Check | None:
     try:
+        _untouched(classifier, version)
         head = classifier.head(version)
         classifier.memory(version)
         if version == serving:
@@ -124,6 +173,23 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
     except PatcherError as error:
         return Check(f"{classifier.name}, version {version}", "fault", str(error))
     return None
+
+
+def _untouched(classifier: Classifier, version: int) -> None:
+    try:
+        recorded = classifier.journal.published().get(version)
+    except RepositoryError:
+        return  # a finding of its own
+    if recorded is None:
+        return
+    found = hashes(classifier.files(version))
+    for name in sorted(found.keys() | recorded.keys()):
+        now, then = found.get(name, "gone"), recorded.get(name, "none")
+        if now != then:
+            raise RepositoryError(
+                f"{name} was changed after it was published: its SHA-256 is {now[:12]}, the journal says {then[:12]}; "
+                "restore it from a copy, or go to another version and prune this one"
+            )
 
 
 def _backbone(classifier: Classifier) -> Check:

@@ -20,7 +20,7 @@ from patcher.head import MULTI_LABEL
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.remembering import label_ids
-from patcher.rollout import roll_out, validate
+from patcher.rollout import changing, roll_out, validate
 from patcher.scope import fit_scope
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def add_labels(
         features = extract_features(target, [text for group in texts.values() for text in group], server)
         groups = _grouped(features, texts)
         old, held_out = (_features(target, data, server) for data in (replay, evaluation))
-    with contextlib.nullcontext() if settings.dry_run else repository.lock():
+    with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         with watch("read"):
             parent, memory = target.head(), target.memory()
             _check_backbone(target, parent)

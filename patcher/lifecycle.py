@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import RepositoryError
+from patcher.errors import InputError, RepositoryError
 from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets
 from patcher.features import extract_features
 from patcher.head import Lineage
-from patcher.rollout import Switch, roll_back
+from patcher.rollout import Switch, catch_up, changing, roll_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["Difference", "Entry", "Flip", "diff", "evaluate", "history", "rollback"]
+__all__ = ["Difference", "Entry", "Flip", "diff", "evaluate", "history", "prune", "rollback", "sync"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,34 @@ def rollback(classifier: Classifier, to: int | None = None, server: TritonServer
     NotServed
         when the server would not serve it; the version that served before is put back.
     """
-    with classifier.repository.lock():
+    with changing(classifier, server):
         return roll_back(classifier, to, server)
+
+
+def sync(classifier: Classifier, server: TritonServer) -> dict[str, str]:
+    """Have every replica behind ``server`` serve what the files pin; what became of each, by address.
+
+    ``agreed`` had it already, ``caught up`` was made to, ``away`` does not answer, ``failed: …`` would not.
+    """
+    with changing(classifier, server):
+        return catch_up(classifier, server)
+
+
+def prune(classifier: Classifier, keep: int) -> tuple[int, ...]:
+    """Take all versions but the newest ``keep`` off the disk, and return which those were.
+
+    The serving version and its parent stay, whatever their age. Numbers of pruned versions are not given again.
+    """
+    if keep < 1:
+        raise InputError(f"keep is {keep}; expected 1 version at least")
+    with changing(classifier):
+        serving = classifier.serving()
+        versions = classifier.versions()
+        spared = {serving, classifier.head(serving).lineage.parent, *versions[-keep:]}
+        old = tuple(version for version in versions if version not in spared)
+        if old:
+            classifier.prune(old)
+        return old
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from patcher.head import Head, Lineage
 if TYPE_CHECKING:
     from patcher.repository import Classifier
 
-__all__ = ["next_lineage", "now"]
+__all__ = ["author", "next_lineage", "now"]
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
@@ -25,7 +25,7 @@ def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
         parent=parent.lineage.version,
         backbone=parent.lineage.backbone,
         created=now(),
-        author=_author(),
+        author=author(),
         tool_version=__version__,
         **what,
     )
@@ -36,7 +36,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _author() -> str:
+def author() -> str:
+    """Who runs this program, as the system names them; empty where it does not."""
     try:
         # A name that is no text would not go into the lineage's JSON.
         return getpass.getuser().encode("utf-8", "replace").decode()

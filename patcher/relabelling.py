@@ -14,7 +14,7 @@ from patcher.fit import fit
 from patcher.gate import judge
 from patcher.labelling import PatchSettings
 from patcher.lineage import next_lineage
-from patcher.rollout import roll_out
+from patcher.rollout import changing, roll_out
 from patcher.scope import fit_scope
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def remove_label(classifier: Classifier, label: str, server: TritonServer | None
 
     Raises LabelError where it is not there, or only two labels are left.
     """
-    with classifier.repository.lock():
+    with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         head = parent.without(label)
         if len(head.labels) < _FEWEST:
@@ -65,7 +65,7 @@ def remove_label(classifier: Classifier, label: str, server: TritonServer | None
 def rename_label(classifier: Classifier, old: str, new: str, server: TritonServer | None = None) -> Change:
     """Give a label another name; no number changes."""
     check_label(new, "the new name")
-    with classifier.repository.lock():
+    with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         if old == new:
             raise LabelError(f"{old!r} has that name already; nothing to change")
@@ -98,7 +98,7 @@ def merge_labels(
     labels = tuple(dict.fromkeys(labels))
     if len(labels) < _FEWEST:
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
-    with classifier.repository.lock():
+    with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         head, features = parent, []
         for label in labels:

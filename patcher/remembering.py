@@ -13,7 +13,7 @@ from patcher.features import extract_features
 from patcher.head import MULTI_LABEL, Head
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
-from patcher.rollout import Switch, roll_out
+from patcher.rollout import Switch, changing, roll_out
 from patcher.scope import fit_scope
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def remember(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
-    with classifier.repository.lock():
+    with changing(classifier, server):
         parent = classifier.head()
         label_ids(parent, examples)  # before minutes go into features
         features = extract_features(classifier, examples.texts, None, progress)

@@ -6,26 +6,31 @@ Three rules keep it whole, whatever is interrupted:
 - what serves is the version pinned in the head's ``config.pbtxt``, replaced by one rename, so that a restarted server
   serves what served before, whatever else lies beside it;
 - only the holder of the lock writes, and a dead process holds no lock.
+
+Beside them a journal tells what was begun and how it ended (``patcher.journal``); numbers are never given twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
+from patcher.disk import flush_folder, flush_tree, read_bytes, read_text, replace, storage
 from patcher.errors import Busy, InputError, RepositoryError, StorageError, VersionError
 from patcher.head_file import read_head, write_head
+from patcher.journal import Journal, hashes
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
@@ -38,6 +43,8 @@ FORMAT = 1
 _FORMAT_FILE = "patcher.json"
 _LOCK_FILE = ".patcher.lock"
 _STAGING = ".patcher-staging-"
+_JOURNAL = ".journal"
+_PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROLES = ("_head", "_features", "_tokenizer", "_backbone")
 _MODEL = "model.onnx"
@@ -92,10 +99,10 @@ class ModelRepository:
     def create(cls, root: str | os.PathLike[str]) -> ModelRepository:
         """Open the repository at ``root``, making folder and format file where there are none."""
         path = Path(root)
-        with _storage(path):
+        with storage(path):
             path.mkdir(parents=True, exist_ok=True)
             if not (path / _FORMAT_FILE).exists():
-                _replace(path / _FORMAT_FILE, (json.dumps({"format": FORMAT}) + "\n").encode())
+                replace(path / _FORMAT_FILE, (json.dumps({"format": FORMAT}) + "\n").encode())
         return cls(path)
 
     def _check_format(self) -> None:
@@ -135,26 +142,40 @@ class ModelRepository:
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
-        """Hold the repository's lock, waiting ``timeout`` seconds for it at most (Busy).
+        """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
 
-        The lock is the kernel's, on an open file: it goes with the process that holds it, however that ends. Whoever
-        holds it waits in vain for a second one: `add_label` and its like take it themselves.
+        The lock is the kernel's (flock), on an open file: it goes with the process that holds it, however that ends.
+        On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
+        ``local_lock`` it keeps only the processes of one machine apart, and two machines must take turns by other
+        means: a version number is then still never taken twice, but of two pins the later one stands.
+        Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
         """
         import filelock
 
         lock = filelock.FileLock(self.root / _LOCK_FILE)
-        with _storage(self.root):
-            try:
-                lock.acquire(timeout=timeout)
-            except filelock.Timeout as error:
-                raise Busy(
-                    f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it is done"
-                ) from error
+        with storage(self.root):
+            seen, deadline = self._progress(), time.monotonic() + timeout
+            while True:
+                try:
+                    lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
+                    break
+                except filelock.Timeout as error:
+                    # A queue of patchers that get on is no reason to give up.
+                    if (now := self._progress()) != seen:
+                        seen, deadline = now, time.monotonic() + timeout
+                    elif time.monotonic() >= deadline:
+                        raise Busy(
+                            f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
+                            "is done"
+                        ) from error
         try:
             self._sweep()
             yield
         finally:
             lock.release()
+
+    def _progress(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.root.glob(f"*{_JOURNAL}")}
 
     def _sweep(self) -> None:
         # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
@@ -169,7 +190,7 @@ class ModelRepository:
         Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
         would stop a server that loads all it finds: only exports, which make new models, stage there.
         """
-        with _storage(self.root):
+        with storage(self.root):
             path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / model))
             try:
                 yield path
@@ -223,9 +244,13 @@ class ModelRepository:
         with self.staging() as staging:
             for config in configs:
                 _stage_model(staging / config.name, config)
-            _write_version(staging / f"{name}_head" / str(version), head, memory)
+            _write_version(staging / f"{name}_head" / str(version), _version_files(head, memory))
             self._move_in(staging, [config.name for config in configs])
-        return Classifier(self, name)
+        classifier = Classifier(self, name)
+        # Of a classifier that was here before under this name, and whose folders somebody took away.
+        classifier.journal.path.unlink(missing_ok=True)
+        classifier.adopt()
+        return classifier
 
     def remove_backbone(self, name: str) -> None:
         """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
@@ -233,7 +258,7 @@ class ModelRepository:
 
     def remove_classifier(self, name: str) -> None:
         """Take a classifier's models out again, its backbone not."""
-        self._remove([name, f"{name}_head"])
+        self._remove([name, f"{name}_head", f"{name}{_JOURNAL}"])
 
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
@@ -249,19 +274,19 @@ class ModelRepository:
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
         path = self.root / model / _CONFIG
-        return model_config.parse(_read_text(path), str(path))
+        return model_config.parse(read_text(path), str(path))
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: _read_bytes(self.root / model / _CONFIG) for model in configs}
-        with _storage(self.root):
+        before = {model: read_bytes(self.root / model / _CONFIG) for model in configs}
+        with storage(self.root):
             try:
                 for model, text in configs.items():
                     with self.staging(model) as staging:
-                        _replace(self.root / model / _CONFIG, text.encode(), staging)
+                        replace(self.root / model / _CONFIG, text.encode(), staging)
             except BaseException:
                 for model, data in before.items():
-                    _replace(self.root / model / _CONFIG, data)
+                    replace(self.root / model / _CONFIG, data)
                 raise
 
     def _refuse_existing(self, name: str) -> None:
@@ -274,9 +299,9 @@ class ModelRepository:
             target = self.root / name
             if target.exists():
                 target.rename(staging / f"leftover-{name}")
-            _flush_tree(staging / name)
+            flush_tree(staging / name)
             (staging / name).rename(target)
-        _flush_folder(self.root)
+        flush_folder(self.root)
 
     def _remove(self, names: Sequence[str]) -> None:
         with self.staging() as staging:
@@ -301,6 +326,7 @@ class Classifier:
             ) from None
         self.backbone: str = self.backbone_model.removesuffix("_backbone")
         self.features_model = f"{self.backbone}_features"
+        self.journal = Journal(repository.root / f"{name}{_JOURNAL}")
 
     @property
     def root(self) -> Path:
@@ -338,8 +364,10 @@ class Classifier:
         """Folder of a version; VersionError where there is none."""
         path = self.root / self.head_model / str(version)
         if not (path / _MODEL).is_file():
-            there = ", ".join(map(str, self.versions()))
-            raise VersionError(f"{self.name} has no version {version}; there are {there or 'none'} (`patcher history`)")
+            there = ", ".join(map(str, self.versions())) or "none"
+            pruned = version in self.journal.pruned()
+            what = f"version {version} of {self.name} was pruned" if pruned else f"{self.name} has no version {version}"
+            raise VersionError(f"{what}; there are {there} (`patcher history`)")
         return path
 
     def head(self, version: int | None = None) -> Head:
@@ -356,7 +384,7 @@ class Classifier:
 
     def head_bytes(self, version: int) -> bytes:
         """The file of a head version as it lies on disk."""
-        return _read_bytes(self.version_path(version) / _MODEL)
+        return read_bytes(self.version_path(version) / _MODEL)
 
     def memory(self, version: int | None = None) -> Memory | None:
         """The memory beside a head version; None where it was exported without one."""
@@ -364,24 +392,49 @@ class Classifier:
         if not path.exists():
             return None
         try:
-            return Memory.from_bytes(_read_bytes(path))
+            return Memory.from_bytes(read_bytes(path))
         except RepositoryError as error:
             raise RepositoryError(f"{path}: {error}; `patcher remember --data FILE` builds it anew") from error
 
     def next_version(self) -> int:
-        """The number that the next patch gets: above all that were ever published here and still lie on disk."""
-        return max(self.versions(), default=0) + 1
+        """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
+        return max((*self.versions(), *self.journal.published()), default=0) + 1
 
     def publish(self, head: Head, memory: Memory | None) -> Path:
         """Put a new version on disk by one rename; it serves when it is pinned. The lock must be held."""
         version = head.lineage.version
         target = self.root / self.head_model / str(version)
-        with self.repository.staging(self.head_model) as staging:
-            _write_version(staging / str(version), head, memory)
-            _flush_tree(staging / str(version))
-            (staging / str(version)).rename(target)
-            _flush_folder(target.parent)
+        if target.exists():
+            raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
+        files = _version_files(head, memory)
+        self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
+        try:
+            with self.repository.staging(self.head_model) as staging:
+                _write_version(staging / str(version), files)
+                flush_tree(staging / str(version))
+                (staging / str(version)).rename(target)
+                flush_folder(target.parent)
+        except BaseException:
+            if not target.exists():
+                self.note("undone", serving=self.serving())
+            raise
         return target
+
+    def adopt(self) -> tuple[int, ...]:
+        """Take versions into the journal that are not in it: an older patcher's. The lock must be held."""
+        missing = [version for version in self.versions() if version not in self.journal.published()]
+        for version in missing:
+            self.journal.append("adopted", version=version, files=hashes(self.files(version)))
+        return tuple(missing)
+
+    def files(self, version: int) -> dict[str, bytes]:
+        """The files of a version as they lie on disk, by name."""
+        return {path.name: read_bytes(path) for path in sorted(self.version_path(version).iterdir()) if path.is_file()}
+
+    def note(self, event: str, **values: Any) -> None:
+        """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
+        with contextlib.suppress(StorageError):
+            self.journal.append(event, **values)
 
     def pin(self, version: int) -> None:
         """Make ``version`` the one that serves, by one rename; a server learns of it at its next load."""
@@ -396,26 +449,43 @@ class Classifier:
         """
         self.version_path(version)
         path = self.root / self.head_model / _CONFIG
-        text = model_config.with_pin(_read_text(path), (version,), str(path))
+        previous = self.serving()
+        text = model_config.with_pin(read_text(path), (version,), str(path))
         with self.repository.staging(self.head_model) as staging:
             before = staging / "before"
             try:
                 before.hardlink_to(path)
             except OSError:  # a file system without hard links
                 shutil.copy2(path, before)
+            self.journal.append("switch", **{"from": previous, "to": version})
             try:
-                _replace(path, text.encode(), staging)
+                replace(path, text.encode(), staging)
                 yield
             except BaseException:
                 before.replace(path)
+                flush_folder(path.parent, tolerant=True)
+                self.note("back", to=previous)
                 raise
+        self.note("done", serving=version)
 
     def withdraw(self, version: int) -> None:
         """Take a version off the disk that never served; the serving one is refused. The lock must be held."""
         if version == self.serving():
             raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
+        self._take_away([version])
+        self.note("undone", serving=self.serving())
+
+    def prune(self, versions: Sequence[int]) -> None:
+        """Take old versions off the disk for good, the serving one never; the lock must be held."""
+        if self.serving() in versions:
+            raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
+        self.journal.append("pruned", versions=list(versions))
+        self._take_away(versions)
+
+    def _take_away(self, versions: Sequence[int]) -> None:
         with self.repository.staging(self.head_model) as staging:
-            self.version_path(version).rename(staging / str(version))
+            for version in versions:
+                (self.root / self.head_model / str(version)).rename(staging / str(version))
 
 
 def _is_folder(path: Path) -> bool:
@@ -439,60 +509,15 @@ def _stage_model(folder: Path, config: model_config.ModelConfig) -> None:
     (folder / _CONFIG).write_text(model_config.render(config), encoding="utf-8")
 
 
-def _write_version(folder: Path, head: Head, memory: Memory | None) -> None:
+def _version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
+    return {_MODEL: write_head(head)} | ({} if memory is None else {_MEMORY: memory.to_bytes()})
+
+
+def _write_version(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / _MODEL).write_bytes(write_head(head))
-    if memory is not None:
-        (folder / _MEMORY).write_bytes(memory.to_bytes())
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
 
 
 def _tokenizer_source() -> bytes:
     return (Path(__file__).parent / "triton" / "tokenizer" / "model.py").read_bytes()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RepositoryError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise RepositoryError(f"{path} is not UTF-8 text: {error.reason}") from error
-
-
-@contextlib.contextmanager
-def _storage(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write to {root}: {error.strerror or error}; nothing was changed") from error
-
-
-def _replace(path: Path, data: bytes, staging: Path | None = None) -> None:
-    temporary = (staging or path.parent) / f".{path.name}.new"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _flush_folder(path.parent)
-
-
-def _flush_tree(folder: Path) -> None:
-    for directory, _, files in os.walk(folder):
-        for name in files:
-            with (Path(directory) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        _flush_folder(Path(directory))
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,16 +10,19 @@ import numpy as np
 
 from patcher.errors import NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
 from patcher.features import check_same_backbone
+from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
 from patcher.runtime import check_head_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from patcher.head import Head
     from patcher.memory import Memory
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["PROBE_TEXT", "Switch", "probe", "roll_back", "roll_out", "validate"]
+__all__ = ["PROBE_TEXT", "Switch", "catch_up", "changing", "probe", "recover", "roll_back", "roll_out", "validate"]
 
 PROBE_TEXT = "is anybody there?"
 """Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
@@ -108,7 +111,7 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
 
 def _require_live(server: TritonServer | None) -> None:
     # Before anything is published, so that a server that is not there costs nothing.
-    if server is not None and not server.is_live():
+    if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
             "--url or $TRITON_URL names another, --no-load does without"
@@ -117,32 +120,42 @@ def _require_live(server: TritonServer | None) -> None:
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
     version, previous = head.lineage.version, classifier.serving()
-    asked = False
+    asked: list[TritonServer] = []
     try:
         with classifier.pinned(version):
-            if server is not None:
-                asked = True
-                server.load(classifier.head_model)
-                probe(classifier, head, server)
+            replicas = present(server)
+            for number, wave in enumerate(waves(replicas)):
+                asked += wave
+                each(wave, lambda replica: _serve(classifier, head, replica))
+                if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
+                    watch(classifier.name, wave[0], server.watch_seconds)
+                    probe(classifier, head, wave[0])
     except BaseException as error:
-        # Whatever it was, the files are as before; now the server has to be, too.
-        if server is None or not asked or version == previous:
+        # Whatever it was, the files are as before; now the servers that were asked have to be, too.
+        if not asked or version == previous:
+            classifier.note("undone", serving=previous)
             raise
-        _put_back(classifier, version, server, error)
+        _put_back(classifier, version, asked, error)
     return Switch(version, previous, served=server is not None)
 
 
-def _put_back(classifier: Classifier, version: int, server: TritonServer, cause: BaseException) -> NoReturn:
+def _serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
+    replica.load(classifier.head_model)
+    probe(classifier, head, replica)
+
+
+def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer], cause: BaseException) -> NoReturn:
     previous = classifier.serving()
     try:
-        server.load(classifier.head_model)
-        probe(classifier, classifier.head(previous), server)
+        head = classifier.head(previous)
+        each(asked, lambda replica: _serve(classifier, head, replica))
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
             f"`patcher rollback --to {previous}` tries again, a restarted server comes up on it"
         )
     else:
+        classifier.note("undone", serving=previous)
         state = f"Version {previous} serves again"
         if isinstance(cause, KeyboardInterrupt):
             raise cause
@@ -151,3 +164,80 @@ def _put_back(classifier: Classifier, version: int, server: TritonServer, cause:
         f"{str(cause) or type(cause).__name__}. {state}; `patcher rollback --to {version}` tries it once more",
         {"version": version, "parent_version": previous, "published": True, "served": False},
     ) from cause
+
+
+@contextlib.contextmanager
+def changing(classifier: Classifier, server: TritonServer | None = None) -> Iterator[None]:
+    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone."""
+    with classifier.repository.lock():
+        recover(classifier, server)
+        classifier.adopt()
+        yield
+
+
+def recover(classifier: Classifier, server: TritonServer | None = None) -> str | None:
+    """Finish or undo the change that was interrupted, and say which; None where none was. The lock must be held.
+
+    The pin decides: a version that was pinned is loaded and proven (or else put back), one that was not is withdrawn,
+    for nobody was told that it serves. Without a server the files alone are brought in order.
+    """
+    _finish_pruning(classifier)
+    pending = classifier.journal.pending()
+    if pending is None:
+        return None
+    if pending.switched is None:
+        return _undo(classifier, pending.published)
+    _require_live(server)
+    serving, (before, after) = classifier.serving(), pending.switched
+    if serving == after != before and not pending.back:
+        try:
+            _serve_all(classifier, after, server)
+        except PatcherError:
+            classifier.pin(before)
+            classifier.note("switch", **{"from": before, "to": before})  # the servers have yet to learn of it
+            _serve_all(classifier, before, server)
+            return _undo(classifier, None)
+        classifier.note("done", serving=after)
+        return f"finished: version {after} serves"
+    _serve_all(classifier, serving, server)
+    return _undo(classifier, None if pending.back else pending.published)
+
+
+def _serve_all(classifier: Classifier, version: int, server: TritonServer | None) -> None:
+    head = classifier.head(version)
+    each(present(server), lambda replica: _serve(classifier, head, replica))
+
+
+def _undo(classifier: Classifier, published: int | None) -> str:
+    serving = classifier.serving()
+    if published is not None and published in classifier.versions() and published != serving:
+        classifier.withdraw(published)
+        return f"undone: version {published} was never made to serve, and is withdrawn"
+    classifier.note("undone", serving=serving)
+    return f"undone: version {serving} serves"
+
+
+def _finish_pruning(classifier: Classifier) -> None:
+    left = sorted(classifier.journal.pruned() & set(classifier.versions()) - {classifier.serving()})
+    if left:
+        classifier.prune(left)
+
+
+def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
+    """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
+
+    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone.
+    """
+    head = classifier.head()
+    found = dict.fromkeys((member.url for member in members(server)), "away")
+    for replica in present(server):
+        try:
+            probe(classifier, head, replica)
+            found[replica.url] = "agreed"
+        except PatcherError:
+            try:
+                _serve(classifier, head, replica)
+                found[replica.url] = "caught up"
+            except PatcherError as error:
+                found[replica.url] = f"failed: {error}"
+    return found

@@ -29,8 +29,8 @@ def tree():
     """A function that tells every file below a folder with its bytes: "the repository byte for byte as before"."""
 
     def read(root):
-        hidden = ".patcher.lock"
-        paths = (path for path in root.rglob("*") if path.name != hidden)
+        # The lock comes and goes; the journal tells of what was tried and undone, too.
+        paths = (path for path in root.rglob("*") if path.name != ".patcher.lock" and path.suffix != ".journal")
         return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 
     return read

@@ -23,6 +23,7 @@ def test_the_layout_is_the_contracts(classifier):
     files = {str(p.relative_to(classifier.root)) for p in classifier.root.rglob("*") if p.is_file()}
     assert files - {".patcher.lock"} == {
         "patcher.json",
+        "intent.journal",
         "intent/config.pbtxt",
         "intent/1/.keep",
         "intent_features/config.pbtxt",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import click
 
 from patcher.cli.options import Settings, common_options
@@ -12,25 +10,35 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
 
 @click.command("doctor")
+@click.option(
+    "--repair", is_flag=True, help="Finish or undo what was interrupted; have every server serve what is pinned."
+)
 @common_options
-def doctor_command(settings: Settings) -> int:
+def doctor_command(repair: bool, settings: Settings) -> int:
     """Say what is installed, what the repository holds, what the server says, and whether they agree.
 
     Ends with 1 where something is at fault.
     """
-    from patcher.doctor import Check, diagnose
+    from patcher import doctor
     from patcher.errors import TlsError
 
     checks = []
-    with settings.server() as server:
-        fault = []
+
+    def tell(check: doctor.Check) -> None:
+        checks.append(check)
+        if not settings.json:
+            settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
+
+    with settings.server() as asked:
+        server = None
         try:
-            live = server.is_live()
+            server = asked if asked.is_live() else None
         except TlsError as error:
-            live, fault = False, [Check("TLS", "fault", str(error))]
-        for check in itertools.chain(fault, diagnose(settings.repo, server if live else None, settings.url)):
-            checks.append(check)
-            if not settings.json:
-                settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
+            tell(doctor.Check("TLS", "fault", str(error)))
+        if repair:
+            for check in doctor.repair(settings.repo, server):
+                tell(check)
+        for check in doctor.diagnose(settings.repo, server, settings.url):
+            tell(check)
     settings.emit([check.to_json() for check in checks])
     return int(any(check.state == "fault" for check in checks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import stat
@@ -37,6 +38,7 @@ class Settings:
     url: str
     json: bool
     key_file: Path | None
+    watch: float
     tls_files: tuple[Path | None, Path | None, Path | None] = (None, None, None)
     """The authority, and the client's own certificate and key."""
     tls_server_name: str | None = None
@@ -54,10 +56,21 @@ class Settings:
         return self.repository.classifier(self.classifier_name)
 
     def server(self) -> TritonServer:
-        """The server at ``--url``; whether it answers shows at the first call."""
+        """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
+        from patcher.fleet import Fleet, addresses
         from patcher.triton.client import TritonServer
 
-        return TritonServer(self.url, admin_key=read_key(self.key_file), tls=self.tls)
+        urls, key, tls = addresses(self.url), read_key(self.key_file), self.tls
+        if len(urls) == 1:
+            return TritonServer(urls[0], admin_key=key, tls=tls)
+        if tls and tls.server_name is None and "," not in self.url:
+            # The addresses behind one name are connected to by number; their certificate is for the name.
+            tls = dataclasses.replace(tls, server_name=self.url.rpartition(":")[0])
+        fleet = Fleet(urls, watch_seconds=self.watch, admin_key=key, tls=tls)
+        if fleet.away and len(fleet.away) < len(urls):
+            away = ", ".join(fleet.away)
+            tell(f"warning: {away} does not answer and is left out; `patcher sync` when it is back", err=True)
+        return fleet
 
     @property
     def tls(self) -> ClientTls | None:
@@ -130,11 +143,22 @@ _OPTIONS = (
     click.option("--classifier", "classifier_name", metavar="NAME", help="Which one, if there are several."),
     click.option(
         "--url",
+        "urls",
         envvar="TRITON_URL",
-        default="localhost:8001",
+        multiple=True,
+        default=("localhost:8001",),
         show_default=True,
         metavar="HOST:PORT",
-        help="The server's gRPC address  [env: TRITON_URL]",
+        help="The server's gRPC address; several (commas, or the option again) or a name of several: all of them"
+        "  [env: TRITON_URL]",
+    ),
+    click.option(
+        "--watch",
+        type=click.FloatRange(0),
+        default=2.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Of several servers the first serves a change alone so long, before the others do.",
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr."),
     click.option(
@@ -174,7 +198,8 @@ def common_options(command: Command) -> Command:
         *args: Any,
         repo: Path,
         classifier_name: str | None,
-        url: str,
+        urls: tuple[str, ...],
+        watch: float,
         as_json: bool,
         key_file: Path | None,
         tls_ca: Path | None,
@@ -184,7 +209,16 @@ def common_options(command: Command) -> Command:
         **kwargs: Any,
     ) -> Any:
         tls = (tls_ca, tls_cert, tls_key)
-        settings = Settings(repo, classifier_name, url, as_json, key_file, tls, tls_server_name)
+        settings = Settings(
+            repo,
+            classifier_name,
+            ",".join(urls),
+            as_json,
+            key_file,
+            watch,
+            tls_files=tls,
+            tls_server_name=tls_server_name,
+        )
         return command(*args, settings=settings, **kwargs)
 
     for option in reversed(_OPTIONS):

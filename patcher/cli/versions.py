@@ -1,4 +1,4 @@
-"""``patcher labels``, ``history``, ``diff`` and ``rollback``: the versions of a head."""
+"""``patcher labels``, ``history``, ``diff``, ``rollback``, ``prune`` and ``sync``: the versions of a head."""
 
 from __future__ import annotations
 
@@ -120,3 +120,37 @@ def rollback_command(to: int | None, no_load: bool, settings: Settings) -> None:
     if not settings.json:
         state = "serves" if switch.served else "is pinned (no server was asked)"
         settings.say(f"version {switch.version} of {classifier.name} {state}; before it was {switch.previous}")
+
+
+@click.command("prune")
+@click.option("--keep", type=click.IntRange(1), required=True, help="So many of the newest versions stay.")
+@common_options
+def prune_command(keep: int, settings: Settings) -> None:
+    """Delete old head versions for good, but for the newest ones, the serving one and its parent.
+
+    A rollback cannot go back to a pruned version; its number is never given again.
+    """
+    from patcher.lifecycle import prune
+
+    classifier = settings.classifier
+    pruned = prune(classifier, keep)
+    settings.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
+    if not settings.json:
+        settings.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {len(classifier.versions())} versions left")
+
+
+@click.command("sync")
+@common_options
+def sync_command(settings: Settings) -> int:
+    """Have every server of --url serve the version that is pinned in the repository, those that were away too.
+
+    Ends with 1 where one of them does not answer, or will not.
+    """
+    from patcher.lifecycle import sync
+
+    with settings.server() as server:
+        states = sync(settings.classifier, server)
+    settings.emit([{"url": url, "state": state} for url, state in states.items()])
+    if not settings.json:
+        settings.say("\n".join(f"{url}  {state}" for url, state in states.items()))
+    return int(any(state not in ("agreed", "caught up") for state in states.values()))

@@ -1,0 +1,125 @@
+"""Several servers of one repository: who is there, in which order they take a new version, how the first is watched."""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import InputError, PatcherError, ServerError
+from patcher.triton.client import TritonServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "watch", "waves"]
+
+WATCH_SECONDS = 2.0
+_POLL_SECONDS = 0.1
+
+
+class Fleet(TritonServer):
+    """Several servers as one: questions go to the first that lives, changes to all of them.
+
+    A replica that does not answer is away: it is named in ``away``, left alone, and learns of the change by
+    ``patcher sync``, or from the files when it starts again. ``watch_seconds`` is how long the first replica serves a
+    new version alone before the others get it.
+    """
+
+    def __init__(self, urls: Sequence[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
+        if not urls:
+            raise InputError("no server; expected HOST:PORT, or several with commas between them")
+        self.members = tuple(TritonServer(url, **options) for url in dict.fromkeys(urls))
+        self.watch_seconds = watch_seconds
+        with ThreadPoolExecutor(len(self.members)) as pool:
+            alive = list(pool.map(TritonServer.is_live, self.members))
+        self.away = tuple(each.url for each, there in zip(self.members, alive, strict=True) if not there)
+        first = alive.index(True) if True in alive else 0
+        super().__init__(self.members[first].url, **options)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for member in self.members:
+            member.close()
+        super().close()
+
+
+def addresses(given: str) -> tuple[str, ...]:
+    """The servers that ``--url`` names: separated by commas, or a name that resolves to several addresses."""
+    found: list[str] = []
+    for url in filter(None, (part.strip() for part in given.split(","))):
+        found += _resolved(url)
+    return tuple(dict.fromkeys(found)) or (given,)
+
+
+def _resolved(url: str) -> list[str]:
+    host, _, port = url.rpartition(":")
+    if not port.isdigit() or host in ("", "localhost"):  # which is one machine under two addresses
+        return [url]
+    try:
+        known = socket.getaddrinfo(host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, OverflowError):  # nobody of that name: the call itself will say so
+        return [url]
+    numbers = list(dict.fromkeys(str(entry[4][0]) for entry in known))
+    return [f"{number}:{port}" for number in numbers] if len(numbers) > 1 else [url]
+
+
+def members(server: TritonServer | None) -> tuple[TritonServer, ...]:
+    """Every replica behind ``server``, whether it is there or not."""
+    if server is None:
+        return ()
+    return server.members if isinstance(server, Fleet) else (server,)
+
+
+def present(server: TritonServer | None) -> tuple[TritonServer, ...]:
+    """The replicas that were there when the fleet was looked at; one server alone counts as present."""
+    away = server.away if isinstance(server, Fleet) else ()
+    return tuple(each for each in members(server) if each.url not in away)
+
+
+def waves(replicas: Sequence[TritonServer]) -> list[tuple[TritonServer, ...]]:
+    """One replica first, then two, four, and so on."""
+    found, start, size = [], 0, 1
+    while start < len(replicas):
+        found.append(tuple(replicas[start : start + size]))
+        start, size = start + size, size * 2
+    return found
+
+
+def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], None]) -> None:
+    """Do it on all replicas at once; every one is tried, then the first error is raised, with how many failed."""
+    if len(replicas) == 1:
+        do(replicas[0])
+        return
+    if not replicas:
+        return
+    with ThreadPoolExecutor(len(replicas)) as pool:
+        futures = [pool.submit(do, replica) for replica in replicas]
+        errors = [(future.exception(), replica) for future, replica in zip(futures, replicas, strict=True)]
+    failed = [(error, replica.url) for error, replica in errors if error is not None]
+    unexpected = [error for error, _ in failed if not isinstance(error, PatcherError)]
+    if unexpected:
+        raise unexpected[0]
+    if failed:
+        said = "; ".join(f"{url}: {error}" for error, url in failed)
+        raise ServerError(f"{len(failed)} of {len(replicas)} replicas failed: {said}") from failed[0][0]
+
+
+def watch(classifier: str, replica: TritonServer, seconds: float) -> None:
+    """ServerError when ``replica`` stops being ready, or fails requests, within ``seconds``."""
+    before = _failures(classifier, replica)
+    deadline = time.monotonic() + seconds
+    while True:
+        if not replica.is_ready(classifier):
+            raise ServerError(f"{classifier} on {replica.url} was ready, and is not any more")
+        failed = _failures(classifier, replica) - before
+        if failed > 0:
+            raise ServerError(f"{failed} requests to {classifier} failed on {replica.url} while it was watched")
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _failures(classifier: str, replica: TritonServer) -> int:
+    return sum(entry.failures for entry in replica.statistics(classifier))

@@ -1,0 +1,172 @@
+"""The journal of a classifier: what was begun and how it ended, with the hash of every file that was ever published.
+
+One JSON object a line, appended and flushed before what it announces is done; each names the SHA-256 of the line
+before it, so that a line changed or taken out later shows. It answers three questions: was a patch interrupted, and
+where; which version numbers were ever given away; is a version's file still the one that was published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import RepositoryError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["Journal", "Pending", "hashes"]
+
+_ENDS = ("done", "undone")
+_BEGINS = ("publish", "switch", "back")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A change that was begun and neither finished nor undone.
+
+    ``published`` is the version that it wrote, or was about to write; ``switched`` the versions before and after a pin
+    that was replaced, or about to be; ``back`` says that the way back had begun.
+    """
+
+    published: int | None
+    switched: tuple[int, int] | None
+    back: bool
+
+    def __str__(self) -> str:
+        if self.switched is None:
+            return f"version {self.published} was being published"
+        return f"version {self.switched[1]} was about to serve after {self.switched[0]}"
+
+
+class Journal:
+    """The journal at ``path``, which need not be there yet; only the holder of the repository's lock appends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Every entry, oldest first; what a killed process left of a last line does not count.
+
+        Raises RepositoryError where an entry cannot be read, or does not follow from the one before it.
+        """
+        found: list[dict[str, Any]] = []
+        previous = ""
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not isinstance(entry["event"], str):
+                    raise ValueError("no event")  # noqa: TRY004  one handler below for all
+                _check_types(entry)
+                chained = entry["previous"] == previous
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise RepositoryError(
+                    f"{self.path}, line {number}, is no entry of a journal ({error}); `patcher doctor --repair` sets "
+                    "the journal aside and begins a new one"
+                ) from error
+            if not chained:
+                raise RepositoryError(
+                    f"{self.path}, line {number}, does not follow from the line before it: the journal was changed; "
+                    "`patcher doctor --repair` sets it aside and begins a new one"
+                )
+            previous = _sha256(line)
+            found.append(entry)
+        return found
+
+    def pending(self) -> Pending | None:
+        """The change that was interrupted, if one was."""
+        last: dict[str, dict[str, Any]] = {}
+        for entry in self.entries():
+            if entry["event"] in _ENDS:
+                last = {}
+            elif entry["event"] in _BEGINS:
+                last[entry["event"]] = entry
+        if not last:
+            return None
+        publish, switch = last.get("publish"), last.get("switch")
+        return Pending(
+            publish["version"] if publish else None,
+            (switch["from"], switch["to"]) if switch else None,
+            "back" in last,
+        )
+
+    def published(self) -> dict[int, dict[str, str]]:
+        """SHA-256 of each file of each version that was ever published, by version and file name."""
+        return {
+            entry["version"]: dict(entry["files"])
+            for entry in self.entries()
+            if entry["event"] in ("publish", "adopted")
+        }
+
+    def pruned(self) -> frozenset[int]:
+        """Versions that were taken off the disk because they were old."""
+        return frozenset(v for entry in self.entries() if entry["event"] == "pruned" for v in entry["versions"])
+
+    def append(self, event: str, **values: Any) -> None:
+        """Add an entry, on disk when this returns; StorageError, with nothing added, where the disk takes none."""
+        from patcher.lineage import author, now
+
+        lines = self._lines()
+        entry = {
+            "event": event, **values, "at": now(), "by": author(), "previous": _sha256(lines[-1]) if lines else "",
+        }  # fmt: skip
+        data = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+        size = sum(len(line) + 1 for line in lines)
+        try:
+            with self.path.open("ab") as file:
+                try:
+                    file.truncate(size)  # the torn line of a process that was killed while it wrote
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, size)
+                    raise
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {self.path}: {error.strerror or error}; nothing was changed"
+            ) from error
+
+    def set_aside(self) -> Path:
+        """Rename a journal that cannot be read any more, and return where it lies now."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+    def _lines(self) -> list[bytes]:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RepositoryError(f"cannot read {self.path}: {error.strerror or error}") from error
+        return data.split(b"\n")[:-1]
+
+
+def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each file's content."""
+    return {name: _sha256(data) for name, data in files.items()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+_NEEDED: dict[str, dict[str, type]] = {
+    "publish": {"version": int, "files": dict},
+    "adopted": {"version": int, "files": dict},
+    "switch": {"from": int, "to": int},
+    "pruned": {"versions": list},
+}
+
+
+def _check_types(entry: Mapping[str, Any]) -> None:
+    for name, kind in {"previous": str, **_NEEDED.get(entry["event"], {})}.items():
+        if not isinstance(entry[name], kind):
+            raise ValueError(f"{name} is {entry[name]!r:.40}")  # noqa: TRY004  one handler for all

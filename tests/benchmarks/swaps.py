@@ -1,0 +1,138 @@
+"""Many swaps under load: requests that fail, answers that contradict themselves, what the server's memory does.
+
+    python tests/benchmarks/swaps.py [--swaps 1000] [--clients 4]
+
+Each swap makes another version serve (the file of version 1 or 2, by pin, load and probe, as ``patcher rollback`` does)
+while clients ask in a loop. The server's memory is that of tritonserver with all its stubs (proportional set size); its
+stubs, open files and shared memory are counted, too. Prints what was found as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny
+
+from patcher import NotServed, TritonServer, add_label, rollback
+from patcher.triton.server import EmbeddedTriton
+
+
+def usage(pid: int) -> dict[str, int]:
+    """What a process and its children hold."""
+    root = psutil.Process(pid)
+    everyone = [root, *root.children(recursive=True)]
+    sizes = []
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the stub of an old version, just gone
+            sizes.append(process.memory_full_info().pss)
+    shared = os.scandir("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
+    return {
+        "pss_mb": sum(sizes) // 2**20,
+        "server_pss_mb": root.memory_full_info().pss // 2**20,
+        "stubs": len(everyone) - 1,
+        "open_files": root.num_fds(),
+        "threads": root.num_threads(),
+        "shared_memory": sum(entry.name.startswith(f"patcher_{os.getpid()}_") for entry in shared),
+    }
+
+
+@dataclass
+class Found:
+    """What the clients saw."""
+
+    asked: list[int]
+    failed: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+
+def ask(url: str, number: int, heads: dict[int, Any], found: Found, stop: threading.Event) -> None:
+    """Ask in a loop, and hold every answer against the head that it says it comes from."""
+    with TritonServer(url) as server:
+        texts = [tiny.sentences(label, 1, seed=number)[0] for label in (*tiny.OLD, "payday")]
+        while not stop.is_set():
+            try:
+                answers = server.classify("intent", texts)
+            except Exception as error:  # noqa: BLE001 - whatever it is, a request has failed
+                found.failed.append(repr(error))
+                continue
+            found.asked[number] += 1
+            for answer in answers:
+                head = heads[answer.head_version]
+                found.seen.add(answer.head_version)
+                best = head.labels[int(answer.logits.argmax())]
+                if len(answer.logits) != len(head.labels) or answer.labels[0] != best:
+                    found.wrong.append(f"{answer.head_version}: {answer.labels[0]}, {len(answer.logits)} logits")
+
+
+def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
+    """Swap so often; ``warm`` is the swap after which growth counts."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
+        models = ["intent", "intent_features"]
+        add_label(classifier.repository, "payday", tiny.sentences("payday", 10))
+        heads = {version: classifier.head(version) for version in classifier.versions()}
+        stop = threading.Event()
+        found = Found([0] * clients)
+        refused: list[str] = []
+        with EmbeddedTriton(classifier.root, models, log_file=folder / "log") as triton:
+            pid = triton.pid or 0
+
+            threads = [
+                threading.Thread(target=ask, args=(triton.url, number, heads, found, stop)) for number in range(clients)
+            ]
+            for thread in threads:
+                thread.start()
+            table, start = [], time.perf_counter()
+            with triton.client() as server:
+                for number in range(swaps):
+                    if number in (0, warm) or number % 100 == 0:
+                        table.append(
+                            {"swaps": number, "requests": sum(found.asked), "failures": len(found.failed), **usage(pid)}
+                        )
+                        print(table[-1], file=sys.stderr, flush=True)
+                    try:
+                        rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
+                    except NotServed as error:  # put back, so that the clients should see nothing of it
+                        refused.append(f"swap {number}: {error}")
+            table.append({"swaps": swaps, **usage(pid)})
+            stop.set()
+            for thread in threads:
+                thread.join()
+        base = next(row for row in table if row["swaps"] == min(warm, swaps))
+        return {
+            "swaps": swaps,
+            "seconds": round(time.perf_counter() - start, 1),
+            "requests": sum(found.asked),
+            "failed": found.failed[:10],
+            "failures": len(found.failed),
+            "contradictions": found.wrong[:10],
+            "swaps_put_back": refused,
+            "versions_seen": sorted(found.seen),
+            "growth_after_warm_percent": round(100 * (table[-1]["pss_mb"] / base["pss_mb"] - 1), 2),
+            "table": table,
+        }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swaps", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=4)
+    options = parser.parse_args()
+    result = run(options.swaps, options.clients)
+    print(json.dumps(result, indent=2))
+    sys.exit(int(bool(result["failures"] or result["contradictions"] or result["swaps_put_back"])))

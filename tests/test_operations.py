@@ -1,0 +1,432 @@
+"""Interrupted patches, changed files, several patchers and several servers, on real tritonservers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import kill
+import swaps
+import together
+
+from patcher import Fleet, ModelRepository, NotServed, TritonServer, add_label, doctor, prune, rollback, sync
+from patcher.errors import Busy, RepositoryError, ServerError, ServerUnreachable, StorageError, VersionError
+from patcher.fleet import addresses, waves
+from patcher.lifecycle import history
+from patcher.rollout import changing, recover
+from patcher.triton.server import EmbeddedTriton
+
+MODELS = ["intent", "intent_features"]
+TEN = tiny.sentences("payday", 10)
+
+
+def faults(classifier, server=None):
+    return [check for check in doctor.diagnose(classifier.root, server, "url") if check.state == "fault"]
+
+
+def patched(classifier, label="payday"):
+    return add_label(classifier.repository, label, tiny.sentences(label, 10)).version
+
+
+class TestJournal:
+    def test_every_file_that_is_published_is_in_it_and_a_change_shows(self, classifier):
+        version = patched(classifier)
+        assert faults(classifier) == []
+        path = classifier.version_path(version) / "memory.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        (fault,) = [check for check in faults(classifier) if "changed after it was published" in check.finding]
+        assert f"version {version}" in fault.what and "memory.safetensors" in fault.finding
+
+    def test_a_changed_line_shows_and_repair_begins_anew(self, classifier):
+        patched(classifier)
+        path = classifier.journal.path
+        path.write_text(path.read_text().replace('"parent": 1', '"parent": 0'))
+        with pytest.raises(RepositoryError, match="does not follow from the line before it"):
+            classifier.journal.entries()
+        assert any("journal" in check.what for check in faults(classifier))
+        assert list(doctor.repair(classifier.root, None))
+        assert faults(classifier) == []
+        assert path.with_name(path.name + ".damaged-1").is_file()
+        assert set(classifier.journal.published()) == {1, 2}
+
+    @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"event": 3}', '{"event": "publish", "previous": ""}'])
+    def test_nonsense_is_named_by_its_line(self, classifier, line):
+        classifier.journal.path.write_text(line + "\n")
+        with pytest.raises(RepositoryError, match="line 1, is no entry"):
+            classifier.journal.entries()
+
+    def test_a_torn_last_line_does_not_count(self, classifier):
+        before = classifier.journal.entries()
+        with classifier.journal.path.open("ab") as file:
+            file.write(b'{"event": "publ')
+        assert classifier.journal.entries() == before
+        assert patched(classifier) == 2
+        assert faults(classifier) == []
+
+    def test_numbers_are_never_given_twice(self, classifier):
+        patched(classifier)
+        rollback(classifier)
+        with classifier.repository.lock():
+            classifier.withdraw(2)
+        assert classifier.versions() == (1,)
+        assert patched(classifier) == 3
+
+    def test_a_repository_without_a_journal_opens_and_gets_one(self, classifier):
+        classifier.journal.path.unlink()
+        assert faults(classifier) == []
+        assert patched(classifier) == 2
+        assert set(classifier.journal.published()) == {1, 2}
+
+
+class TestInterrupted:
+    def test_published_and_not_pinned_is_withdrawn(self, classifier):
+        version = patched(classifier)
+        rollback(classifier)
+        head = classifier.head(version)
+        lines = classifier.journal.path.read_bytes().splitlines(keepends=True)
+        cut = next(i for i, line in enumerate(lines) if b'"switch"' in line)
+        classifier.journal.path.write_bytes(b"".join(lines[:cut]))
+        assert "interrupted: version 2 was being published" in faults(classifier)[0].finding
+        with classifier.repository.lock():
+            assert "withdrawn" in str(recover(classifier))
+        assert classifier.versions() == (1,)
+        assert faults(classifier) == []
+        assert classifier.next_version() == head.lineage.version + 1
+
+    def test_pinned_stays(self, classifier):
+        patched(classifier)
+        lines = classifier.journal.path.read_bytes().splitlines(keepends=True)
+        assert b'"done"' in lines[-1]
+        classifier.journal.path.write_bytes(b"".join(lines[:-1]))
+        with changing(classifier):
+            pass
+        assert (classifier.serving(), classifier.journal.pending()) == (2, None)
+
+    def test_an_interrupted_pruning_is_finished(self, classifier):
+        for label in tiny.NEW:
+            patched(classifier, label)
+        with classifier.repository.lock():
+            classifier.journal.append("pruned", versions=[1, 2])
+        assert patched(classifier, "other") == 5
+        assert classifier.versions() == (3, 4, 5)
+
+    @pytest.mark.server
+    @pytest.mark.slow
+    def test_kill_9_with_a_server(self):
+        found = kill.run(9, seed=3)
+        assert found["killed"] >= 5
+
+
+def test_pruning_spares_what_serves_and_its_parent(classifier):
+    for label in tiny.NEW:
+        patched(classifier, label)
+    rollback(classifier, 2)
+    assert prune(classifier, 1) == (3,)
+    assert classifier.versions() == (1, 2, 4)
+    with pytest.raises(VersionError, match="version 3 of intent was pruned; there are 1, 2, 4"):
+        rollback(classifier, 3)
+    rollback(classifier, 4)
+    assert prune(classifier, 1) == (1, 2)
+    assert [entry.lineage.version for entry in history(classifier)] == [4]
+    assert faults(classifier) == []
+    assert patched(classifier, "another") == 5
+
+
+def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
+    """The lock is held all the time, but its holders finish changes: the one who waits waits on, until none is."""
+
+    def hold():
+        with classifier.repository.lock():
+            started.set_result(None)
+            for _ in range(4):
+                time.sleep(0.3)
+                classifier.journal.append("done", serving=1)
+            time.sleep(1.2)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        started = concurrent.futures.Future()
+        holding = pool.submit(hold)
+        started.result(10)
+        start = time.monotonic()
+        with pytest.raises(Busy), classifier.repository.lock(timeout=0.5):
+            pass
+        assert time.monotonic() - start > 1.2
+        holding.result()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_patchers_at_once_lose_no_label():
+    found = together.run(patchers=3, labels=2)
+    assert found["labels_served"] == 6
+    assert found["versions"] == 7
+    assert found["reachable"] == 7
+
+
+@pytest.fixture
+def mounted(classifier, tmp_path):
+    """A file system of its own, with room for the repository and for a version or two."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = sum(path.stat().st_blocks * 512 for path in classifier.root.rglob("*")) + 131072
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here; the test with a limit on the size of files stands in")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(path):
+    with path.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+class TestFaults:
+    def test_a_disk_that_is_full(self, classifier, tree):
+        """A limit on the size of files makes the kernel refuse real writes, wherever the patch has got to."""
+        before = tree(classifier.root)
+        script = (
+            "import sys, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); limit = int(sys.argv[1])\n"
+        )
+        script += "from patcher.cli import main; import patcher.labelling; sys.dont_write_bytecode = True\n"
+        script += "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); sys.exit(main(sys.argv[2:]))"
+        texts = [argument for text in TEN for argument in ("--text", text)]
+        sizes = [file.stat().st_size for file in classifier.version_path(1).iterdir()]
+        for limit in (10, 700, min(sizes) - 100, max(sizes) - 100):
+            command = [sys.executable, "-c", script, str(limit), "add-label", "payday", *texts, "--no-load"]
+            done = subprocess.run(
+                [*command, "--repo", str(classifier.root)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1, (limit, done.stderr)
+            assert "File too large; nothing was changed" in done.stderr
+            assert tree(classifier.root) == before
+        # Not even "undone" fitted into some of them: the next change says it.
+        assert patched(classifier) > 1
+        assert faults(classifier) == []
+
+    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree):
+        full = ModelRepository(shutil.copytree(classifier.root, mounted / "repository")).classifier()
+        with pytest.raises(OSError, match="No space left"):
+            fill(mounted / "ballast")
+        before = tree(full.root)
+        with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+            patched(full)
+        assert tree(full.root) == before
+        (mounted / "ballast").unlink()
+        assert patched(full) > 1
+        assert faults(full) == []
+        subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+        before = tree(full.root)
+        for change in (rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)):
+            with pytest.raises(StorageError, match="Read-only file system; nothing was changed"):
+                change(full)
+        assert tree(full.root) == before
+        assert faults(full) == []
+
+    @pytest.mark.server
+    def test_a_server_that_hangs_dies_or_lies(self, classifier, tmp_path, monkeypatch):
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton:
+            load = TritonServer.load
+
+            def stopped(self, model):
+                os.kill(triton.pid, signal.SIGSTOP)
+                time.sleep(0.2)
+                load(self, model)
+
+            monkeypatch.setattr(TritonServer, "load", stopped)
+            with TritonServer(triton.url, timeout=3) as hasty, pytest.raises(NotServed, match="within 3 s"):
+                add_label(classifier.repository, "payday", TEN, server=hasty)
+            os.kill(triton.pid, signal.SIGCONT)
+            monkeypatch.undo()
+            assert classifier.serving() == 1
+            with triton.client() as server:
+                # What the way back could not do, the next command does.
+                assert classifier.journal.pending()
+                with changing(classifier, server):
+                    pass
+                assert faults(classifier, server) == []
+                assert server.classify("intent", TEN)[0].head_version == 1
+
+                # OK with an outage: without an output that it maps, the ensemble is gone, and the answer is OK.
+                answers = []
+
+                def lying(self, model):
+                    if classifier.serving() != 1:
+                        config = classifier.repository.config("intent_head")
+                        config.output.remove(next(each for each in config.output if each.name == "in_scope"))
+                        (classifier.root / "intent_head" / "config.pbtxt").write_text(str(config))
+                    load(self, model)
+                    answers.append((classifier.serving(), self.is_ready("intent")))
+
+                monkeypatch.setattr(TritonServer, "load", lying)
+                with pytest.raises(NotServed, match="Version 1 serves again"):
+                    add_label(classifier.repository, "payday", TEN, server=server)
+                monkeypatch.undo()
+                assert [ready for _, ready in answers] == [False, True]
+                assert server.classify("intent", TEN)[0].head_version == 1
+
+                def killed(self, model):
+                    if triton.pid:
+                        os.kill(triton.pid, signal.SIGKILL)
+                    load(self, model)
+
+                monkeypatch.setattr(TritonServer, "load", killed)
+                with pytest.raises(NotServed, match="could not be brought back"):
+                    add_label(classifier.repository, "payday", TEN, server=server)
+                monkeypatch.undo()
+        assert classifier.serving() == 1
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            assert server.classify("intent", TEN)[0].head_version == 1
+            with pytest.raises(ServerUnreachable, match="nothing was changed"):
+                rollback(classifier, 1, TritonServer("127.0.0.1:1"))
+            assert add_label(classifier.repository, "payday", TEN, server=server).served
+            assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_what_lies_beside_or_was_loaded_by_others_does_not_serve(self, classifier, tmp_path):
+        """TRITON.md's traps: restart beside a corrupt version, readiness after a refused load, load by bytes."""
+        patched(classifier)
+        rollback(classifier)
+        corrupt = classifier.root / "intent_head" / "9"
+        corrupt.mkdir()
+        (corrupt / "model.onnx").write_bytes(b"torn")
+        config = classifier.root / "intent_head" / "config.pbtxt"
+        good = config.read_text()
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            assert server.classify("intent", TEN)[0].head_version == 1
+            with pytest.raises(RepositoryError, match="not an ONNX file"):
+                rollback(classifier, 9, server)
+            config.write_text(good.replace("versions: 1", "versions: 9"))
+            with pytest.raises(ServerError):
+                server.load("intent_head")
+            ready = urllib.request.urlopen(f"http://{triton.http_url}/v2/health/ready")
+            assert ready.status == 200
+            assert server.classify("intent", TEN)[0].head_version == 1
+            config.write_text(good)
+            shutil.rmtree(corrupt)
+            # Somebody loads bytes that the repository does not pin: seen, and brought back to what it does.
+            by_bytes = json.dumps({"version_policy": {"specific": {"versions": [2]}}, **_as_json(classifier)})
+            server._client.load_model("intent_head", config=by_bytes, files={
+                "file:2/model.onnx": classifier.head_bytes(2)
+            })  # fmt: skip
+            assert server.classify("intent", TEN)[0].head_version == 2
+            assert "answers from head version 2; expected 1" in faults(classifier, server)[0].finding
+            assert sync(classifier, server) == {server.url: "caught up"}
+            assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_swaps_under_load(self):
+        found = swaps.run(6, clients=2, warm=2)
+        assert (found["failures"], found["contradictions"], found["versions_seen"]) == (0, [], [1, 2])
+        assert found["requests"] > 20
+
+
+def _as_json(classifier):
+    from google.protobuf import json_format
+
+    config = classifier.repository.config("intent_head")
+    config.version_policy.Clear()
+    return json_format.MessageToDict(config, preserving_proto_field_name=True)
+
+
+def test_addresses_and_waves(monkeypatch):
+    assert addresses("a:1, b:2,a:1") == ("a:1", "b:2")
+    assert addresses("localhost:8001") == ("localhost:8001",)
+    known = [(2, 1, 6, "", (f"10.0.0.{number}", 8001)) for number in (1, 2, 3)]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: known)
+    assert addresses("triton:8001") == ("10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001")
+    assert [len(wave) for wave in waves([TritonServer("a:1")] * 9)] == [1, 2, 4, 2]
+
+
+@pytest.mark.server
+class TestFleet:
+    @pytest.fixture
+    def fleet(self, classifier, tmp_path):
+        servers = [EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / f"{n}.log") for n in range(3)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(EmbeddedTriton.start, servers))
+        yield servers
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(EmbeddedTriton.stop, servers))
+
+    def test_all_or_none_and_one_that_was_away_catches_up(self, classifier, fleet, tmp_path, capsys):
+        from patcher.cli import main
+
+        urls = [triton.url for triton in fleet]
+
+        def versions():
+            found = []
+            for triton in fleet:
+                with triton.client() as server:
+                    found.append(server.classify("intent", TEN)[0].head_version if server.is_live() else None)
+            return found
+
+        with Fleet(urls, watch_seconds=0.3) as server:
+            assert add_label(classifier.repository, "payday", TEN, server=server).version == 2
+            assert versions() == [2, 2, 2]
+            # The last replica fails: every one is put back, also those that served the new version already.
+            broken = server.members[2]
+
+            def refuse(_model):
+                del broken.load
+                raise ServerError("no memory left")
+
+            broken.load = refuse
+            with pytest.raises(NotServed, match=r"no memory left.*Version 2 serves again"):
+                add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
+            assert versions() == [2, 2, 2]
+            assert classifier.serving() == 2
+        # The first replica alone fails while it is watched: no other one was ever asked.
+        with Fleet(urls, watch_seconds=1.0) as server:
+            asked = []
+            for member in server.members[1:]:
+                member.load = asked.append
+            counts = iter([0, 5])
+            server.members[0].statistics = lambda _: [type("Entry", (), {"failures": next(counts)})]
+            with pytest.raises(NotServed, match="5 requests to intent failed"):
+                add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
+            assert asked == []
+            assert versions() == [2, 2, 2]
+        # Nobody was there when it was looked; that one is there now proves nothing about what it serves.
+        with Fleet(["127.0.0.1:1", "127.0.0.1:2"]) as server:
+            server.is_live = lambda: True
+            with pytest.raises(ServerUnreachable, match="nothing was changed"):
+                rollback(classifier, 1, server)
+        fleet[1].stop()
+        arguments = [
+            "--repo",
+            str(classifier.root),
+            "--watch",
+            "0.2",
+            "--url",
+            urls[0],
+            "--url",
+            f"{urls[1]},{urls[2]}",
+        ]
+        assert main(["rollback", *arguments]) == 0
+        assert f"warning: {urls[1]} does not answer" in capsys.readouterr().err
+        assert versions() == [1, None, 1]
+        assert main(["sync", *arguments, "--json"]) == 1
+        states = {entry["url"]: entry["state"] for entry in json.loads(capsys.readouterr().out)}
+        assert states == {urls[0]: "agreed", urls[1]: "away", urls[2]: "agreed"}
+        # One that served on, cut off, is behind; and one that starts again reads the files.
+        classifier.pin(2)
+        with Fleet([urls[0], urls[2]]) as server:
+            assert sync(classifier, server) == {urls[0]: "caught up", urls[2]: "caught up"}
+        fleet[1].start()
+        assert versions() == [2, 2, 2]
