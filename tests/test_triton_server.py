@@ -221,9 +221,12 @@ class TestServeCommand:
     def test_says_when_the_server_dies(self, classifier, tmp_path):
         with serving(classifier, tmp_path / "log") as (served, output, _):
             (triton,) = psutil.Process(served.pid).children()
+            stubs = triton.children()
             triton.kill()
             said = output.read()
             assert served.wait(30) == 1
+        assert stubs
+        assert not psutil.wait_procs(stubs, timeout=10)[1]
         assert "ended by itself with exit code -9" in said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -220,6 +221,9 @@ class EmbeddedTriton:
             raise
         finally:
             self._process = None
+        # A server that was killed leaves its stubs behind: they are of its process group.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
         for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # noqa: S108 - where Triton's stubs keep theirs
             left.unlink(missing_ok=True)
         return process.returncode
