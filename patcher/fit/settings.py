@@ -51,7 +51,7 @@ class Settings:
     hard: int = 64
     hard_weight: float = 0.1
     kernel: float = 1.0
-    taken_weight: float = 0.15
+    taken_weight: float = 0.25
     folds: int = 10
 
 
