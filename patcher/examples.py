@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ __all__ = [
     "check_label",
     "check_text",
     "data_hash",
+    "label_words",
     "read_examples",
     "split_labels",
 ]
@@ -36,6 +38,9 @@ LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
+_LETTERS_A_WORD = 3
+_NO_WORDS = frozenset(["label", "class", "intent", "category", "topic", "none", "new", "other", "test", "unknown"])
+"""Names that say nothing of what their texts are about."""
 MAX_FILE_BYTES = 1 << 30
 """A file is read whole."""
 MAX_EXAMPLES = 1_000_000
@@ -118,6 +123,16 @@ def check_label(label: object, where: str) -> str:
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label
+
+
+def label_words(label: str) -> str | None:
+    """A label's name as a person would say it (``card_lost`` is "card lost"), or None where it is a code, no words."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)
+    words = re.findall(r"[^\W_]+", spaced)
+    letters = [word for word in words if sum(map(str.isalpha, word)) >= _LETTERS_A_WORD]
+    if not letters or {word.casefold() for word in letters} <= _NO_WORDS:
+        return None
+    return " ".join(words).lower()
 
 
 def read_examples(path: str | Path) -> Examples:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.errors import GateRefused, InputError, LabelError, NotServed, RepositoryError
-from patcher.examples import Examples, check_label, check_text, data_hash
+from patcher.examples import Examples, check_label, check_text, data_hash, label_words
 from patcher.features import extract_features
 from patcher.fit import Fit, fit
 from patcher.gate import Verdict, judge
@@ -45,7 +45,8 @@ class PatchSettings:
 
     ``max_flips`` is the share of old-label inputs that may turn from right to wrong, ``min_recall`` the share of the
     new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
-    and is recorded in the lineage for ever.
+    and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
+    more.
     """
 
     max_flips: float = 0.005
@@ -53,6 +54,7 @@ class PatchSettings:
     method: str = "auto"
     force: bool = False
     dry_run: bool = False
+    use_name: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_flips", "min_recall"):
@@ -168,8 +170,11 @@ def add_labels(
     texts = _new(_checked(examples), target.head(), target.name, skip_known=skip_known)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
-        features = extract_features(target, [text for group in texts.values() for text in group], server)
-        groups = _grouped(features, texts)
+        words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
+        flat = [text for group in texts.values() for text in group]
+        features = extract_features(target, [*flat, *words.values()], server)
+        groups = _grouped(features[: len(flat)], texts)
+        names = dict(zip(words, features[len(flat) :], strict=True))
         old, held_out = (_features(target, data, server) for data in (replay, evaluation))
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         with watch("read"):
@@ -178,7 +183,7 @@ def add_labels(
             # Another patcher may have added some of them meanwhile.
             texts = _new(texts, parent, target.name, skip_known=skip_known)
             groups = {label: groups[label] for label in texts}
-        patch = _judged(target, parent, memory, groups, texts, old, held_out, settings=settings, watch=watch)
+        patch = _judged(target, parent, memory, groups, names, texts, old, held_out, settings=settings, watch=watch)
         report = patch.report
         if report.gate == "refused":
             report.seconds = watch.stop()
@@ -207,6 +212,7 @@ def _judged(
     parent: Head,
     memory: Memory | None,
     groups: Mapping[str, NDArray[np.float32]],
+    names: Mapping[str, NDArray[np.float32]],
     texts: Mapping[str, Sequence[str]],
     old: Data | None,
     held_out: Data | None,
@@ -218,7 +224,15 @@ def _judged(
     replay = _labelled(parent, old)
     try:
         with watch("fit"):
-            made = fit(groups, parent, memory, replay=replay, method=settings.method, max_flips=settings.max_flips)
+            made = fit(
+                groups,
+                parent,
+                memory,
+                names=names,
+                replay=replay,
+                method=settings.method,
+                max_flips=settings.max_flips,
+            )
         with watch("gate"):
             patched = made.apply(parent)
             verdict = judge(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patcher.errors import ExamplesError, PatcherError
-from patcher.examples import MAX_TEXT_BYTES, data_hash, read_examples
+from patcher.examples import MAX_TEXT_BYTES, data_hash, label_words, read_examples
 
 
 def write(tmp_path, name, content):
@@ -98,3 +98,20 @@ def test_any_bytes_are_read_or_refused_in_words(tmp_path_factory, data, ending):
 def test_the_data_hash_tells_texts_from_labels():
     assert data_hash(["ab"], ["c"]) != data_hash(["a"], ["bc"])
     assert data_hash(["ab"], ["c"]) == data_hash(("ab",), ("c",))
+
+
+@pytest.mark.parametrize(
+    "label, words",
+    [
+        ("card_lost", "card lost"),
+        ("rollover_401k", "rollover 401k"),
+        ("HowBusy", "how busy"),
+        ("größe-ändern", "größe ändern"),
+        ("LABEL_12", None),
+        ("17", None),
+        ("c3", None),
+        ("other", None),
+    ],
+)
+def test_a_label_is_words_or_a_code(label, words):
+    assert label_words(label) == words

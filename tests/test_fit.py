@@ -63,6 +63,17 @@ def test_several_labels_at_once_do_not_steal_from_each_other():
         assert (after.logits(new(100, k, seed=5)).argmax(axis=1) == 8 + k).mean() > 0.85
 
 
+def test_the_name_is_an_example_that_does_not_count():
+    head, memory, _, _, new = world()
+    name = new(1, seed=7)[0]
+    alone, named = (fit({"new": new(4)}, head, memory, names=names) for names in (None, {"new": name}))
+    assert named.weight.tobytes() == fit({"new": np.concatenate([new(4), name[None]])}, head, memory).weight.tobytes()
+    assert named.weight.tobytes() != alone.weight.tobytes()
+    assert len(named.held_out["new"].margins) == len(named.held_out["new"].rivals) == 4
+    assert "name" in named.why
+    assert "name" not in alone.why
+
+
 def test_without_a_memory_the_old_rows_have_to_do():
     head, _, _, _, new = world()
     made = fit({"new": new(10)}, head, None)

@@ -65,6 +65,8 @@ def test_no_bound_is_claimed_where_none_can_be_given():
 def test_one_example_is_refused_and_few_are_told():
     head, memory, _, _, new = world()
     one, three = (verdict({"new": new(count)}, head, memory) for count in (1, 3))
+    named = fit({"new": new(1)}, head, memory, names={"new": new(1, seed=7)[0]})
+    assert not judge(head, named, {"new": new(1)}, memory).passed
     assert not one.passed
     assert "has one example" in one.sentence
     assert three.too_few == ("new",)

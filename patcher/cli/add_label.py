@@ -34,6 +34,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
 )
 @click.option("--method", default="auto", show_default=True, help="How the new rows are fitted.")
+@click.option("--no-name", is_flag=True, help="Do not take the label's own name, where it is words, as an example.")
 @click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
 @click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
 @click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
@@ -47,6 +48,7 @@ def add_label_command(
     max_flips: float,
     min_recall: float,
     method: str,
+    no_name: bool,
     dry_run: bool,
     force: bool,
     no_load: bool,
@@ -73,7 +75,7 @@ def add_label_command(
         raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
     if texts and label is None:
         raise click.UsageError("expected LABEL before the --text examples")
-    limits = PatchSettings(max_flips, min_recall, method, force, dry_run)
+    limits = PatchSettings(max_flips, min_recall, method, force, dry_run, use_name=not no_name)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = settings.classifier
     if file is not None:

@@ -86,6 +86,7 @@ def fit(
     head: HeadLike,
     memory: Memory | None,
     *,
+    names: Mapping[str, Floats] | None = None,
     replay: tuple[Floats, Ints] | None = None,
     method: str = "auto",
     max_flips: float = 0.005,
@@ -100,6 +101,9 @@ def fit(
         Features of each new label, float32 ``[n, width]``.
     memory
         What is kept of the old labels; None fits against their rows alone, and nothing then bounds the flips.
+    names
+        Features float32 ``[width]`` of new labels' own names, where those are words: a further example each, which
+        helps most where the examples resemble each other. The gate does not count it.
     replay
         Real old data: features and positions in ``head.labels``. The bias is set on it instead of the memory's sample,
         and where there is no memory, one is made of it.
@@ -116,21 +120,20 @@ def fit(
     if method not in METHODS:
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     examples = _checked(examples, head)
+    shown = {label: _with_name(rows, (names or {}).get(label)) for label, rows in examples.items()}
     if memory is None and replay is not None:
         memory = Memory.build(replay[0], replay[1], head.labels, head.split)
     old = (
-        from_rows(head, np.concatenate(list(examples.values())))
-        if memory is None
-        else from_memory(memory, head, settings)
+        from_rows(head, np.concatenate(list(shown.values()))) if memory is None else from_memory(memory, head, settings)
     )
     inputs = old_inputs(memory, replay, head)
-    rows = offset_rows(examples, head, old, inputs, max_flips, settings)
+    rows = offset_rows(shown, head, old, inputs, max_flips, settings)
     return Fit(
         labels=tuple(examples),
         weight=np.stack([row.weight for row in rows.values()]),
         bias=np.array([row.bias for row in rows.values()], np.float32),
         method="offset-logistic",
-        why=_why(memory, replay, examples),
+        why=_why(memory, replay, examples, names or {}),
         max_flips=max_flips,
         calibration=inputs.source if inputs else "none" if memory is None else "draws",
         held_out=_held_out(examples, rows, head),
@@ -153,10 +156,15 @@ def _checked(examples: Mapping[str, Floats], head: HeadLike) -> dict[str, Floats
     return checked
 
 
-def _why(memory: Memory | None, replay: object, examples: Mapping[str, Floats]) -> str:
+def _with_name(rows: Floats, name: Floats | None) -> Floats:
+    return rows if name is None else np.concatenate([rows, np.asarray(name, np.float32)[None]])
+
+
+def _why(memory: Memory | None, replay: object, examples: Mapping[str, Floats], names: Mapping[str, Floats]) -> str:
     against = "old data" if replay is not None else "the memory" if memory is not None else "the old rows alone"
     rows = "a row" if len(examples) == 1 else f"{len(examples)} rows"
-    return f"{rows} fitted against {against}; every old row keeps its bits"
+    also = ", the label's name as a further example" if any(label in names for label in examples) else ""
+    return f"{rows} fitted against {against}{also}; every old row keeps its bits"
 
 
 def _held_out(examples: Mapping[str, Floats], rows: Mapping[str, NewRow], head: HeadLike) -> dict[str, HeldOut]:
@@ -172,5 +180,6 @@ def _held_out(examples: Mapping[str, Floats], rows: Mapping[str, NewRow], head: 
         best = logits.max(axis=1) if head.problem == "single_label" else np.zeros(len(logits), np.float32)
         names = (*head.labels, *others)
         rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist())
-        held[label] = HeldOut((rows[label].held_out - best).astype(np.float32), rivals)
+        # Behind the examples may stand the name, which says nothing of how inputs fare.
+        held[label] = HeldOut((rows[label].held_out[: len(features)] - best).astype(np.float32), rivals)
     return held

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.examples import Examples, data_hash, read_examples
+from patcher.examples import Examples, data_hash, label_words, read_examples
 from patcher.head import Head
 from patcher.memory import Memory
 
@@ -98,6 +98,8 @@ class NewLabel:
     train_texts: tuple[str, ...]
     test: Floats
     test_texts: tuple[str, ...]
+    name: Floats | None = None
+    """Features of the label's name, float32 ``[width]``, where it is words."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
         sys.exit(f"{corpus.name}: expected old and new labels for {checkpoint}, in train and test files; got {names}")
     rows = {f"old_{part}": store.features(f"old_{part}", [text for text, _ in old[part]]) for part in old}
     rows |= {f"new_{part}": store.features(f"new_{part}", [text for text, _ in new[part]]) for part in new}
+    words = {label: text for label in names if (text := label_words(label))}
+    spoken = dict(zip(words, store.features("names", list(words.values())), strict=True)) if words else {}
     outside = store.features("outside", corpus.outside) if corpus.outside else np.zeros((0, head.width), np.float32)
 
     def of(part: str, label: str) -> tuple[Floats, tuple[str, ...]]:
@@ -204,7 +208,7 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
         test=rows["old_test"],
         test_ids=np.array([place[label] for _, label in old["test"]], np.int64),
         test_texts=tuple(text for text, _ in old["test"]),
-        new={label: NewLabel(*of("train", label), *of("test", label)) for label in names},
+        new={label: NewLabel(*of("train", label), *of("test", label), spoken.get(label)) for label in names},
         outside=outside,
     )
 

@@ -64,7 +64,8 @@ def patch(
 ) -> _Patch:
     """Fit one new label and measure it on the old test set and the label's own."""
     start = time.perf_counter()
-    fitted = fit({label: examples}, setting.head, memory, method=method, replay=replay, **settings)  # type: ignore[arg-type]
+    names = names_of(setting, label)
+    fitted = fit({label: examples}, setting.head, memory, names=names, method=method, replay=replay, **settings)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     head = fitted.apply(setting.head)
     old, new = head.logits(setting.test), head.logits(setting.new[label].test)
@@ -74,6 +75,12 @@ def patch(
     lead_new = new[:, place] - np.delete(new, place, axis=1).max(axis=1)
     curve = recall_at_flips(lead_old, setting.before == setting.test_ids, lead_new, (*RATES, *NAMED_RATES))
     return _Patch(found, curve, seconds, fitted)
+
+
+def names_of(setting: Setting, label: str) -> dict[str, Floats]:
+    """Features of a new label's name, where it is words."""
+    name = setting.new[label].name
+    return {} if name is None else {label: name}
 
 
 def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def _one_after_another(setting: Setting, n: int, draw: int) -> dict[str, Any]:
             return {}
         examples = setting.new[label].train[every[draw]]
         start = time.perf_counter()
-        fitted = fit({label: examples}, head, memory)
+        fitted = fit({label: examples}, head, memory, names=names_of(setting, label))
         seconds["fit"].append(time.perf_counter() - start)
         judge(head, fitted, {label: examples}, memory)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
@@ -267,7 +274,7 @@ def scope(setting: Setting, n: int) -> dict[str, Any]:
     found = {"before": _scope_figures(setting, head, memory)}
     for label, new in setting.new.items():
         examples = new.train[draws_of(setting, label, n, 1)[0]]
-        head = fit({label: examples}, head, memory).apply(head)
+        head = fit({label: examples}, head, memory, names=names_of(setting, label)).apply(head)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
     found[f"after {len(setting.new)} patches"] = _scope_figures(setting, head, memory)
     for name, each in found.items():
