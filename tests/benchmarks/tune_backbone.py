@@ -9,6 +9,8 @@ old sentences to `OUT/{train,fresh,pose,names}.npz`:
 * `pose`   sentences of the labels it never saw (examples and recall);
 * `names`  the labels themselves, as words.
 
+`places` are the sentences' places in the data: those that lie together are often of one author, and alike.
+
     python tests/benchmarks/tune_backbone.py --data ../shared/data/clinc150 --out build/tune
 """
 
@@ -117,12 +119,14 @@ def main() -> None:
     known = [label for label in everyone if label not in pose]
     position = {label: i for i, label in enumerate(known)}
     groups: dict[str, list[tuple[str, str]]] = {"train": [], "fresh": [], "pose": []}
+    places: dict[str, list[int]] = {name: [] for name in groups}
     count = dict.fromkeys(everyone, 0)
     for i in rng.permutation(len(data)):
         label = data[i][1]
         group = "pose" if label in pose else "train" if count[label] < args.per_label else "fresh"
         count[label] += 1
         groups[group].append(data[i])
+        places[group].append(int(i))
     model = AutoModelForSequenceClassification.from_pretrained(shipped_encoder(), num_labels=len(known))
     tokenizer = AutoTokenizer.from_pretrained(shipped_encoder())
     train(
@@ -138,6 +142,7 @@ def main() -> None:
             args.out / f"{name}.npz",
             texts=np.array([t for t, _ in rows]),
             labels=np.array([y for _, y in rows]),
+            places=np.array(places.get(name, ())),
             **found,
         )
         if name in ("train", "fresh"):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
+NEW = "a new label"
 RATES = (5e-4, 2e-3, 5e-3)
 FEATURES = {
     "the classifier's alone": ("clf",),
@@ -66,6 +67,7 @@ class Tuning:
     fresh_ids: Ints
     pose: Floats
     pose_labels: NDArray[np.str_]
+    pose_places: Ints
     names: dict[str, Floats]
 
 
@@ -84,21 +86,28 @@ def load(folder: Path, parts: Sequence[str]) -> Tuning:
     head = Head.from_linear(labels, layer["W"], layer["b"], rows["train"].shape[1], "tuning")
     memory = Memory.build(rows["train"], ids["train"], labels, head.split)
     names = dict(zip(files["names"]["labels"].tolist(), rows["names"], strict=True))
-    return Tuning(head, memory, rows["fresh"], ids["fresh"], rows["pose"], files["pose"]["labels"], names)
+    pose = files["pose"]
+    return Tuning(head, memory, rows["fresh"], ids["fresh"], rows["pose"], pose["labels"], pose["places"], names)
 
 
-def figures(tuning: Tuning, settings: Settings, count: int, draws: int, *, name: bool = False) -> Iterator[list[float]]:
-    """Flips, recall, F1 and the recalls at fixed flips of each posing label and draw, in per cent."""
+def figures(
+    tuning: Tuning, settings: Settings, count: int, draws: int, *, name: bool = True, first: bool = False
+) -> Iterator[list[float]]:
+    """Flips, recall, F1 and the recalls at fixed flips of each posing label and draw, in per cent.
+
+    ``name`` takes the label's name as one example more; ``first`` takes the first examples in the data,
+    which resemble each other, instead of a draw.
+    """
     before = tuning.head.logits(tuning.fresh)
     answers = before.argmax(axis=1)
     for place, label in enumerate(sorted(set(tuning.pose_labels.tolist()))):
         mine = np.flatnonzero(tuning.pose_labels == label)
-        for draw in range(draws):
-            order = np.random.default_rng([place, draw]).permutation(mine)
+        names = {NEW: tuning.names[label]} if name else {}
+        for draw in range(1 if first else draws):
+            by_place = mine[np.argsort(tuning.pose_places[mine])]
+            order = by_place if first else np.random.default_rng([place, draw]).permutation(mine)
             examples, rest = tuning.pose[order[:count]], tuning.pose[order[count:]]
-            if name:
-                examples = np.concatenate([examples, tuning.names[label][None]])
-            made = fit({"a new label": examples}, tuning.head, tuning.memory, settings=settings)
+            made = fit({NEW: examples}, tuning.head, tuning.memory, names=names, settings=settings)
             old, new = tuning.fresh @ made.weight[0] + made.bias[0], rest @ made.weight[0] + made.bias[0]
             last = len(tuning.head.labels)
             after = np.where(old > before.max(axis=1), last, answers)
@@ -114,7 +123,9 @@ def variants(changed: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[
         for name, parts in FEATURES.items():
             yield f"features: {name}", parts, {}
     if "name" in changed:
-        yield "the label's name as one more example", ("clf", "wide"), {"name": True}
+        for words, name in (("with", True), ("without", False)):
+            for kind, first in (("drawn", False), ("first in the data", True)):
+                yield f"{words} the label's name, examples {kind}", ("clf", "wide"), {"name": name, "first": first}
     for setting, values in CHANGES.items():
         if setting in changed:
             for value in values:
