@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.fit.inputs import OldInputs, old_inputs
-from patcher.fit.model import HeadLike, OldLabels, from_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
+    from patcher.fit.model import HeadLike, OldLabels
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -148,7 +148,9 @@ def judge(
     flips = _count_flips(head, fit, memory, replay, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
     duplicates = tuple(pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
-    known = tuple(hit for label, rows in examples.items() for hit in _known(label, names[label], rows, head, memory))
+    known = tuple(
+        hit for label, rows in examples.items() for hit in _known(label, names[label], rows, head, fit.old, memory)
+    )
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     bounded = flips.calibration in ("eval", "replay", "features")
     bound = upper_bound(flips.count, flips.size) if bounded else None
@@ -261,7 +263,7 @@ def _duplicates(label: str, names: list[str], rows: Floats) -> list[tuple[str, s
 
 
 def _known(
-    label: str, names: list[str], rows: Floats, head: HeadLike, memory: Memory | None
+    label: str, names: list[str], rows: Floats, head: HeadLike, old: OldLabels, memory: Memory | None
 ) -> list[tuple[str, str, str]]:
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
@@ -271,7 +273,7 @@ def _known(
         chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
     sure = chance >= _SURE
     if sure.any() and memory is not None and len(memory.sample):
-        sure &= _typical(rows, best, from_memory(memory, head), memory)
+        sure &= _typical(rows, best, old, memory)
     return [(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
 
 
@@ -281,7 +283,7 @@ def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
     means = old.whitening.of(old.means)
     spot = np.array([place.get(int(b), -1) for b in best])
     far = ((old.whitening.of(rows) - means[spot]) ** 2).sum(axis=1)
-    step = max(1, len(memory.sample) // 1000)
+    step = max(1, len(memory.sample) // 500)
     gaps = memory.sample[::step].astype(np.float32) - memory.means()[memory.sample_labels[::step]]
     own = ((gaps @ old.whitening.points) ** 2).sum(axis=1)
     typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))

@@ -11,7 +11,7 @@ import numpy as np
 from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit.inputs import old_inputs
 from patcher.fit.logistic import NewRow, offset_rows
-from patcher.fit.model import HeadLike, from_memory, from_rows
+from patcher.fit.model import HeadLike, OldLabels, from_memory, from_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.memory import Memory
 
@@ -57,6 +57,8 @@ class Fit:
         New values of old rows; None where they are unchanged, as in the default method.
     held_out
         For each new label, its examples as a fit sees them that did not have them.
+    old
+        What the rows were fitted against.
     calibration
         What the bias was set on: ``features`` of the memory, ``replay``, ``draws`` of a model, or ``none``.
     """
@@ -68,6 +70,7 @@ class Fit:
     why: str
     max_flips: float
     calibration: str
+    old: OldLabels = field(repr=False)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     base_weight: Floats | None = None
     base_bias: Floats | None = None
@@ -137,6 +140,7 @@ def fit(
         max_flips=max_flips,
         calibration=inputs.source if inputs else "none" if memory is None else "draws",
         held_out=_held_out(examples, rows, head),
+        old=old,
     )
 
 
