@@ -35,6 +35,9 @@ __all__ = ["Distance", "Scope", "fit_scope", "scope_graph"]
 _RANK = 96
 """Directions kept: with 135 labels and 768 features they cost 150 KB in the head's file."""
 
+_MOST = 20_000
+"""Remembered inputs that the limit is set on: with thousands of labels there are more than a quantile needs."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -112,11 +115,13 @@ def fit_scope(memory: Memory | None, head: HeadLike, *, false_alarms: float = 0.
         return Scope(head.problem)
     old = from_memory(memory, head)
     means = old.whitening.of(old.means)
-    axes = np.linalg.svd(means - means.mean(axis=0), full_matrices=False)[2][:_RANK].T
+    gaps = means - means.mean(axis=0)
+    # The axes of the gaps are those of their square, too, which is smaller where there are thousands of labels.
+    axes = np.linalg.svd(gaps if len(gaps) <= len(gaps.T) else gaps.T @ gaps, full_matrices=False)[2][:_RANK].T
     projection = (old.whitening.points @ axes).astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
     distance = Distance(projection, center, (means @ axes).astype(np.float16), np.ones(1, np.float32))
-    known = distance.squared(memory.sample.astype(np.float32))
+    known = distance.squared(memory.sample[:: 1 + len(memory.sample) // _MOST].astype(np.float32))
     limit = max(float(np.quantile(known, 1.0 - false_alarms)), 1e-6)
     distance = dataclasses.replace(distance, limit=np.array([limit], np.float32))
     return Scope(head.problem, distance, false_alarms)
