@@ -74,6 +74,14 @@ def test_the_name_is_an_example_that_does_not_count():
     assert "name" not in alone.why
 
 
+def test_a_name_that_says_something_else_is_left_out():
+    head, memory, features, ids, new = world()
+    alone = fit({"new": new(4)}, head, memory)
+    misleading = fit({"new": new(4)}, head, memory, names={"new": features[ids == 3].mean(axis=0)})
+    assert misleading.weight.tobytes() == alone.weight.tobytes()
+    assert misleading.why == alone.why
+
+
 def test_without_a_memory_the_old_rows_have_to_do():
     head, _, _, _, new = world()
     made = fit({"new": new(10)}, head, None)

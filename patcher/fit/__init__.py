@@ -106,7 +106,8 @@ def fit(
         What is kept of the old labels; None fits against their rows alone, and nothing then bounds the flips.
     names
         Features float32 ``[width]`` of new labels' own names, where those are words: a further example each, which
-        helps most where the examples resemble each other. The gate does not count it.
+        helps most where the examples resemble each other. A name that lies nearer to another label is left out, and the
+        gate counts none.
     replay
         Real old data: features and positions in ``head.labels``. The bias is set on it instead of the memory's sample,
         and where there is no memory, one is made of it.
@@ -123,12 +124,16 @@ def fit(
     if method not in METHODS:
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     examples = _checked(examples, head)
-    shown = {label: _with_name(rows, (names or {}).get(label)) for label, rows in examples.items()}
     if memory is None and replay is not None:
         memory = Memory.build(replay[0], replay[1], head.labels, head.split)
     old = (
-        from_rows(head, np.concatenate(list(shown.values()))) if memory is None else from_memory(memory, head, settings)
+        from_rows(head, np.concatenate(list(examples.values())))
+        if memory is None
+        else from_memory(memory, head, settings)
     )
+    fitting = {label: name for label, name in (names or {}).items() if label in examples}
+    fitting = {label: name for label, name in fitting.items() if _belongs(label, name, examples, old, settings)}
+    shown = {label: _with_name(rows, fitting.get(label)) for label, rows in examples.items()}
     inputs = old_inputs(memory, replay, head)
     rows = offset_rows(shown, head, old, inputs, max_flips, settings)
     return Fit(
@@ -136,7 +141,7 @@ def fit(
         weight=np.stack([row.weight for row in rows.values()]),
         bias=np.array([row.bias for row in rows.values()], np.float32),
         method="offset-logistic",
-        why=_why(memory, replay, examples, names or {}),
+        why=_why(memory, replay, examples, fitting),
         max_flips=max_flips,
         calibration=inputs.source if inputs else "none" if memory is None else "draws",
         held_out=_held_out(examples, rows, head),
@@ -158,6 +163,16 @@ def _checked(examples: Mapping[str, Floats], head: HeadLike) -> dict[str, Floats
             raise ExamplesError(f"{label!r}: features that are not finite: the backbone overflowed")
         checked[label] = rows
     return checked
+
+
+def _belongs(label: str, name: Floats, examples: Mapping[str, Floats], old: OldLabels, settings: Settings) -> bool:
+    """Whether a name lies about as near to its label's examples as to any other label: else it says something else."""
+    others = [rows.mean(axis=0) for other, rows in examples.items() if other != label]
+    white = old.whitening.of
+    point = white(np.asarray(name)[None])
+    own = float(((point - white(examples[label].mean(axis=0)[None])) ** 2).sum())
+    rivals = ((white(np.stack([*old.means, *others])) - point) ** 2).sum(axis=1)
+    return own <= settings.name_slack * float(rivals.min())
 
 
 def _with_name(rows: Floats, name: Floats | None) -> Floats:

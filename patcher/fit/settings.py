@@ -39,6 +39,9 @@ class Settings:
         in labels' worth of inputs.
     folds
         Ten examples are left out one by one, more of them in as many groups.
+    name_slack
+        A label's name takes part if its squared distance to the examples is at most so many times that to any other
+        label.
     """
 
     ridge_classifier: float = 1.0
@@ -53,6 +56,7 @@ class Settings:
     kernel: float = 1.0
     taken_weight: float = 0.25
     folds: int = 10
+    name_slack: float = 1.5
 
 
 SETTINGS = Settings()
