@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from patcher.cli import add_label
 from patcher.errors import InputError
 from patcher.fit import METHODS, fit
 from patcher.fit.anchored import held_back
@@ -115,3 +116,26 @@ def test_a_patched_refit_can_be_patched_again_and_pruned():
     )
     assert (third.logits(new(100, 1, seed=5)).argmax(axis=1) == 8).mean() > 0.85
     assert ids.max() == 7
+
+
+def test_the_command_line_knows_the_same_methods():
+    assert add_label.METHODS == METHODS
+
+
+@pytest.mark.parametrize("prior", ["imprint", "lda"])
+def test_a_prior_is_where_a_strong_penalty_leaves_the_row(prior):
+    head, memory, features, ids, new = world()
+    strong = dataclasses.replace(SETTINGS, prior=prior, penalty=1e9)
+    made = fit({"new": new(10)}, head, memory, settings=strong)
+    mean = np.zeros(20)
+    mean[:12] = new(10)[:, :12].mean(axis=0)
+    if prior == "lda":
+        white = from_memory(memory, head).whitening
+        mean = white.points @ white.of(new(10)).mean(axis=0)
+    cosine = made.weight[0] @ mean / np.linalg.norm(made.weight[0]) / np.linalg.norm(mean)
+    assert cosine > 0.9999
+    if prior == "imprint":
+        length = np.linalg.norm(head.base_weight, axis=1).mean()
+        np.testing.assert_allclose(np.linalg.norm(made.weight[0]), length, rtol=1e-3)
+    found = (made.apply(head).logits(features).argmax(axis=1) == ids).mean()
+    assert found > 0.95
