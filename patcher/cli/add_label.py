@@ -78,7 +78,8 @@ def add_label_command(
     """
     from patcher.examples import read_examples
     from patcher.head import MULTI_LABEL
-    from patcher.labelling import PatchSettings, add_labels, new_examples
+    from patcher.labelling import add_labels, new_examples
+    from patcher.patch import PatchSettings
 
     if (file is None) == (not texts):
         raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
