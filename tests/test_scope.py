@@ -67,7 +67,7 @@ def test_the_limit_is_that_of_fresh_texts_and_versions_to_come_keep_its_width():
     assert plain.stretch == 1.0
     again = read_head(write_head(dataclasses.replace(head, scope=wide))).scope
     assert again.stretch == wide.stretch
-    later = fit_scope(memory.rename("l0", "other"), head, stretch=again.stretch)
+    later = fit_scope(memory, head, stretch=again.stretch)
     np.testing.assert_allclose(later.distance.limit, wide.distance.limit)
 
 
