@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patcher.canary import SplitClient
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
@@ -39,6 +40,7 @@ _HOMES = {
     "PatchSettings": "patcher.patch",
     "PatcherError": "patcher.errors",
     "ServerError": "patcher.errors",
+    "SplitClient": "patcher.canary",
     "TritonServer": "patcher.triton.client",
     "add_label": "patcher.labelling",
     "add_labels": "patcher.labelling",
@@ -71,6 +73,7 @@ __all__ = [
     "PatchSettings",
     "PatcherError",
     "ServerError",
+    "SplitClient",
     "TritonServer",
     "add_label",
     "add_labels",

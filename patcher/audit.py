@@ -20,6 +20,7 @@ CHANGES = frozenset(
         "export",
         "add-label",
         "rollback",
+        "canary",
         "prune",
         "sync",
         "remove-label",

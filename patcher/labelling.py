@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.canary import require_free, start
 from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
 from patcher.examples import Examples, check_label, check_text, data_hash, label_words
 from patcher.features import extract_features
@@ -17,7 +18,7 @@ from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
-from patcher.rollout import changing, roll_out, validate
+from patcher.rollout import changing, require_live, roll_out, set_aside, validate
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class PatchReport:
     gate: str
     published: bool = False
     served: bool = False
+    canary: float | None = None
+    """Share of the requests, in per cent, that the version is tried on; None where it serves all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
 
@@ -71,6 +74,7 @@ class PatchReport:
             "gate": self.gate,
             "published": self.published,
             "served": self.served,
+            "canary": self.canary,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "head_bytes": self.head_bytes,
             "why": self.fit.why,
@@ -154,6 +158,8 @@ def add_labels(
         with watch("read"):
             parent, memory = target.head(), target.memory()
             _check_backbone(target, parent)
+            if settings.canary is not None:
+                require_free(target)
             # Another patcher may have added some of them meanwhile.
             texts = _new(texts, parent, target.name, skip_known=skip_known)
             groups = {label: groups[label] for label in texts}
@@ -172,8 +178,8 @@ def add_labels(
             if settings.dry_run:
                 validate(data, patch.head)
             else:
-                report.served = _published(target, patch, report, server)
-                report.published = True
+                report.served = _published(target, patch, report, settings.canary, server)
+                report.published, report.canary = True, settings.canary
     report.seconds = watch.stop()
     return report
 
@@ -192,9 +198,16 @@ def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, 
     )
 
 
-def _published(target: Classifier, patch: Patch, report: PatchReport, server: TritonServer | None) -> bool:
+def _published(
+    target: Classifier, patch: Patch, report: PatchReport, canary: float | None, server: TritonServer | None
+) -> bool:
     try:
-        return roll_out(target, patch.head, patch.memory, server).served
+        if canary is None:
+            return roll_out(target, patch.head, patch.memory, server).served
+        require_live(server)
+        set_aside(target, patch.head, patch.memory)
+        start(target, patch.head, canary, server)
+        return server is not None
     except NotServed as error:
         raise NotServed(str(error), {**report.to_json(), **error.report}) from error
 

@@ -38,7 +38,7 @@ class PatchSettings:
     ``max_flips`` is the share of old-label inputs that may turn from right to wrong, ``min_recall`` the share of the
     new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
     and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
-    more.
+    more; ``canary`` is a share of the requests, in per cent, on which the version is tried before it serves all.
     """
 
     max_flips: float = 0.005
@@ -47,6 +47,7 @@ class PatchSettings:
     force: bool = False
     dry_run: bool = False
     use_name: bool = True
+    canary: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_flips", "min_recall"):

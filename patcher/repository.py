@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 
     from patcher.head import Head
 
-__all__ = ["FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
+__all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
 
 FORMAT = 1
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
+
+CANARY = "_canary"
+"""A classifier of this ending is another one's version on trial (``patcher.canary``)."""
 
 _FORMAT_FILE = "patcher.json"
 _LOCK_FILE = ".patcher.lock"
@@ -46,7 +49,7 @@ _STAGING = ".patcher-staging-"
 _JOURNAL = ".journal"
 _PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_ROLES = ("_head", "_features", "_tokenizer", "_backbone")
+_ROLES = ("_head", "_features", "_tokenizer", "_backbone", CANARY)
 _MODEL = "model.onnx"
 _MEMORY = "memory.safetensors"
 _CONFIG = "config.pbtxt"
@@ -127,9 +130,10 @@ class ModelRepository:
         return tuple(sorted(name for name in names if (self.root / f"{name}_head" / _CONFIG).is_file()))
 
     def classifier(self, name: str | None = None) -> Classifier:
-        """One classifier by name; without a name the only one there is."""
+        """One classifier by name; without a name the only one there is, canaries apart."""
         names = self.classifiers()
         if name is None:
+            names = tuple(each for each in names if not each.endswith(CANARY))
             if len(names) != 1:
                 found = f"{len(names)} classifiers ({', '.join(names)})" if names else "no classifier"
                 raise InputError(f"{self.root} holds {found}; expected --classifier NAME with one of them")
@@ -219,9 +223,14 @@ class ModelRepository:
             shutil.copyfile(files.model, staging / parts["backbone"] / "1" / _MODEL)
             self._move_in(staging, [config.name for config in configs])
 
-    def add_classifier(self, name: str, head: Head, memory: Memory | None = None, *, backbone: str) -> Classifier:
-        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held."""
-        check_name(name)
+    def add_classifier(
+        self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, share: float | None = None
+    ) -> Classifier:
+        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
+
+        ``share`` makes it the canary of another, for that many per cent of the requests.
+        """
+        check_name(name if share is None else name.removesuffix(CANARY))
         self._refuse_existing(name)
         if len(_versions(self.root / f"{name}_head")) > 1:
             raise RepositoryError(
@@ -238,7 +247,7 @@ class ModelRepository:
         configs = (
             model_config.head_config(f"{name}_head", head.width, version),
             model_config.classifier_config(
-                name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs
+                name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs, share
             ),
         )
         with self.staging() as staging:

@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["PROBE_TEXT", "Switch", "catch_up", "changing", "probe", "recover", "roll_back", "roll_out", "validate"]
+__all__ = [
+    "PROBE_TEXT",
+    "Switch",
+    "catch_up",
+    "changing",
+    "probe",
+    "recover",
+    "require_live",
+    "roll_back",
+    "roll_out",
+    "set_aside",
+    "validate",
+]
 
 PROBE_TEXT = "is anybody there?"
 """Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
@@ -82,7 +94,7 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
     NotServed
         when the server would not serve it; the previous version is pinned and loaded again.
     """
-    _require_live(server)
+    require_live(server)
     validate(write_head(head), head)
     classifier.publish(head, memory)
     try:
@@ -103,14 +115,21 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
         to = classifier.head(serving).lineage.parent
         if to is None:
             raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
-    _require_live(server)
+    require_live(server)
     head = classifier.head(to)
     validate(classifier.head_bytes(to), head)
     return _switch(classifier, head, server)
 
 
-def _require_live(server: TritonServer | None) -> None:
-    # Before anything is published, so that a server that is not there costs nothing.
+def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None:
+    """Publish ``head`` beside the version that goes on serving; the lock must be held."""
+    validate(write_head(head), head)
+    classifier.publish(head, memory)
+    classifier.note("done", serving=classifier.serving())
+
+
+def require_live(server: TritonServer | None) -> None:
+    """ServerUnreachable where no server answers; before anything is published, so that it costs nothing."""
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
@@ -187,7 +206,7 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
         return None
     if pending.switched is None:
         return _undo(classifier, pending.published)
-    _require_live(server)
+    require_live(server)
     serving, (before, after) = classifier.serving(), pending.switched
     if serving == after != before and not pending.back:
         try:
