@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, ServerError
+from patcher.store import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
 from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
@@ -44,6 +45,9 @@ _ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,s
 
 class EmbeddedTriton:
     """A tritonserver that serves ``models`` of ``repository``, from :meth:`start` until :meth:`stop`.
+
+    ``repository`` is a folder, or the URL of an object store as tritonserver takes it, whose credentials it finds
+    in the environment as this process does.
 
     Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
     when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
@@ -93,7 +97,7 @@ class EmbeddedTriton:
         self.tls = tls
         self.http_host = _loopback(self.host) if tls else self.host
         self.metrics_host = _address(metrics_host) if metrics_host else self.http_host
-        self.repository = Path(repository).resolve()
+        self.repository = str(repository) if is_url(repository) else str(Path(repository).resolve())
         self.models = tuple(models)
         self.exit_timeout = exit_timeout
         self.log_file = None if log_file is None else Path(log_file)
@@ -312,7 +316,7 @@ def serve(
     """
     models = _served_models(repository)
     server = EmbeddedTriton(
-        repository.root,
+        repository.store.served_from,
         models,
         host=host,
         grpc_port=grpc_port,
