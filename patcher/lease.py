@@ -31,7 +31,8 @@ __all__ = ["Lease"]
 LAPSE_SECONDS = 30.0
 """A lock that was not written for so long belongs to nobody."""
 _BEAT_SECONDS = 5.0
-_MARGIN_SECONDS = 5.0
+_SURE_SECONDS = 25.0
+"""For so long after a write the holder need not fear that it was taken over."""
 _LOOK_SECONDS = 0.25
 
 
@@ -75,10 +76,10 @@ class Lease:
 
     def check(self) -> None:
         """LockLost where others may think by now that the holder is gone."""
-        if time.monotonic() - self._fresh > LAPSE_SECONDS - _MARGIN_SECONDS:
+        if time.monotonic() - self._fresh > _SURE_SECONDS:
             raise LockLost(
                 f"the lock of {self._bucket.url} could not be kept: the object store did not answer for "
-                f"{LAPSE_SECONDS - _MARGIN_SECONDS:.0f} s; the next command finishes or undoes what was begun"
+                f"{_SURE_SECONDS:.0f} s; the next command finishes or undoes what was begun"
             )
 
     def release(self) -> None:

@@ -155,6 +155,7 @@ class ObjectStore:
         """Read and write until nobody came in between."""
         for _ in range(_TRIES):
             self._known.pop(name, None)
+            self._check()
             with contextlib.suppress(LockLost):
                 tag, content = self._get(name)
                 self._put(name, change(content or b""), tag)

@@ -218,7 +218,10 @@ def _serve_all(classifier: Classifier, version: int, server: TritonServer | None
 
 def _undo(classifier: Classifier, published: int | None) -> str:
     serving = classifier.serving()
-    if published is not None and published in classifier.versions() and published != serving:
+    # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
+    # command takes it away.
+    here = published in classifier.versions() or not classifier.store.in_one_step
+    if published is not None and here and published != serving:
         classifier.withdraw(published)
         return f"undone: version {published} was never made to serve, and is withdrawn"
     classifier.note("undone", serving=serving)

@@ -10,6 +10,7 @@ import threading
 
 import werkzeug.serving
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
 
 BUCKET = "models"
 
@@ -36,6 +37,14 @@ class S3Server:
         with self._one:
             self.requests.append(request)
             return self._app(environ, start_response)
+
+    def empty(self) -> None:
+        """Make the bucket anew."""
+        backend = s3_backends["123456789012"]["aws"]
+        backend.reset()
+        backend.create_bucket(BUCKET, "us-east-1")
+        self.fault = None
+        self.requests.clear()
 
     def written(self) -> list[tuple[str, str]]:
         """What was written and deleted since the last call, but for the lock."""
