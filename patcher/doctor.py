@@ -31,6 +31,7 @@ _OPTIONAL = {
     "torch": "patcher export",
     "transformers": "patcher export",
     "pyarrow": "Parquet files",
+    "botocore": "a repository on s3://",
     "matplotlib": "plots",
 }
 

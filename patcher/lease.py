@@ -60,6 +60,7 @@ class Lease:
                 # Another one that looks at the same time loses this race, and waits.
                 with contextlib.suppress(LockLost):
                     self._write(_me(), found.tag if found else None)
+                    self._prove_conditions()
                     self._beating = threading.Thread(target=self._beat, name="patcher-lease", daemon=True)
                     self._beating.start()
                     return "" if holder is None else f"{holder.get('who')} on {holder.get('host')}"
@@ -73,6 +74,19 @@ class Lease:
                     "when it is done"
                 )
             time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  so that those who wait do not march in step
+
+    def _prove_conditions(self) -> None:
+        """StorageError for a store that writes whatever the condition: nothing here would hold there."""
+        for wrong in (None, '"no-tag-of-anything"'):
+            try:
+                self._bucket.put(self._name, b'{"holder": null}', wrong)
+            except LockLost:
+                continue
+            raise StorageError(
+                f"the object store of {self._bucket.url} does not honour conditional writes (If-Match and "
+                "If-None-Match), so that two patchers could overwrite each other's work; nothing was changed. Expected "
+                "Amazon S3, or a store that is as strict"
+            )
 
     def check(self) -> None:
         """LockLost where others may think by now that the holder is gone."""

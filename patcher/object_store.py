@@ -133,11 +133,19 @@ class ObjectStore:
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
         """Upload the files one by one, each only where there is none."""
-        for folder, files in folders.items():
-            # What an export left that was killed before it got to the end.
-            self.take_away([folder])
-            for name, content in files.items():
-                self._put(f"{folder}/{name}", content, None)
+        # What an export left that was killed before it got to the end.
+        self.take_away(list(folders))
+        try:
+            for folder, files in folders.items():
+                for name, content in files.items():
+                    self._put(f"{folder}/{name}", content, None)
+        except LockLost:  # what lies there now is somebody else's
+            raise
+        except BaseException:
+            self._listed = None  # one that failed may have got through all the same
+            with contextlib.suppress(StorageError):
+                self.take_away(list(folders))
+            raise
 
     def take_away(self, folders: list[str]) -> None:
         """Delete folder by folder, in each first what makes it complete: the configuration, the head."""

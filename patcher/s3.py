@@ -232,5 +232,8 @@ class Bucket:
 
 def _age(answer: Any) -> float:
     # Both by the store's clock, so that nobody's own need be right.
-    now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    if date is None:
+        raise StorageError("the object store does not date its answers, which tells whether a lock is still held")
+    now = email.utils.parsedate_to_datetime(date)
     return float((now - answer["LastModified"]).total_seconds())

@@ -16,7 +16,10 @@ BUCKET = "models"
 
 
 class S3Server:
-    """At ``endpoint`` from construction until ``stop``; ``fault``, if set, hears of each request before it is done."""
+    """At ``endpoint`` from construction until ``stop``; ``fault``, if set, hears of each request before it is done.
+
+    ``lenient`` makes it one of the stores that know no conditions, and write whatever they are.
+    """
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -24,6 +27,8 @@ class S3Server:
         self._one = threading.Lock()
         self.requests: list[tuple[str, str]] = []
         self.fault = None
+        self.lenient = False
+        self.refuse: str | None = None
         self._server = werkzeug.serving.make_server("127.0.0.1", 0, self._respond, threaded=True)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -34,6 +39,12 @@ class S3Server:
         if self.fault and self.fault(*request):
             start_response("503 Service Unavailable", [("Content-Length", "0")])
             return [b""]
+        if self.refuse:
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{self.refuse}</Code><Message>no</Message></Error>".encode()]
+        if self.lenient:
+            for header in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+                environ.pop(header, None)
         with self._one:
             self.requests.append(request)
             return self._app(environ, start_response)
@@ -43,7 +54,7 @@ class S3Server:
         backend = s3_backends["123456789012"]["aws"]
         backend.reset()
         backend.create_bucket(BUCKET, "us-east-1")
-        self.fault = None
+        self.fault, self.lenient = None, False
         self.requests.clear()
 
     def written(self) -> list[tuple[str, str]]:

@@ -74,6 +74,13 @@ def remote(store, tiny_original):
     return ModelRepository(URL).classifier()
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    import checkpoints
+
+    return checkpoints.save_checkpoint(tmp_path_factory.mktemp("bert") / "checkpoint")
+
+
 def triton(classifier, folder, number=0, **options):
     return EmbeddedTriton(classifier.store.served_from, MODELS, log_file=folder / f"{number}.log", **options)
 
@@ -459,6 +466,25 @@ class TestFaults:
             pass
         assert (remote.journal.pending(), faults()) == (None, [])
 
+    def test_a_store_that_knows_no_conditions(self, remote, store, capsys):
+        before = objects()
+        store.lenient = True
+        code, said = self.run(capsys, "add-label", "payday", *TEXTS, "--no-load")
+        assert (code, "does not honour conditional writes" in said) == (1, True), said
+        assert objects() == before
+
+    def test_credentials_that_are_wrong_or_may_not(self, remote, store, capsys):
+        before = objects()
+        for code, expected, said in (
+            ("AccessDenied", 1, "expected credentials that may list, read, write and delete there"),
+            ("InvalidAccessKeyId", 2, "are the AWS credentials right?"),
+        ):
+            store.refuse = code
+            found, words = self.run(capsys, "rollback", "--no-load")
+            store.refuse = None
+            assert (found, said in words) == (expected, True), words
+        assert objects() == before
+
     def test_a_file_that_was_changed_on_the_store_shows(self, remote):
         bucket, name = Bucket(URL), f"{remote.head_model}/1/memory.safetensors"
         bucket.put(name, b"other", bucket.tag(name))
@@ -479,3 +505,59 @@ class TestFaults:
             remote.store.read("nothing")
         assert isinstance(remote.store, ObjectStore)
         assert issubclass(LockLost, StorageError)
+
+
+class TestExport:
+    """An export straight to the store: whole, or not at all."""
+
+    def test_to_the_store(self, store, bert, capsys):
+        assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 0, capsys.readouterr().err
+        assert f"Next: patcher serve --repo {URL}" in capsys.readouterr().out
+        assert store.written()[-2:] == [("DELETE", "repository/intent.journal"), ("PUT", "repository/intent.journal")]
+        assert faults() == []
+        assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 2
+        assert "holds a classifier 'intent' already" in capsys.readouterr().err
+        # Another one on the same backbone.
+        assert main(["export", str(bert), "--repo", URL, "--name", "topic", "--backbone", "intent"]) == 0
+        assert ModelRepository(URL).classifiers() == ("intent", "topic")
+
+    def test_one_that_fails_leaves_nothing(self, store, bert, capsys):
+        store.fault = lambda method, name: method == "PUT" and name.endswith("intent_head/config.pbtxt")
+        assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 1
+        store.fault = None
+        assert set(Bucket(URL).names()) == {".patcher.lock"}
+
+    def test_one_that_was_killed_is_made_anew(self, store, bert, tmp_path):
+        Bucket(URL).put("intent_backbone/1/model.onnx", b"half", None)
+        Bucket(URL).put("patcher.json", b'{"format": 1}', None)
+        assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 0
+        assert faults() == []
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_tune_tries_on_a_copy_and_writes_to_the_store(remote, tmp_path, monkeypatch):
+    from patcher import tune
+
+    found = tune.Serving(instances=2, threads=1)
+    monkeypatch.setattr(tune._Search, "run", lambda self, _: (tune.Serving(), found, []))
+    monkeypatch.setattr(tune._Search, "versus", lambda *_: (1.5, 100.0))
+    assert tune.tune(remote, TEN, seconds=1).written
+    config = remote.repository.config(remote.backbone_model)
+    assert config.instance_group[0].count == 2
+    assert faults() == []
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_credentials_of_a_profile_are_enough_for_both(remote, tmp_path, monkeypatch):
+    file = tmp_path / "credentials"
+    file.write_text("[shop]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
+    file.chmod(0o600)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "shop")
+    classifier = ModelRepository(URL).classifier()
+    with triton(classifier, tmp_path) as running, running.client() as server:
+        assert add_label(classifier.repository, "payday", TEN, server=server).served
