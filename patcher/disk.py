@@ -40,6 +40,10 @@ class Disk:
         """The folder, from wherever the server is started."""
         return str(self.root.resolve())
 
+    def server_environment(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
     def there(self) -> bool:
         """Whether the folder is there."""
         try:

@@ -51,6 +51,10 @@ class ObjectStore:
         """The URL with the endpoint in it, since tritonserver does not know $AWS_ENDPOINT_URL."""
         return self.bucket.served_from
 
+    def server_environment(self) -> dict[str, str]:
+        """The region: without one, tritonserver's client looks for it for ten seconds, as on a machine of Amazon's."""
+        return {"AWS_DEFAULT_REGION": self.bucket.region}
+
     @property
     def root(self) -> Path:
         """None: InputError."""

@@ -120,6 +120,12 @@ class Bucket:
         port = "" if ":" in host else {"http": ":80", "https": ":443"}[scheme]
         return f"s3://{scheme}://{host}{port}/{'/'.join(filter(None, (self.bucket, self.path)))}"
 
+    @property
+    def region(self) -> str:
+        """The region that requests are signed for."""
+        region = str(self._client.meta.region_name)
+        return "us-east-1" if region == "aws-global" else region
+
     def get(self, name: str) -> Object | None:
         """An object, None where there is none."""
         answer = self._call("get_object", name, unless=_NOT_THERE)

@@ -49,6 +49,9 @@ class Store(Protocol):
     def root(self) -> Path:
         """The folder; InputError for a repository that is none."""
 
+    def server_environment(self) -> dict[str, str]:
+        """What a server of this repository should find in its environment, beside what is there."""
+
     def there(self) -> bool:
         """Whether there is anything at all at the location."""
 

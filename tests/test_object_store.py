@@ -173,6 +173,7 @@ def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
 @pytest.mark.slow
 def test_every_verb_takes_the_url_and_serve_gives_it_to_triton(remote, store, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_MODEL_REPO", URL)
+    monkeypatch.delenv("AWS_DEFAULT_REGION")  # for which tritonserver's own client would look for ten seconds
     log = tmp_path / "triton.log"
     command = [sys.executable, "-m", "patcher", "serve", "--log-file", str(log)]
     command += ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
@@ -182,7 +183,9 @@ def test_every_verb_takes_the_url_and_serve_gives_it_to_triton(remote, store, tm
             assert "ready: gRPC " in said[1], said
             monkeypatch.setenv("TRITON_URL", said[1].split("gRPC ")[1].split(",")[0])
             children = psutil.Process(serving.pid).children(recursive=True)
-            line = next(" ".join(child.cmdline()) for child in children if "tritonserver" in child.cmdline()[0])
+            (child,) = [child for child in children if "tritonserver" in child.cmdline()[0]]
+            line = " ".join(child.cmdline())
+            assert child.environ()["AWS_DEFAULT_REGION"] == "us-east-1"
             assert "testing" not in line and f"--model-repository=s3://{store.endpoint}/models/repository" in line
             old, new = tmp_path / "old.csv", tmp_path / "new.csv"
             tiny.write_csv(old, tiny.train_set())

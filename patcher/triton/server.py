@@ -23,7 +23,7 @@ from patcher.triton.installation import find_installation
 from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -47,7 +47,7 @@ class EmbeddedTriton:
     """A tritonserver that serves ``models`` of ``repository``, from :meth:`start` until :meth:`stop`.
 
     ``repository`` is a folder, or the URL of an object store as tritonserver takes it, whose credentials it finds
-    in the environment as this process does.
+    in the environment as this process does; ``environment`` adds what is not in this process's.
 
     Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
     when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
@@ -82,6 +82,7 @@ class EmbeddedTriton:
         log_file: Path | str | None = None,
         exit_timeout: int = 30,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
@@ -105,6 +106,7 @@ class EmbeddedTriton:
         self.grpc_port, self.http_port, self.metrics_port = self._wanted_ports
         self._admin_key = admin_key
         self._options = tuple(options)
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
         self.key_hidden = self._http_key is None
@@ -277,7 +279,7 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        environment = {**os.environ, **find_installation().environment}
+        environment = {**self._environment, **os.environ, **find_installation().environment}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             if self.log_file.is_file():
@@ -327,6 +329,7 @@ def serve(
         metrics_host=metrics_host,
         log_file=log_file,
         options=cache_options(repository),
+        environment=repository.store.server_environment(),
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
