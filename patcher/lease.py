@@ -111,7 +111,7 @@ class Lease:
             except LockLost:
                 self._fresh = 0.0
                 return
-            except StorageError:  # the next beat may get through; check() knows how long it has been
+            except PatcherError:  # the next beat may get through; check() knows how long it has been
                 continue
 
     def _write(self, holder: dict[str, Any] | None, tag: str | None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import InputError, LockLost, RepositoryError, StorageError, ToolError
+from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError, ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +81,7 @@ class Bucket:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._endpoint, self.bucket, self.path = parse_url(url)
+        self._answered = False
 
     @cached_property
     def _client(self) -> Any:
@@ -191,7 +192,9 @@ class Bucket:
 
         with self._mapped(name, doing):
             try:
-                return getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+                answer = getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+                self._answered = True
+                return answer
             except ClientError as error:
                 if error.response["Error"]["Code"] in unless:
                     return None
@@ -210,7 +213,7 @@ class Bucket:
         except aws.ClientError as error:
             raise self._refused(where, doing, error) from error
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
-            raise InputError(
+            raise self._unfit(
                 f"cannot {doing} {where}: {error}; expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
                 "environment, or a profile in ~/.aws (AWS_PROFILE names one)"
             ) from error
@@ -220,14 +223,18 @@ class Bucket:
                 f"cannot {doing} {where}: {error}; is the object store up, and {endpoint} right?"
             ) from error
         except aws.BotoCoreError as error:
-            raise InputError(f"cannot {doing} {where}: {error}; are the AWS settings right?") from error
+            raise self._unfit(f"cannot {doing} {where}: {error}; are the AWS settings right?") from error
 
-    def _refused(self, where: str, doing: str, error: Any) -> Exception:
+    def _unfit(self, message: str) -> PatcherError:
+        # What was right a moment ago, and then ran out, is no wrong usage: something may have been changed by now.
+        return StorageError(message) if self._answered else InputError(message)
+
+    def _refused(self, where: str, doing: str, error: Any) -> PatcherError:
         code, said = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
         if code == "NoSuchBucket":
             return RepositoryError(f"no bucket {self.bucket!r} for {where}; make it, or name another with --repo")
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-            return InputError(f"cannot {doing} {where}: {said} ({code}); are the AWS credentials right?")
+            return self._unfit(f"cannot {doing} {where}: {said} ({code}); are the AWS credentials right?")
         if code in ("AccessDenied", "AllAccessDisabled", "403"):
             return StorageError(
                 f"cannot {doing} {where}: access denied ({said}); expected credentials that may list, read, write and "

@@ -18,6 +18,7 @@ BUCKET = "models"
 class S3Server:
     """At ``endpoint`` from construction until ``stop``; ``fault``, if set, hears of each request before it is done.
 
+    ``lost`` chooses a request that is done while its answer is lost on the way;
     ``lenient`` makes it one of the stores that know no conditions, and write whatever they are.
     """
 
@@ -28,6 +29,7 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self.fault = None
         self.lenient = False
+        self.lost = None
         self.refuse: str | None = None
         self._server = werkzeug.serving.make_server("127.0.0.1", 0, self._respond, threaded=True)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -37,6 +39,12 @@ class S3Server:
     def _respond(self, environ, start_response):
         request = (environ["REQUEST_METHOD"], environ["PATH_INFO"].partition(f"/{BUCKET}/")[2])
         if self.fault and self.fault(*request):
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
+        if self.lost and self.lost(*request):
+            self.lost = None
+            with self._one:
+                list(self._app(environ, lambda *_: None))
             start_response("503 Service Unavailable", [("Content-Length", "0")])
             return [b""]
         if self.refuse:

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import s3_server
 import tiny
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import kill
 
 from patcher import Fleet, ModelRepository, NotServed, add_label, doctor, history, lease, prune, rollback, sync
 from patcher.cli import main
@@ -144,13 +148,15 @@ def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
                 add_label(remote.repository, "payday", TEN, server=fleet)
         assert versions() == [1, 1, 1]
         assert (remote.serving(), remote.versions()) == (1, (1, 2))
-        # One restarted in between comes up on the version that is pinned, beside a higher one.
+        # One restarted in between comes up on the version that is pinned, beside a higher one and half a third one.
         replicas[1].stop()
+        Bucket(URL).put("intent_head/9/memory.safetensors", b"the head is not there yet", None)
         replicas[1] = triton(remote, tmp_path, 1, grpc_port=replicas[1].grpc_port).start()
         assert versions() == [1, 1, 1]
         # A good one reaches all three.
         assert main(["add-label", "payday", *TEXTS, *common]) == 0, capsys.readouterr().err
         assert versions() == [3, 3, 3]
+        assert remote.store.glob("intent_head/9/*") == []
         # One that was away while it was rolled back reads the store, too; one that was cut off is brought along.
         replicas[0].stop()
         assert main(["rollback", *common]) == 0
@@ -292,6 +298,12 @@ class TestKilled:
         assert remote.store.glob("intent_head/1/*") == []
         assert prune(remote, 1) == ()
 
+    @pytest.mark.server
+    @pytest.mark.slow
+    def test_at_random_moments_with_a_server(self, store):
+        found = kill.run(9, seed=5, location=URL)
+        assert found["killed"] >= 5
+
 
 class TestTwo:
     def test_patchers_at_once_lose_no_label(self, remote):
@@ -327,6 +339,34 @@ class TestTwo:
         with remote.repository.lock(timeout=20):
             assert time.monotonic() - started < 6
         assert remote.journal.entries()[-1]["holder"] == "ann on elsewhere"
+
+    def test_a_lock_that_is_kept_fresh_is_not(self, remote, monkeypatch):
+        monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(lease, "LAPSE_SECONDS", 2.0)
+        with remote.repository.lock():
+            with pytest.raises(Busy), ModelRepository(URL).lock(timeout=4.0):
+                pass
+            remote.store.replace("patcher.json", b'{"format": 1}')
+
+    def test_who_could_not_keep_it_fresh_writes_nothing(self, remote, store):
+        before = objects()
+        with remote.repository.lock():
+            remote.store._lease._fresh -= 26.0
+            for change in (
+                lambda: remote.store.replace("patcher.json", b'{"format": 1}'),
+                lambda: remote.store.take_away(["intent_head"]),
+                lambda: remote.journal.append("done", serving=1),
+            ):
+                with pytest.raises(LockLost, match="could not be kept"):
+                    change()
+        assert objects() == before
+
+    @pytest.mark.parametrize("at", ["intent.journal", "2/model.onnx", "config.pbtxt", ".patcher.lock"])
+    def test_an_answer_that_is_lost_is_not_taken_for_somebody_elses_write(self, remote, store, at):
+        store.lost = lambda method, name: method == "PUT" and name.endswith(at)
+        assert add_label(remote.repository, "payday", TEN).version == 2
+        assert store.lost is None
+        assert (remote.serving(), faults()) == (2, [])
 
     @pytest.mark.parametrize("asleep_before", ["publish", "model.onnx", "switch", "config.pbtxt", "done"])
     def test_one_that_was_only_slow_writes_nothing_over_the_others(self, remote, monkeypatch, asleep_before):
