@@ -77,8 +77,10 @@ class ObjectStore:
         self._forget(name)
 
     def abandon(self, name: str, *, made: bool) -> None:  # noqa: ARG002  there are no folders
-        """Delete the file; the lock stays, as others may hold it by now."""
-        self.remove(name)
+        """Delete the file where nothing else lies beside it; the lock stays, as others may hold it by now."""
+        with contextlib.suppress(StorageError):  # what made us abandon it is the error to tell
+            if self._names() <= {name, _LOCK}:
+                self.remove(name)
 
     def read(self, name: str) -> bytes:
         """An object's content; RepositoryError where there is none."""

@@ -99,14 +99,14 @@ class ModelRepository:
     def at(cls, location: str | os.PathLike[str]) -> ModelRepository | None:
         """The repository there, None where there is none yet."""
         store = open_store(location)
-        return cls(location, store=store) if store.has(_FORMAT_FILE) else None
+        return None if store.find(_FORMAT_FILE) is None else cls(location, store=store)
 
     @classmethod
     @contextlib.contextmanager
     def making(cls, location: str | os.PathLike[str]) -> Iterator[ModelRepository]:
         """Open or make the repository; one that was made is unmade again where the body fails."""
         store = open_store(location)
-        there, new = store.there(), not store.has(_FORMAT_FILE)
+        there, new = store.there(), store.find(_FORMAT_FILE) is None
         try:
             store.create(_FORMAT_FILE, _format())
             yield cls(location, store=store)

@@ -439,6 +439,8 @@ class TestFaults:
     def test_no_bucket(self, store, capsys):
         code, said = self.run(capsys, "labels", repo="s3://nobody/here")
         assert (code, "no bucket 'nobody'" in said) == (2, True), said
+        code, said = self.run(capsys, "export", "a-checkpoint-that-is-never-read", repo="s3://nobody/here")
+        assert (code, "no bucket 'nobody'" in said) == (2, True), said
 
     def test_nothing_there_yet(self, store, capsys):
         code, said = self.run(capsys, "labels")
