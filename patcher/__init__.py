@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
     from patcher.head import Head
-    from patcher.labelling import PatchReport, PatchSettings, add_label, add_labels
+    from patcher.labelling import PatchReport, add_label, add_labels
     from patcher.lifecycle import diff, evaluate, history, prune, rollback, sync
     from patcher.memory import Memory
+    from patcher.patch import PatchSettings
     from patcher.relabelling import merge_labels, remove_label, rename_label
     from patcher.remembering import remember
     from patcher.repository import Classifier, ModelRepository
@@ -35,7 +36,7 @@ _HOMES = {
     "ModelRepository": "patcher.repository",
     "NotServed": "patcher.errors",
     "PatchReport": "patcher.labelling",
-    "PatchSettings": "patcher.labelling",
+    "PatchSettings": "patcher.patch",
     "PatcherError": "patcher.errors",
     "ServerError": "patcher.errors",
     "TritonServer": "patcher.triton.client",

@@ -2,9 +2,12 @@
 
 With a memory of real features it comes from the distance to the nearest label's mean in whitened features (Mahalanobis;
 Lee et al. 2018, arXiv 1807.03888), in the directions in which the means differ: few enough to keep the head's file
-small, as ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a stated share of the remembered inputs exceeds.
-Those took part in the fine-tuning; fresh inputs lie further out, so that more of them score below 0.5. Without such a
-memory it is the largest probability, for which no limit can be given.
+small. What lies beside those directions, added, finds far topics better and near ones worse
+(``tests/benchmarks/tune_fit.py``). The score is ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a stated
+share of known inputs exceeds. The remembered ones took part in the fine-tuning, and fresh ones lie further out: where
+fresh ones are given (``--eval``) the limit is theirs, and by how much it was wider than that of the remembered ones is
+kept for the versions to come. Without such a memory the score is the largest probability, for which no limit can be
+given.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 
 from patcher.errors import RepositoryError
 from patcher.fit.model import from_memory
+from patcher.fit.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,12 +69,14 @@ class Distance:
 class Scope:
     """Scores inputs from 0 (none of these labels) to 1.
 
-    ``false_alarms`` is the share of the remembered inputs that score below 0.5; None where nothing calibrated that.
+    ``false_alarms`` is the share of known inputs that score below 0.5; None where nothing calibrated that. ``stretch``
+    is the limit of fresh inputs over that of the remembered ones, 1 where no fresh ones were seen.
     """
 
     problem: str
     distance: Distance | None = None
     false_alarms: float | None = None
+    stretch: float = 1.0
 
     @property
     def calibrated(self) -> bool:
@@ -88,7 +94,12 @@ class Scope:
     def settings(self) -> dict[str, Any]:
         """What the head's metadata keeps; the arrays are in its graph."""
         kind = "softmax" if self.distance is None else "distance"
-        return {"kind": kind, "problem": self.problem, "false_alarms": self.false_alarms}
+        return {
+            "kind": kind,
+            "problem": self.problem,
+            "false_alarms": self.false_alarms,
+            "stretch": self.stretch,
+        }
 
     @classmethod
     def from_arrays(cls, settings: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Scope:
@@ -98,22 +109,32 @@ class Scope:
             if settings["kind"] != "softmax":
                 distance = Distance(*(arrays[f"scope_{field.name}"] for field in dataclasses.fields(Distance)))
             alarms = settings["false_alarms"]
-            return cls(settings["problem"], distance, None if alarms is None else float(alarms))
+            stretch = float(settings.get("stretch", 1.0))  # version 0.2 knew none
+            return cls(settings["problem"], distance, None if alarms is None else float(alarms), stretch)
         except (KeyError, TypeError, ValueError) as error:
             raise RepositoryError(
                 f"this head's out-of-scope scorer is damaged: {type(error).__name__} {error}"
             ) from error
 
 
-def fit_scope(memory: Memory | None, head: HeadLike, *, false_alarms: float = 0.05) -> Scope:
-    """The scorer of a head, from the memory of its labels; ``false_alarms`` of its inputs score below 0.5.
+def fit_scope(
+    memory: Memory | None,
+    head: HeadLike,
+    *,
+    fresh: Floats | None = None,
+    stretch: float = 1.0,
+    false_alarms: float = 0.05,
+    settings: Settings = SETTINGS,
+) -> Scope:
+    """The scorer of a head, from the memory of its labels; ``false_alarms`` of the known inputs score below 0.5.
 
-    That is set on the memory's real features; without them (a memory of statistics, or none) the largest probability
-    has to do.
+    The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, or
+    else ``stretch`` times that of the memory's real features. Without those (a memory of statistics, or none) the
+    largest probability has to do.
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem)
-    old = from_memory(memory, head)
+    old = from_memory(memory, head, settings)
     means = old.whitening.of(old.means)
     gaps = means - means.mean(axis=0)
     # The axes of the gaps are those of their square, too, which is smaller where there are thousands of labels.
@@ -122,9 +143,11 @@ def fit_scope(memory: Memory | None, head: HeadLike, *, false_alarms: float = 0.
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
     distance = Distance(projection, center, (means @ axes).astype(np.float16), np.ones(1, np.float32))
     known = distance.squared(memory.sample[:: 1 + len(memory.sample) // _MOST].astype(np.float32))
-    limit = max(float(np.quantile(known, 1.0 - false_alarms)), 1e-6)
-    distance = dataclasses.replace(distance, limit=np.array([limit], np.float32))
-    return Scope(head.problem, distance, false_alarms)
+    remembered = max(float(np.quantile(known, 1.0 - false_alarms)), 1e-6)
+    if fresh is not None and len(fresh):
+        stretch = float(np.quantile(distance.squared(fresh), 1.0 - false_alarms)) / remembered
+    distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
+    return Scope(head.problem, distance, false_alarms, stretch)
 
 
 def scope_graph(

@@ -56,3 +56,23 @@ def test_a_damaged_scorer_is_refused():
         Scope.from_arrays({"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": None}, {})
     with pytest.raises(RepositoryError, match="damaged"):
         Scope.from_arrays({"kind": "softmax"}, {})
+
+
+def test_the_limit_is_that_of_fresh_texts_and_versions_to_come_keep_its_width():
+    head, memory = make_head(), Memory.build(FEATURES, IDS, LABELS, 10)
+    fresh = FEATURES + RNG.standard_normal(FEATURES.shape).astype(np.float32)
+    plain, wide = fit_scope(memory, head), fit_scope(memory, head, fresh=fresh)
+    assert np.mean(wide.score(fresh, fresh) < 0.5) == pytest.approx(0.05, abs=0.01)
+    assert wide.stretch > 1.2
+    assert plain.stretch == 1.0
+    again = read_head(write_head(dataclasses.replace(head, scope=wide))).scope
+    assert again.stretch == wide.stretch
+    later = fit_scope(memory, head, stretch=again.stretch)
+    np.testing.assert_allclose(later.distance.limit, wide.distance.limit)
+
+
+def test_a_scorer_of_version_0_2_has_no_stretch():
+    scope = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10), make_head())
+    arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
+    settings = {"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": 0.05}
+    assert Scope.from_arrays(settings, arrays).stretch == 1.0

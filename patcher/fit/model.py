@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["HeadLike", "OldLabels", "Whitening", "from_memory", "from_rows", "full_rows", "log_sum_exp", "whitening"]
+__all__ = [
+    "HeadLike",
+    "OldLabels",
+    "Rows",
+    "Whitening",
+    "from_memory",
+    "from_rows",
+    "full_rows",
+    "log_sum_exp",
+    "whitening",
+]
 
 
 class HeadLike(Protocol):
@@ -67,6 +77,18 @@ class Whitening:
         """A row on whitened features as one on the features themselves."""
         raw = self.points @ weight
         return raw.astype(np.float32), np.float32(bias - raw @ self.center)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of some labels on all features, float32 ``[k, width]`` and ``[k]``."""
+
+    weight: Floats
+    bias: Floats
+
+    def first(self, count: int) -> Rows:
+        """The first rows; with a negative count all but the last ones."""
+        return Rows(self.weight[:count], self.bias[:count])
 
 
 @dataclass(frozen=True)
