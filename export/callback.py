@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -32,7 +31,7 @@ class ExportCallback(TrainerCallback):
     """
 
     def __init__(self, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> None:
-        self.repository_dir = Path(repository_dir)
+        self.repository_dir = repository_dir
         self.options = options
         self.report: ExportReport | None = None
 

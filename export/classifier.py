@@ -94,7 +94,7 @@ def export_classifier(
     model
         Folder of a checkpoint, its id on the Hugging Face hub, or a model in memory.
     repository_dir
-        Made where there is none.
+        A folder, made where there is none, or ``s3://BUCKET/PATH``.
     **options
         As ``ExportOptions`` lists them: ``name="intent"``, ``train=None`` and so on.
 
@@ -117,9 +117,9 @@ def export_classifier(
 def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
     """The same as ``export_classifier``, with the figures of the export; they hold the repository."""
     watch = Stopwatch()
-    root, name = Path(repository_dir), options.get("name", "intent")
+    name = options.get("name", "intent")
     backbone = options.get("backbone") or name
-    refuse_taken(root, name, backbone)
+    refuse_taken(repository_dir, name, backbone)
     target = _target(options)
     with watch("load"):
         train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
@@ -132,7 +132,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         making = _Making(checkpoint, encoder, Path(folder), target, options.get("progress") or _silent, watch)
         made = making.run(train, ids, held_out, held_out_ids)
         with watch("publish"):
-            repository = _publish(root, name, backbone, made)
+            repository = _publish(repository_dir, name, backbone, made)
     return ExportReport(
         repository=repository,
         classifier=name,
@@ -157,12 +157,13 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     )
 
 
-def refuse_taken(root: Path, name: str, backbone: str) -> None:
-    """InputError where ``name`` cannot be added to the repository at ``root``, which need not be there yet."""
+def refuse_taken(location: str | os.PathLike[str], name: str, backbone: str) -> None:
+    """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
     check_name(name)
     check_name(backbone)
-    if (root / "patcher.json").exists() and name in ModelRepository(root).classifiers():
-        raise InputError(f"{root} holds a classifier {name!r} already; expected another --name, or another --repo")
+    repository = ModelRepository.at(location)
+    if repository is not None and name in repository.classifiers():
+        raise InputError(f"{location} holds a classifier {name!r} already; expected another --name, or another --repo")
 
 
 @dataclass(frozen=True)
@@ -349,14 +350,9 @@ class _Making:
         return head
 
 
-def _publish(root: Path, name: str, backbone: str, made: _Made) -> ModelRepository:
-    with contextlib.ExitStack() as undo:
-        if not (root / "patcher.json").exists():
-            undo.callback(_unmake, root, made_folder=not root.exists())
-        repository = ModelRepository.create(root)
-        with repository.lock():
-            _add(repository, name, backbone, made)
-        undo.pop_all()
+def _publish(location: str | os.PathLike[str], name: str, backbone: str, made: _Made) -> ModelRepository:
+    with ModelRepository.making(location) as repository, repository.lock():
+        _add(repository, name, backbone, made)
     return repository
 
 
@@ -373,23 +369,15 @@ def _add(repository: ModelRepository, name: str, backbone: str, made: _Made) -> 
 
 def _refuse_other_backbone(repository: ModelRepository, backbone: str, files: BackboneFiles) -> None:
     there = repository.config(f"{backbone}_backbone").parameters["fingerprint"].string_value
-    tokenizer = repository.root / f"{backbone}_tokenizer" / "1" / "tokenizer.json"
     if there != files.fingerprint:
         raise InputError(
-            f"{repository.root} holds another backbone {backbone!r} ({there[:12]}, this checkpoint's is "
+            f"{repository.location} holds another backbone {backbone!r} ({there[:12]}, this checkpoint's is "
             f"{files.fingerprint[:12]}); expected another --backbone, as only equal ones can be shared"
         )
-    if tokenizer.read_text(encoding="utf-8") != files.tokenizer_json:
+    if repository.tokenizer_json(backbone) != files.tokenizer_json:
         raise InputError(
-            f"the backbone {backbone!r} in {repository.root} has another tokenizer; name another --backbone"
+            f"the backbone {backbone!r} in {repository.location} has another tokenizer; name another --backbone"
         )
-
-
-def _unmake(root: Path, *, made_folder: bool) -> None:
-    for name in ("patcher.json", ".patcher.lock"):
-        (root / name).unlink(missing_ok=True)
-    if made_folder and root.is_dir() and not any(root.iterdir()):
-        root.rmdir()
 
 
 def _silent(_text: str) -> None:

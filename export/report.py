@@ -49,7 +49,7 @@ class ExportReport:
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values; ``labels`` is their count."""
         values = {name: value for name, value in vars(self).items() if name != "seconds"}
-        values.update(repository=str(self.repository.root), labels=len(self.labels))
+        values.update(repository=str(self.repository.location), labels=len(self.labels))
         values["checked"] = self.checked and self.checked.details()
         return {**values, "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 

@@ -1,18 +1,246 @@
-"""Files that are written whole or not at all, and errors of the disk in this project's words."""
+"""A repository in a folder: files that are written whole or not at all, and errors of the disk in this project's words.
+
+A folder is written elsewhere, flushed to disk and renamed into place; a file is replaced by one rename.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+import shutil
+import tempfile
+import time
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from patcher.errors import RepositoryError, StorageError
+from patcher.errors import Busy, RepositoryError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["flush_folder", "flush_tree", "read_bytes", "read_text", "replace", "storage"]
+__all__ = ["Disk", "flush_folder", "flush_tree", "read_bytes", "replace", "storage"]
+
+_LOCK_FILE = ".patcher.lock"
+_STAGING = ".patcher-staging-"
+_JOURNALS = "*.journal"
+_PATIENCE_SECONDS = 5.0
+
+
+class Disk:
+    """The repository in the folder ``root``; ``patcher.store.Store`` says what each part does."""
+
+    in_one_step = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.location: Path | str = root
+
+    @property
+    def served_from(self) -> str:
+        """The folder, from wherever the server is started."""
+        return str(self.root.resolve())
+
+    def server_environment(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def there(self) -> bool:
+        """Whether the folder is there."""
+        try:
+            return self.root.is_dir()
+        except OSError:  # a name that is too long, say
+            return False
+
+    def create(self, name: str, data: bytes) -> None:
+        """Make folder and file where there are none."""
+        with storage(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not (self.root / name).exists():
+                replace(self.root / name, data)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, which need not be there."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def abandon(self, name: str, *, made: bool) -> None:
+        """Remove file and lock; with ``made`` the folder too, if it is empty."""
+        self.remove(name)
+        self.remove(_LOCK_FILE)
+        if made and self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
+
+    def read(self, name: str) -> bytes:
+        """A file's content; RepositoryError where it cannot be read."""
+        return read_bytes(self.root / name)
+
+    def find(self, name: str) -> bytes | None:
+        """A file's content, None where there is none."""
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RepositoryError(f"cannot read {self.root / name}: {error.strerror or error}") from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.root / name).is_file()
+
+    def glob(self, pattern: str) -> list[str]:
+        """Names of the files that match."""
+        return [path.relative_to(self.root).as_posix() for path in self.root.glob(pattern)]
+
+    def local(self, name: str) -> Path:
+        """The file itself."""
+        return self.root / name
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the folder, without lock and leftovers."""
+        shutil.copytree(self.root, folder, ignore=shutil.ignore_patterns(".patcher*"))
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give a file new content by one rename."""
+        with self._staging(_parent(name)) as staging:
+            replace(self.root / name, data, staging)
+
+    @contextlib.contextmanager
+    def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
+        """The same with a way back, which is a rename of what was there, so that it works on a full disk, too."""
+        path = self.root / name
+        with self._staging(_parent(name)) as staging:
+            before = staging / "before"
+            try:
+                before.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, before)
+            yield _Replacement(path, data, before)
+
+    def stamp(self) -> str:
+        """Nothing: the kernel's lock goes with its process, so that nobody writes who lost it."""
+        return ""
+
+    def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
+        """Write all folders elsewhere, then rename one after the other into place, flushed."""
+        parent = _parent(next(iter(folders)))
+        with self._staging(parent) as staging:
+            for name, files in folders.items():
+                _write(staging / PurePosixPath(name).name, files)
+            # The last name makes the whole visible; what an export left that was killed before it got there is in the
+            # way.
+            for name in folders:
+                target, made = self.root / name, staging / PurePosixPath(name).name
+                if target.exists():
+                    target.rename(staging / f"leftover-{target.name}")
+                flush_tree(made)
+                made.rename(target)
+            flush_folder(self.root / parent)
+
+    def take_away(self, folders: list[str]) -> None:
+        """Rename them out of the way, each in one step, and then delete."""
+        with self._staging(_parent(folders[0])) as staging:
+            for name in folders:
+                if (self.root / name).exists():
+                    (self.root / name).rename(staging / PurePosixPath(name).name)
+
+    def append(self, name: str, size: int, data: bytes) -> None:
+        """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
+        path = self.root / name
+        try:
+            with path.open("ab") as file:
+                try:
+                    file.truncate(size)  # the torn line of a process that was killed while it wrote
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(path, size)
+                    raise
+        except OSError as error:
+            raise StorageError(f"cannot write to {path}: {error.strerror or error}; nothing was changed") from error
+
+    def amend(self, name: str, change: Callable[[bytes], bytes]) -> None:
+        """Replace the file: whoever holds the lock is alone."""
+        self.replace(name, change(self.find(name) or b""))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name."""
+        (self.root / old).rename(self.root / new)
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float) -> Iterator[str]:
+        """Hold the kernel's lock on a file, which goes with the process that holds it, however that ends."""
+        import filelock
+
+        lock = filelock.FileLock(self.root / _LOCK_FILE)
+        with storage(self.root):
+            seen, deadline = self._progress(), time.monotonic() + timeout
+            while True:
+                try:
+                    lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
+                    break
+                except filelock.Timeout as error:
+                    # A queue of patchers that get on is no reason to give up.
+                    if (now := self._progress()) != seen:
+                        seen, deadline = now, time.monotonic() + timeout
+                    elif time.monotonic() >= deadline:
+                        raise Busy(
+                            f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
+                            "is done"
+                        ) from error
+        try:
+            self._sweep()
+            yield ""
+        finally:
+            lock.release()
+
+    def _progress(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.root.glob(_JOURNALS)}
+
+    def _sweep(self) -> None:
+        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
+        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
+            for leftover in self.root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _staging(self, folder: str) -> Iterator[Path]:
+        """A folder on the repository's own file system, gone afterwards.
+
+        Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
+        would stop a server that loads all it finds: only exports, which make new models, stage there.
+        """
+        with storage(self.root):
+            path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / folder))
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _Replacement:
+    def __init__(self, path: Path, data: bytes, before: Path) -> None:
+        self.path, self.data, self.before = path, data, before
+
+    def make(self) -> None:
+        replace(self.path, self.data, self.before.parent)
+
+    def undo(self) -> None:
+        self.before.replace(self.path)
+        flush_folder(self.path.parent, tolerant=True)
+
+
+def _parent(name: str) -> str:
+    return PurePosixPath(name).parent.as_posix()
+
+
+def _write(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            shutil.copyfile(content, path)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -21,14 +249,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def read_text(path: Path) -> str:
-    """A file's text; RepositoryError where it cannot be read or is not UTF-8."""
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise RepositoryError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 @contextlib.contextmanager

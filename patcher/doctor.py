@@ -31,6 +31,7 @@ _OPTIONAL = {
     "torch": "patcher export",
     "transformers": "patcher export",
     "pyarrow": "Parquet files",
+    "botocore": "a repository on s3://",
     "matplotlib": "plots",
 }
 
@@ -48,24 +49,28 @@ class Check:
         return dataclasses.asdict(self)
 
 
-def diagnose(root: Path, server: TritonServer | None, url: str) -> Iterator[Check]:
+def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Iterator[Check]:
     """Look at everything, the cheap things first; yields each finding as it is made.
 
     ``server`` is None where nobody answered at ``url``.
     """
     yield from _installation()
     try:
-        repository = ModelRepository(root)
+        repository = ModelRepository(location)
     except PatcherError as error:
         yield Check("repository", "fault", str(error))
         return
     names = repository.classifiers()
-    found = f"{root}: {len(names)} classifiers ({', '.join(names)})" if names else f"{root} holds no classifier yet"
+    found = (
+        f"{location}: {len(names)} classifiers ({', '.join(names)})" if names else f"{location} holds no classifier yet"
+    )
     yield Check("repository", "ok" if names else "note", found)
     for name in names:
         yield from _on_disk(repository, name)
     if server is None:
-        yield Check("server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {root}` starts a server")
+        yield Check(
+            "server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+        )
         return
     for member in members(server):
         if member not in present(server):
@@ -79,12 +84,12 @@ def diagnose(root: Path, server: TritonServer | None, url: str) -> Iterator[Chec
                 yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
 
 
-def repair(root: Path, server: TritonServer | None) -> Iterator[Check]:
+def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
     """Finish or undo what was interrupted, begin a journal that cannot be read anew, have servers serve what is pinned.
 
     Damaged versions are not touched: nobody but you knows another copy of them.
     """
-    repository = ModelRepository(root)
+    repository = ModelRepository(location)
     for name in repository.classifiers():
         what = f"{name}, repair"
         try:
@@ -93,7 +98,7 @@ def repair(root: Path, server: TritonServer | None) -> Iterator[Check]:
                 try:
                     classifier.journal.entries()
                 except RepositoryError as error:
-                    yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside().name} now")
+                    yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside()} now")
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
             with changing(classifier, server):
                 for url, state in (catch_up(classifier, server) if server else {}).items():
@@ -130,7 +135,7 @@ def _on_disk(repository: ModelRepository, name: str) -> Iterator[Check]:
     try:
         classifier = repository.classifier(name)
         serving, versions = classifier.serving(), classifier.versions()
-        classifier.version_path(serving)
+        classifier.version_name(serving)
         repository.config(classifier.features_model)
     except PatcherError as error:
         yield Check(name, "fault", str(error))
@@ -213,8 +218,8 @@ def _sha256(path: Path) -> str:
 
 def _local_answer(classifier: Classifier) -> Check:
     what = classifier.tokenizer_model
-    if not (classifier.tokenizer_path.parent / "model.py").is_file():
-        return Check(what, "fault", f"{classifier.tokenizer_path.parent} has no model.py; export it again")
+    if not classifier.store.has(f"{what}/1/model.py"):
+        return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
         extract_features(classifier, [PROBE_TEXT])
     except PatcherError as error:

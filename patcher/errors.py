@@ -16,7 +16,8 @@ PatcherError                 1  failed, nothing changed
 │   │   └── TlsError            somebody answers, but the connection cannot be secured as asked
 │   └── ServerRefused           the server understood and said no (a missing key, an unknown model)
 ├── ToolError                1  a program or library that is needed is missing or failed
-├── StorageError             1  the disk would not take what was to be written
+├── StorageError             1  the disk, or the object store, would not take what was to be written
+│   └── LockLost                another patcher took over meanwhile, and this one writes nothing any more
 ├── Busy                     1  another patcher holds the repository's lock
 ├── GateRefused              3  the gate refused the patch, nothing published
 └── NotServed                4  published, but the server would not serve it; the previous version is back
@@ -39,6 +40,7 @@ __all__ = [
     "GateRefused",
     "InputError",
     "LabelError",
+    "LockLost",
     "NotServed",
     "ParityError",
     "PatcherError",
@@ -129,7 +131,11 @@ class ToolError(PatcherError):
 
 
 class StorageError(PatcherError):
-    """The disk would not take what was to be written; what was there is untouched."""
+    """The disk, or the object store, would not take what was to be written; what was there is untouched."""
+
+
+class LockLost(StorageError):
+    """Another patcher took the lock over, or changed what was to be written; what it wrote is untouched."""
 
 
 class Busy(PatcherError):

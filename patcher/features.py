@@ -54,5 +54,6 @@ def check_same_backbone(classifier: Classifier, server: TritonServer) -> None:
     if ours != theirs:
         raise ServerError(
             f"the server at {server.url} serves backbone {theirs[:12] or 'without a fingerprint'}, the repository "
-            f"{classifier.root} holds {ours[:12]}: expected one and the same; does --repo name the server's repository?"
+            f"{classifier.repository.location} holds {ours[:12]}: expected one and the same; does --repo name the "
+            "server's repository?"
         )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import RepositoryError, StorageError
+from patcher.errors import RepositoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from patcher.store import Store
 
 __all__ = ["Journal", "Pending", "hashes"]
 
@@ -44,10 +45,19 @@ class Pending:
 
 
 class Journal:
-    """The journal at ``path``, which need not be there yet; only the holder of the repository's lock appends."""
+    """The journal ``name`` of a store, which need not be there yet; only the holder of the lock appends."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+
+    @property
+    def path(self) -> Path:
+        """Where it lies; InputError for a repository that is no folder."""
+        return self.store.root / self.name
+
+    @property
+    def _where(self) -> str:
+        return f"{self.store.location}/{self.name}"
 
     def entries(self) -> list[dict[str, Any]]:
         """Every entry, oldest first; what a killed process left of a last line does not count.
@@ -65,12 +75,12 @@ class Journal:
                 chained = entry["previous"] == previous
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RepositoryError(
-                    f"{self.path}, line {number}, is no entry of a journal ({error}); `patcher doctor --repair` sets "
+                    f"{self._where}, line {number}, is no entry of a journal ({error}); `patcher doctor --repair` sets "
                     "the journal aside and begins a new one"
                 ) from error
             if not chained:
                 raise RepositoryError(
-                    f"{self.path}, line {number}, does not follow from the line before it: the journal was changed; "
+                    f"{self._where}, line {number}, does not follow from the line before it: the journal was changed; "
                     "`patcher doctor --repair` sets it aside and begins a new one"
                 )
             previous = _sha256(line)
@@ -94,6 +104,10 @@ class Journal:
             "back" in last,
         )
 
+    def withdrawn(self) -> frozenset[int]:
+        """Versions that were about to be taken away because they never served."""
+        return frozenset(v for entry in self.entries() if entry["event"] == "withdrawn" for v in entry["versions"])
+
     def published(self) -> dict[int, dict[str, str]]:
         """SHA-256 of each file of each version that was ever published, by version and file name."""
         return {
@@ -108,45 +122,36 @@ class Journal:
 
     def append(self, event: str, **values: Any) -> None:
         """Add an entry, on disk when this returns; StorageError, with nothing added, where the disk takes none."""
-        from patcher.lineage import author, now
-
         lines = self._lines()
-        entry = {
-            "event": event, **values, "at": now(), "by": author(), "previous": _sha256(lines[-1]) if lines else "",
-        }  # fmt: skip
-        data = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-        size = sum(len(line) + 1 for line in lines)
-        try:
-            with self.path.open("ab") as file:
-                try:
-                    file.truncate(size)  # the torn line of a process that was killed while it wrote
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, size)
-                    raise
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to {self.path}: {error.strerror or error}; nothing was changed"
-            ) from error
+        self.store.append(self.name, sum(len(line) + 1 for line in lines), _line(lines, event, values))
 
-    def set_aside(self) -> Path:
-        """Rename a journal that cannot be read any more, and return where it lies now."""
+    def insist(self, event: str, **values: Any) -> None:
+        """Add an entry although somebody may be writing who lost the lock: from then on he cannot any more."""
+        self.store.amend(self.name, lambda data: data + _line(_split(data), event, values))
+
+    def set_aside(self) -> str:
+        """Rename a journal that cannot be read any more, and return its name now."""
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
+        while self.store.has(aside := f"{self.name}.damaged-{number}"):
             number += 1
-        self.path.rename(aside)
+        self.store.rename(self.name, aside)
         return aside
 
     def _lines(self) -> list[bytes]:
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise RepositoryError(f"cannot read {self.path}: {error.strerror or error}") from error
-        return data.split(b"\n")[:-1]
+        return _split(self.store.find(self.name) or b"")
+
+
+def _split(data: bytes) -> list[bytes]:
+    return data.split(b"\n")[:-1]
+
+
+def _line(lines: Sequence[bytes], event: str, values: Mapping[str, Any]) -> bytes:
+    from patcher.lineage import author, now
+
+    entry = {
+        "event": event, **values, "at": now(), "by": author(), "previous": _sha256(lines[-1]) if lines else "",
+    }  # fmt: skip
+    return json.dumps(entry, ensure_ascii=False, sort_keys=True).encode() + b"\n"
 
 
 def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -163,6 +168,7 @@ _NEEDED: dict[str, dict[str, type]] = {
     "adopted": {"version": int, "files": dict},
     "switch": {"from": int, "to": int},
     "pruned": {"versions": list},
+    "withdrawn": {"versions": list},
 }
 
 

@@ -1,13 +1,13 @@
-"""The model repository on disk: which classifiers there are, their head versions, and which one serves.
+"""The model repository: which classifiers there are, and how they come and go.
 
 Three rules keep it whole, whatever is interrupted:
 
-- a version folder is written elsewhere, flushed to disk and renamed into place, and never changes again;
-- what serves is the version pinned in the head's ``config.pbtxt``, replaced by one rename, so that a restarted server
+- a version folder appears whole and never changes again;
+- what serves is the version pinned in the head's ``config.pbtxt``, replaced in one step, so that a restarted server
   serves what served before, whatever else lies beside it;
 - only the holder of the lock writes, and a dead process holds no lock.
 
-Beside them a journal tells what was begun and how it ended (``patcher.journal``); numbers are never given twice.
+How that is done in a folder and in an object store is ``patcher.store``'s.
 """
 
 from __future__ import annotations
@@ -15,25 +15,22 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
-from patcher.disk import flush_folder, flush_tree, read_bytes, read_text, replace, storage
-from patcher.errors import Busy, InputError, RepositoryError, StorageError, VersionError
-from patcher.head_file import read_head, write_head
-from patcher.journal import Journal, hashes
-from patcher.memory import Memory
+from patcher.classifier import Classifier, version_files, version_numbers
+from patcher.errors import InputError, RepositoryError
+from patcher.journal import Journal
+from patcher.store import Store, open_store
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from patcher.head import Head
+    from patcher.memory import Memory
 
 __all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
 
@@ -44,14 +41,10 @@ CANARY = "_canary"
 """A classifier of this ending is another one's version on trial (``patcher.canary``)."""
 
 _FORMAT_FILE = "patcher.json"
-_LOCK_FILE = ".patcher.lock"
-_STAGING = ".patcher-staging-"
-_JOURNAL = ".journal"
-_PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROLES = ("_head", "_features", "_tokenizer", "_backbone", CANARY)
 _MODEL = "model.onnx"
-_MEMORY = "memory.safetensors"
+_JOURNAL = ".journal"
 _CONFIG = "config.pbtxt"
 
 
@@ -84,50 +77,78 @@ class BackboneFiles:
 
 
 class ModelRepository:
-    """A folder that Triton serves and this project writes.
+    """A folder, or a place in an object store (``s3://BUCKET/PATH``), that Triton serves and this project writes.
 
-    Raises RepositoryError where ``root`` is none, or was written by a newer version of this project.
+    Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
-        if not _is_folder(self.root):
+    def __init__(self, location: str | os.PathLike[str], *, store: Store | None = None) -> None:
+        self.store = store or open_store(location)
+        if not self.store.there():
             raise RepositoryError(
-                f"no model repository at {self.root}: no such folder; `patcher export MODEL --repo {self.root}` makes "
-                "one, --repo or $TRITON_MODEL_REPO names another"
+                f"no model repository at {self.location}: no such folder; `patcher export MODEL --repo "
+                f"{self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
             )
         self._check_format()
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str]) -> ModelRepository:
-        """Open the repository at ``root``, making folder and format file where there are none."""
-        path = Path(root)
-        with storage(path):
-            path.mkdir(parents=True, exist_ok=True)
-            if not (path / _FORMAT_FILE).exists():
-                replace(path / _FORMAT_FILE, (json.dumps({"format": FORMAT}) + "\n").encode())
-        return cls(path)
+    def create(cls, location: str | os.PathLike[str]) -> ModelRepository:
+        """Open the repository at ``location``, making folder and format file where there are none."""
+        store = open_store(location)
+        store.create(_FORMAT_FILE, _format())
+        return cls(location, store=store)
+
+    @classmethod
+    def at(cls, location: str | os.PathLike[str]) -> ModelRepository | None:
+        """The repository there, None where there is none yet."""
+        store = open_store(location)
+        return None if store.find(_FORMAT_FILE) is None else cls(location, store=store)
+
+    @classmethod
+    @contextlib.contextmanager
+    def making(cls, location: str | os.PathLike[str]) -> Iterator[ModelRepository]:
+        """Open or make the repository; one that was made is unmade again where the body fails."""
+        store = open_store(location)
+        there, new = store.there(), store.find(_FORMAT_FILE) is None
+        try:
+            store.create(_FORMAT_FILE, _format())
+            yield cls(location, store=store)
+        except BaseException:
+            if new:
+                store.abandon(_FORMAT_FILE, made=not there)
+            raise
+
+    @property
+    def location(self) -> Path | str:
+        """The folder or the URL."""
+        return self.store.location
+
+    @property
+    def root(self) -> Path:
+        """The folder; InputError where the repository lies in an object store."""
+        return self.store.root
 
     def _check_format(self) -> None:
-        path = self.root / _FORMAT_FILE
+        path = f"{self.location}/{_FORMAT_FILE}"
         try:
-            number = json.loads(path.read_text())["format"]
-        except FileNotFoundError:
-            raise RepositoryError(
-                f"{self.root} is no model repository of patcher: it has no {_FORMAT_FILE}; "
-                f"`patcher export MODEL --repo {self.root}` adds a classifier to it"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            data = self.store.find(_FORMAT_FILE)
+            number = None if data is None else json.loads(data)["format"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
+        if data is None:
+            raise RepositoryError(
+                f"{self.location} is no model repository of patcher: it has no {_FORMAT_FILE}; "
+                f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
+            )
         if not isinstance(number, int) or number > FORMAT or number < 1:
             raise RepositoryError(
-                f"{self.root} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
+                f"{self.location} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
             )
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        names = (path.parent.name for path in self.root.glob(f"*/{_CONFIG}"))
-        return tuple(sorted(name for name in names if (self.root / f"{name}_head" / _CONFIG).is_file()))
+        names = {name.split("/")[0] for name in self.store.glob(f"*/{_CONFIG}")}
+        return tuple(sorted(name for name in names if f"{name}_head" in names))
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""
@@ -136,11 +157,11 @@ class ModelRepository:
             names = tuple(each for each in names if not each.endswith(CANARY))
             if len(names) != 1:
                 found = f"{len(names)} classifiers ({', '.join(names)})" if names else "no classifier"
-                raise InputError(f"{self.root} holds {found}; expected --classifier NAME with one of them")
+                raise InputError(f"{self.location} holds {found}; expected --classifier NAME with one of them")
             return Classifier(self, names[0])
         if name not in names:
             raise InputError(
-                f"no classifier {check_name(name)!r} in {self.root}; it holds {', '.join(names) or 'none'}"
+                f"no classifier {check_name(name)!r} in {self.location}; it holds {', '.join(names) or 'none'}"
             )
         return Classifier(self, name)
 
@@ -148,58 +169,32 @@ class ModelRepository:
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
         """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
 
-        The lock is the kernel's (flock), on an open file: it goes with the process that holds it, however that ends.
-        On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
+        In a folder it is the kernel's (flock), on an open file: it goes with the process that holds it, however that
+        ends. On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
         ``local_lock`` it keeps only the processes of one machine apart, and two machines must take turns by other
         means: a version number is then still never taken twice, but of two pins the later one stands.
+        In an object store it is an object that its holder keeps fresh; one that is not is taken over, and whoever lost
+        it can write nothing any more.
         Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
         """
-        import filelock
-
-        lock = filelock.FileLock(self.root / _LOCK_FILE)
-        with storage(self.root):
-            seen, deadline = self._progress(), time.monotonic() + timeout
-            while True:
-                try:
-                    lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
-                    break
-                except filelock.Timeout as error:
-                    # A queue of patchers that get on is no reason to give up.
-                    if (now := self._progress()) != seen:
-                        seen, deadline = now, time.monotonic() + timeout
-                    elif time.monotonic() >= deadline:
-                        raise Busy(
-                            f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
-                            "is done"
-                        ) from error
-        try:
-            self._sweep()
+        with self.store.lock(timeout) as lost:
+            for name in () if self.store.in_one_step else self.classifiers():
+                if lost:
+                    self._fence(name, lost)
+                self._sweep(name)
             yield
-        finally:
-            lock.release()
 
-    def _progress(self) -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in self.root.glob(f"*{_JOURNAL}")}
+    def _fence(self, name: str, holder: str) -> None:
+        """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
+        self.store.amend(f"{name}_head/{_CONFIG}", lambda data: data + self.store.stamp().encode())
+        Journal(self.store, f"{name}{_JOURNAL}").insist("lock taken over", holder=holder)
 
-    def _sweep(self) -> None:
-        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
-        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def staging(self, model: str = "") -> Iterator[Path]:
-        """A folder on the repository's own file system, gone afterwards; the lock must be held.
-
-        Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
-        would stop a server that loads all it finds: only exports, which make new models, stage there.
-        """
-        with storage(self.root):
-            path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / model))
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
+    def _sweep(self, name: str) -> None:
+        """Take away what is left of versions whose upload or removal was cut off."""
+        complete = version_numbers(self.store.glob(f"{name}_head/*/{_MODEL}"))
+        parts = set(version_numbers(self.store.glob(f"{name}_head/*/*"))) - set(complete)
+        if parts:
+            self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
 
     def add_backbone(self, name: str, files: BackboneFiles) -> None:
         """Add a backbone with its tokenizer and features ensemble under ``name``; the lock must be held."""
@@ -215,13 +210,15 @@ class ModelRepository:
                 parts["features"], parts["tokenizer"], parts["backbone"], files.token_inputs, files.width
             ),
         )
-        with self.staging() as staging:
-            for config in configs:
-                _stage_model(staging / config.name, config)
-            (staging / parts["tokenizer"] / "1" / "model.py").write_bytes(_tokenizer_source())
-            (staging / parts["tokenizer"] / "1" / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
-            shutil.copyfile(files.model, staging / parts["backbone"] / "1" / _MODEL)
-            self._move_in(staging, [config.name for config in configs])
+        contents: dict[str, dict[str, bytes | Path]] = {
+            parts["tokenizer"]: {
+                "1/model.py": _tokenizer_source(),
+                "1/tokenizer.json": files.tokenizer_json.encode(),
+            },
+            parts["backbone"]: {f"1/{_MODEL}": files.model},
+            parts["features"]: {},
+        }
+        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
 
     def add_classifier(
         self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, share: float | None = None
@@ -232,10 +229,10 @@ class ModelRepository:
         """
         check_name(name if share is None else name.removesuffix(CANARY))
         self._refuse_existing(name)
-        if len(_versions(self.root / f"{name}_head")) > 1:
+        if len(version_numbers(self.store.glob(f"{name}_head/*/{_MODEL}"))) > 1:
             raise RepositoryError(
-                f"{self.root}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that file, "
-                "or move the folder away first"
+                f"{self.location}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that "
+                "file, or move the folder away first"
             )
         token_inputs, width, fingerprint = self._backbone(backbone)
         if (head.width, head.lineage.backbone) != (width, fingerprint):
@@ -250,282 +247,74 @@ class ModelRepository:
                 name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs, share
             ),
         )
-        with self.staging() as staging:
-            for config in configs:
-                _stage_model(staging / config.name, config)
-            _write_version(staging / f"{name}_head" / str(version), _version_files(head, memory))
-            self._move_in(staging, [config.name for config in configs])
-        classifier = Classifier(self, name)
+        versions = {f"{version}/{file}": data for file, data in version_files(head, memory).items()}
+        contents: dict[str, dict[str, bytes | Path]] = {f"{name}_head": {**versions}, name: {}}
+        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
         # Of a classifier that was here before under this name, and whose folders somebody took away.
-        classifier.journal.path.unlink(missing_ok=True)
+        self.store.remove(f"{name}{_JOURNAL}")
+        classifier = Classifier(self, name)
         classifier.adopt()
         return classifier
 
     def remove_backbone(self, name: str) -> None:
         """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
-        self._remove([f"{name}_{role}" for role in ("features", "backbone", "tokenizer")])
+        self.store.take_away([f"{name}_{role}" for role in ("features", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
         """Take a classifier's models out again, its backbone not."""
-        self._remove([name, f"{name}_head", f"{name}{_JOURNAL}"])
+        self.store.take_away([name, f"{name}_head", f"{name}{_JOURNAL}"])
 
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
-        return (self.root / f"{name}_features" / _CONFIG).is_file()
+        return self.store.has(f"{name}_features/{_CONFIG}")
 
     def _backbone(self, name: str) -> tuple[tuple[str, ...], int, str]:
         if not self.has_backbone(check_name(name)):
-            raise InputError(f"no backbone {name!r} in {self.root}")
+            raise InputError(f"no backbone {name!r} in {self.location}")
         message = self.config(f"{name}_backbone")
         tokens = tuple(tensor.name for tensor in message.input)
         return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
 
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
-        path = self.root / model / _CONFIG
-        return model_config.parse(read_text(path), str(path))
+        return model_config.parse(self.config_text(model), f"{self.location}/{model}/{_CONFIG}")
+
+    def config_text(self, model: str) -> str:
+        """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
+        name = f"{model}/{_CONFIG}"
+        try:
+            return self.store.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise RepositoryError(f"{self.location}/{name} is not UTF-8 text: {error.reason}") from error
+
+    def tokenizer_json(self, backbone: str) -> str:
+        """The tokenizer of a backbone."""
+        return self.store.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: read_bytes(self.root / model / _CONFIG) for model in configs}
-        with storage(self.root):
-            try:
-                for model, text in configs.items():
-                    with self.staging(model) as staging:
-                        replace(self.root / model / _CONFIG, text.encode(), staging)
-            except BaseException:
-                for model, data in before.items():
-                    replace(self.root / model / _CONFIG, data)
-                raise
+        before = {model: self.store.read(f"{model}/{_CONFIG}") for model in configs}
+        try:
+            for model, text in configs.items():
+                self.store.replace(f"{model}/{_CONFIG}", text.encode())
+        except BaseException:
+            for model, data in before.items():
+                self.store.replace(f"{model}/{_CONFIG}", data)
+            raise
 
     def _refuse_existing(self, name: str) -> None:
-        if (self.root / name / _CONFIG).exists():
-            raise InputError(f"{name} is in {self.root} already; choose another name, or remove its folders first")
-
-    def _move_in(self, staging: Path, names: Sequence[str]) -> None:
-        # The last name makes the whole visible; what an export left that was killed before it got there is in the way.
-        for name in names:
-            target = self.root / name
-            if target.exists():
-                target.rename(staging / f"leftover-{name}")
-            flush_tree(staging / name)
-            (staging / name).rename(target)
-        flush_folder(self.root)
-
-    def _remove(self, names: Sequence[str]) -> None:
-        with self.staging() as staging:
-            for name in names:
-                if (self.root / name).exists():
-                    (self.root / name).rename(staging / name)
+        if self.store.has(f"{name}/{_CONFIG}"):
+            raise InputError(f"{name} is in {self.location} already; choose another name, or remove its folders first")
 
 
-class Classifier:
-    """One classifier of a repository: its head versions and the one that serves."""
-
-    def __init__(self, repository: ModelRepository, name: str) -> None:
-        self.repository = repository
-        self.name = name
-        self.head_model = f"{name}_head"
-        steps = repository.config(name).ensemble_scheduling.step
-        try:
-            self.tokenizer_model, self.backbone_model = str(steps[0].model_name), str(steps[1].model_name)
-        except IndexError:
-            raise RepositoryError(
-                f"{repository.root / name / _CONFIG} is no classifier: it has no three steps"
-            ) from None
-        self.backbone: str = self.backbone_model.removesuffix("_backbone")
-        self.features_model = f"{self.backbone}_features"
-        self.journal = Journal(repository.root / f"{name}{_JOURNAL}")
-
-    @property
-    def root(self) -> Path:
-        """The repository's folder."""
-        return self.repository.root
-
-    @property
-    def backbone_path(self) -> Path:
-        """The backbone's ONNX file."""
-        return self.root / self.backbone_model / "1" / _MODEL
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer's JSON file."""
-        return self.root / self.tokenizer_model / "1" / "tokenizer.json"
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the backbone, as its configuration states it."""
-        value: str = self.repository.config(self.backbone_model).parameters["fingerprint"].string_value
-        return value
-
-    def versions(self) -> tuple[int, ...]:
-        """Head versions on disk, ascending."""
-        return _versions(self.root / self.head_model)
-
-    def serving(self) -> int:
-        """The version that a server of this repository serves: the one pinned in the head's configuration."""
-        path = self.root / self.head_model / _CONFIG
-        pinned = model_config.pinned_versions(self.repository.config(self.head_model))
-        if not pinned:
-            raise RepositoryError(f"{path} pins no version; expected version_policy {{ specific {{ versions: N }} }}")
-        return max(pinned)
-
-    def version_path(self, version: int) -> Path:
-        """Folder of a version; VersionError where there is none."""
-        path = self.root / self.head_model / str(version)
-        if not (path / _MODEL).is_file():
-            there = ", ".join(map(str, self.versions())) or "none"
-            pruned = version in self.journal.pruned()
-            what = f"version {version} of {self.name} was pruned" if pruned else f"{self.name} has no version {version}"
-            raise VersionError(f"{what}; there are {there} (`patcher history`)")
-        return path
-
-    def head(self, version: int | None = None) -> Head:
-        """A head version, the serving one by default."""
-        number = self.serving() if version is None else version
-        path = self.version_path(number) / _MODEL
-        try:
-            head = read_head(self.head_bytes(number))
-        except RepositoryError as error:
-            raise RepositoryError(f"{path}: {error}; `patcher rollback --to N` needs none but version N") from error
-        if head.lineage.version != number:
-            raise RepositoryError(f"{path} says it is version {head.lineage.version}; expected {number}")
-        return head
-
-    def head_bytes(self, version: int) -> bytes:
-        """The file of a head version as it lies on disk."""
-        return read_bytes(self.version_path(version) / _MODEL)
-
-    def memory(self, version: int | None = None) -> Memory | None:
-        """The memory beside a head version; None where it was exported without one."""
-        path = self.version_path(self.serving() if version is None else version) / _MEMORY
-        if not path.exists():
-            return None
-        try:
-            return Memory.from_bytes(read_bytes(path))
-        except RepositoryError as error:
-            raise RepositoryError(f"{path}: {error}; `patcher remember --data FILE` builds it anew") from error
-
-    def next_version(self) -> int:
-        """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
-        return max((*self.versions(), *self.journal.published()), default=0) + 1
-
-    def publish(self, head: Head, memory: Memory | None) -> Path:
-        """Put a new version on disk by one rename; it serves when it is pinned. The lock must be held."""
-        version = head.lineage.version
-        target = self.root / self.head_model / str(version)
-        if target.exists():
-            raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
-        files = _version_files(head, memory)
-        self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
-        try:
-            with self.repository.staging(self.head_model) as staging:
-                _write_version(staging / str(version), files)
-                flush_tree(staging / str(version))
-                (staging / str(version)).rename(target)
-                flush_folder(target.parent)
-        except BaseException:
-            if not target.exists():
-                self.note("undone", serving=self.serving())
-            raise
-        return target
-
-    def adopt(self) -> tuple[int, ...]:
-        """Take versions into the journal that are not in it: an older patcher's. The lock must be held."""
-        missing = [version for version in self.versions() if version not in self.journal.published()]
-        for version in missing:
-            self.journal.append("adopted", version=version, files=hashes(self.files(version)))
-        return tuple(missing)
-
-    def files(self, version: int) -> dict[str, bytes]:
-        """The files of a version as they lie on disk, by name."""
-        return {path.name: read_bytes(path) for path in sorted(self.version_path(version).iterdir()) if path.is_file()}
-
-    def note(self, event: str, **values: Any) -> None:
-        """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
-        with contextlib.suppress(StorageError):
-            self.journal.append(event, **values)
-
-    def pin(self, version: int) -> None:
-        """Make ``version`` the one that serves, by one rename; a server learns of it at its next load."""
-        with self.pinned(version):
-            pass
-
-    @contextlib.contextmanager
-    def pinned(self, version: int) -> Iterator[None]:
-        """Pin ``version`` for good if the body ends well; else what was pinned before is back.
-
-        The way back is a rename of what was there, so that it works on a disk that is full, too. The lock must be held.
-        """
-        self.version_path(version)
-        path = self.root / self.head_model / _CONFIG
-        previous = self.serving()
-        text = model_config.with_pin(read_text(path), (version,), str(path))
-        with self.repository.staging(self.head_model) as staging:
-            before = staging / "before"
-            try:
-                before.hardlink_to(path)
-            except OSError:  # a file system without hard links
-                shutil.copy2(path, before)
-            self.journal.append("switch", **{"from": previous, "to": version})
-            try:
-                replace(path, text.encode(), staging)
-                yield
-            except BaseException:
-                before.replace(path)
-                flush_folder(path.parent, tolerant=True)
-                self.note("back", to=previous)
-                raise
-        self.note("done", serving=version)
-
-    def withdraw(self, version: int) -> None:
-        """Take a version off the disk that never served; the serving one is refused. The lock must be held."""
-        if version == self.serving():
-            raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
-        self._take_away([version])
-        self.note("undone", serving=self.serving())
-
-    def prune(self, versions: Sequence[int]) -> None:
-        """Take old versions off the disk for good, the serving one never; the lock must be held."""
-        if self.serving() in versions:
-            raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
-        self.journal.append("pruned", versions=list(versions))
-        self._take_away(versions)
-
-    def _take_away(self, versions: Sequence[int]) -> None:
-        with self.repository.staging(self.head_model) as staging:
-            for version in versions:
-                (self.root / self.head_model / str(version)).rename(staging / str(version))
+def _format() -> bytes:
+    return (json.dumps({"format": FORMAT}) + "\n").encode()
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long, say
-        return False
-
-
-def _versions(folder: Path) -> tuple[int, ...]:
-    names = (path.parent.name for path in folder.glob(f"*/{_MODEL}"))
-    return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit() and int(name) > 0))
-
-
-def _stage_model(folder: Path, config: model_config.ModelConfig) -> None:
-    version = folder / str(config.versions[0] if config.versions else 1)
-    version.mkdir(parents=True)
-    if config.steps:
-        # An object store has no empty folders, and an ensemble without its version folder does not load.
-        (version / ".keep").touch()
-    (folder / _CONFIG).write_text(model_config.render(config), encoding="utf-8")
-
-
-def _version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
-    return {_MODEL: write_head(head)} | ({} if memory is None else {_MEMORY: memory.to_bytes()})
-
-
-def _write_version(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+def _config_files(config: model_config.ModelConfig) -> dict[str, bytes | Path]:
+    # An object store has no empty folders, and an ensemble without its version folder does not load.
+    keep: dict[str, bytes | Path] = {"1/.keep": b""} if config.steps else {}
+    return {**keep, _CONFIG: model_config.render(config).encode()}
 
 
 def _tokenizer_source() -> bytes:

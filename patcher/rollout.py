@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from patcher.errors import NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
+from patcher.errors import LockLost, NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
@@ -150,6 +150,14 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                     watch(classifier.name, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
     except BaseException as error:
+        if not isinstance(error, LockLost) and classifier.serving() != previous:
+            # Only where files are far away: the one that pins could be replaced, and then not any more.
+            raise NotServed(
+                f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
+                f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
+                "so does the next verb that changes anything",
+                {"version": version, "parent_version": previous, "published": True, "served": False},
+            ) from error
         # Whatever it was, the files are as before; now the servers that were asked have to be, too.
         if not asked or version == previous:
             classifier.note("undone", serving=previous)
@@ -229,7 +237,10 @@ def _serve_all(classifier: Classifier, version: int, server: TritonServer | None
 
 def _undo(classifier: Classifier, published: int | None) -> str:
     serving = classifier.serving()
-    if published is not None and published in classifier.versions() and published != serving:
+    # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
+    # command takes it away.
+    here = published in classifier.versions() or not classifier.store.in_one_step
+    if published is not None and here and published != serving:
         classifier.withdraw(published)
         return f"undone: version {published} was never made to serve, and is withdrawn"
     classifier.note("undone", serving=serving)
@@ -237,7 +248,8 @@ def _undo(classifier: Classifier, published: int | None) -> str:
 
 
 def _finish_pruning(classifier: Classifier) -> None:
-    left = sorted(classifier.journal.pruned() & set(classifier.versions()) - {classifier.serving()})
+    gone = classifier.journal.pruned() | classifier.journal.withdrawn()
+    left = sorted(gone & set(classifier.versions()) - {classifier.serving()})
     if left:
         classifier.prune(left)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -110,7 +109,7 @@ def tune(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="patcher-tune-") as name:
         root = Path(name) / "model_repository"
-        shutil.copytree(classifier.root, root, ignore=shutil.ignore_patterns(".patcher*"))
+        classifier.store.copy_to(root)
         copy = ModelRepository(root).classifier(classifier.name)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
@@ -131,7 +130,7 @@ def tune(
 def _configs(classifier: Classifier, serving: Serving | None, response_cache: bool | None = None) -> dict[str, str]:
     """Those of tokenizer and backbone that change; None leaves what is there."""
     models = (classifier.tokenizer_model, classifier.backbone_model)
-    tokenizer, backbone = ((classifier.root / model / "config.pbtxt").read_text(encoding="utf-8") for model in models)
+    tokenizer, backbone = map(classifier.repository.config_text, models)
     before = (tokenizer, backbone)
     if serving is not None:
         tokenizer, backbone = with_serving(tokenizer, backbone, serving)

@@ -159,7 +159,7 @@ def fitted_head(
 
 
 def make_repository(
-    root: Path, scratch: Path, name: str = "intent", *, memory: bool = True, problem: str = SINGLE_LABEL
+    root: Path | str, scratch: Path, name: str = "intent", *, memory: bool = True, problem: str = SINGLE_LABEL
 ) -> Classifier:
     """A repository with one trained tiny classifier in it."""
     scratch.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from patcher.cli.output import tell
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 def export_command(
     model: str,
-    repo: Path,
+    repo: Path | str,
     name: str,
     train: Path | None,
     evaluation: Path | None,

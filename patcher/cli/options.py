@@ -33,7 +33,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Settings:
     """Where the repository and the server are, and how to speak to the user."""
 
-    repo: Path
+    repo: Path | str
     classifier_name: str | None
     url: str
     json: bool
@@ -128,15 +128,26 @@ def warn_if_open(path: Path) -> None:
             tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
 
 
+class _Location(click.Path):
+    """A folder, or a URL that must not be taken for a path."""
+
+    name = "directory|s3://…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from patcher.store import is_url
+
+        return value if is_url(value) else super().convert(value, param, ctx)
+
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 repo_option = click.option(
     "--repo",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=_Location(path_type=Path, file_okay=False),
     envvar="TRITON_MODEL_REPO",
     default=Path("model_repository"),
     show_default=True,
-    help="Model repository  [env: TRITON_MODEL_REPO]",
+    help="Model repository: a folder, or s3://BUCKET/PATH  [env: TRITON_MODEL_REPO]",
 )
 _OPTIONS = (
     repo_option,
@@ -196,7 +207,7 @@ def common_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_settings(
         *args: Any,
-        repo: Path,
+        repo: Path | str,
         classifier_name: str | None,
         urls: tuple[str, ...],
         watch: float,

@@ -46,7 +46,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--log-file", type=_FILE, help="Where Triton writes its log.")
 def serve_command(
-    repo: Path,
+    repo: Path | str,
     host: str,
     grpc_port: int,
     http_port: int,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, ServerError
+from patcher.store import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
 from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -44,6 +45,9 @@ _ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,s
 
 class EmbeddedTriton:
     """A tritonserver that serves ``models`` of ``repository``, from :meth:`start` until :meth:`stop`.
+
+    ``repository`` is a folder, or the URL of an object store as tritonserver takes it, whose credentials it finds
+    in the environment as this process does; ``environment`` adds what is not in this process's.
 
     Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
     when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
@@ -78,6 +82,7 @@ class EmbeddedTriton:
         log_file: Path | str | None = None,
         exit_timeout: int = 30,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
@@ -93,7 +98,7 @@ class EmbeddedTriton:
         self.tls = tls
         self.http_host = _loopback(self.host) if tls else self.host
         self.metrics_host = _address(metrics_host) if metrics_host else self.http_host
-        self.repository = Path(repository).resolve()
+        self.repository = str(repository) if is_url(repository) else str(Path(repository).resolve())
         self.models = tuple(models)
         self.exit_timeout = exit_timeout
         self.log_file = None if log_file is None else Path(log_file)
@@ -101,6 +106,7 @@ class EmbeddedTriton:
         self.grpc_port, self.http_port, self.metrics_port = self._wanted_ports
         self._admin_key = admin_key
         self._options = tuple(options)
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
         self.key_hidden = self._http_key is None
@@ -273,7 +279,7 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        environment = {**os.environ, **find_installation().environment}
+        environment = {**self._environment, **os.environ, **find_installation().environment}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             if self.log_file.is_file():
@@ -312,7 +318,7 @@ def serve(
     """
     models = _served_models(repository)
     server = EmbeddedTriton(
-        repository.root,
+        repository.store.served_from,
         models,
         host=host,
         grpc_port=grpc_port,
@@ -323,6 +329,7 @@ def serve(
         metrics_host=metrics_host,
         log_file=log_file,
         options=cache_options(repository),
+        environment=repository.store.server_environment(),
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

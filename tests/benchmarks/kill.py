@@ -42,6 +42,7 @@ class Killer:
 
     def __init__(self, classifier: Classifier, url: str, folder: Path, seed: int) -> None:
         self.classifier, self.url, self.folder = classifier, url, folder
+        self.location = classifier.repository.location
         self.rng = np.random.default_rng(seed)
         self.numbers = 0
         self.seconds: dict[str, float] = {}
@@ -65,7 +66,7 @@ class Killer:
         # The parts below are imported before the verb begins, so that the moments fall into the work.
         code = "import sys; from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
         code += "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *arguments, "--repo", str(self.classifier.root), "--url", self.url]
+        command = [sys.executable, "-c", code, *arguments, "--repo", str(self.location), "--url", self.url]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout
         process.stdout.readline()
@@ -95,7 +96,7 @@ class Killer:
             outcome = "killed"
         process.kill()
         process.communicate()
-        serving = ModelRepository(classifier.root).classifier().serving()
+        serving = ModelRepository(self.location).classifier().serving()
         with TritonServer(self.url) as server:
             # The server may still be loading what it was told to before the kill.
             answered = {answer.head_version for answer in server.classify(classifier.name, ["anybody?"] * 3)}
@@ -106,8 +107,8 @@ class Killer:
                 self.counts["journal: interrupted" if pending else "journal: nothing begun, or all done"] += 1
             if serving not in (before, after) or not answered <= {before, after}:
                 raise Broken(f"{arguments}: {before} -> {after}, but {serving} is pinned and {answered} answers")
-            repaired = [check for check in doctor.repair(classifier.root, server) if check.state == "fault"]
-            faults = [check for check in doctor.diagnose(classifier.root, server, self.url) if check.state == "fault"]
+            repaired = [check for check in doctor.repair(self.location, server) if check.state == "fault"]
+            faults = [check for check in doctor.diagnose(self.location, server, self.url) if check.state == "fault"]
             if repaired or faults:
                 raise Broken(f"{arguments}: doctor finds {repaired + faults}")
             for version, known in labels.items():
@@ -118,13 +119,13 @@ class Killer:
                 raise Broken(f"{arguments}: {served} serves after the repair; {before} -> {after}")
 
 
-def run(moments: int, seed: int) -> dict[str, Any]:
-    """Kill so often, in a folder of its own."""
+def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
+    """Kill so often, in a folder of its own, or in an empty place of an object store."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
+        classifier = tiny.make_repository(location or folder / "model_repository", folder / "scratch")
         models = ["intent", "intent_features"]
-        with EmbeddedTriton(classifier.root, models, log_file=folder / "log") as triton:
+        with EmbeddedTriton(classifier.store.served_from, models, log_file=folder / "log") as triton:
             killer = Killer(classifier, triton.url, folder, seed)
             for verb in ("add-label", "rename-label", "rollback"):
                 killer.whole(verb)

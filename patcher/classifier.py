@@ -1,0 +1,222 @@
+"""One classifier of a repository: its head versions, and the one that serves.
+
+A version's folder appears whole and never changes again. What serves is the version pinned in the head's
+``config.pbtxt``, replaced in one step, so that a restarted server serves what served before, whatever else lies beside
+it. A journal tells what was begun and how it ended (``patcher.journal``); numbers are never given twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from patcher import model_config
+from patcher.errors import RepositoryError, StorageError, VersionError
+from patcher.head_file import read_head, write_head
+from patcher.journal import Journal, hashes
+from patcher.memory import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from patcher.head import Head
+    from patcher.repository import ModelRepository
+
+__all__ = ["Classifier", "version_files", "version_numbers"]
+
+_MODEL = "model.onnx"
+_MEMORY = "memory.safetensors"
+_CONFIG = "config.pbtxt"
+
+
+class Classifier:
+    """One classifier of a repository: its head versions and the one that serves."""
+
+    def __init__(self, repository: ModelRepository, name: str) -> None:
+        self.repository = repository
+        self.store = repository.store
+        self.name = name
+        self.head_model = f"{name}_head"
+        steps = repository.config(name).ensemble_scheduling.step
+        try:
+            self.tokenizer_model, self.backbone_model = str(steps[0].model_name), str(steps[1].model_name)
+        except IndexError:
+            raise RepositoryError(
+                f"{repository.location}/{name}/{_CONFIG} is no classifier: it has no three steps"
+            ) from None
+        self.backbone: str = self.backbone_model.removesuffix("_backbone")
+        self.features_model = f"{self.backbone}_features"
+        self.journal = Journal(self.store, f"{name}.journal")
+
+    @property
+    def root(self) -> Path:
+        """The repository's folder; InputError where it lies in an object store."""
+        return self.repository.root
+
+    @property
+    def backbone_path(self) -> Path:
+        """The backbone's ONNX file, on this machine."""
+        return self.store.local(f"{self.backbone_model}/1/{_MODEL}")
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's JSON file, on this machine."""
+        return self.store.local(f"{self.tokenizer_model}/1/tokenizer.json")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the backbone, as its configuration states it."""
+        value: str = self.repository.config(self.backbone_model).parameters["fingerprint"].string_value
+        return value
+
+    def versions(self) -> tuple[int, ...]:
+        """Head versions that are there, ascending."""
+        return version_numbers(self.store.glob(f"{self.head_model}/*/{_MODEL}"))
+
+    def serving(self) -> int:
+        """The version that a server of this repository serves: the one pinned in the head's configuration."""
+        pinned = model_config.pinned_versions(self.repository.config(self.head_model))
+        if not pinned:
+            path = f"{self.repository.location}/{self.head_model}/{_CONFIG}"
+            raise RepositoryError(f"{path} pins no version; expected version_policy {{ specific {{ versions: N }} }}")
+        return max(pinned)
+
+    def version_path(self, version: int) -> Path:
+        """Folder of a version of a repository in a folder; VersionError where there is none."""
+        return self.root / self.version_name(version)
+
+    def version_name(self, version: int) -> str:
+        """Name of a version's folder below the repository; VersionError where there is none."""
+        name = f"{self.head_model}/{version}"
+        if not self.store.has(f"{name}/{_MODEL}"):
+            there = ", ".join(map(str, self.versions())) or "none"
+            pruned = version in self.journal.pruned()
+            what = f"version {version} of {self.name} was pruned" if pruned else f"{self.name} has no version {version}"
+            raise VersionError(f"{what}; there are {there} (`patcher history`)")
+        return name
+
+    def head(self, version: int | None = None) -> Head:
+        """A head version, the serving one by default."""
+        number = self.serving() if version is None else version
+        data = self.head_bytes(number)
+        path = f"{self.repository.location}/{self.head_model}/{number}/{_MODEL}"
+        try:
+            head = read_head(data)
+        except RepositoryError as error:
+            raise RepositoryError(f"{path}: {error}; `patcher rollback --to N` needs none but version N") from error
+        if head.lineage.version != number:
+            raise RepositoryError(f"{path} says it is version {head.lineage.version}; expected {number}")
+        return head
+
+    def head_bytes(self, version: int) -> bytes:
+        """The file of a head version as it lies there."""
+        return self.store.read(f"{self.version_name(version)}/{_MODEL}")
+
+    def memory(self, version: int | None = None) -> Memory | None:
+        """The memory beside a head version; None where it was exported without one."""
+        name = f"{self.version_name(self.serving() if version is None else version)}/{_MEMORY}"
+        data = self.store.find(name)
+        if data is None:
+            return None
+        try:
+            return Memory.from_bytes(data)
+        except RepositoryError as error:
+            raise RepositoryError(
+                f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` builds it anew"
+            ) from error
+
+    def next_version(self) -> int:
+        """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
+        return max((*self.versions(), *self.journal.published()), default=0) + 1
+
+    def publish(self, head: Head, memory: Memory | None) -> None:
+        """Add a new version; it serves when it is pinned. The lock must be held."""
+        version = head.lineage.version
+        name = f"{self.head_model}/{version}"
+        if self.store.glob(f"{name}/*"):
+            raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
+        files = version_files(head, memory)
+        self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
+        try:
+            self.store.add({name: files})
+        except BaseException:
+            if not self.store.has(f"{name}/{_MODEL}"):
+                self.note("undone", serving=self.serving())
+            raise
+
+    def adopt(self) -> tuple[int, ...]:
+        """Take versions into the journal that are not in it: an older patcher's. The lock must be held."""
+        missing = [version for version in self.versions() if version not in self.journal.published()]
+        for version in missing:
+            self.journal.append("adopted", version=version, files=hashes(self.files(version)))
+        return tuple(missing)
+
+    def files(self, version: int) -> dict[str, bytes]:
+        """The files of a version as they lie there, by name."""
+        names = sorted(self.store.glob(f"{self.version_name(version)}/*"))
+        return {name.rpartition("/")[2]: self.store.read(name) for name in names if self.store.has(name)}
+
+    def note(self, event: str, **values: Any) -> None:
+        """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
+        with contextlib.suppress(StorageError):
+            self.journal.append(event, **values)
+
+    def pin(self, version: int) -> None:
+        """Make ``version`` the one that serves, in one step; a server learns of it at its next load."""
+        with self.pinned(version):
+            pass
+
+    @contextlib.contextmanager
+    def pinned(self, version: int) -> Iterator[None]:
+        """Pin ``version`` for good if the body ends well; else what was pinned before is back.
+
+        The way back is prepared before the first step, so that it works on a disk that is full, too. The lock must be
+        held.
+        """
+        self.version_name(version)
+        name = f"{self.head_model}/{_CONFIG}"
+        previous = self.serving()
+        text = self.repository.config_text(self.head_model)
+        text = model_config.with_pin(text, (version,), f"{self.repository.location}/{name}") + self.store.stamp()
+        with self.store.replacing(name, text.encode()) as replacement:
+            self.journal.append("switch", **{"from": previous, "to": version})
+            try:
+                replacement.make()
+                yield
+            except BaseException:
+                replacement.undo()
+                self.note("back", to=previous)
+                raise
+        self.note("done", serving=version)
+
+    def withdraw(self, version: int) -> None:
+        """Take a version away that never served; the serving one is refused. The lock must be held."""
+        if version == self.serving():
+            raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
+        if not self.store.in_one_step:
+            # A kill in between leaves a part: the next command knows from this what to finish. And whoever lost the
+            # lock cannot write this entry, and so takes nothing away.
+            self.journal.append("withdrawn", versions=[version])
+        self._take_away([version])
+        self.note("undone", serving=self.serving())
+
+    def prune(self, versions: Sequence[int]) -> None:
+        """Take old versions away for good, the serving one never; the lock must be held."""
+        if self.serving() in versions:
+            raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
+        self.journal.append("pruned", versions=list(versions))
+        self._take_away(versions)
+
+    def _take_away(self, versions: Sequence[int]) -> None:
+        self.store.take_away([f"{self.head_model}/{version}" for version in versions])
+
+
+def version_numbers(names: Sequence[str]) -> tuple[int, ...]:
+    """The versions among names like ``intent_head/3/model.onnx``, ascending."""
+    found = (name.split("/")[1] for name in names)
+    return tuple(sorted(int(number) for number in found if number.isascii() and number.isdigit() and int(number) > 0))
+
+
+def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
+    """The files of a version; the head comes last, since it makes the version one."""
+    return ({} if memory is None else {_MEMORY: memory.to_bytes()}) | {_MODEL: write_head(head)}

@@ -1,0 +1,272 @@
+"""A repository in an object store, where nothing can be renamed and no process can hold a lock for certain.
+
+What stands in for the rename of a folder: the objects of a version are uploaded one by one, the head last, and nothing
+that serves names the version before the one PUT that pins it. What stands in for the lock: an object
+(``patcher.lease``), and that every write is conditional on the object being the one that was read under the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import uuid
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patcher.disk import storage
+from patcher.errors import InputError, LockLost, RepositoryError, StorageError
+from patcher.lease import Lease
+from patcher.s3 import Bucket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+__all__ = ["ObjectStore"]
+
+_LOCK = ".patcher.lock"
+_TRIES = 20
+
+
+class ObjectStore:
+    """The repository at an ``s3://`` URL; ``patcher.store.Store`` says what each part does.
+
+    While the lock is held, what was read once is remembered: nobody else writes, and if somebody does all the same, the
+    next write fails instead of overwriting it.
+    """
+
+    in_one_step = False
+
+    def __init__(self, url: str) -> None:
+        self.bucket = Bucket(url)
+        self.location: Path | str = self.bucket.url
+        self._lease: Lease | None = None
+        self._known: dict[str, tuple[str | None, bytes | None]] = {}
+        self._listed: set[str] | None = None
+
+    @property
+    def served_from(self) -> str:
+        """The URL with the endpoint in it, since tritonserver does not know $AWS_ENDPOINT_URL."""
+        return self.bucket.served_from
+
+    def server_environment(self) -> dict[str, str]:
+        """The region: without one, tritonserver's client looks for it for ten seconds, as on a machine of Amazon's."""
+        return {"AWS_DEFAULT_REGION": self.bucket.region}
+
+    @property
+    def root(self) -> Path:
+        """None: InputError."""
+        raise InputError(f"{self.location} is no folder; expected a repository on this machine for that")
+
+    def there(self) -> bool:
+        """Always: that a bucket is missing shows when it is read."""
+        return True
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write the file where there is none."""
+        if self.bucket.tag(name) is None:
+            with contextlib.suppress(LockLost):  # somebody was quicker
+                self.bucket.put(name, data, None)
+
+    def remove(self, name: str) -> None:
+        """Delete an object, which need not be there."""
+        self._check()
+        self.bucket.delete(name)
+        self._forget(name)
+
+    def abandon(self, name: str, *, made: bool) -> None:  # noqa: ARG002  there are no folders
+        """Delete the file where nothing else lies beside it; the lock stays, as others may hold it by now."""
+        with contextlib.suppress(StorageError):  # what made us abandon it is the error to tell
+            if self._names() <= {name, _LOCK}:
+                self.remove(name)
+
+    def read(self, name: str) -> bytes:
+        """An object's content; RepositoryError where there is none."""
+        data = self.find(name)
+        if data is None:
+            raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
+        return data
+
+    def find(self, name: str) -> bytes | None:
+        """An object's content, None where there is none."""
+        return self._get(name)[1]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an object."""
+        return name in self._names() if self._lease else self.bucket.tag(name) is not None
+
+    def glob(self, pattern: str) -> list[str]:
+        """Names of the objects that match, part by part."""
+        parts = pattern.split("/")
+        return sorted(name for name in self._names() if _matches(name.split("/"), parts))
+
+    def local(self, name: str) -> Path:
+        """A copy in the user's cache, made once for each content that the object ever had."""
+        tag = self.bucket.tag(name)
+        if tag is None:
+            raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
+        key = hashlib.sha256(f"{self.bucket.served_from}/{name} {tag}".encode()).hexdigest()
+        path = _cache() / key[:40] / Path(name).name
+        with storage(path):
+            if not path.is_file():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+                    self.bucket.download(name, Path(folder) / path.name)
+                    (Path(folder) / path.name).replace(path)
+        return path
+
+    def copy_to(self, folder: Path) -> None:
+        """Download everything but the lock."""
+        with storage(folder):
+            for name in self._names() - {_LOCK}:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                self.bucket.download(name, folder / name)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write an object anew, on the condition that it is the one that was read."""
+        self._put(name, data, self._get(name)[0])
+
+    @contextlib.contextmanager
+    def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
+        """The same with a way back."""
+        yield _Replacement(self, name, data, self.read(name))
+
+    def stamp(self) -> str:
+        """A comment: without it, a pin and one long after it could be the same bytes, and have the same ETag."""
+        return f"# patcher {uuid.uuid4().hex}\n"
+
+    def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
+        """Upload the files one by one, each only where there is none."""
+        # What an export left that was killed before it got to the end.
+        self.take_away(list(folders))
+        try:
+            for folder, files in folders.items():
+                for name, content in files.items():
+                    self._put(f"{folder}/{name}", content, None)
+        except LockLost:  # what lies there now is somebody else's
+            raise
+        except BaseException:
+            self._listed = None  # one that failed may have got through all the same
+            with contextlib.suppress(StorageError):
+                self.take_away(list(folders))
+            raise
+
+    def take_away(self, folders: list[str]) -> None:
+        """Delete folder by folder, in each first what makes it complete: the configuration, the head."""
+        for folder in folders:
+            names = [name for name in self._names() if name == folder or name.startswith(f"{folder}/")]
+            for name in sorted(names, key=lambda name: (not name.endswith(("config.pbtxt", "/model.onnx")), name)):
+                self.remove(name)
+
+    def append(self, name: str, size: int, data: bytes) -> None:
+        """Write the whole object anew, on the condition that it is the one that was read."""
+        tag, content = self._get(name)
+        self._put(name, (content or b"")[:size] + data, tag)
+
+    def amend(self, name: str, change: Callable[[bytes], bytes]) -> None:
+        """Read and write until nobody came in between."""
+        for _ in range(_TRIES):
+            self._known.pop(name, None)
+            self._check()
+            with contextlib.suppress(LockLost):
+                tag, content = self._get(name)
+                self._put(name, change(content or b""), tag)
+                return
+        raise LockLost(f"{self.location}/{name} is written by others all the time; nothing was changed")
+
+    def rename(self, old: str, new: str) -> None:
+        """Write it under the other name, then delete it."""
+        self._put(new, self.read(old), None)
+        self.remove(old)
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float) -> Iterator[str]:
+        """Hold the lock object."""
+        lease = Lease(self.bucket, _LOCK)
+        lost = lease.acquire(timeout, self._progress)
+        self._lease, self._known, self._listed = lease, {}, None
+        try:
+            yield lost
+        finally:
+            self._lease, self._known, self._listed = None, {}, None
+            lease.release()
+
+    def _progress(self) -> dict[str, str]:
+        return {name: tag for name, tag in self.bucket.names().items() if name.endswith(".journal")}
+
+    def _check(self) -> None:
+        if self._lease:
+            self._lease.check()
+
+    def _get(self, name: str) -> tuple[str | None, bytes | None]:
+        if name in self._known:
+            return self._known[name]
+        found = self.bucket.get(name)
+        pair = (found.tag, found.data) if found else (None, None)
+        if self._lease:
+            self._known[name] = pair
+        return pair
+
+    def _put(self, name: str, content: bytes | Path, tag: str | None) -> None:
+        self._check()
+        new = self.bucket.put(name, content, tag)
+        if self._lease:
+            self._known.pop(name, None)
+            if isinstance(content, bytes):
+                self._known[name] = (new, content)
+            if self._listed is not None:
+                self._listed.add(name)
+
+    def _names(self) -> set[str]:
+        if self._listed is not None:
+            return self._listed
+        found = set(self.bucket.names())
+        if self._lease:
+            self._listed = found
+        return found
+
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        if self._listed is not None:
+            self._listed.discard(name)
+
+    def read_again(self, name: str) -> bytes:
+        """What an object holds now, whatever was remembered of it."""
+        self._known.pop(name, None)
+        return self.read(name)
+
+    def suppose(self, name: str, data: bytes) -> None:
+        """Remember for as long as the lock is held that an object may have this content: nobody can ask it now."""
+        if self._lease:
+            self._known[name] = ("", data)
+
+
+class _Replacement:
+    def __init__(self, store: ObjectStore, name: str, data: bytes, before: bytes) -> None:
+        self.store, self.name, self.data, self.before = store, name, data, before
+        self.tried = False
+
+    def make(self) -> None:
+        self.tried = True
+        self.store.replace(self.name, self.data)
+
+    def undo(self) -> None:
+        if not self.tried:
+            return
+        try:
+            # A PUT that failed may have got through all the same; what somebody else wrote since is not ours to undo.
+            if self.store.read_again(self.name) == self.data:
+                self.store.replace(self.name, self.before)
+        except StorageError:
+            self.store.suppose(self.name, self.data)
+            raise
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher" / "objects"

@@ -1,0 +1,252 @@
+"""A place in an S3 bucket: whole objects read and written, every write on the condition that nobody else wrote before.
+
+An object store has no rename and no lock, but a single PUT is atomic, and one with ``If-Match`` succeeds only where the
+object still is the one that was read. All that patcher promises about object stores rests on these two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Bucket", "Object", "parse_url"]
+
+_URL = re.compile(
+    r"s3://(?:(?P<scheme>https?)://(?P<host>[^/]*)/|(?P<bare>[^/:]+:\d+)/)?(?P<bucket>[^/]*)(?P<path>(?:/.*)?)"
+)
+_HOST = re.compile(r"[0-9A-Za-z.-]+(:\d+)?")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PATH = re.compile(r"(/[0-9a-zA-Z._-]+)*")  # what tritonserver's own client takes
+_AMAZON = re.compile(r"https://s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?")
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_NOT_THERE = ("NoSuchKey", "404")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object as it was read: ``tag`` is the ETag, ``age`` the seconds since it was written by the store's clock."""
+
+    tag: str
+    data: bytes
+    age: float
+
+
+def parse_url(url: str) -> tuple[str | None, str, str]:
+    """Endpoint (None where the environment names it, or it is Amazon's), bucket and path of an S3 URL.
+
+    Both ``s3://BUCKET/PATH`` and tritonserver's ``s3://http://HOST:PORT/BUCKET/PATH`` are taken; InputError for others.
+    """
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise InputError(f"{url} is no S3 location; expected s3://BUCKET/PATH, or s3://http://HOST:PORT/BUCKET/PATH")
+    host = found["host"] if found["scheme"] else found["bare"]
+    if "@" in url:
+        raise InputError(
+            "credentials do not belong into a URL, where others can read them; "
+            "expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or a profile in ~/.aws"
+        )
+    if host is not None and not _HOST.fullmatch(host):
+        raise InputError(f"{host!r} in {url} is no HOST:PORT; expected s3://http://HOST:PORT/BUCKET/PATH")
+    if not _BUCKET.fullmatch(found["bucket"]):
+        raise InputError(f"{found['bucket']!r} in {url} cannot name a bucket; expected s3://BUCKET/PATH")
+    path = found["path"].rstrip("/")
+    if not _PATH.fullmatch(path):
+        raise InputError(
+            f"{path!r} in {url} is no path that tritonserver takes; expected letters, digits, '_', '-' and '.' "
+            "between single '/'"
+        )
+    return (f"{found['scheme'] or 'http'}://{host}" if host else None), found["bucket"], path.strip("/")
+
+
+class Bucket:
+    """The objects of ``url`` and below; names are relative to it.
+
+    Credentials and region, and the endpoint where the URL has none, are found as every AWS tool does: in the
+    environment, in ``~/.aws``, or from the machine's role.
+
+    Raises ToolError where botocore is missing, InputError for a URL that is none, or settings that cannot be read.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._endpoint, self.bucket, self.path = parse_url(url)
+        self._answered = False
+
+    @cached_property
+    def _client(self) -> Any:
+        try:
+            import botocore.config
+            import botocore.session
+        except ImportError as error:
+            raise ToolError(
+                f"{self.url} needs botocore, which is not installed: pip install 'triton-label-patcher[s3]'"
+            ) from error
+        config = botocore.config.Config(
+            connect_timeout=5,
+            read_timeout=60,
+            retries={"mode": "standard", "total_max_attempts": 3},
+            # Stores that only speak like Amazon's need not know its checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        with self._mapped("", "read"):
+            session = botocore.session.get_session()
+            try:
+                return session.create_client("s3", endpoint_url=self._endpoint, config=config)
+            except ValueError as error:  # what it says of an endpoint that is none
+                raise InputError(
+                    f"cannot use the endpoint for {self.url}: {error}; expected http://HOST:PORT"
+                ) from error
+
+    @property
+    def served_from(self) -> str:
+        """The URL as tritonserver takes it: with the endpoint in it, and a port."""
+        endpoint = str(self._client.meta.endpoint_url)
+        if self._endpoint is None and _AMAZON.fullmatch(endpoint):
+            return self.url
+        scheme, _, host = endpoint.rstrip("/").partition("://")
+        if not _HOST.fullmatch(host):
+            raise InputError(f"tritonserver takes no endpoint like {endpoint}; expected http://HOST:PORT")
+        port = "" if ":" in host else {"http": ":80", "https": ":443"}[scheme]
+        return f"s3://{scheme}://{host}{port}/{'/'.join(filter(None, (self.bucket, self.path)))}"
+
+    @property
+    def region(self) -> str:
+        """The region that requests are signed for."""
+        region = str(self._client.meta.region_name)
+        return "us-east-1" if region == "aws-global" else region
+
+    def get(self, name: str) -> Object | None:
+        """An object, None where there is none."""
+        answer = self._call("get_object", name, unless=_NOT_THERE)
+        if answer is None:
+            return None
+        with self._mapped(name, "read"):
+            return Object(answer["ETag"], answer["Body"].read(), _age(answer))
+
+    def tag(self, name: str) -> str | None:
+        """An object's ETag, None where there is none."""
+        answer = self._call("head_object", name, unless=_NOT_THERE)
+        return None if answer is None else str(answer["ETag"])
+
+    def download(self, name: str, path: Path) -> None:
+        """Write an object to a file; RepositoryError where there is none."""
+        answer = self._call("get_object", name, unless=_NOT_THERE)
+        if answer is None:
+            raise RepositoryError(f"cannot read {self.url}/{name}: no such object")
+        with self._mapped(name, "read"), path.open("wb") as file:
+            for chunk in answer["Body"].iter_chunks(_CHUNK):
+                file.write(chunk)
+
+    def put(self, name: str, content: bytes | Path, tag: str | None) -> str:
+        """Write an object whose ETag is still ``tag`` (None: that is not there yet), and return its new ETag.
+
+        Raises LockLost, with nothing written, where it is another one by now.
+        """
+        condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
+        with contextlib.ExitStack() as stack:
+            body = content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
+            taken = (*_TAKEN, *_NOT_THERE)
+            answer = self._call("put_object", name, doing="write", unless=taken, Body=body, **condition)
+        if answer is not None:
+            return str(answer["ETag"])
+        # An answer that was lost on its way, and asked for again, looks like this, too: then what lies there is ours.
+        found = self.get(name)
+        if found is not None and found.data == content:
+            return found.tag
+        raise LockLost(
+            f"{self.url}/{name} was changed by somebody else meanwhile, and is left as it is; nothing was changed. "
+            "Try again: `patcher history` shows what is there"
+        )
+
+    def delete(self, name: str) -> None:
+        """Delete an object, which need not be there."""
+        self._call("delete_object", name, doing="write")
+
+    def names(self) -> dict[str, str]:
+        """ETag of every object, by name."""
+        prefix, found = self._key(""), {}
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        with self._mapped("", "read"):
+            for page in pages:
+                found.update({each["Key"][len(prefix) :]: str(each["ETag"]) for each in page.get("Contents", ())})
+        return found
+
+    def _call(
+        self, operation: str, name: str, *, doing: str = "read", unless: tuple[str, ...] = (), **arguments: Any
+    ) -> Any:
+        """What the store answers; None where it answers with one of the error codes ``unless``."""
+        client = self._client
+        from botocore.exceptions import ClientError
+
+        with self._mapped(name, doing):
+            try:
+                answer = getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+                self._answered = True
+                return answer
+            except ClientError as error:
+                if error.response["Error"]["Code"] in unless:
+                    return None
+                raise
+
+    def _key(self, name: str) -> str:
+        return f"{self.path}/{name}" if self.path else name
+
+    @contextlib.contextmanager
+    def _mapped(self, name: str, doing: str) -> Iterator[None]:
+        from botocore import exceptions as aws
+
+        where = f"{self.url}/{name}".rstrip("/")
+        try:
+            yield
+        except aws.ClientError as error:
+            raise self._refused(where, doing, error) from error
+        except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
+            raise self._unfit(
+                f"cannot {doing} {where}: {error}; expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
+                "environment, or a profile in ~/.aws (AWS_PROFILE names one)"
+            ) from error
+        except (aws.ConnectionError, aws.HTTPClientError) as error:
+            endpoint = self._endpoint or "the endpoint of AWS_ENDPOINT_URL or AWS_DEFAULT_REGION"
+            raise StorageError(
+                f"cannot {doing} {where}: {error}; is the object store up, and {endpoint} right?"
+            ) from error
+        except aws.BotoCoreError as error:
+            raise self._unfit(f"cannot {doing} {where}: {error}; are the AWS settings right?") from error
+
+    def _unfit(self, message: str) -> PatcherError:
+        # What was right a moment ago, and then ran out, is no wrong usage: something may have been changed by now.
+        return StorageError(message) if self._answered else InputError(message)
+
+    def _refused(self, where: str, doing: str, error: Any) -> PatcherError:
+        code, said = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+        if code == "NoSuchBucket":
+            return RepositoryError(f"no bucket {self.bucket!r} for {where}; make it, or name another with --repo")
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+            return self._unfit(f"cannot {doing} {where}: {said} ({code}); are the AWS credentials right?")
+        if code in ("AccessDenied", "AllAccessDisabled", "403"):
+            return StorageError(
+                f"cannot {doing} {where}: access denied ({said}); expected credentials that may list, read, write and "
+                "delete there"
+            )
+        return StorageError(f"cannot {doing} {where}: {said} ({code})")
+
+
+def _age(answer: Any) -> float:
+    # Both by the store's clock, so that nobody's own need be right.
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    if date is None:
+        raise StorageError("the object store does not date its answers, which tells whether a lock is still held")
+    now = email.utils.parsedate_to_datetime(date)
+    return float((now - answer["LastModified"]).total_seconds())

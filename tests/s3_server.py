@@ -1,0 +1,77 @@
+"""A real S3-speaking server on loopback (moto's), one request at a time, with a record of what was written.
+
+moto looks at conditions and then writes; between the two another request could slip in, which real stores do not let.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import werkzeug.serving
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
+
+BUCKET = "models"
+
+
+class S3Server:
+    """At ``endpoint`` from construction until ``stop``; ``fault``, if set, hears of each request before it is done.
+
+    ``lost`` chooses a request that is done while its answer is lost on the way;
+    ``lenient`` makes it one of the stores that know no conditions, and write whatever they are.
+    """
+
+    def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._one = threading.Lock()
+        self.requests: list[tuple[str, str]] = []
+        self.fault = None
+        self.lenient = False
+        self.lost = None
+        self.refuse: str | None = None
+        self._server = werkzeug.serving.make_server("127.0.0.1", 0, self._respond, threaded=True)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def _respond(self, environ, start_response):
+        request = (environ["REQUEST_METHOD"], environ["PATH_INFO"].partition(f"/{BUCKET}/")[2])
+        if self.fault and self.fault(*request):
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
+        if self.lost and self.lost(*request):
+            self.lost = None
+            with self._one:
+                list(self._app(environ, lambda *_: None))
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
+        if self.refuse:
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{self.refuse}</Code><Message>no</Message></Error>".encode()]
+        if self.lenient:
+            for header in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+                environ.pop(header, None)
+        with self._one:
+            self.requests.append(request)
+            return self._app(environ, start_response)
+
+    def empty(self) -> None:
+        """Make the bucket anew."""
+        backend = s3_backends["123456789012"]["aws"]
+        backend.reset()
+        backend.create_bucket(BUCKET, "us-east-1")
+        self.fault, self.lenient = None, False
+        self.requests.clear()
+
+    def written(self) -> list[tuple[str, str]]:
+        """What was written and deleted since the last call, but for the lock."""
+        found = [each for each in self.requests if each[0] in ("PUT", "DELETE") and not each[1].endswith(".lock")]
+        self.requests.clear()
+        return found
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
