@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from export.pooling import halves, hidden_states
+from export.pooling import last_states
 from patcher.errors import SplitError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Split:
     """The last linear layer, and what stands before it.
 
     ``weight`` FP32 ``[labels, split]`` and ``bias`` FP32 ``[labels]`` (zeros where the layer has none) give the logits
-    from the classifier features; ``hidden`` is the width of the features beside them.
+    from the classifier features; ``hidden`` is the width of the last hidden states.
     """
 
     layer: str
@@ -77,7 +77,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         when no linear layer gives the logits, when something after it changes them, when the model uses it more than
         once, or when there is no last hidden state ``[batch, sequence, hidden]``.
     """
-    with torch.no_grad(), hidden_states(model) as states:
+    with torch.no_grad(), last_states(model) as states:
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
@@ -87,7 +87,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
             features = model(**inputs).logits
     if features.shape != (len(logits), matrix.shape[1]) or _gap(features @ matrix.T + bias, logits) > _CLOSE:
         raise SplitError(f"the logits are not made by the layer {layer!r} alone: without it, other features come out")
-    hidden = int(states[-1][-1].shape[-1]) * len(halves(states[-1]))
+    hidden = int(states[-1][-1].shape[-1])
     return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), hidden)
 
 

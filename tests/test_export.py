@@ -392,7 +392,7 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
     features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(checkpoints.SENTENCES)
     assert dict(zip(memory.labels, memory.counts.tolist(), strict=True)) == dict.fromkeys(checkpoints.LABELS, 2)
     np.testing.assert_allclose(memory.sums[0], features[:2].sum(axis=0), atol=1e-4)
-    assert (memory.split, memory.width) == (report.split, report.width) == (32, 96)
+    assert (memory.split, memory.width) == (report.split, report.width) == (32, 64)
     assert head.lineage.data_hash
     assert (head.lineage.version, head.lineage.backbone, head.lineage.method) == (1, report.fingerprint, "export")
     labels = [label for _, label in checkpoints.TRAIN]
@@ -427,7 +427,7 @@ def test_texts_are_cut_where_asked_for(bert, tmp_path):
     report = run_export(bert, tmp_path / "model_repository", max_length=16)
     tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))
     assert report.max_length == len(tokenizer.encode("card " * 100).ids) == 16
-    assert report.sentence().startswith("Exported intent: 5 labels, 32 + 64 features")
+    assert report.sentence().startswith("Exported intent: 5 labels, 32 + 32 features")
 
 
 def test_a_decoder_without_padding_gets_a_token_that_it_does_not_read(tmp_path):

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 NEW = "a new label"
 RATES = (5e-4, 2e-3, 5e-3)
-EXPORTED = ("clf", "upper", "lower")
+EXPORTED = ("clf", "three")
 FEATURES = {
     "the classifier's alone": ("clf",),
     "and the last layer's mean": ("clf", "last"),
-    "and the mean over the upper half": ("clf", "upper"),
+    "and the mean over the last three layers (what export takes)": EXPORTED,
     "and the mean over all layers": ("clf", "all"),
-    "and the means over both halves, side by side (what export takes)": EXPORTED,
+    "and the means of the upper and the lower half, side by side": ("clf", "upper", "lower"),
 }
 METHODS = {
     "ridge": tuple({"refit_ridge": value} for value in (0.03, 0.1, 0.3)),
