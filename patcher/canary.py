@@ -139,7 +139,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
         validate(classifier.head_bytes(version), head)
         repository.add_classifier(name, head, backbone=classifier.backbone, share=percent)
     else:
-        text = model_config.with_share((repository.root / name / "config.pbtxt").read_text(), percent)
+        text = model_config.with_share(repository.store.read(f"{name}/config.pbtxt").decode(), percent)
         repository.write_configs({name: text})
     trial = Classifier(repository, name)
     try:
