@@ -196,15 +196,9 @@ def run(minutes: float, clients: int, seed: int = 0) -> dict[str, Any]:
             day.stop.set()
             for thread in day.clients:
                 thread.join()
-            table.append(
-                {"minute": round((time.monotonic() - begun) / 60, 1), "event": "end", **usage(triton.pid or 0)}
-            )
+            table.append(_row("end", begun, triton))
             with triton.client() as server:
-                faults = [
-                    vars(check)
-                    for check in doctor.diagnose(day.classifier.root, server, triton.url)
-                    if check.state == "fault"
-                ]
+                checks = list(doctor.diagnose(day.classifier.root, server, triton.url))
             triton.stop()
         reopened = ModelRepository(day.classifier.root).classifier()
         seen = day.seen
