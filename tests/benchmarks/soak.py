@@ -176,13 +176,7 @@ def run(minutes: float, clients: int, seed: int = 0) -> dict[str, Any]:
                 if time.monotonic() >= next_restart:
                     next_restart += RESTART_SECONDS
                     day.restarting = np.inf
-                    table.append(
-                        {
-                            "minute": round((time.monotonic() - begun) / 60, 1),
-                            "event": "restart",
-                            **usage(triton.pid or 0),
-                        }
-                    )
+                    table.append(_row("restart", begun, triton))
                     triton.stop()
                     triton = day.start()
                     day.restarting = time.monotonic()
