@@ -37,12 +37,12 @@ def test_the_same_examples_come_out_of_every_format(tmp_path):
 
 
 def test_a_parquet_column_whose_name_is_no_text(tmp_path):
-    import pyarrow as arrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
     # Under the name there is no telling where else in the file it stands: metadata, schema, footer.
-    parquet.write_table(arrow.table({"sentence": ["hello"], "intent": ["greeting"]}), path)
+    parquet.write_table(pa.table({"sentence": ["hello"], "intent": ["greeting"]}), path)
     path.write_bytes(path.read_bytes().replace(b"intent", b"\xb4ntent"))
     with pytest.raises(ExamplesError):
         read_examples(path)
