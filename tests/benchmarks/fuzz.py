@@ -4,7 +4,8 @@
 
 Each input is a true file with some bytes changed, cut out, doubled or put in (or nothing but noise), drawn by
 hypothesis; with ``--engine atheris`` (`pip install atheris`, where it builds) libFuzzer looks for inputs that reach new
-lines instead. A reader may take the input, or refuse it with one of patcher's own errors, within five seconds of processor time.
+lines instead. A reader may take the input, or refuse it with one of patcher's own errors, within five seconds of
+processor time.
 Prints what was found as JSON; ends with 1 where a rule was broken.
 """
 
