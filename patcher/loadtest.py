@@ -235,7 +235,7 @@ def load_test(
         benches = {}
         for number, model in enumerate(models):
             name, _, url = model.partition("@")
-            asked = stack.enter_context(TritonServer(url)) if url else server
+            asked = stack.enter_context(TritonServer(url, tls=server.tls)) if url else server
             bench = _Bench(asked, analyzer, folder / str(number), window, model)
             bench.write_rows((inputs or {}).get(model) or _text_rows(texts))
             benches[model] = (bench, name, _steps(asked, name))
@@ -350,6 +350,8 @@ class _Bench:
         return {name: self.server.statistics(name) for name in (model, *steps)}
 
     def _arguments(self, model: str, load: Load, window: float) -> list[str]:
+        from patcher.triton.perf_analyzer import tls_arguments
+
         (self.folder / "report.csv").unlink(missing_ok=True)
         return [
             f"-m{model}",
@@ -361,6 +363,7 @@ class _Bench:
             # Three windows and their mean, however they differ: else an unsteady machine gives no report at all.
             "--stability-percentage=999",
             f"-f{self.folder / 'report.csv'}",
+            *tls_arguments(self.server.tls),
             *load.arguments,
         ]
 
