@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from export.callback import ExportCallback
     from export.classifier import ExportOptions, export_classifier, run_export
     from export.report import ExportReport
+    from export.to_transformers import to_transformers
 
 # Name -> module, imported when first asked for: the callback brings all of transformers' Trainer with it.
 _HOMES = {
@@ -17,9 +18,10 @@ _HOMES = {
     "ExportReport": "export.report",
     "export_classifier": "export.classifier",
     "run_export": "export.classifier",
+    "to_transformers": "export.to_transformers",
 }
 
-__all__ = ["ExportCallback", "ExportOptions", "ExportReport", "export_classifier", "run_export"]
+__all__ = ["ExportCallback", "ExportOptions", "ExportReport", "export_classifier", "run_export", "to_transformers"]
 
 
 def __getattr__(name: str) -> Any:

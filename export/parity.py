@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCE", "Parity", "check_parity", "token_batch"]
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit from the checkpoint's."""
+"""Largest difference of a logit from the checkpoint's, beside the rounding of large ones."""
+_ROUNDING = 1e-5
+"""Of the largest logit: FP32 sums of other orders differ by so much."""
 
 # Lengths of the texts of each batch. None of them is the shape that the export was traced with: whatever the tracing
 # froze shows here.
@@ -83,8 +85,8 @@ def check_parity(
     Raises
     ------
     ParityError
-        when a logit differs by more than 1e-4, or the best label is another one (ties aside); a PrecisionError when the
-        noise is above ``limits``.
+        when a logit differs by more than 1e-4 (and 1e-5 of the largest one), or the best label is another one (ties
+        aside); a PrecisionError when the noise is above ``limits``.
     """
     session = open_session(path)
     names = [tensor.name for tensor in session.get_inputs()]
@@ -139,12 +141,13 @@ def _refuse_unusable(given: NDArray[np.float32], split: Split, shape: tuple[int,
 def _compare(logits: NDArray[np.float32], expected: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     where = _where(shape)
     gap = float(np.abs(logits - expected).max())
-    if gap > TOLERANCE:
+    allowed = TOLERANCE + _ROUNDING * float(np.abs(expected).max())
+    if gap > allowed:
         raise ParityError(
             f"the exported model's logits differ from the checkpoint's by {gap:.2g} {where}; expected at most "
-            f"{TOLERANCE:g}: the export froze something that depends on the input"
+            f"{allowed:.2g}: the export froze something that depends on the input"
         )
     rows = np.arange(len(logits))
     behind = expected.max(axis=1) - expected[rows, logits.argmax(axis=1)]
-    if (behind > 2 * TOLERANCE).any():
+    if (behind > 2 * allowed).any():
         raise ParityError(f"the exported model prefers another label than the checkpoint {where}")

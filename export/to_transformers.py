@@ -1,0 +1,134 @@
+"""The way back: a patched head in a Hugging Face checkpoint, as the plain linear layer that it has there."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.checkpoint import load_checkpoint
+from export.parity import check_parity, token_batch
+from export.split import find_split
+from export.tokenizer import embeddings, prepare_tokenizer
+from patcher.errors import ExportError, InputError, ParityError, StorageError
+from patcher.evaluation import answers
+from patcher.narrow import narrow_head
+
+if TYPE_CHECKING:
+    import os
+
+    from patcher.classifier import Classifier
+    from patcher.head import Head
+
+__all__ = ["Returned", "to_transformers"]
+
+_TRACED_LENGTHS = (11, 9)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What was written: ``refitted`` labels have a row of their own on the classifier features alone.
+
+    ``agreement`` is the share of the memory's real features that the layer answers as the served head does; None where
+    none are kept.
+    """
+
+    folder: Path
+    version: int
+    labels: int
+    refitted: tuple[str, ...]
+    agreement: float | None
+
+
+def to_transformers(
+    classifier: Classifier,
+    checkpoint: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    version: int | None = None,
+    **flags: bool,
+) -> Returned:
+    """Write ``checkpoint`` to ``folder`` with the labels and rows of a head version, by default the serving one.
+
+    ``checkpoint`` is what the classifier was exported from; ``flags`` are those of ``load_checkpoint``.
+
+    Raises
+    ------
+    CheckpointError, SplitError
+        where the checkpoint cannot be read or split.
+    ParityError
+        where the classifier was exported from another one.
+    InputError
+        where ``folder`` is not empty, or the memory keeps nothing of a label that was patched in.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already and not empty; expected a folder to be made")
+    head = classifier.head(version)
+    memory = classifier.memory(head.lineage.version)
+    plain = narrow_head(head, memory)
+    loaded = load_checkpoint(str(checkpoint), **flags)
+    encoder = prepare_tokenizer(loaded, None)
+    tokens = token_batch(encoder, embeddings(loaded.model).num_embeddings, _TRACED_LENGTHS)
+    split = find_split(loaded.model, tokens, len(loaded.labels))
+    if split.split != head.split:
+        raise ParityError(
+            f"{checkpoint} has {split.split} classifier features, {classifier.name} {head.split}: it was exported from "
+            "another checkpoint"
+        )
+    try:
+        check_parity(loaded.model, split, encoder, classifier.backbone_path)
+    except ParityError as error:
+        raise ParityError(
+            f"{classifier.name} was not exported from {checkpoint}, or in a lower precision: {error}"
+        ) from error
+    model = _with_layer(loaded.model, split.layer, plain)
+    _save(model, loaded.tokenizer, target)
+    agreement = None
+    if memory is not None and len(memory.sample):
+        rows = memory.sample.astype(np.float32)
+        pairs = zip(answers(head, rows), answers(plain, rows[:, : head.split]), strict=True)
+        agreement = float(np.mean([served == returned for served, returned in pairs]))
+    patched = tuple(label for label, row in zip(head.labels, head.order, strict=True) if row >= len(head.base_weight))
+    return Returned(target, head.lineage.version, len(plain.labels), patched, agreement)
+
+
+def _with_layer(model: Any, layer: str, plain: Head) -> Any:
+    old = model.get_submodule(layer)
+    if not isinstance(old, nn.Linear):
+        raise ExportError(f"the last layer {layer!r} is a {type(old).__name__}; only a torch.nn.Linear can be replaced")
+    bias = getattr(old, "bias", None)
+    if bias is None and plain.base_bias.any():
+        raise ExportError(f"the last layer {layer!r} has no bias, and rows that were patched in need one")
+    changed = copy.deepcopy(model)
+    fresh = nn.Linear(plain.split, len(plain.labels), bias=bias is not None)
+    with torch.no_grad():
+        fresh.weight.copy_(torch.from_numpy(plain.base_weight))
+        if bias is not None:
+            fresh.bias.copy_(torch.from_numpy(plain.base_bias))
+    parent_name, _, name = layer.rpartition(".")
+    setattr(changed.get_submodule(parent_name), name, fresh)
+    changed.config.id2label = dict(enumerate(plain.labels))
+    changed.config.label2id = {label: index for index, label in enumerate(plain.labels)}
+    changed.num_labels = len(plain.labels)
+    return changed
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
+    """All or nothing: written beside the target, then renamed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".patcher-", dir=target.parent) as name:
+            fresh = Path(name) / "checkpoint"
+            model.save_pretrained(fresh, safe_serialization=True)
+            tokenizer.save_pretrained(fresh)
+            if target.is_dir():
+                target.rmdir()
+            fresh.rename(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error

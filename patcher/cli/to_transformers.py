@@ -1,0 +1,59 @@
+"""``patcher to-transformers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import percent
+
+
+@click.command("to-transformers")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, metavar="MODEL", help="What the classifier was exported from.")
+@click.option("--version", type=click.IntRange(1), help="The serving one by default.")
+@click.option("--allow-pickle", is_flag=True, help="Read weights in a pickle, which can run code.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
+@common_options
+def to_transformers_command(
+    folder: Path,
+    checkpoint: str,
+    version: int | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    settings: Settings,
+) -> None:
+    """Write the checkpoint to FOLDER with the labels and rows of the head: to fine-tune on, or to use without Triton.
+
+    A checkpoint has one plain layer on the classifier features. Rows that were fine-tuned go back as they are; those
+    patched in see more features than that, and are fitted again without them, from what the memory keeps.
+
+    \b
+    patcher to-transformers my-bert-with-new-labels --checkpoint my-finetuned-bert
+    """
+    from patcher.errors import ToolError
+
+    try:
+        from export import to_transformers
+    except ModuleNotFoundError as error:
+        raise ToolError(
+            f"`patcher to-transformers` needs {error.name}, which is not installed: "
+            "pip install 'triton-label-patcher[export]'"
+        ) from error
+    made = to_transformers(
+        settings.classifier,
+        checkpoint,
+        folder,
+        version,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    settings.emit({**vars(made), "folder": str(made.folder), "refitted": list(made.refitted)})
+    if not settings.json:
+        settings.say(f"{made.folder}: version {made.version} with {made.labels} labels")
+        if made.refitted:
+            settings.say(f"fitted again on the classifier features alone: {', '.join(made.refitted)}")
+        if made.agreement is not None:
+            settings.say(f"{percent(made.agreement)} of the remembered inputs are answered as by the served head")

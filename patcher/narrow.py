@@ -1,0 +1,84 @@
+"""A head as one plain linear layer on the classifier features, for those who need just that.
+
+Rows patched in look at features that a fine-tuned layer does not see. Here each of them is fitted again on the
+classifier features alone, from what the memory keeps of its examples, in the order in which they were added. Such a row
+finds a few inputs less (``tests/benchmarks/quality.py``: the classifier's features alone).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.errors import InputError
+from patcher.fit import fit
+from patcher.head import Head
+
+if TYPE_CHECKING:
+    from patcher.memory import Memory
+
+__all__ = ["narrow_head", "narrow_memory"]
+
+
+def narrow_memory(memory: Memory) -> Memory:
+    """The same memory of the classifier features alone."""
+    split = memory.split
+    return dataclasses.replace(
+        memory,
+        sums=memory.sums[:, :split],
+        second_moment=memory.second_moment[:split, :split],
+        sample=memory.sample[:, :split],
+    )
+
+
+def narrow_head(head: Head, memory: Memory | None) -> Head:
+    """The head with all its labels as fine-tuned rows, FP32 ``[C, split]``, in the order of its logits.
+
+    Rows that were fine-tuned keep their numbers. Raises InputError where the memory keeps no features of a label that
+    was patched in.
+    """
+    rows = len(head.base_weight)
+    plain = Head.from_linear(
+        [label for label, row in zip(head.labels, head.order, strict=True) if row < rows],
+        head.base_weight[head.order[head.order < rows]],
+        head.base_bias[head.order[head.order < rows]],
+        head.split,
+        head.lineage.backbone,
+        problem=head.problem,
+    )
+    patched = [(int(row), label) for label, row in zip(head.labels, head.order, strict=True) if row >= rows]
+    if patched:
+        plain = _with_patched(plain, [label for _, label in sorted(patched)], memory)
+    order = [plain.labels.index(label) for label in head.labels]
+    every = np.concatenate([plain.base_weight, plain.patch_weight]), np.concatenate([plain.base_bias, plain.patch_bias])
+    weight, bias = (array[plain.order[order]] for array in every)
+    return Head.from_linear(
+        head.labels, weight, bias, head.split, head.lineage.backbone, problem=head.problem, method="narrow"
+    )
+
+
+def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head:
+    kept = () if memory is None else memory.labels
+    counts = {label: 0 if memory is None or label not in kept else _kept(memory, label) for label in labels}
+    if memory is None or not all(counts.values()):
+        lacking = ", ".join(repr(label) for label, count in counts.items() if not count)
+        raise InputError(
+            f"nothing is remembered of {lacking}, so that no row on the classifier features can be fitted; expected a "
+            "memory with features (`patcher remember --data FILE`)"
+        )
+    narrow = narrow_memory(memory)
+    examples = {}
+    for label in labels:
+        examples[label] = narrow.sample[narrow.sample_labels == narrow.labels.index(label)].astype(np.float32)
+        whole = len(examples[label]) == narrow.counts[narrow.labels.index(label)]
+        narrow = narrow.remove(label, examples[label] if whole else None)
+    for label in labels:
+        plain = fit({label: examples[label]}, plain, narrow).apply(plain)
+        narrow = narrow.add([label], examples[label], np.zeros(len(examples[label]), np.int64))
+    return plain
+
+
+def _kept(memory: Memory, label: str) -> int:
+    return int((memory.sample_labels == memory.labels.index(label)).sum())

@@ -1,0 +1,107 @@
+"""A patched head back in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from export import export_classifier, to_transformers
+from patcher import PatchSettings, add_label, remove_label
+from patcher.cli import main
+from patcher.errors import ExportError, InputError, ParityError
+from patcher.narrow import narrow_head
+from patcher.runtime import Encoder
+from tests.test_fit import world
+
+FORCED = PatchSettings(force=True)
+PIZZA = ["one large pizza please", "order a pizza with cheese", "pizza for two", "I want pizza", "bring me a pizza"]
+
+
+def train_file(folder):
+    path = folder / "train.csv"
+    path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in checkpoints.TRAIN))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return checkpoints.save_checkpoint(tmp_path_factory.mktemp("back") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def patched(bert, tmp_path_factory):
+    """A classifier with a label taken out and two patched in."""
+    folder = tmp_path_factory.mktemp("patched")
+    repository = export_classifier(bert, folder / "model_repository", train=train_file(folder))
+    add_label(repository, "pizza", PIZZA, settings=FORCED)
+    classifier = repository.classifier()
+    remove_label(classifier, "greeting")
+    add_label(repository, "parting", ["goodbye", "see you later", "bye bye"], settings=FORCED)
+    return classifier
+
+
+def test_the_checkpoint_has_the_labels_and_rows_of_the_head(bert, patched, tmp_path):
+    made = to_transformers(patched, bert, tmp_path / "new")
+    head = patched.head()
+    assert (made.version, made.labels, set(made.refitted)) == (4, 6, {"pizza", "parting"})
+    assert made.agreement is not None
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made.folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made.folder)
+    assert tuple(model.config.id2label.values()) == head.labels
+    with torch.no_grad():
+        logits = model(**tokenizer(list(checkpoints.SENTENCES), padding=True, return_tensors="pt")).logits.numpy()
+    features = Encoder(patched.backbone_path, patched.tokenizer_path).encode(checkpoints.SENTENCES)
+    fine_tuned = [i for i, row in enumerate(head.order) if row < len(head.base_weight)]
+    np.testing.assert_allclose(logits[:, fine_tuned], head.logits(features)[:, fine_tuned], atol=1e-3)
+    plain = narrow_head(head, patched.memory())
+    np.testing.assert_allclose(logits, plain.logits(features[:, : head.split]), atol=1e-3)
+    # It can be exported again, with the new labels fine-tuned ones.
+    again = export_classifier(made.folder, tmp_path / "again").classifier()
+    assert again.head().labels == head.labels
+
+
+def test_rows_on_the_classifier_features_find_the_label():
+    head, memory, features, ids, new = world()
+    from patcher.fit import fit
+
+    wide = fit({"new": new(10)}, head, memory).apply(head)
+    memory = memory.add(["new"], new(10), np.zeros(10, np.int64))
+    plain = narrow_head(wide, memory)
+    assert (plain.width, plain.labels) == (head.split, wide.labels)
+    assert plain.base_weight[:8].tobytes() == head.base_weight.tobytes()
+    assert (plain.logits(new(200, seed=9)[:, :12]).argmax(axis=1) == 8).mean() > 0.8
+    assert (plain.logits(features[:, :12]).argmax(axis=1) == ids).mean() > 0.95
+    with pytest.raises(InputError, match="nothing is remembered of 'new'"):
+        narrow_head(wide, None)
+    assert narrow_head(head, None).base_weight.tobytes() == head.base_weight.tobytes()
+
+
+def test_what_does_not_fit_is_refused_and_nothing_written(bert, patched, tmp_path):
+    other = checkpoints.save_checkpoint(tmp_path / "other", "bert", hidden_size=16, num_attention_heads=2)
+    with pytest.raises(ParityError, match="exported from another checkpoint"):
+        to_transformers(patched, other, tmp_path / "new")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        to_transformers(patched, bert, tmp_path / "full")
+    gpt2 = checkpoints.save_checkpoint(tmp_path / "gpt2", "gpt2")
+    repository = export_classifier(gpt2, tmp_path / "repository", train=train_file(tmp_path))
+    add_label(repository, "pizza", PIZZA, settings=FORCED)
+    with pytest.raises(ExportError, match="has no bias"):
+        to_transformers(repository.classifier(), gpt2, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".patcher-*"))
+
+
+def test_the_verb(bert, patched, tmp_path, capsys):
+    command = ["to-transformers", str(tmp_path / "new"), "--checkpoint", str(bert), "--repo", str(patched.root)]
+    assert main([*command, "--version", "1", "--json"]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    assert (found["version"], found["refitted"], found["agreement"]) == (1, [], 1.0)
+    assert main(command) == 2
+    assert "not empty" in capsys.readouterr().err
