@@ -29,6 +29,7 @@ _IN_FLIGHT = 2
 _PROBE_SECONDS = 5.0
 _LARGEST_MESSAGE = 2**31 - 1
 _LARGEST_PORT = 2**16 - 1
+_RECONNECT_MS = (100, 1000)
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 
@@ -134,6 +135,10 @@ class TritonServer:
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.enable_http_proxy", proxy),
+            # gRPC would let up to two minutes pass before it tries a server again that was restarted.
+            ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS[0]),
+            ("grpc.min_reconnect_backoff_ms", _RECONNECT_MS[1]),
+            ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS[1]),
         ]
         if self.tls is None:
             return triton.InferenceServerClient(self.url, channel_args=arguments)

@@ -4,7 +4,7 @@
 
 The changes are patches, rollbacks, renames, trials on a share of the keys, and removals, in an order drawn with a seed.
 Every answer is held against the head version that it says it comes from: label, number of logits, and the logits
-themselves where the text's features are known. Around a restart a connection may be refused, and nothing else; at any
+themselves where the text's features are known. Around a restart a server may refuse, and nothing else; at any
 other time every request has to be answered. Prints a table, writes JSON, ends with 1 where a rule was broken.
 """
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 
 from patcher import ModelRepository, PatchSettings, SplitClient, TritonServer, add_labels, canary, doctor, rollback
-from patcher.errors import ServerUnreachable
+from patcher.errors import ServerRefused, ServerUnreachable
 from patcher.relabelling import remove_label, rename_label
 from patcher.runtime import Encoder
 from patcher.triton.server import EmbeddedTriton
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.repository import Classifier
 
-CHANGE_SECONDS, RESTART_SECONDS = 10.0, 300.0
+CHANGE_SECONDS = 10.0
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 _NEAR_RESTART = 5.0
 """Seconds after a restart in which a client may still find its connection gone."""
@@ -88,7 +88,7 @@ class Day:
                         answers = split.classify(texts, [f"key-{i}" for i in rng.integers(0, 1000, size=len(texts))])
                     else:
                         answers = server.classify("intent", texts)
-                except ServerUnreachable as error:
+                except (ServerUnreachable, ServerRefused) as error:  # a server that goes down has no models left
                     near = started <= self.restarting + _NEAR_RESTART
                     with self.lock:
                         if near or self.restarting == np.inf:
@@ -158,7 +158,7 @@ def _row(event: str, begun: float, triton: EmbeddedTriton) -> dict[str, Any]:
     return {"minute": round((time.monotonic() - begun) / 60, 1), "event": event, **usage(triton.pid or 0)}
 
 
-def run(minutes: float, clients: int, seed: int = 0) -> dict[str, Any]:
+def run(minutes: float, clients: int, restart_seconds: float = 300.0, seed: int = 0) -> dict[str, Any]:
     """The day, and what happened in it."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="patcher-soak-") as name:
@@ -167,14 +167,14 @@ def run(minutes: float, clients: int, seed: int = 0) -> dict[str, Any]:
         table: list[dict[str, Any]] = []
         triton = day.start()
         begun = time.monotonic()
-        next_change, next_restart = begun + CHANGE_SECONDS, begun + RESTART_SECONDS
+        next_change, next_restart = begun + CHANGE_SECONDS, begun + restart_seconds
         for thread in day.clients:
             thread.start()
         try:
             while time.monotonic() - begun < 60 * minutes:
                 time.sleep(max(0.0, min(next_change, next_restart) - time.monotonic()))
                 if time.monotonic() >= next_restart:
-                    next_restart += RESTART_SECONDS
+                    next_restart += restart_seconds
                     day.restarting = np.inf
                     table.append(_row("restart", begun, triton))
                     triton.stop()
@@ -219,9 +219,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--restart-seconds", type=float, default=300.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    found = run(given.minutes, given.clients)
+    found = run(given.minutes, given.clients, given.restart_seconds)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return int(bool(found["failed"] or found["contradictions"] or found["doctor's faults"]))
