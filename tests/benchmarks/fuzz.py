@@ -238,6 +238,7 @@ def worker(kind: str, inputs: int) -> None:
 
     longest = len(readers.seeds[kind]) + 4096
     flags = [f"-runs={inputs}", f"-timeout={SECONDS_AN_INPUT}", "-seed=1", f"-max_len={longest}", "-verbosity=0"]
+    flags.append(f"-artifact_prefix={folder}/")
     atheris.Setup([sys.argv[0], *flags, str(corpus)], one)
     atheris.Fuzz()
 
