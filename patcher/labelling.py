@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,10 @@ from patcher.lineage import next_lineage
 from patcher.remembering import label_ids
 from patcher.rollout import changing, roll_out, validate
 from patcher.scope import fit_scope
+from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -165,7 +164,7 @@ def add_labels(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
-    watch = _Stopwatch()
+    watch = Stopwatch()
     target = repository.classifier(classifier)
     texts = _new(_checked(examples), target.head(), target.name, skip_known=skip_known)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
@@ -218,7 +217,7 @@ def _judged(
     held_out: Data | None,
     *,
     settings: PatchSettings,
-    watch: _Stopwatch,
+    watch: Stopwatch,
 ) -> _Patch:
     """Fit and judge: the next head with its memory, and what is to be said about it."""
     replay = _labelled(parent, old)
@@ -387,20 +386,3 @@ def _refusal(verdict: Verdict) -> str:
     return f"the gate refused the patch: {verdict.sentence} {advice} `--force` publishes all the same.".replace(
         "  ", " "
     )
-
-
-class _Stopwatch:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._stages[stage] = time.perf_counter() - start
-
-    def stop(self) -> dict[str, float]:
-        return {**self._stages, "total": time.perf_counter() - self._start}

@@ -13,7 +13,9 @@ Beside them a journal tells what was begun and how it ended (``patcher.journal``
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
+from patcher.backbone import Backbone
 from patcher.disk import flush_folder, flush_tree, read_bytes, read_text, replace, storage
 from patcher.errors import Busy, InputError, RepositoryError, StorageError, VersionError
 from patcher.head_file import read_head, write_head
@@ -30,12 +33,11 @@ from patcher.journal import Journal, hashes
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
 
-__all__ = ["FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
+__all__ = ["FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
 
 FORMAT = 1
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
@@ -46,10 +48,13 @@ _STAGING = ".patcher-staging-"
 _JOURNAL = ".journal"
 _PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_ROLES = ("_head", "_features", "_tokenizer", "_backbone")
+_ROLES = ("_head", "_features", "_tokenizer", "_backbone", "_heads", "_any")
 _MODEL = "model.onnx"
 _MEMORY = "memory.safetensors"
 _CONFIG = "config.pbtxt"
+_STORE = "store"
+"""Beside the versions of a head that a store serves: the name of the store's backbone."""
+_NAMED_IN_ERRORS = 8
 
 
 def check_name(name: str) -> str:
@@ -61,6 +66,12 @@ def check_name(name: str) -> str:
     if name.endswith(_ROLES):
         raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
     return name
+
+
+def holds(root: Path, name: str) -> bool:
+    """Whether there is a classifier ``name`` at ``root``, which need be no repository."""
+    own = _NAME.fullmatch(name) is not None and (root / f"{name}_head" / _CONFIG).is_file()
+    return own and ((root / name / _CONFIG).is_file() or (root / f"{name}_head" / _STORE).is_file())
 
 
 @dataclass(frozen=True)
@@ -123,22 +134,46 @@ class ModelRepository:
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        names = (path.parent.name for path in self.root.glob(f"*/{_CONFIG}"))
-        return tuple(sorted(name for name in names if (self.root / f"{name}_head" / _CONFIG).is_file()))
+        heads = (path.parent.name for path in self.root.glob(f"*_head/{_CONFIG}"))
+        names = (head.removesuffix("_head") for head in heads)
+        return tuple(sorted(name for name in names if holds(self.root, name)))
+
+    def stored_on(self, name: str) -> str | None:
+        """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own."""
+        try:
+            return (self.root / f"{name}_head" / _STORE).read_text("utf-8", "replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is."""
+        # One that is named is looked for alone: a store may hold thousands.
+        if name is not None and holds(self.root, name):
+            return Classifier(self, name)
         names = self.classifiers()
         if name is None:
             if len(names) != 1:
-                found = f"{len(names)} classifiers ({', '.join(names)})" if names else "no classifier"
+                found = f"{len(names)} classifiers ({_some(names)})" if names else "no classifier"
                 raise InputError(f"{self.root} holds {found}; expected --classifier NAME with one of them")
             return Classifier(self, names[0])
-        if name not in names:
-            raise InputError(
-                f"no classifier {check_name(name)!r} in {self.root}; it holds {', '.join(names) or 'none'}"
-            )
-        return Classifier(self, name)
+        raise InputError(f"no classifier {check_name(name)!r} in {self.root}; it holds {_some(names, name) or 'none'}")
+
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones, sorted."""
+        found = (path.parent.name.removesuffix("_features") for path in self.root.glob(f"*_features/{_CONFIG}"))
+        return tuple(sorted(found))
+
+    def backbone(self, name: str | None = None) -> Backbone:
+        """One backbone by name; without a name the only one there is."""
+        if name is not None and self.has_backbone(check_name(name)):
+            return Backbone(self, name)
+        names = self.backbones()
+        if name is None and len(names) == 1:
+            return Backbone(self, names[0])
+        if name is None:
+            found = f"{len(names)} backbones ({_some(names)})" if names else "no backbone"
+            raise InputError(f"{self.root} holds {found}; expected --backbone NAME with one of them")
+        raise InputError(f"no backbone {name!r} in {self.root}; it holds {_some(names, name) or 'none'}")
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
@@ -154,34 +189,45 @@ class ModelRepository:
 
         lock = filelock.FileLock(self.root / _LOCK_FILE)
         with storage(self.root):
-            seen, deadline = self._progress(), time.monotonic() + timeout
-            while True:
-                try:
-                    lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
-                    break
-                except filelock.Timeout as error:
-                    # A queue of patchers that get on is no reason to give up.
-                    if (now := self._progress()) != seen:
-                        seen, deadline = now, time.monotonic() + timeout
-                    elif time.monotonic() >= deadline:
-                        raise Busy(
-                            f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
-                            "is done"
-                        ) from error
+            try:
+                lock.acquire(timeout=0)  # what others get on with is looked at only where there are any
+            except filelock.Timeout:
+                self._wait(lock, timeout)
         try:
             self._sweep()
             yield
         finally:
             lock.release()
 
+    def _wait(self, lock: Any, timeout: float) -> None:
+        import filelock
+
+        seen, deadline = self._progress(), time.monotonic() + timeout
+        while True:
+            try:
+                lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
+                return
+            except filelock.Timeout as error:
+                # A queue of patchers that get on is no reason to give up.
+                if (now := self._progress()) != seen:
+                    seen, deadline = now, time.monotonic() + timeout
+                elif time.monotonic() >= deadline:
+                    raise Busy(
+                        f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
+                        "is done"
+                    ) from error
+
     def _progress(self) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in self.root.glob(f"*{_JOURNAL}")}
 
     def _sweep(self) -> None:
-        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
-        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. By
+        # scandir, a fifth of glob's time, since there may be thousands of heads to look into.
+        for entry in _entries(self.root):
+            inside = _entries(entry.path) if entry.name.endswith("_head") else [entry]
+            for leftover in inside:
+                if leftover.name.startswith(_STAGING):
+                    shutil.rmtree(leftover.path, ignore_errors=True)
 
     @contextlib.contextmanager
     def staging(self, model: str = "") -> Iterator[Path]:
@@ -201,7 +247,7 @@ class ModelRepository:
         """Add a backbone with its tokenizer and features ensemble under ``name``; the lock must be held."""
         check_name(name)
         parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
-        self._refuse_existing(parts["features"])
+        self.refuse_existing(parts["features"])
         configs = (
             model_config.tokenizer_config(parts["tokenizer"], files.token_inputs, files.device),
             model_config.backbone_config(
@@ -214,36 +260,74 @@ class ModelRepository:
         with self.staging() as staging:
             for config in configs:
                 _stage_model(staging / config.name, config)
-            (staging / parts["tokenizer"] / "1" / "model.py").write_bytes(_tokenizer_source())
+            (staging / parts["tokenizer"] / "1" / "model.py").write_bytes(_source("tokenizer"))
             (staging / parts["tokenizer"] / "1" / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
             shutil.copyfile(files.model, staging / parts["backbone"] / "1" / _MODEL)
             self._move_in(staging, [config.name for config in configs])
 
-    def add_classifier(self, name: str, head: Head, memory: Memory | None = None, *, backbone: str) -> Classifier:
-        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held."""
+    def add_store(self, backbone: Backbone) -> None:
+        """Add the head store of a backbone, which serves any number of classifiers; the lock must be held."""
+        tokens, width = backbone.token_inputs(), backbone.width()
+        configs = (
+            model_config.store_config(backbone.store_model, width, backbone.backbone),
+            model_config.any_config(
+                backbone.any_model, backbone.tokenizer_model, backbone.backbone_model, backbone.store_model, tokens
+            ),
+        )
+        with self.staging() as staging:
+            for config in configs:
+                _stage_model(staging / config.name, config)
+            (staging / backbone.store_model / "1" / "model.py").write_bytes(_source("heads"))
+            self._move_in(staging, [config.name for config in configs])
+
+    def stores(self) -> tuple[str, ...]:
+        """Names of the backbones that have a head store, sorted."""
+        return tuple(name for name in self.backbones() if self.has_store(name))
+
+    def has_store(self, backbone: str) -> bool:
+        """Whether a backbone has a complete head store (its ensemble is moved in last)."""
+        return (self.root / f"{backbone}_any" / _CONFIG).is_file()
+
+    def remove_store(self, backbone: Backbone) -> None:
+        """Take a head store's models out again."""
+        self._remove([backbone.any_model, backbone.store_model])
+
+    def add_classifier(
+        self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, in_store: bool = False
+    ) -> Classifier:
+        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
+
+        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own.
+        """
         check_name(name)
-        self._refuse_existing(name)
+        self.refuse_existing(name)
         if len(_versions(self.root / f"{name}_head")) > 1:
             raise RepositoryError(
                 f"{self.root}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that file, "
                 "or move the folder away first"
             )
-        token_inputs, width, fingerprint = self._backbone(backbone)
+        base = self.backbone(backbone)
+        width, fingerprint = base.width(), base.fingerprint()
+        if in_store and not self.has_store(backbone):
+            raise InputError(f"the backbone {backbone} has no head store; `patcher new-classifier --in-store` adds one")
         if (head.width, head.lineage.backbone) != (width, fingerprint):
             raise RepositoryError(
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
         version = head.lineage.version
-        configs = (
-            model_config.head_config(f"{name}_head", head.width, version),
-            model_config.classifier_config(
-                name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs
-            ),
-        )
+        configs = [model_config.head_config(f"{name}_head", head.width, version)]
+        if not in_store:
+            configs.append(
+                model_config.classifier_config(
+                    name, base.tokenizer_model, base.backbone_model, f"{name}_head", base.token_inputs()
+                )
+            )
         with self.staging() as staging:
             for config in configs:
                 _stage_model(staging / config.name, config)
+            if in_store:
+                (staging / f"{name}_head" / _STORE).write_text(f"{backbone}\n", encoding="utf-8")
             _write_version(staging / f"{name}_head" / str(version), _version_files(head, memory))
             self._move_in(staging, [config.name for config in configs])
         classifier = Classifier(self, name)
@@ -264,13 +348,6 @@ class ModelRepository:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
         return (self.root / f"{name}_features" / _CONFIG).is_file()
 
-    def _backbone(self, name: str) -> tuple[tuple[str, ...], int, str]:
-        if not self.has_backbone(check_name(name)):
-            raise InputError(f"no backbone {name!r} in {self.root}")
-        message = self.config(f"{name}_backbone")
-        tokens = tuple(tensor.name for tensor in message.input)
-        return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
-
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
         path = self.root / model / _CONFIG
@@ -289,8 +366,9 @@ class ModelRepository:
                     replace(self.root / model / _CONFIG, data)
                 raise
 
-    def _refuse_existing(self, name: str) -> None:
-        if (self.root / name / _CONFIG).exists():
+    def refuse_existing(self, name: str) -> None:
+        """InputError where ``name`` is taken."""
+        if (self.root / name / _CONFIG).exists() or self.stored_on(name) is not None:
             raise InputError(f"{name} is in {self.root} already; choose another name, or remove its folders first")
 
     def _move_in(self, staging: Path, names: Sequence[str]) -> None:
@@ -310,43 +388,29 @@ class ModelRepository:
                     (self.root / name).rename(staging / name)
 
 
-class Classifier:
-    """One classifier of a repository: its head versions and the one that serves."""
+class Classifier(Backbone):
+    """One classifier of a repository, on its backbone: its head versions and the one that serves."""
 
     def __init__(self, repository: ModelRepository, name: str) -> None:
-        self.repository = repository
+        stored = repository.stored_on(name)
+        tokenizer, backbone = _steps(repository, name) if stored is None else (None, f"{stored}_backbone")
+        super().__init__(repository, backbone.removesuffix("_backbone"))
+        self.tokenizer_model = tokenizer or self.tokenizer_model
+        self.backbone_model = backbone
         self.name = name
+        self.in_store = stored is not None
         self.head_model = f"{name}_head"
-        steps = repository.config(name).ensemble_scheduling.step
-        try:
-            self.tokenizer_model, self.backbone_model = str(steps[0].model_name), str(steps[1].model_name)
-        except IndexError:
-            raise RepositoryError(
-                f"{repository.root / name / _CONFIG} is no classifier: it has no three steps"
-            ) from None
-        self.backbone: str = self.backbone_model.removesuffix("_backbone")
-        self.features_model = f"{self.backbone}_features"
         self.journal = Journal(repository.root / f"{name}{_JOURNAL}")
 
     @property
-    def root(self) -> Path:
-        """The repository's folder."""
-        return self.repository.root
+    def ensemble(self) -> str:
+        """The Triton model that answers for it: its own, or that of the store."""
+        return self.any_model if self.in_store else self.name
 
     @property
-    def backbone_path(self) -> Path:
-        """The backbone's ONNX file."""
-        return self.root / self.backbone_model / "1" / _MODEL
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer's JSON file."""
-        return self.root / self.tokenizer_model / "1" / "tokenizer.json"
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the backbone, as its configuration states it."""
-        value: str = self.repository.config(self.backbone_model).parameters["fingerprint"].string_value
-        return value
+    def address(self) -> str:
+        """What ``TritonServer.classify`` and others take: ``NAME``, or ``ENSEMBLE/NAME`` in a store."""
+        return f"{self.any_model}/{self.name}" if self.in_store else self.name
 
     def versions(self) -> tuple[int, ...]:
         """Head versions on disk, ascending."""
@@ -488,6 +552,30 @@ class Classifier:
                 (self.root / self.head_model / str(version)).rename(staging / str(version))
 
 
+def _steps(repository: ModelRepository, name: str) -> tuple[str, str]:
+    steps = repository.config(name).ensemble_scheduling.step
+    try:
+        return str(steps[0].model_name), str(steps[1].model_name)
+    except IndexError:
+        raise RepositoryError(f"{repository.root / name / _CONFIG} is no classifier: it has no three steps") from None
+
+
+def _some(names: Sequence[str], wanted: str | None = None) -> str:
+    """The names, or those like ``wanted`` and a few more where there are many."""
+    if len(names) <= _NAMED_IN_ERRORS:
+        return ", ".join(names)
+    near = difflib.get_close_matches(wanted, names, 3) if wanted else []
+    return ", ".join(dict.fromkeys([*near, *names[:3]])) + f" … {len(names)} in all"
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):  # went meanwhile, or a file of that name
+        return []
+
+
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
@@ -519,5 +607,5 @@ def _write_version(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def _tokenizer_source() -> bytes:
-    return (Path(__file__).parent / "triton" / "tokenizer" / "model.py").read_bytes()
+def _source(model: str) -> bytes:
+    return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()

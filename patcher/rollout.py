@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["PROBE_TEXT", "Switch", "catch_up", "changing", "probe", "recover", "roll_back", "roll_out", "validate"]
+__all__ = [
+    "PROBE_TEXT",
+    "Switch",
+    "catch_up",
+    "changing",
+    "probe",
+    "recover",
+    "require_live",
+    "roll_back",
+    "roll_out",
+    "serve",
+    "validate",
+]
 
 PROBE_TEXT = "is anybody there?"
 """Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
@@ -54,9 +66,9 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
     """
     check_same_backbone(classifier, server)
-    if not server.is_ready(classifier.name):
-        raise ServerError(f"the server's {classifier.name} is not ready")
-    (answer,) = server.classify(classifier.name, [text])
+    if not server.is_ready(classifier.ensemble):
+        raise ServerError(f"the server's {classifier.ensemble} is not ready")
+    (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(
             f"the server answers from head version {answer.head_version}; expected {head.lineage.version}. "
@@ -82,7 +94,7 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
     NotServed
         when the server would not serve it; the previous version is pinned and loaded again.
     """
-    _require_live(server)
+    require_live(server)
     validate(write_head(head), head)
     classifier.publish(head, memory)
     try:
@@ -103,14 +115,14 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
         to = classifier.head(serving).lineage.parent
         if to is None:
             raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
-    _require_live(server)
+    require_live(server)
     head = classifier.head(to)
     validate(classifier.head_bytes(to), head)
     return _switch(classifier, head, server)
 
 
-def _require_live(server: TritonServer | None) -> None:
-    # Before anything is published, so that a server that is not there costs nothing.
+def require_live(server: TritonServer | None) -> None:
+    """ServerUnreachable where nobody answers: asked before anything is published, so that it costs nothing."""
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
@@ -126,9 +138,9 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
             replicas = present(server)
             for number, wave in enumerate(waves(replicas)):
                 asked += wave
-                each(wave, lambda replica: _serve(classifier, head, replica))
+                each(wave, lambda replica: serve(classifier, head, replica))
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
-                    watch(classifier.name, wave[0], server.watch_seconds)
+                    watch(classifier.ensemble, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
     except BaseException as error:
         # Whatever it was, the files are as before; now the servers that were asked have to be, too.
@@ -139,8 +151,14 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
     return Switch(version, previous, served=server is not None)
 
 
-def _serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
-    replica.load(classifier.head_model)
+def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
+    """Have ``replica`` serve ``head``, which is pinned, and prove that it does; ServerError where it does not."""
+    if not classifier.in_store:
+        replica.load(classifier.head_model)
+    if not replica.is_ready(classifier.ensemble):
+        replica.load(classifier.ensemble)  # a classifier, or a store, that was made after the server started
+    if classifier.in_store:
+        replica.refresh(classifier.store_model, classifier.name, head.width)
     probe(classifier, head, replica)
 
 
@@ -148,7 +166,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     previous = classifier.serving()
     try:
         head = classifier.head(previous)
-        each(asked, lambda replica: _serve(classifier, head, replica))
+        each(asked, lambda replica: serve(classifier, head, replica))
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
@@ -187,7 +205,7 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
         return None
     if pending.switched is None:
         return _undo(classifier, pending.published)
-    _require_live(server)
+    require_live(server)
     serving, (before, after) = classifier.serving(), pending.switched
     if serving == after != before and not pending.back:
         try:
@@ -205,7 +223,7 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
 
 def _serve_all(classifier: Classifier, version: int, server: TritonServer | None) -> None:
     head = classifier.head(version)
-    each(present(server), lambda replica: _serve(classifier, head, replica))
+    each(present(server), lambda replica: serve(classifier, head, replica))
 
 
 def _undo(classifier: Classifier, published: int | None) -> str:
@@ -236,7 +254,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
             found[replica.url] = "agreed"
         except PatcherError:
             try:
-                _serve(classifier, head, replica)
+                serve(classifier, head, replica)
                 found[replica.url] = "caught up"
             except PatcherError as error:
                 found[replica.url] = f"failed: {error}"

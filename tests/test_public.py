@@ -25,9 +25,9 @@ def test_every_public_name_is_there_and_says_what_it_is():
 
 @pytest.mark.parametrize(
     "name",
-    ["disk", "errors", "evaluation", "examples", "features", "fit", "fleet", "gate", "head", "head_file", "journal",
-     "labelling", "lifecycle", "lineage", "memory", "metrics", "model_config", "onnx_file", "relabelling",
-     "remembering", "repository", "rollout", "runtime", "scope"],
+    ["backbone", "disk", "errors", "evaluation", "examples", "features", "fit", "fleet", "founding", "gate", "head",
+     "head_file", "journal", "labelling", "lifecycle", "lineage", "memory", "metrics", "model_config", "onnx_file",
+     "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
     module = importlib.import_module(f"patcher.{name}")

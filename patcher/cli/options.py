@@ -55,6 +55,14 @@ class Settings:
         """The classifier named, or the only one."""
         return self.repository.classifier(self.classifier_name)
 
+    @property
+    def address(self) -> str:
+        """What the server is asked for; a name that no repository here holds is taken as it is given."""
+        from patcher.repository import holds
+
+        name = self.classifier_name
+        return self.classifier.address if name is None or holds(self.repo, name) else name
+
     def server(self) -> TritonServer:
         """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
         from patcher.fleet import Fleet, addresses
