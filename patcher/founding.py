@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
 
-__all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier"]
+__all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
 
 _WEAK_RECALL = 0.75
 """Labels that are found less often than this among the held-out texts are named."""
@@ -176,7 +176,11 @@ def new_classifier(
         validate(data, head)
         report.head_bytes, report.memory_bytes = len(data), memory.size
         if not settings.dry_run:
-            _publish(repository, base, report, head, memory, server)
+            try:
+                publish_new(base, name, head, memory, server, in_store=settings.in_store)
+            except NotServed as error:
+                raise NotServed(str(error), {**report.to_json(), **error.report}) from error
+            report.published, report.served = True, server is not None
     report.seconds = watch.stop()
     return report
 
@@ -286,36 +290,33 @@ def _head(
     return dataclasses.replace(head, scope=fit_scope(memory, head))
 
 
-def _publish(
-    repository: ModelRepository,
-    base: Backbone,
-    report: NewClassifierReport,
-    head: Head,
-    memory: Memory,
-    server: TritonServer | None,
-) -> None:
-    """Into the repository and onto the server, or neither."""
+def publish_new(
+    base: Backbone, name: str, head: Head, memory: Memory | None, server: TritonServer | None, *, in_store: bool = False
+) -> Classifier:
+    """Version 1 of the classifier ``name`` into the repository and onto the server, or neither.
+
+    Raises NotServed where the server would not serve it; then it is taken out of the repository again.
+    """
+    repository = base.repository
     require_live(server)
     with repository.lock(), contextlib.ExitStack() as undo:
-        repository.refuse_existing(report.classifier)  # another patcher may have been quicker
-        if report.in_store and not repository.has_store(base.backbone):
+        repository.refuse_existing(name)  # another patcher may have been quicker
+        if in_store and not repository.has_store(base.backbone):
             repository.add_store(base)
-            undo.callback(_take_out_store, repository, base, server)
-        classifier = repository.add_classifier(
-            report.classifier, head, memory, backbone=base.backbone, in_store=report.in_store
-        )
+            undo.callback(_take_out_store, base, server)
+        classifier = repository.add_classifier(name, head, memory, backbone=base.backbone, in_store=in_store)
         undo.callback(_take_out, classifier, server)
         try:
             each(present(server), lambda replica: serve(classifier, head, replica))
         except PatcherError as error:
             undo.close()
             raise NotServed(
-                f"{report.classifier} was published, but the server would not serve it: {error}. It is taken out "
-                "again; `patcher doctor` says what the server serves",
-                report.to_json(),
+                f"{name} was published, but the server would not serve it: {error}. It is taken out again; "
+                "`patcher doctor` says what the server serves",
+                {"published": False, "served": False},
             ) from error
         undo.pop_all()
-    report.published, report.served = True, server is not None
+    return classifier
 
 
 def _take_out(classifier: Classifier, server: TritonServer | None) -> None:
@@ -330,8 +331,8 @@ def _take_out(classifier: Classifier, server: TritonServer | None) -> None:
                 replica.unload(classifier.head_model)
 
 
-def _take_out_store(repository: ModelRepository, base: Backbone, server: TritonServer | None) -> None:
-    repository.remove_store(base)
+def _take_out_store(base: Backbone, server: TritonServer | None) -> None:
+    base.repository.remove_store(base)
     for replica in present(server):
         with contextlib.suppress(ServerError):
             replica.unload(base.any_model)
