@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -33,6 +32,7 @@ from patcher.journal import Journal, hashes
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
@@ -44,6 +44,8 @@ FORMAT = 1
 
 _FORMAT_FILE = "patcher.json"
 _LOCK_FILE = ".patcher.lock"
+_WORKING = ".patcher-working"
+"""Is there for as long as somebody holds the lock, and longer where they were killed."""
 _STAGING = ".patcher-staging-"
 _JOURNAL = ".journal"
 _PATIENCE_SECONDS = 5.0
@@ -193,10 +195,15 @@ class ModelRepository:
                 lock.acquire(timeout=0)  # what others get on with is looked at only where there are any
             except filelock.Timeout:
                 self._wait(lock, timeout)
+        working = self.root / _WORKING
         try:
-            self._sweep()
+            with storage(self.root):
+                if working.exists():
+                    self._sweep()
+                working.touch()
             yield
         finally:
+            working.unlink(missing_ok=True)
             lock.release()
 
     def _wait(self, lock: Any, timeout: float) -> None:
@@ -221,13 +228,11 @@ class ModelRepository:
         return {path.name: path.stat().st_mtime_ns for path in self.root.glob(f"*{_JOURNAL}")}
 
     def _sweep(self) -> None:
-        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. By
-        # scandir, a fifth of glob's time, since there may be thousands of heads to look into.
-        for entry in _entries(self.root):
-            inside = _entries(entry.path) if entry.name.endswith("_head") else [entry]
-            for leftover in inside:
-                if leftover.name.startswith(_STAGING):
-                    shutil.rmtree(leftover.path, ignore_errors=True)
+        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. They are
+        # looked for only after such a one: there may be thousands of heads to look into.
+        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
+            for leftover in self.root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     @contextlib.contextmanager
     def staging(self, model: str = "") -> Iterator[Path]:
@@ -566,14 +571,6 @@ def _some(names: Sequence[str], wanted: str | None = None) -> str:
         return ", ".join(names)
     near = difflib.get_close_matches(wanted, names, 3) if wanted else []
     return ", ".join(dict.fromkeys([*near, *names[:3]])) + f" … {len(names)} in all"
-
-
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except (FileNotFoundError, NotADirectoryError):  # went meanwhile, or a file of that name
-        return []
 
 
 def _is_folder(path: Path) -> bool:

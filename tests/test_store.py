@@ -13,6 +13,7 @@ import tiny
 
 from patcher import (
     Examples,
+    Fleet,
     FoundingSettings,
     ModelRepository,
     NotServed,
@@ -21,6 +22,7 @@ from patcher import (
     add_label,
     new_classifier,
     rollback,
+    sync,
 )
 from patcher.errors import InputError, ServerRefused
 from patcher.repository import Classifier
@@ -220,6 +222,34 @@ def test_a_new_head_starts_no_process_and_survives_a_restart(live, triton, tmp_p
         assert client.classify(classifier.address, ["hello"])[0].head_version == 2
         rollback(classifier, None, client)
         assert client.classify(classifier.address, ["hello"])[0].head_version == 1
+
+
+@pytest.mark.server
+def test_several_servers_of_one_repository(live, tmp_path):
+    repository, server = live
+    models = ["intent_any", "intent_features"]
+    with EmbeddedTriton(repository.root, models, log_file=tmp_path / "log2") as other:
+        with Fleet([server.url, other.url], watch_seconds=0.2) as fleet, TritonServer(other.url) as second:
+            late = found(repository, 3, fleet, name="late")
+            assert second.classify(late.address, ["hello"])[0].head_version == 1
+            add_label(repository, "balance", tiny.sentences("balance", 10), server=server, classifier="late")
+            assert second.classify(late.address, ["hello"])[0].head_version == 1  # nobody told it
+            assert set(sync(late, fleet).values()) == {"agreed", "caught up"}
+            assert second.classify(late.address, ["hello"])[0].head_version == 2
+            rollback(late, None, fleet)
+            assert [each.classify(late.address, ["hello"])[0].head_version for each in (server, second)] == [1, 1]
+
+
+@pytest.mark.server
+def test_the_exporter_asks_stored_classifiers_too(live):
+    from patcher.metrics import Targets, _probes
+
+    repository, server = live
+    probes = _probes(Targets((server.url,), ("intent", "s1"), repository))
+    assert [(probe.classifier, probe.up, probe.version, probe.labels) for probe in probes] == [
+        ("intent", True, 1, len(tiny.OLD)),
+        ("s1", True, 1, 3),
+    ]
 
 
 @pytest.mark.server

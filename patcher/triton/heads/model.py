@@ -6,8 +6,8 @@ where N is the version that ``NAME_head/config.pbtxt`` pins, and ``NAME_head/sto
 
 A head is read when it is first asked for, and again only when a request to this very model carries the parameter
 ``refresh``: so a change of one head touches no other, and a pin that is being tried on one server does not show on the
-next. One that cannot be read leaves the head before it in place. Needs onnxruntime and numpy; runs the same in NVIDIA's
-container.
+next (unless that one has not read the head yet). One that cannot be read leaves the head before it in place. Needs
+onnxruntime and numpy, as NVIDIA's container with `patcher` in it has them.
 """
 
 from __future__ import annotations
