@@ -201,9 +201,11 @@ class ModelRepository:
                 if working.exists():
                     self._sweep()
                 working.touch()
-            yield
+            try:
+                yield
+            finally:
+                working.unlink(missing_ok=True)
         finally:
-            working.unlink(missing_ok=True)
             lock.release()
 
     def _wait(self, lock: Any, timeout: float) -> None:
