@@ -1,8 +1,8 @@
-"""The features beside the classifier's own: a mean over the tokens of the last hidden states.
+"""The features beside the classifier's own: a mean over the tokens of the hidden states of all layers.
 
-Fine-tuning pulls the tensor that enters the classifier towards the labels it saw; what tells a new label apart is
-better kept in the hidden states, and in those of several layers better than in the last one alone
-(``tests/benchmarks/tune_fit.py`` measures it). Their mean is as wide as one of them and costs nothing to serve.
+Fine-tuning pulls the tensor that enters the classifier towards the labels it saw; what tells a new label, or a text of
+no label, apart is better kept in the hidden states, and in those of all layers better than in the last ones alone
+(``tests/benchmarks/tune_fit.py`` measures it). Their mean is as wide as one of them and costs next to nothing to serve.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from patcher.errors import SplitError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYERS", "last_states", "pooled"]
+__all__ = ["hidden_states", "pooled"]
 
-LAYERS = 3
-"""So many of the last layers are averaged, fewer where there are fewer."""
 _TOKENWISE = 3
 """Dimensions of a tensor with a row for each token: batch, sequence, width."""
 
@@ -42,8 +40,8 @@ def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
-    """A list that gets the last hidden states ``[batch, sequence, hidden]`` of each forward, the last one at its end.
+def hidden_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
+    """A list that gets, at the end of each forward, every layer's hidden states ``[batch, sequence, hidden]``.
 
     Raises SplitError where the encoder's first output is no such state.
     """
@@ -55,7 +53,7 @@ def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
             raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
         # The first is the embedding; the last one is there twice where it needs no norm of its own.
         inner = [each for each in (getattr(result, "hidden_states", None) or ())[1:-1] if each.shape == state.shape]
-        seen.append((*inner[len(inner) - min(len(inner), LAYERS - 1) :], state))
+        seen.append((*inner, state))
 
     body = model.base_model
     if body is model:

@@ -189,6 +189,8 @@ def _count_flips(
     if evaluation is not None:
         mine = evaluation[1] < len(head.labels)
         inputs = old_inputs(None, (evaluation[0][mine], evaluation[1][mine]), head, "eval")
+    if replay is not None and fit.unseen is not None:  # what a refit has seen says nothing about what it breaks
+        replay = (replay[0][fit.unseen], replay[1][fit.unseen])
     inputs = inputs or old_inputs(memory, replay, head)
     if inputs is None:
         return _Flips("none" if memory is None else "draws", 0, 0, {})
@@ -203,7 +205,7 @@ def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
     # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
     # need the logits of all labels.
     near = np.arange(len(inputs))
-    if fit.base_weight is None and fit.patch_weight is None:
+    if fit.old_rows is None:
         rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
         near = np.flatnonzero(rival > (inputs.own if single else 0.0))
     rows, ids = inputs.features[near], inputs.ids[near]
@@ -218,7 +220,7 @@ def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
 
 
 def _logits_after(rows: Floats, before: Floats, fit: Fit, head: HeadLike) -> Floats:
-    if fit.base_weight is None and fit.patch_weight is None:
+    if fit.old_rows is None:
         return np.concatenate([before, rows @ fit.weight.T + fit.bias], axis=1)
     after: Floats = fit.apply(head).logits(rows)  # type: ignore[arg-type]
     return after

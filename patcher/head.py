@@ -188,6 +188,16 @@ class Head:
             order=np.concatenate([self.order, np.arange(rows, rows + len(labels), dtype=np.int64)]),
         )
 
+    def refitted(self, weight: Floats, bias: Floats) -> Head:
+        """The same labels with other rows, FP32 ``[C, width]`` and ``[C]``; the fine-tuned ones stay unused."""
+        rows = len(self.base_weight)
+        return dataclasses.replace(
+            self,
+            patch_weight=np.asarray(weight, np.float32),
+            patch_bias=np.asarray(bias, np.float32),
+            order=np.arange(rows, rows + len(self.labels), dtype=np.int64),
+        )
+
     def without(self, label: str) -> Head:
         """The same head without a label; a patched row goes, a fine-tuned one stays in the file unused."""
         position = self.index(label)

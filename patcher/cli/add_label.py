@@ -14,6 +14,8 @@ from patcher.cli.output import percent, seconds
 if TYPE_CHECKING:
     from patcher.labelling import PatchReport
 
+METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
+"""Those of ``patcher.fit``, which is not imported for a list of words; a test holds the two equal."""
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -33,7 +35,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
 )
-@click.option("--method", default="auto", show_default=True, help="How the new rows are fitted.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    help="auto is offset-logistic: old rows keep their bits. ridge and lda refit all rows from the memory, anchored on "
+    "--replay.",
+)
 @click.option("--no-name", is_flag=True, help="Do not take the label's own name, where it is words, as an example.")
 @click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
 @click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import ExamplesError, InputError, LabelError
-from patcher.fit.inputs import old_inputs
+from patcher.fit.anchored import anchored_rows, held_back
+from patcher.fit.closed import lda_rows, ridge_rows, settled
+from patcher.fit.inputs import OldInputs, old_inputs
 from patcher.fit.logistic import NewRow, offset_rows
-from patcher.fit.model import HeadLike, OldLabels, from_memory, from_rows
+from patcher.fit.model import HeadLike, OldLabels, Rows, from_memory, from_rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.memory import Memory
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Fit", "HeldOut", "fit"]
 
-METHODS = ("auto", "offset-logistic")
+METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
+"""``auto`` is offset-logistic; the others change every row."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Fit:
         The new labels and their rows, float32 ``[K, width]`` and ``[K]``.
     method, why
         The fit that was used, and one sentence on why.
-    base_weight, base_bias, patch_weight, patch_bias
-        New values of old rows; None where they are unchanged, as in the default method.
+    old_rows
+        New rows of the old labels; None where they are unchanged, as in the default method.
     held_out
         For each new label, its examples as a fit sees them that did not have them.
+    unseen
+        Places of the replayed inputs that took no part in the fit; None where the fit changed no old row.
     old
         What the rows were fitted against.
     calibration
@@ -72,16 +77,14 @@ class Fit:
     calibration: str
     old: OldLabels = field(repr=False)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
-    base_weight: Floats | None = None
-    base_bias: Floats | None = None
-    patch_weight: Floats | None = None
-    patch_bias: Floats | None = None
+    old_rows: Rows | None = None
+    unseen: Ints | None = None
 
     def apply(self, head: Head) -> Head:
         """The head with the new rows behind the old ones; lineage and scope are the caller's business."""
-        names = ("base_weight", "base_bias", "patch_weight", "patch_bias")
-        changed = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(head, **changed).with_rows(self.labels, self.weight, self.bias)
+        if self.old_rows is not None:
+            head = head.refitted(self.old_rows.weight, self.old_rows.bias)
+        return head.with_rows(self.labels, self.weight, self.bias)
 
 
 def fit(
@@ -111,6 +114,9 @@ def fit(
     replay
         Real old data: features and positions in ``head.labels``. The bias is set on it instead of the memory's sample,
         and where there is no memory, one is made of it.
+    method
+        ``auto`` takes ``offset-logistic``, which leaves every old row as it is and lost the fewest old inputs wherever
+        it was measured. ``ridge`` and ``lda`` refit all rows from the memory, ``anchored`` on ``replay``.
     max_flips
         Share of the calibration inputs that may move to the new labels, all together.
     settings
@@ -135,18 +141,97 @@ def fit(
     fitting = {label: name for label, name in fitting.items() if _belongs(label, name, examples, old, settings)}
     shown = {label: _with_name(rows, fitting.get(label)) for label, rows in examples.items()}
     inputs = old_inputs(memory, replay, head)
-    rows = offset_rows(shown, head, old, inputs, max_flips, settings)
+    chosen = "offset-logistic" if method == "auto" else method
+    if chosen in ("ridge", "lda"):
+        found = _closed(chosen, shown, head, memory, old, inputs, max_flips, settings)
+    else:
+        new = offset_rows(shown, head, old, inputs, max_flips, settings)
+        found = _Found(_rows_of(new), {label: row.held_out for label, row in new.items()})
+        if chosen == "anchored":
+            found = _anchored(found, shown, head, old, inputs, max_flips, settings)
+    count = len(examples)
     return Fit(
         labels=tuple(examples),
-        weight=np.stack([row.weight for row in rows.values()]),
-        bias=np.array([row.bias for row in rows.values()], np.float32),
-        method="offset-logistic",
-        why=_why(memory, replay, examples, fitting),
+        weight=found.rows.weight[-count:],
+        bias=found.rows.bias[-count:],
+        method=chosen,
+        why=_why(chosen, found.way, memory, replay, examples, fitting),
         max_flips=max_flips,
         calibration=inputs.source if inputs else "none" if memory is None else "draws",
-        held_out=_held_out(examples, rows, head),
+        held_out=_held_out(examples, found, head),
         old=old,
+        old_rows=found.rows.first(-count) if len(found.rows.weight) > count else None,
+        unseen=held_back(len(replay[1])) if chosen == "anchored" and replay is not None else None,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows of the new labels, behind those of all old ones where a method changes them.
+
+    ``held_out`` are the new logits of each label's examples in a fit without them; ``way`` is anchored's.
+    """
+
+    rows: Rows
+    held_out: Mapping[str, Doubles]
+    way: float = 0.0
+
+
+def _rows_of(new: Mapping[str, NewRow]) -> Rows:
+    weight = np.stack([row.weight for row in new.values()])
+    return Rows(weight, np.array([row.bias for row in new.values()], np.float32))
+
+
+def _closed(
+    method: str,
+    shown: Mapping[str, Floats],
+    head: HeadLike,
+    memory: Memory | None,
+    old: OldLabels,
+    inputs: OldInputs | None,
+    max_flips: float,
+    settings: Settings,
+) -> _Found:
+    _refuse_sigmoids(method, head)
+    if memory is None:
+        raise InputError(f"{method} refits all rows from the memory, and there is none; `patcher remember --data FILE`")
+    place = {label: i for i, label in enumerate(memory.labels)}
+    lacking = [label for label in head.labels if label not in place]
+    if lacking:
+        raise InputError(
+            f"{method} refits all rows, and the memory knows nothing of {', '.join(map(repr, lacking[:5]))}; "
+            "`patcher remember --data FILE` builds it anew"
+        )
+    places = np.array([place[label] for label in head.labels], np.int64)
+    made = (
+        ridge_rows(shown, memory, places, old, settings) if method == "ridge" else lda_rows(shown, memory, places, old)
+    )
+    return _Found(*settled(made, shown, head, old, inputs, max_flips, settings))
+
+
+def _anchored(
+    found: _Found,
+    shown: Mapping[str, Floats],
+    head: HeadLike,
+    old: OldLabels,
+    inputs: OldInputs | None,
+    max_flips: float,
+    settings: Settings,
+) -> _Found:
+    _refuse_sigmoids("anchored", head)
+    if inputs is None or inputs.source != "replay":
+        raise InputError("anchored refits all rows on old data; expected `--replay FILE` with it")
+    weight, bias = full_rows(head)
+    start = Rows(np.concatenate([weight, found.rows.weight]), np.concatenate([bias, found.rows.bias]))
+    made = anchored_rows(shown, start, old, inputs, max_flips, settings)
+    return dataclasses.replace(found, rows=made.rows, way=made.way)
+
+
+def _refuse_sigmoids(method: str, head: HeadLike) -> None:
+    if head.problem != "single_label":
+        raise InputError(
+            f"{method} is for labels that exclude each other; expected offset-logistic for a multi-label one"
+        )
 
 
 def _checked(examples: Mapping[str, Floats], head: HeadLike) -> dict[str, Floats]:
@@ -179,26 +264,36 @@ def _with_name(rows: Floats, name: Floats | None) -> Floats:
     return rows if name is None else np.concatenate([rows, np.asarray(name, np.float32)[None]])
 
 
-def _why(memory: Memory | None, replay: object, examples: Mapping[str, Floats], names: Mapping[str, Floats]) -> str:
+def _why(
+    method: str,
+    way: float,
+    memory: Memory | None,
+    replay: object,
+    examples: Mapping[str, Floats],
+    names: Mapping[str, Floats],
+) -> str:
     against = "old data" if replay is not None else "the memory" if memory is not None else "the old rows alone"
     rows = "a row" if len(examples) == 1 else f"{len(examples)} rows"
     also = ", the label's name as a further example" if any(label in names for label in examples) else ""
-    return f"{rows} fitted against {against}{also}; every old row keeps its bits"
+    if method == "offset-logistic":
+        return f"{rows} fitted against {against}{also}; every old row keeps its bits"
+    if method == "anchored":
+        return f"all rows refitted on old data and the examples{also}, {way:.0%} of the way from the old ones"
+    return f"all rows refitted from the memory and the examples{also}; old answers may change either way"
 
 
-def _held_out(examples: Mapping[str, Floats], rows: Mapping[str, NewRow], head: HeadLike) -> dict[str, HeldOut]:
+def _held_out(examples: Mapping[str, Floats], found: _Found, head: HeadLike) -> dict[str, HeldOut]:
     """Margins of the held-out examples against the finished rows of all other labels."""
+    count = len(examples)
     held = {}
-    for label, features in examples.items():
-        others = [other for other in rows if other != label]
-        logits = head.logits(features)
-        if others:
-            weight = np.stack([rows[other].weight for other in others])
-            news = features @ weight.T + np.array([rows[other].bias for other in others])
-            logits = np.concatenate([logits, news], axis=1)
+    for position, (label, features) in enumerate(examples.items()):
+        logits = features @ found.rows.weight.T + found.rows.bias
+        if len(found.rows.weight) == count:
+            logits = np.concatenate([head.logits(features), logits], axis=1)
+        logits = np.delete(logits, len(head.labels) + position, axis=1)
         best = logits.max(axis=1) if head.problem == "single_label" else np.zeros(len(logits), np.float32)
-        names = (*head.labels, *others)
+        names = (*head.labels, *(other for other in examples if other != label))
         rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist())
         # Behind the examples may stand the name, which says nothing of how inputs fare.
-        held[label] = HeldOut((rows[label].held_out[: len(features)] - best).astype(np.float32), rivals)
+        held[label] = HeldOut((found.held_out[label][: len(features)] - best).astype(np.float32), rivals)
     return held

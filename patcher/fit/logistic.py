@@ -124,7 +124,8 @@ def offset_rows(
     """
     scene = _scene(examples, head, old, inputs, settings)
     clouds = {label: scene.cloud(rows, np.full(len(rows), 1.0 / len(rows))) for label, rows in examples.items()}
-    rough = {label: _solve(cloud, scene.means, settings) for label, cloud in clouds.items()}
+    priors = {label: _prior(rows, head, old, settings) for label, rows in examples.items()}
+    rough = {label: _solve(cloud, scene.means, priors[label], settings) for label, cloud in clouds.items()}
     found = {}
     rows = dict(rough)
     for label, mine in clouds.items():
@@ -133,7 +134,7 @@ def offset_rows(
         rivals = list(others.values())
         against = [scene.means, *([hard] if hard else []), *(clouds[other].spread_by(1.0) for other in others)]
         outside = join(*(scene.raised(cloud, rivals) for cloud in against))
-        row, held_out = _fitted(scene.raised(mine, rivals), outside, settings)
+        row, held_out = _fitted(scene.raised(mine, rivals), outside, priors[label], settings)
         weight, bias = old.whitening.row(row[:-1], float(row[-1]))
         margins = held_out - _best(examples[label], head, others, old)
         seen = scene.calibration(row, weight, bias, max_flips / len(examples))
@@ -167,22 +168,42 @@ def _near(examples: Floats, old: OldLabels, settings: Settings) -> Ints:
     return np.union1d(np.argsort(-logits, kind="stable")[:count], np.argsort(distances, kind="stable")[:count])
 
 
-def _solve(inside: Cloud, outside: Cloud, settings: Settings) -> Doubles:
-    axes = span(join(outside, inside))
-    found = fit_row(inside.turned(axes), outside.turned(axes), settings.penalty)
+def _prior(examples: Floats, head: HeadLike, old: OldLabels, settings: Settings) -> Doubles:
+    """Where the penalty pulls a row, in whitened features: to nothing, or to the row that a rule would give.
+
+    ``imprint`` (arXiv 1712.07136) is the examples' mean as long as an average old row, ``lda`` their whitened mean,
+    calibrated by what it takes to bring the old labels' means to the length of their rows.
+    """
+    white = old.whitening
+    if settings.prior == "zero":
+        return np.zeros(white.points.shape[1])
+    lengths = np.linalg.norm(old.weight, axis=1)
+    if settings.prior == "imprint":
+        mean = np.zeros(head.width)
+        mean[: head.split] = examples[:, : head.split].mean(axis=0)
+        row: Doubles = (mean / np.linalg.norm(mean) * lengths.mean()) @ white.rows
+        return row
+    theirs = np.linalg.norm(old.weight[old.places] @ white.rows, axis=1).mean()
+    point: Doubles = white.of(examples).mean(axis=0) * theirs / np.linalg.norm(white.of(old.means), axis=1).mean()
+    return point
+
+
+def _solve(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) -> Doubles:
+    axes = span(join(outside, inside), prior)
+    found = fit_row(inside.turned(axes), outside.turned(axes), settings.penalty, prior @ axes)
     return np.append(axes @ found[:-1], found[-1])
 
 
-def _fitted(inside: Cloud, outside: Cloud, settings: Settings) -> tuple[Doubles, Doubles]:
+def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) -> tuple[Doubles, Doubles]:
     """The row, bias last, and the new logit of each example in a fit without it; NaN where there is no other."""
-    axes = span(join(outside, inside))
-    inside, outside = inside.turned(axes), outside.turned(axes)
-    found = fit_row(inside, outside, settings.penalty)
+    axes = span(join(outside, inside), prior)
+    inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
+    found = fit_row(inside, outside, settings.penalty, prior)
     count = len(inside.weight)
     held_out = np.full(count, np.nan)
     for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
         rest = np.setdiff1d(np.arange(count), fold)
-        row = fit_row(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, found)
+        row = fit_row(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior, found)
         held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
     return np.append(axes @ found[:-1], found[-1]), held_out
 

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["HeadLike", "OldLabels", "Whitening", "from_memory", "from_rows", "full_rows", "log_sum_exp", "whitening"]
+__all__ = [
+    "HeadLike",
+    "OldLabels",
+    "Rows",
+    "Whitening",
+    "from_memory",
+    "from_rows",
+    "full_rows",
+    "log_sum_exp",
+    "whitening",
+]
 
 
 class HeadLike(Protocol):
@@ -70,6 +80,18 @@ class Whitening:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of some labels on all features, float32 ``[k, width]`` and ``[k]``."""
+
+    weight: Floats
+    bias: Floats
+
+    def first(self, count: int) -> Rows:
+        """The first rows; with a negative count all but the last ones."""
+        return Rows(self.weight[:count], self.bias[:count])
+
+
+@dataclass(frozen=True)
 class OldLabels:
     """The old labels of a head, as far as they are known.
 
@@ -113,6 +135,23 @@ def from_memory(memory: Memory, head: HeadLike, settings: Settings = SETTINGS) -
 
 def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
     """Whitening by the covariance inside labels, widened as ``Settings`` tells."""
+    return _whitened(widened(memory, settings))
+
+
+@dataclass(frozen=True)
+class Widened:
+    """Covariance inside labels of standardised features, widened; float64.
+
+    Features are ``(x - center) / spread``, both ``[width]``; ``covariance`` ``[width, width]`` is theirs.
+    """
+
+    center: Doubles
+    spread: Doubles
+    covariance: Doubles
+
+
+def widened(memory: Memory, settings: Settings = SETTINGS) -> Widened:
+    """The covariance inside labels, widened by the ridges and the share of all inputs that ``Settings`` tells."""
     total = memory.counts.sum()
     center = memory.sums.sum(axis=0) / total
     everything = memory.second_moment / total - np.outer(center, center)
@@ -136,21 +175,25 @@ def from_rows(head: HeadLike, examples: Floats, settings: Settings = SETTINGS) -
     center = means.mean(axis=0)
     narrow = means[:, :split] - center[:split]
     scatter = narrow.T @ narrow / len(narrow)
-    flat = _widened(center[:split], scatter, np.zeros_like(scatter), split, settings)
+    flat = _whitened(_widened(center[:split], scatter, np.zeros_like(scatter), split, settings))
     nothing = np.zeros((head.width - split, split))
     white = Whitening(center, np.concatenate([flat.points, nothing]), np.concatenate([flat.rows, nothing]))
     return OldLabels(white, means, np.arange(len(weight), dtype=np.int64), weight, bias)
 
 
-def _widened(center: Doubles, everything: Doubles, inside: Doubles, split: int, settings: Settings) -> Whitening:
+def _widened(center: Doubles, everything: Doubles, inside: Doubles, split: int, settings: Settings) -> Widened:
     spread = np.sqrt(np.maximum(np.diag(everything), 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
     wide = (inside + settings.total * everything) / np.outer(spread, spread)
     ridge = np.full(len(center), settings.ridge_hidden)
     ridge[:split] = settings.ridge_classifier
     wide[np.diag_indices_from(wide)] += ridge
-    lower = _cholesky(wide)
-    return Whitening(center, _inverse(lower).T / spread[:, None], lower * spread[:, None])
+    return Widened(center, spread, wide)
+
+
+def _whitened(wide: Widened) -> Whitening:
+    lower = _cholesky(wide.covariance)
+    return Whitening(wide.center, _inverse(lower).T / wide.spread[:, None], lower * wide.spread[:, None])
 
 
 def _cholesky(matrix: Doubles) -> Doubles:

@@ -66,13 +66,13 @@ def join(*clouds: Cloud) -> Cloud:
     return Cloud(*(np.concatenate([getattr(cloud, name) for cloud in clouds]) for name in names))
 
 
-def span(cloud: Cloud) -> Doubles:
-    """An orthonormal basis, float64 ``[r, s]``, of all that a cloud can pull a row towards.
+def span(cloud: Cloud, prior: Doubles) -> Doubles:
+    """An orthonormal basis, float64 ``[r, s]``, of all that a cloud and a prior ``[r]`` can pull a row towards.
 
     The loss depends on the row through products with points and slopes and through its length, so the best row lies
     in their span (the representer theorem): most often a quarter of the features.
     """
-    arms = np.concatenate([cloud.points, cloud.slopes])
+    arms = np.concatenate([cloud.points, cloud.slopes, prior[None]] if prior.any() else [cloud.points, cloud.slopes])
     if len(arms) >= arms.shape[1]:
         return np.eye(arms.shape[1])
     values, vectors = np.linalg.eigh(arms @ arms.T)
@@ -81,10 +81,10 @@ def span(cloud: Cloud) -> Doubles:
     return axes
 
 
-def fit_row(inside: Cloud, outside: Cloud, penalty: float, start: Doubles | None = None) -> Doubles:
+def fit_row(inside: Cloud, outside: Cloud, penalty: float, prior: Doubles, start: Doubles | None = None) -> Doubles:
     """The row and, last, the bias, float64 ``[r + 1]``, that lie above ``inside`` and below ``outside``.
 
-    At the least expected log loss plus half the penalty times the row's squared length.
+    At the least expected log loss plus half the penalty times the row's squared distance to ``prior`` ``[r]``.
     """
     cloud = join(outside, inside)
     signs = np.concatenate([np.ones(len(outside.weight)), -np.ones(len(inside.weight))])
@@ -106,7 +106,9 @@ def fit_row(inside: Cloud, outside: Cloud, penalty: float, start: Doubles | None
         cost = (np.maximum(margins, 0.0) + np.log1p(small)) @ _WEIGHTS
         pull = (chance @ _WEIGHTS) * cloud.weight * signs
         push = ((chance * _NODES) @ _WEIGHTS) * cloud.weight * cloud.variance / spread
-        slope = turned @ np.concatenate([pull, -push]) + row * (push.sum() + penalty)
-        return float(cost @ cloud.weight) + 0.5 * penalty * square, np.append(slope, pull.sum())
+        slope = turned @ np.concatenate([pull, -push]) + row * push.sum() + (row - prior) * penalty
+        return float(cost @ cloud.weight) + 0.5 * penalty * float((row - prior) @ (row - prior)), np.append(
+            slope, pull.sum()
+        )
 
     return minimise(loss, np.zeros(both.shape[1] + 1) if start is None else start, tolerance=_CLOSE)

@@ -24,7 +24,9 @@ class Settings:
     positive_variance
         Spread of the cloud that an example stands for, in units of that covariance.
     penalty
-        On the row's squared length in whitened features.
+        On the row's squared distance to the prior in whitened features.
+    prior
+        ``zero``, ``imprint`` or ``lda``.
     near, near_floor
         Old labels that take part: this many by their logits on the examples and as many by the distance of their
         means; all of them where there are no more than ``near_floor``.
@@ -42,6 +44,10 @@ class Settings:
     name_slack
         A label's name takes part if its squared distance to the examples is at most so many times that to any other
         label.
+    refit_ridge
+        Of ``ridge``: penalty a sentence, on standardised features.
+    anchor
+        Of ``anchored``: penalty on the squared way of all rows from where they were, in whitened features.
     """
 
     ridge_classifier: float = 1.0
@@ -49,6 +55,7 @@ class Settings:
     total: float = 1.0
     positive_variance: float = 4.0
     penalty: float = 1e-3
+    prior: str = "zero"
     near: int = 32
     near_floor: int = 96
     hard: int = 64
@@ -57,6 +64,8 @@ class Settings:
     taken_weight: float = 0.25
     folds: int = 10
     name_slack: float = 1.5
+    refit_ridge: float = 0.1
+    anchor: float = 1e-4
 
 
 SETTINGS = Settings()

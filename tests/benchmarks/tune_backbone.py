@@ -2,12 +2,15 @@
 
 Labels that a backbone was fine-tuned on are collapsed in its features, so they are no stand-in for a new label
 (see the README). This script fine-tunes a small encoder on a part of the old labels, and writes the features of all
-old sentences to `OUT/{train,fresh,pose,names}.npz`:
+old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
 
 * `train`  sentences the encoder was fine-tuned on (the memory is built from these, as in real life);
 * `fresh`  other sentences of the same labels (flips are counted on these);
 * `pose`   sentences of the labels it never saw (examples and recall);
-* `names`  the labels themselves, as words.
+* `names`  the labels themselves, as words;
+* `oos`    sentences of no label.
+
+The encoder is kept in `OUT/model`, and taken from there the next time.
 
 `places` are the sentences' places in the data: those that lie together are often of one author, and alike.
 
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from export.pooling import LAYERS, pooled
+from export.pooling import pooled
 
 
 def read(path: Path) -> list[tuple[str, str]]:
@@ -81,20 +84,27 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features, means of the last three layers, and ``wide`` as an export takes it, float32 [n, width]."""
+    """Classifier features, and means over the tokens of some layers, float32 [n, width]; ``all`` as an export's."""
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
-    found: dict[str, list[np.ndarray]] = {"clf": [], "h6": [], "h5": [], "h4": [], "wide": []}
+    found: dict[str, list[np.ndarray]] = {}
     for i in range(0, len(order), 64):
         inputs = tokenizer(
             [texts[j] for j in order[i : i + 64]], padding=True, truncation=True, max_length=64, return_tensors="pt"
         )
         out = model.base_model(**inputs, output_hidden_states=True)
-        mask = inputs["attention_mask"][..., None].float()
-        found["clf"].append(out.pooler_output.numpy())
-        found["wide"].append(pooled(out.hidden_states[-LAYERS:], inputs["attention_mask"]).numpy())
-        for back, name in ((-1, "h6"), (-2, "h5"), (-3, "h4")):
-            found[name].append(((out.hidden_states[back] * mask).sum(1) / mask.sum(1)).numpy())
+        layers = out.hidden_states[1:]
+        half = len(layers) // 2
+        groups = {
+            "last": layers[-1:],
+            "three": layers[-3:],
+            "lower": layers[:half],
+            "upper": layers[half:],
+            "all": layers,
+        }
+        for name, states in groups.items():
+            found.setdefault(name, []).append(pooled(states, inputs["attention_mask"]).numpy())
+        found.setdefault("clf", []).append(out.pooler_output.numpy())
     back_order = np.argsort(order)
     return {name: np.concatenate(parts)[back_order] for name, parts in found.items()}
 
@@ -127,14 +137,17 @@ def main() -> None:
         count[label] += 1
         groups[group].append(data[i])
         places[group].append(int(i))
-    model = AutoModelForSequenceClassification.from_pretrained(shipped_encoder(), num_labels=len(known))
     tokenizer = AutoTokenizer.from_pretrained(shipped_encoder())
-    train(
-        model, tokenizer, groups["train"], [position[y] for _, y in groups["train"]], args.epochs, args.rate, args.seed
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / "model").is_dir():
+        model = AutoModelForSequenceClassification.from_pretrained(args.out / "model")
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(shipped_encoder(), num_labels=len(known))
+        ids = [position[y] for _, y in groups["train"]]
+        train(model, tokenizer, groups["train"], ids, args.epochs, args.rate, args.seed)
+        model.save_pretrained(args.out / "model")
     weight, bias = model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy()
     np.savez(args.out / "head.npz", W=weight, b=bias, labels=np.array(known))
+    groups["oos"] = read(args.data / "oos_val.csv")
     groups["names"] = [(label.replace("_", " "), label) for label in everyone]
     for name, rows in groups.items():
         found = features(model, tokenizer, [text for text, _ in rows])

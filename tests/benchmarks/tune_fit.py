@@ -24,7 +24,8 @@ from patcher.fit import fit
 from patcher.fit.settings import SETTINGS
 from patcher.head import Head
 from patcher.memory import Memory
-from tests.benchmarks.quality_measure import outcome, recall_at_flips, table
+from patcher.scope import WIDTHS, fit_scope
+from tests.benchmarks.quality_measure import auroc, outcome, recall_at_flips, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,13 +39,21 @@ if TYPE_CHECKING:
 
 NEW = "a new label"
 RATES = (5e-4, 2e-3, 5e-3)
+EXPORTED = ("clf", "all")
 FEATURES = {
     "the classifier's alone": ("clf",),
-    "and the last layer's mean": ("clf", "h6"),
-    "and the last two layers', side by side": ("clf", "h6", "h5"),
-    "and the last three layers', side by side": ("clf", "h6", "h5", "h4"),
-    "and the mean over the last three layers (what export takes)": ("clf", "wide"),
+    "and the last layer's mean": ("clf", "last"),
+    "and the mean over the last three layers": ("clf", "three"),
+    "and the mean over all layers (what export takes)": EXPORTED,
+    "and the means of the upper and the lower half, side by side": ("clf", "upper", "lower"),
 }
+METHODS = {
+    "ridge": tuple({"refit_ridge": value} for value in (0.03, 0.1, 0.3)),
+    "lda": ({},),
+    "anchored": tuple({"anchor": value} for value in (1e-5, 1e-4, 1e-3)),
+}
+SCOPE_WIDTHS = ((0.3, 0.1, 0.03), (0.3, 0.1, 0.1), (0.3, 0.03, 0.05), (1.0, 0.1, 0.1), (1.0, 0.1, 1.0))
+PRIORS = tuple((prior, penalty) for prior in ("imprint", "lda") for penalty in (1e-3, 1e-2, 1e-1))
 CHANGES: dict[str, tuple[float, ...]] = {
     "ridge_classifier": (0.5, 2.0),
     "ridge_hidden": (0.05, 0.2),
@@ -69,11 +78,13 @@ class Tuning:
     pose_labels: NDArray[np.str_]
     pose_places: Ints
     names: dict[str, Floats]
+    outside: Floats
+    train: tuple[Floats, Ints]
 
 
 def load(folder: Path, parts: Sequence[str]) -> Tuning:
     """Features of one folder that ``tune_backbone.py`` wrote."""
-    files = {name: np.load(folder / f"{name}.npz") for name in ("train", "fresh", "pose", "names", "head")}
+    files = {name: np.load(folder / f"{name}.npz") for name in ("train", "fresh", "pose", "names", "oos", "head")}
     rows = {
         name: np.concatenate([file[part] for part in parts], axis=1).astype(np.float32)
         for name, file in files.items()
@@ -87,50 +98,102 @@ def load(folder: Path, parts: Sequence[str]) -> Tuning:
     memory = Memory.build(rows["train"], ids["train"], labels, head.split)
     names = dict(zip(files["names"]["labels"].tolist(), rows["names"], strict=True))
     pose = files["pose"]
-    return Tuning(head, memory, rows["fresh"], ids["fresh"], rows["pose"], pose["labels"], pose["places"], names)
+    return Tuning(
+        head=head,
+        memory=memory,
+        fresh=rows["fresh"],
+        fresh_ids=ids["fresh"],
+        pose=rows["pose"],
+        pose_labels=pose["labels"],
+        pose_places=pose["places"],
+        names=names,
+        outside=rows["oos"],
+        train=(rows["train"], ids["train"]),
+    )
 
 
 def figures(
-    tuning: Tuning, settings: Settings, count: int, draws: int, *, name: bool = True, first: bool = False
+    tuning: Tuning,
+    settings: Settings,
+    count: int,
+    draws: int,
+    *,
+    name: bool = True,
+    first: bool = False,
+    method: str = "auto",
+    every: int = 1,
 ) -> Iterator[list[float]]:
     """Flips, recall, F1 and the recalls at fixed flips of each posing label and draw, in per cent.
 
     ``name`` takes the label's name as one example more; ``first`` takes the first examples in the data,
-    which resemble each other, instead of a draw.
+    which resemble each other, instead of a draw; ``every`` leaves labels out where a method is slow.
     """
-    before = tuning.head.logits(tuning.fresh)
-    answers = before.argmax(axis=1)
-    for place, label in enumerate(sorted(set(tuning.pose_labels.tolist()))):
+    answers = tuning.head.logits(tuning.fresh).argmax(axis=1)
+    last = len(tuning.head.labels)
+    for place, label in list(enumerate(sorted(set(tuning.pose_labels.tolist()))))[::every]:
         mine = np.flatnonzero(tuning.pose_labels == label)
         names = {NEW: tuning.names[label]} if name else {}
         for draw in range(1 if first else draws):
             by_place = mine[np.argsort(tuning.pose_places[mine])]
             order = by_place if first else np.random.default_rng([place, draw]).permutation(mine)
-            examples, rest = tuning.pose[order[:count]], tuning.pose[order[count:]]
-            made = fit({NEW: examples}, tuning.head, tuning.memory, names=names, settings=settings)
-            old, new = tuning.fresh @ made.weight[0] + made.bias[0], rest @ made.weight[0] + made.bias[0]
-            last = len(tuning.head.labels)
-            after = np.where(old > before.max(axis=1), last, answers)
-            lead = new - tuning.head.logits(rest).max(axis=1)
-            found = outcome(tuning.fresh_ids, answers, after, np.where(lead > 0, last, -1), last)
-            at = recall_at_flips(before.max(axis=1) - old, answers == tuning.fresh_ids, lead, RATES)
+            examples, rest = {NEW: tuning.pose[order[:count]]}, tuning.pose[order[count:]]
+            replay = tuning.train if method == "anchored" else None
+            made = fit(
+                examples, tuning.head, tuning.memory, names=names, settings=settings, method=method, replay=replay
+            )
+            head = made.apply(tuning.head)
+            old, new = head.logits(tuning.fresh), head.logits(rest)
+            found = outcome(tuning.fresh_ids, answers, old.argmax(axis=1), new.argmax(axis=1), last)
+            lead_old = old[:, :last].max(axis=1) - old[:, last]
+            lead_new = new[:, last] - new[:, :last].max(axis=1)
+            at = recall_at_flips(lead_old, answers == tuning.fresh_ids, lead_new, RATES)
             yield [100 * value for value in (found.flips, found.recall, found.f1, *at)]
 
 
-def variants(changed: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str, Any]]]:
+def variants(groups: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str, Any]]]:
     """Name, features and what is different in each."""
-    if "features" in changed:
-        for name, parts in FEATURES.items():
-            yield f"features: {name}", parts, {}
-    if "name" in changed:
-        for words, name in (("with", True), ("without", False)):
-            for kind, first in (("drawn", False), ("first in the data", True)):
-                yield f"{words} the label's name, examples {kind}", ("clf", "wide"), {"name": name, "first": first}
-    for setting, values in CHANGES.items():
-        if setting in changed:
-            for value in values:
-                settings = dataclasses.replace(SETTINGS, **{setting: value})
-                yield f"{setting} {value:g}", ("clf", "wide"), {"settings": settings}
+    made: dict[str, Iterator[tuple[str, Sequence[str], dict[str, Any]]]] = {
+        "features": ((f"features: {name}", parts, {}) for name, parts in FEATURES.items()),
+        "name": (
+            (f"{words} the label's name, examples {kind}", EXPORTED, {"name": name, "first": first})
+            for words, name in (("with", True), ("without", False))
+            for kind, first in (("drawn", False), ("first in the data", True))
+        ),
+        "prior": (_changed({"prior": prior, "penalty": penalty}) for prior, penalty in PRIORS),
+        "method": (_changed(changes, method) for method, several in METHODS.items() for changes in several),
+        **{name: (_changed({name: value}) for value in values) for name, values in CHANGES.items()},
+    }
+    for group in groups:
+        yield from made.get(group, ())
+
+
+def _changed(changes: dict[str, Any], method: str = "auto") -> tuple[str, Sequence[str], dict[str, Any]]:
+    words = [] if method == "auto" else [method]
+    title = " ".join([*words, *(f"{name} {value}" for name, value in changes.items())])
+    how = {"settings": dataclasses.replace(SETTINGS, **changes), "method": method}
+    if method == "anchored":
+        return f"{title} (each third label)", EXPORTED, {**how, "every": 3}
+    return title, EXPORTED, how
+
+
+def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
+    """How well texts of no label are told from fresh ones: features, then how the covariance is widened."""
+
+    def row(title: str, parts: Sequence[str], widths: Settings) -> list[str]:
+        cells = []
+        for folder in folders:
+            tuning = load(folder, parts)
+            scope = fit_scope(tuning.memory, tuning.head, widths=widths)
+            inside, outside = (scope.score(rows, tuning.head.logits(rows)) for rows in (tuning.fresh, tuning.outside))
+            cells.append(f"{auroc(inside, outside):.4f}")
+        print(title, *cells, sep=" | ", flush=True)
+        return [title, *cells]
+
+    for name, parts in FEATURES.items():
+        yield row(f"features: {name}", parts, WIDTHS)
+    for classifier, hidden, total in SCOPE_WIDTHS:
+        widths = dataclasses.replace(WIDTHS, ridge_classifier=classifier, ridge_hidden=hidden, total=total)
+        yield row(f"ridges {classifier:g} and {hidden:g}, share of all inputs {total:g}", EXPORTED, widths)
 
 
 def main() -> None:
@@ -139,7 +202,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="what tune_backbone.py wrote")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--only", default=",".join(("features", "name", *CHANGES)))
+    parser.add_argument("--only", default=",".join(("features", "name", "prior", "method", *CHANGES, "scope")))
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/results/tuning.md"))
     given = parser.parse_args()
     heads = ["variant", *(f"{folder.name}: flips, recall, F1 / recall at 0.05, 0.2, 0.5 %" for folder in given.folders)]
@@ -160,6 +223,9 @@ def main() -> None:
         "",
         *table(heads, rows),
     ]
+    if "scope" in given.only.split(","):
+        heads = ["variant", *(f"{folder.name}: AUROC" for folder in given.folders)]
+        lines += ["", "## Texts of no label against fresh texts", "", *table(heads, list(scopes(given.folders)))]
     given.out.write_text("\n".join(lines) + "\n")
 
 

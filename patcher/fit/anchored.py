@@ -1,0 +1,106 @@
+"""A refit of all rows on old data and new examples, held near the rows there are, and stopped where it would harm.
+
+Softmax cross-entropy with a penalty on the way from the old rows (an anchor), then as far along it as the held-out
+part of the old data allows (weight interpolation against negative flips: Zhu et al. 2023, arXiv 2301.10546).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.fit.minimise import minimise
+from patcher.fit.model import Rows, log_sum_exp
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from patcher.fit.inputs import OldInputs
+    from patcher.fit.model import OldLabels
+    from patcher.fit.settings import Settings
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["Anchored", "anchored_rows", "held_back"]
+
+_HELD_BACK = 5
+"""Each so many-th replayed input takes no part in the fit: on them the way's length is chosen, and flips counted."""
+_STEPS = 60
+_WAY = np.linspace(0.0, 1.0, 11)
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """All rows, old and new, and the share of the way from the old ones to the refitted ones that was gone."""
+
+    rows: Rows
+    way: float
+
+
+def held_back(count: int) -> Ints:
+    """Places of the replayed inputs that a refit does not see, INT64."""
+    return np.arange(0, count, _HELD_BACK)
+
+
+def anchored_rows(
+    examples: Mapping[str, Floats],
+    start: Rows,
+    old: OldLabels,
+    inputs: OldInputs,
+    max_flips: float,
+    settings: Settings,
+) -> Anchored:
+    """Refit from ``start``: the head's rows followed by rows of the new labels from another method.
+
+    Every label weighs the same in the loss, however many of its inputs were replayed. Of the steps along the way that
+    flip at most ``max_flips`` of the held-back inputs, the one that answers most of them rightly is taken, the shortest
+    of equals.
+    """
+    white = old.whitening
+    unseen = held_back(len(inputs))
+    seen = np.setdiff1d(np.arange(len(inputs)), unseen)
+    count = len(start.weight) - len(examples)
+    features = np.concatenate([inputs.features[seen], *examples.values()])
+    ids = np.concatenate(
+        [inputs.ids[seen], np.repeat(np.arange(count, count + len(examples)), [*map(len, examples.values())])]
+    )
+    weights = 1.0 / np.bincount(ids, minlength=count + len(examples))[ids]
+    began = np.column_stack([start.weight @ white.rows, start.bias + start.weight @ white.center])
+    points = np.column_stack([white.of(features), np.ones(len(features))]).astype(np.float32)
+    ended = _refit(points, ids, weights / weights.sum(), began, settings.anchor)
+    best, rows, way = -1.0, start, 0.0
+    before = inputs.features[unseen] @ start.weight[:count].T + start.bias[:count]
+    right = before.argmax(axis=1) == inputs.ids[unseen]
+    for share in _WAY:
+        there = began + share * (ended - began)
+        raw = there[:, :-1] @ white.points.T
+        here = Rows(raw.astype(np.float32), (there[:, -1] - raw @ white.center).astype(np.float32)) if share else start
+        good = (inputs.features[unseen] @ here.weight.T + here.bias).argmax(axis=1) == inputs.ids[unseen]
+        if (right & ~good).mean() <= max_flips and good.mean() > best:
+            best, rows, way = float(good.mean()), here, float(share)
+    return Anchored(rows, way)
+
+
+def _refit(points: Floats, ids: Ints, weights: Doubles, began: Doubles, anchor: float) -> Doubles:
+    """Rows, bias last, float64 ``[C, r + 1]``, at the least weighted log loss plus the anchor's penalty."""
+    shape = began.shape
+    places = np.arange(len(ids))
+    share = weights.astype(np.float32)[:, None]
+
+    def loss(moved: Doubles) -> tuple[float, Doubles]:
+        move = moved.reshape(shape)
+        logits = points @ (began + move).T.astype(np.float32)
+        total = log_sum_exp(logits)
+        value = float(weights @ (total - logits[places, ids])) + 0.5 * anchor * float((move * move).sum())
+        chance = np.exp(logits - total[:, None].astype(np.float32))
+        chance[places, ids] -= 1.0
+        slope = ((chance * share).T @ points).astype(np.float64) + anchor * move
+        return value, slope.ravel()
+
+    return began + minimise(loss, np.zeros(began.size), tolerance=1e-6, steps=_STEPS).reshape(shape)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from patcher.cli import add_label
+from patcher.errors import InputError
+from patcher.fit import METHODS, fit
+from patcher.fit.anchored import held_back
+from patcher.fit.closed import lda_rows, ridge_rows
+from patcher.fit.model import from_memory
+from patcher.fit.settings import SETTINGS
+from patcher.gate import judge
+from patcher.head import MULTI_LABEL
+from tests.test_fit import world
+
+REFITS = [method for method in METHODS if method not in ("auto", "offset-logistic")]
+
+
+@pytest.mark.parametrize("method", REFITS)
+def test_a_refit_finds_the_new_label_and_the_old_ones(method):
+    head, memory, features, ids, new = world(per_label=60)
+    replay = (features, ids) if method == "anchored" else None
+    made = fit({"new": new(10), "other": new(10, 1)}, head, memory, method=method, replay=replay)
+    after = made.apply(head)
+    assert after.labels == (*head.labels, "new", "other")
+    assert made.method == method
+    assert (after.logits(new(200, seed=9)).argmax(axis=1) == 8).mean() > 0.9
+    assert (after.logits(new(200, 1, seed=9)).argmax(axis=1) == 9).mean() > 0.9
+    before = (head.logits(features).argmax(axis=1) == ids).mean()
+    assert (after.logits(features).argmax(axis=1) == ids).mean() >= before - 0.01
+    assert all(held.margins.shape == (10,) for held in made.held_out.values())
+    verdict = judge(head, made, {"new": new(10), "other": new(10, 1)}, memory, replay=replay)
+    assert verdict.passed, verdict.sentence
+
+
+def test_ridge_is_the_regression_of_labels_on_features_and_its_held_out_figures_are_exact():
+    head, memory, features, ids, new = world(labels=4, per_label=30)
+    examples = new(6)
+    old = from_memory(memory, head)
+    weight, bias, left_out = ridge_rows({"new": examples}, memory, np.arange(4), old, SETTINGS)
+
+    def straight(rows, extra):
+        """The same regression from the data itself; the new label weighs 30 inputs however few rows are left."""
+        center, spread = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+        x = np.column_stack([(np.concatenate([features, rows]) - center) / spread, np.ones(len(features) + len(rows))])
+        y = np.zeros((len(x), 5))
+        y[np.arange(len(x)), np.append(ids, np.full(len(rows), 4))] = 1.0
+        w = np.append(np.ones(len(features)), np.full(len(rows), 30 / extra))
+        gram = (x * w[:, None]).T @ x
+        gram[np.arange(20), np.arange(20)] += SETTINGS.refit_ridge * 150
+        solved = np.linalg.solve(gram, (x * w[:, None]).T @ y)
+        return lambda at: np.column_stack([(at - center) / spread, np.ones(len(at))]) @ solved
+
+    scores = straight(examples, 6)
+    np.testing.assert_allclose(examples @ weight.T + bias, scores(examples), rtol=1e-6, atol=1e-8)
+    for i in range(6):  # the others keep their weight
+        without = straight(np.delete(examples, i, axis=0), 6)
+        np.testing.assert_allclose(left_out[0][i], without(examples[i : i + 1])[0, 4], rtol=1e-6, atol=1e-8)
+
+
+def test_discriminants_are_those_of_the_means():
+    head, memory, _, _, new = world(labels=4)
+    old = from_memory(memory, head)
+    weight, bias, left_out = lda_rows({"new": new(5)}, memory, np.arange(4), old)
+    points = new(50, seed=3)
+    means = np.concatenate([memory.means(), new(5).mean(axis=0, keepdims=True)])
+    gaps = old.whitening.of(points)[:, None] - old.whitening.of(means)[None]
+    distances = (gaps**2).sum(axis=2)
+    scores = points @ weight.T + bias
+    np.testing.assert_allclose(scores[:, 1:] - scores[:, :1], 0.5 * (distances[:, :1] - distances[:, 1:]), atol=1e-4)
+    without = lda_rows({"new": np.delete(new(5), 2, axis=0)}, memory, np.arange(4), old)
+    np.testing.assert_allclose(left_out[0][2], new(5)[2] @ without[0][4] + without[1][4], atol=1e-4)
+
+
+def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget():
+    head, memory, features, ids, new = world(seed=3)
+    examples = {"new": new(10)}
+    made = fit(examples, head, memory, method="anchored", replay=(features, ids), max_flips=0.0)
+    assert made.unseen is not None
+    assert made.unseen.tolist() == held_back(len(ids)).tolist()
+    verdict = judge(head, made, examples, memory, replay=(features, ids), max_flips=0.0)
+    assert verdict.calibration_size == len(made.unseen)
+    assert verdict.flips == 0.0
+    # Held fast, it stays where it began: the default method's rows.
+    still = dataclasses.replace(SETTINGS, anchor=1e9)
+    fast = fit(examples, head, memory, method="anchored", replay=(features, ids), settings=still)
+    plain = fit(examples, head, memory, replay=(features, ids))
+    np.testing.assert_allclose(fast.weight, plain.weight, atol=1e-4)
+
+
+def test_a_refit_says_what_it_lacks():
+    head, memory, _, _, new = world()
+    with pytest.raises(InputError, match="patcher remember"):
+        fit({"new": new(5)}, head, None, method="ridge")
+    with pytest.raises(InputError, match="--replay"):
+        fit({"new": new(5)}, head, memory, method="anchored")
+    with pytest.raises(InputError, match="knows nothing of 'l0'"):
+        fit({"new": new(5)}, head, memory.remove("l0"), method="lda")
+    many, its_memory, _, _, its_new = world(problem=MULTI_LABEL)
+    with pytest.raises(InputError, match="offset-logistic"):
+        fit({"new": its_new(5)}, many, its_memory, method="lda")
+
+
+def test_a_patched_refit_can_be_patched_again_and_pruned():
+    head, memory, features, ids, new = world()
+    first = fit({"new": new(10)}, head, memory, method="lda").apply(head)
+    memory = memory.add(["new"], new(10), np.zeros(10, np.int64))
+    second = fit({"other": new(10, 1)}, first, memory).apply(first)
+    assert second.logits(features)[:, :9].tobytes() == first.logits(features).tobytes()
+    third = second.without("l2")
+    np.testing.assert_allclose(
+        third.logits(features), np.delete(second.logits(features), 2, axis=1), rtol=1e-5, atol=1e-4
+    )
+    assert (third.logits(new(100, 1, seed=5)).argmax(axis=1) == 8).mean() > 0.85
+    assert ids.max() == 7
+
+
+def test_the_command_line_knows_the_same_methods():
+    assert add_label.METHODS == METHODS
+
+
+@pytest.mark.parametrize("prior", ["imprint", "lda"])
+def test_a_prior_is_where_a_strong_penalty_leaves_the_row(prior):
+    head, memory, features, ids, new = world()
+    strong = dataclasses.replace(SETTINGS, prior=prior, penalty=1e9)
+    made = fit({"new": new(10)}, head, memory, settings=strong)
+    mean = np.zeros(20)
+    mean[:12] = new(10)[:, :12].mean(axis=0)
+    if prior == "lda":
+        white = from_memory(memory, head).whitening
+        mean = white.points @ white.of(new(10)).mean(axis=0)
+    cosine = made.weight[0] @ mean / np.linalg.norm(made.weight[0]) / np.linalg.norm(mean)
+    assert cosine > 0.9999
+    if prior == "imprint":
+        length = np.linalg.norm(head.base_weight, axis=1).mean()
+        np.testing.assert_allclose(np.linalg.norm(made.weight[0]), length, rtol=1e-3)
+    found = (made.apply(head).logits(features).argmax(axis=1) == ids).mean()
+    assert found > 0.95
