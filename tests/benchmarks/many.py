@@ -216,7 +216,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with serving(bases[1], folder / "few.log") as few:
             while len(few.names) < FEW:
                 few.add()
-            pairs = [(few.add(), many.add()) for _ in range(options.adds)]
+            pairs = []
+            for turn in range(options.adds):  # now one first, now the other: the disk remembers who was there before
+                order = (few, many) if turn % 2 else (many, few)
+                seconds = {id(filled): filled.add() for filled in order}
+                pairs.append((seconds[id(few)], seconds[id(many)]))
         found["adding"] = {
             "the_10th_s": statistics.median(pair[0] for pair in pairs),
             f"number_{options.heads}_s": statistics.median(pair[1] for pair in pairs),
@@ -276,10 +280,10 @@ def render(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=1000)
-    parser.add_argument("--adds", type=int, default=10, help="heads added to both servers in turns")
+    parser.add_argument("--adds", type=int, default=30, help="heads added to both servers in turns")
     parser.add_argument("--own", type=int, default=5, help="classifiers with an ensemble and a process each")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=2.0)
+    parser.add_argument("--window", type=float, default=1.5)
     parser.add_argument("--repo", type=Path, help="take the backbone of this repository")
     parser.add_argument("--backbone", help="which, if it has several")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many.json")
