@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.pooling import hidden_states, pooled
+from export.pooling import last_states, pooled
 from export.split import without_layer
 from patcher.errors import ExportError
 
@@ -84,7 +84,7 @@ class _Backbone(nn.Module):
 
     def forward(self, *tokens: Tensor) -> Tensor:
         inputs = dict(zip(self.names, tokens, strict=True))
-        with hidden_states(self.model) as states:
+        with last_states(self.model) as states:
             classifier_features = self.model(**inputs).logits
         mean = pooled(states[-1], inputs["attention_mask"])
         return torch.cat([classifier_features, mean], dim=-1)

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -30,9 +29,10 @@ from patcher.lineage import now
 from patcher.repository import BackboneFiles, ModelRepository, check_name
 from patcher.runtime import Encoder, check_head_file
 from patcher.scope import fit_scope
+from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -63,7 +63,8 @@ class ExportOptions(TypedDict, total=False):
     and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
     builds the memory beside head version 1. ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
     GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
-    ``evaluation``, labelled texts like ``train``, or else on a part of ``train``. ``device`` ``gpu`` places the
+    ``evaluation``, labelled texts that took no part in the fine-tuning, or else on a part of ``train``; with
+    ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
     backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
     cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
     ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is going on.
@@ -115,7 +116,7 @@ def export_classifier(
 
 def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
     """The same as ``export_classifier``, with the figures of the export; they hold the repository."""
-    watch = _Stopwatch()
+    watch = Stopwatch()
     root, name = Path(repository_dir), options.get("name", "intent")
     backbone = options.get("backbone") or name
     refuse_taken(root, name, backbone)
@@ -226,7 +227,7 @@ class _Making:
     folder: Path
     target: _Target
     tell: Callable[[str], None]
-    watch: _Stopwatch
+    watch: Stopwatch
 
     def run(self, train: Examples | None, ids: LabelIds, held_out: Examples | None, held_out_ids: LabelIds) -> _Made:
         """All of them."""
@@ -252,17 +253,17 @@ class _Making:
                 parity = check_parity(model, split, self.encoder, backbone.path, texts, limits)
                 self.tell(f"{self.target.precision}: logits {parity.noise:.1%} of their spread off the checkpoint's")
         features = None if train is None else self._features(backbone, train.texts, "features")
+        fresh = self._features(backbone, held_out.texts, "check") if held_out else None
         checked = None
-        if plain is not backbone and (held_out or (train and features is not None)):
-            if held_out:
-                after, source = self._features(backbone, held_out.texts, "check"), held_out.source
-                checked = self._checked(split, plain, after, held_out.texts, held_out_ids, source)
+        if plain is not backbone:
+            if held_out and fresh is not None:
+                checked = self._checked(split, plain, fresh, held_out.texts, held_out_ids, held_out.source)
             elif train and features is not None:
                 some = sample(len(train))
                 checked = self._checked(split, plain, features[some], train.texts[some], ids[some], train.source)
         with self.watch("memory"):
             memory = None if features is None else build_memory(features, ids, labels, split.split)
-            head = self._head(split, backbone, parity, train, memory, checked)
+            head = self._head(split, backbone, parity, train, memory, fresh, checked)
         return _Made(
             files=BackboneFiles(
                 backbone.path,
@@ -318,6 +319,7 @@ class _Making:
         parity: Parity,
         train: Examples | None,
         memory: Memory | None,
+        fresh: NDArray[np.float32] | None,
         checked: PrecisionCheck | None,
     ) -> Head:
         """Version 1, and the proof that its file says what it should."""
@@ -342,7 +344,7 @@ class _Making:
                 "train_examples": len(train) if train else 0,
             },
         )
-        head = dataclasses.replace(head, scope=fit_scope(memory, head))
+        head = dataclasses.replace(head, scope=fit_scope(memory, head, fresh=fresh))
         check_head_file(write_head(head), head, parity.features)
         return head
 
@@ -392,18 +394,3 @@ def _unmake(root: Path, *, made_folder: bool) -> None:
 
 def _silent(_text: str) -> None:
     pass
-
-
-@dataclass
-class _Stopwatch:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from export.pooling import hidden_states
+from export.pooling import last_states
 from patcher.errors import SplitError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         when no linear layer gives the logits, when something after it changes them, when the model uses it more than
         once, or when there is no last hidden state ``[batch, sequence, hidden]``.
     """
-    with torch.no_grad(), hidden_states(model) as states:
+    with torch.no_grad(), last_states(model) as states:
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")

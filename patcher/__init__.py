@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patcher.canary import SplitClient
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
     from patcher.founding import FoundingSettings, NewClassifierReport, new_classifier
     from patcher.head import Head
-    from patcher.labelling import PatchReport, PatchSettings, add_label, add_labels
+    from patcher.labelling import PatchReport, add_label, add_labels
     from patcher.lifecycle import diff, evaluate, history, prune, rollback, sync
     from patcher.memory import Memory
+    from patcher.patch import PatchSettings
     from patcher.relabelling import merge_labels, remove_label, rename_label
     from patcher.remembering import remember
     from patcher.repository import Classifier, ModelRepository
@@ -38,9 +40,10 @@ _HOMES = {
     "NewClassifierReport": "patcher.founding",
     "NotServed": "patcher.errors",
     "PatchReport": "patcher.labelling",
-    "PatchSettings": "patcher.labelling",
+    "PatchSettings": "patcher.patch",
     "PatcherError": "patcher.errors",
     "ServerError": "patcher.errors",
+    "SplitClient": "patcher.canary",
     "TritonServer": "patcher.triton.client",
     "add_label": "patcher.labelling",
     "add_labels": "patcher.labelling",
@@ -76,6 +79,7 @@ __all__ = [
     "PatchSettings",
     "PatcherError",
     "ServerError",
+    "SplitClient",
     "TritonServer",
     "add_label",
     "add_labels",

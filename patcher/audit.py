@@ -21,6 +21,7 @@ CHANGES = frozenset(
         "new-classifier",
         "add-label",
         "rollback",
+        "canary",
         "prune",
         "sync",
         "remove-label",

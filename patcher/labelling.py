@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.errors import GateRefused, InputError, LabelError, NotServed, RepositoryError
+from patcher.canary import require_free, start
+from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
 from patcher.examples import Examples, check_label, check_text, data_hash, label_words
 from patcher.features import extract_features
-from patcher.fit import Fit, fit
-from patcher.gate import Verdict, judge
 from patcher.head import MULTI_LABEL
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
+from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
-from patcher.rollout import changing, roll_out, validate
-from patcher.scope import fit_scope
+from patcher.rollout import changing, require_live, roll_out, set_aside, validate
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -27,39 +26,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.fit import Fit
+    from patcher.gate import Verdict
     from patcher.head import Head, Lineage
-    from patcher.memory import Memory
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
 
     Data = tuple[Examples, NDArray[np.float32]]
     Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-__all__ = ["PatchReport", "PatchSettings", "add_label", "add_labels", "new_examples"]
-
-
-@dataclass(frozen=True)
-class PatchSettings:
-    """What a patch may cost and how it is made.
-
-    ``max_flips`` is the share of old-label inputs that may turn from right to wrong, ``min_recall`` the share of the
-    new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
-    and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
-    more.
-    """
-
-    max_flips: float = 0.005
-    min_recall: float = 0.5
-    method: str = "auto"
-    force: bool = False
-    dry_run: bool = False
-    use_name: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_flips", "min_recall"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
-                raise InputError(f"{name} is {value}; expected a share from 0 to 1")
+__all__ = ["PatchReport", "add_label", "add_labels", "new_examples"]
 
 
 @dataclass
@@ -77,6 +53,8 @@ class PatchReport:
     gate: str
     published: bool = False
     served: bool = False
+    canary: float | None = None
+    """Share of the requests, in per cent, that the version is tried on; None where it serves all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
 
@@ -96,6 +74,7 @@ class PatchReport:
             "gate": self.gate,
             "published": self.published,
             "served": self.served,
+            "canary": self.canary,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "head_bytes": self.head_bytes,
             "why": self.fit.why,
@@ -117,7 +96,7 @@ def add_label(
     classifier: str | None = None,
     replay: Examples | None = None,
     evaluation: Examples | None = None,
-    settings: PatchSettings = PatchSettings(),
+    settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
     """Add one label; ``add_labels`` tells the rest."""
     return add_labels(
@@ -139,7 +118,7 @@ def add_labels(
     classifier: str | None = None,
     replay: Examples | None = None,
     evaluation: Examples | None = None,
-    settings: PatchSettings = PatchSettings(),
+    settings: PatchSettings = DEFAULTS,
     skip_known: bool = False,
 ) -> PatchReport:
     """Add labels to a classifier in one patch: fit, gate, publish, load, probe.
@@ -179,11 +158,17 @@ def add_labels(
         with watch("read"):
             parent, memory = target.head(), target.memory()
             _check_backbone(target, parent)
+            if settings.canary is not None:
+                require_free(target)
             # Another patcher may have added some of them meanwhile.
             texts = _new(texts, parent, target.name, skip_known=skip_known)
             groups = {label: groups[label] for label in texts}
-        patch = _judged(target, parent, memory, groups, names, texts, old, held_out, settings=settings, watch=watch)
-        report = patch.report
+        known = parent.with_rows(tuple(texts), *_no_rows(parent, len(texts)))
+        given = Given(groups, texts, names, _labelled(parent, old), _labelled(known, held_out))
+        patch = make_patch(parent, memory, given, settings, watch)
+        lineage = _lineage(target, parent, patch, texts)
+        patch = dataclasses.replace(patch, head=dataclasses.replace(patch.head, lineage=lineage))
+        report = _report(target, patch, parent, texts)
         if report.gate == "refused":
             report.seconds = watch.stop()
             raise GateRefused(_refusal(report.verdict), report.to_json())
@@ -193,87 +178,38 @@ def add_labels(
             if settings.dry_run:
                 validate(data, patch.head)
             else:
-                report.served = _published(target, patch, server)
-                report.published = True
+                report.served = _published(target, patch, report, settings.canary, server)
+                report.published, report.canary = True, settings.canary
     report.seconds = watch.stop()
     return report
 
 
-@dataclass(frozen=True)
-class _Patch:
-    head: Head
-    memory: Memory | None
-    report: PatchReport
-
-
-def _judged(
-    target: Classifier,
-    parent: Head,
-    memory: Memory | None,
-    groups: Mapping[str, NDArray[np.float32]],
-    names: Mapping[str, NDArray[np.float32]],
-    texts: Mapping[str, Sequence[str]],
-    old: Data | None,
-    held_out: Data | None,
-    *,
-    settings: PatchSettings,
-    watch: Stopwatch,
-) -> _Patch:
-    """Fit and judge: the next head with its memory, and what is to be said about it."""
-    replay = _labelled(parent, old)
-    try:
-        with watch("fit"):
-            made = fit(
-                groups,
-                parent,
-                memory,
-                names=names,
-                replay=replay,
-                method=settings.method,
-                max_flips=settings.max_flips,
-            )
-        with watch("gate"):
-            patched = made.apply(parent)
-            verdict = judge(
-                parent,
-                made,
-                groups,
-                memory,
-                texts=texts,
-                replay=replay,
-                evaluation=_labelled(patched, held_out),
-                max_flips=settings.max_flips,
-                min_recall=settings.min_recall,
-            )
-        with watch("scope"):
-            # The new row raises every input's logsumexp, and the new label is in scope now: fitted anew.
-            grown = _grown(memory, groups)
-            scope = parent.scope if grown is None else fit_scope(grown, patched)
-    except np.linalg.LinAlgError as error:
-        raise RepositoryError(
-            f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` builds it anew"
-        ) from error
-    gate = "passed" if verdict.passed else "forced" if settings.force else "refused"
-    head = dataclasses.replace(patched, scope=scope, lineage=_lineage(target, parent, made, verdict, gate, texts))
-    report = PatchReport(
+def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, Sequence[str]]) -> PatchReport:
+    return PatchReport(
         classifier=target.name,
         labels_added=tuple(texts),
-        version=head.lineage.version,
+        version=patch.head.lineage.version,
         parent_version=parent.lineage.version,
-        labels=len(head.labels),
+        labels=len(patch.head.labels),
         examples=sum(map(len, texts.values())),
-        verdict=verdict,
-        fit=made,
-        gate=gate,
+        verdict=patch.verdict,
+        fit=patch.fit,
+        gate=patch.gate,
     )
-    return _Patch(head, grown, report)
 
 
-def _published(target: Classifier, patch: _Patch, server: TritonServer | None) -> bool:
+def _published(
+    target: Classifier, patch: Patch, report: PatchReport, canary: float | None, server: TritonServer | None
+) -> bool:
     try:
-        return roll_out(target, patch.head, patch.memory, server).served
+        if canary is None:
+            return roll_out(target, patch.head, patch.memory, server).served
+        require_live(server)
+        set_aside(target, patch.head, patch.memory)
+        start(target, patch.head, canary, server)
+        return server is not None
     except NotServed as error:
-        raise NotServed(str(error), {**patch.report.to_json(), **error.report}) from error
+        raise NotServed(str(error), {**report.to_json(), **error.report}) from error
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
@@ -342,6 +278,10 @@ def _features(classifier: Classifier, examples: Examples | None, server: TritonS
     return examples, extract_features(classifier, examples.texts, server)
 
 
+def _no_rows(head: Head, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return np.zeros((count, head.width), np.float32), np.zeros(count, np.float32)
+
+
 def _labelled(head: Head, data: Data | None) -> Labelled | None:
     """Features and label indices of old data; texts of labels that the head lacks are refused."""
     if data is None:
@@ -351,17 +291,16 @@ def _labelled(head: Head, data: Data | None) -> Labelled | None:
     return features[rows], ids
 
 
-def _lineage(
-    classifier: Classifier, parent: Head, made: Fit, verdict: Verdict, gate: str, texts: Mapping[str, Sequence[str]]
-) -> Lineage:
+def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[str, Sequence[str]]) -> Lineage:
     flat = [(text, label) for label, group in texts.items() for text in group]
+    verdict = patch.verdict
     return next_lineage(
         classifier,
         parent,
-        method=made.method,
+        method=patch.fit.method,
         added=tuple(texts),
         data_hash=data_hash([text for text, _ in flat], [label for _, label in flat]),
-        gate=gate,
+        gate=patch.gate,
         details={
             "examples": len(flat),
             "flips": verdict.flips,
@@ -371,14 +310,6 @@ def _lineage(
             "verdict": verdict.sentence,
         },
     )
-
-
-def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:
-    if memory is None:
-        return None
-    features = np.concatenate(list(groups.values()))
-    ids = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
-    return memory.add(tuple(groups), features, ids)
 
 
 def _refusal(verdict: Verdict) -> str:

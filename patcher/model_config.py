@@ -31,11 +31,13 @@ __all__ = [
     "pinned_versions",
     "render",
     "serving_of",
+    "share_of",
     "store_config",
     "tokenizer_config",
     "with_pin",
     "with_response_cache",
     "with_serving",
+    "with_share",
 ]
 
 MAX_BATCH_SIZE = 64
@@ -91,6 +93,7 @@ class ModelConfig:
     steps: tuple[Step, ...] = ()
 
 
+_SHARE = "percent"
 _TEXT = Tensor("text", "STRING", (1,))
 _CLASSIFIER = Tensor("classifier", "STRING", (1,))
 _ANSWER = (
@@ -213,11 +216,29 @@ def features_config(name: str, tokenizer: str, backbone: str, token_inputs: Sequ
     return ModelConfig(name, (_TEXT,), (_features(width),), steps=_encode_steps(tokenizer, backbone, token_inputs))
 
 
-def classifier_config(name: str, tokenizer: str, backbone: str, head: str, token_inputs: Sequence[str]) -> ModelConfig:
-    """The ensemble text -> label, score, logits, head_version, in_scope."""
+def classifier_config(
+    name: str, tokenizer: str, backbone: str, head: str, token_inputs: Sequence[str], share: float | None = None
+) -> ModelConfig:
+    """The ensemble text -> label, score, logits, head_version, in_scope.
+
+    A canary's states the ``share`` of the requests, in per cent, that is meant for it.
+    """
+    parameters = {} if share is None else {_SHARE: f"{share:g}"}
     answer = {tensor.name: tensor.name for tensor in _ANSWER}
     steps = (*_encode_steps(tokenizer, backbone, token_inputs), Step(head, {"features": "features"}, answer))
-    return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps)
+    return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps, parameters=parameters)
+
+
+def share_of(message: Any) -> float:
+    """The share of the requests, in per cent, that a canary's parsed configuration states."""
+    return float(_parameter(message, _SHARE, "0"))
+
+
+def with_share(text: str, percent: float) -> str:
+    """The same configuration with another share."""
+    message = parse(text)
+    message.parameters[_SHARE].string_value = f"{percent:g}"
+    return _text(message)
 
 
 def _schedule(message: Any, config: ModelConfig) -> None:

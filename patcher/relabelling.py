@@ -12,10 +12,10 @@ from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
 from patcher.fit import fit
 from patcher.gate import judge
-from patcher.labelling import PatchSettings
 from patcher.lineage import next_lineage
+from patcher.patch import PatchSettings
 from patcher.rollout import changing, roll_out
-from patcher.scope import fit_scope
+from patcher.scope import Scope, fit_scope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,10 +148,15 @@ def _publish(
     head = dataclasses.replace(
         head,
         lineage=next_lineage(classifier, parent, method=method, **lineage),
-        # A name is no number: a rename leaves all scores as they are.
-        scope=fit_scope(memory, head) if memory is not None and method != "rename" else parent.scope,
+        scope=_scope(parent, head, memory, method),
     )
     switch = roll_out(classifier, head, memory, server)
     return Change(
         classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, head.lineage.gate
     )
+
+
+def _scope(parent: Head, head: Head, memory: Memory | None, method: str) -> Scope | None:
+    if memory is None or method == "rename":  # a name is no number: all scores stay as they are
+        return parent.scope
+    return fit_scope(memory, head, stretch=parent.scope.stretch if parent.scope else 1.0)

@@ -83,5 +83,6 @@ def remember(
         features = extract_features(classifier, examples.texts, None, progress)
         memory = build_memory(parent, examples, features, per_label=per_label)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
-        head = dataclasses.replace(parent, scope=fit_scope(memory, parent), lineage=lineage)
+        stretch = parent.scope.stretch if parent.scope else 1.0
+        head = dataclasses.replace(parent, scope=fit_scope(memory, parent, stretch=stretch), lineage=lineage)
         return roll_out(classifier, head, memory, server)

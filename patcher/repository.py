@@ -37,10 +37,13 @@ if TYPE_CHECKING:
 
     from patcher.head import Head
 
-__all__ = ["FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
+__all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
 
 FORMAT = 1
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
+
+CANARY = "_canary"
+"""A classifier of this ending is another one's version on trial (``patcher.canary``)."""
 
 _FORMAT_FILE = "patcher.json"
 _LOCK_FILE = ".patcher.lock"
@@ -50,7 +53,7 @@ _STAGING = ".patcher-staging-"
 _JOURNAL = ".journal"
 _PATIENCE_SECONDS = 5.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_ROLES = ("_head", "_features", "_tokenizer", "_backbone", "_heads", "_any")
+_ROLES = ("_head", "_features", "_tokenizer", "_backbone", "_heads", "_any", CANARY)
 _MODEL = "model.onnx"
 _MEMORY = "memory.safetensors"
 _CONFIG = "config.pbtxt"
@@ -148,12 +151,13 @@ class ModelRepository:
             return None
 
     def classifier(self, name: str | None = None) -> Classifier:
-        """One classifier by name; without a name the only one there is."""
+        """One classifier by name; without a name the only one there is, canaries apart."""
         # One that is named is looked for alone: a store may hold thousands.
         if name is not None and holds(self.root, name):
             return Classifier(self, name)
         names = self.classifiers()
         if name is None:
+            names = tuple(each for each in names if not each.endswith(CANARY))
             if len(names) != 1:
                 found = f"{len(names)} classifiers ({_some(names)})" if names else "no classifier"
                 raise InputError(f"{self.root} holds {found}; expected --classifier NAME with one of them")
@@ -300,13 +304,21 @@ class ModelRepository:
         self._remove([backbone.any_model, backbone.store_model])
 
     def add_classifier(
-        self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, in_store: bool = False
+        self,
+        name: str,
+        head: Head,
+        memory: Memory | None = None,
+        *,
+        backbone: str,
+        in_store: bool = False,
+        share: float | None = None,
     ) -> Classifier:
         """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
 
-        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own.
+        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own;
+        ``share`` makes it the canary of another, for that many per cent of the requests.
         """
-        check_name(name)
+        check_name(name if share is None else name.removesuffix(CANARY))
         self.refuse_existing(name)
         if len(_versions(self.root / f"{name}_head")) > 1:
             raise RepositoryError(
@@ -327,7 +339,7 @@ class ModelRepository:
         if not in_store:
             configs.append(
                 model_config.classifier_config(
-                    name, base.tokenizer_model, base.backbone_model, f"{name}_head", base.token_inputs()
+                    name, base.tokenizer_model, base.backbone_model, f"{name}_head", base.token_inputs(), share
                 )
             )
         with self.staging() as staging:

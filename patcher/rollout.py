@@ -33,6 +33,7 @@ __all__ = [
     "roll_back",
     "roll_out",
     "serve",
+    "set_aside",
     "validate",
 ]
 
@@ -121,8 +122,15 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
     return _switch(classifier, head, server)
 
 
+def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None:
+    """Publish ``head`` beside the version that goes on serving; the lock must be held."""
+    validate(write_head(head), head)
+    classifier.publish(head, memory)
+    classifier.note("done", serving=classifier.serving())
+
+
 def require_live(server: TritonServer | None) -> None:
-    """ServerUnreachable where nobody answers: asked before anything is published, so that it costs nothing."""
+    """ServerUnreachable where no server answers; before anything is published, so that it costs nothing."""
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "

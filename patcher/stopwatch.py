@@ -1,4 +1,4 @@
-"""Seconds by stage, for reports."""
+"""Wall-clock seconds by stage, for the reports."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ __all__ = ["Stopwatch"]
 
 
 class Stopwatch:
-    """Wall-clock seconds by stage."""
+    """``with watch("fit"):`` adds to that stage's ``seconds``; ``stop`` adds the total since the watch was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._stages: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time of the body as that of ``stage``."""
-        start = time.perf_counter()
-        yield
-        self._stages[stage] = time.perf_counter() - start
+        """Time what is done inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def stop(self) -> dict[str, float]:
-        """The stages that ended well, and ``total`` since the watch was made."""
-        return {**self._stages, "total": time.perf_counter() - self._start}
+        """All stages so far, and ``total``."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}

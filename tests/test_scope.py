@@ -5,9 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from patcher import scope as scope_module
 from patcher.errors import RepositoryError
-from patcher.fit.model import widened
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.head_file import read_head, write_head
 from patcher.memory import Memory
@@ -60,37 +58,21 @@ def test_a_damaged_scorer_is_refused():
         Scope.from_arrays({"kind": "softmax"}, {})
 
 
-def test_a_scorer_of_version_0_2_still_scores_as_it_did():
-    axes = (RNG.standard_normal((20, 4)) / 4).astype(np.float16)
-    center = RNG.standard_normal(4).astype(np.float32)
-    means = RNG.standard_normal((6, 4)).astype(np.float16)
-    arrays = {"projection": axes, "center": center, "means": means, "limit": np.array([7.0], np.float32)}
+def test_the_limit_is_that_of_fresh_texts_and_versions_to_come_keep_its_width():
+    head, memory = make_head(), Memory.build(FEATURES, IDS, LABELS, 10)
+    fresh = FEATURES + RNG.standard_normal(FEATURES.shape).astype(np.float32)
+    plain, wide = fit_scope(memory, head), fit_scope(memory, head, fresh=fresh)
+    assert np.mean(wide.score(fresh, fresh) < 0.5) == pytest.approx(0.05, abs=0.01)
+    assert wide.stretch > 1.2
+    assert plain.stretch == 1.0
+    again = read_head(write_head(dataclasses.replace(head, scope=wide))).scope
+    assert again.stretch == wide.stretch
+    later = fit_scope(memory, head, stretch=again.stretch)
+    np.testing.assert_allclose(later.distance.limit, wide.distance.limit)
+
+
+def test_a_scorer_of_version_0_2_has_no_stretch():
+    scope = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10), make_head())
+    arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
     settings = {"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": 0.05}
-    scope = Scope.from_arrays(settings, {f"scope_{name}": array for name, array in arrays.items()})
-    gaps = (FEATURES @ axes.astype(np.float32) - center)[:, None] - means.astype(np.float32)[None]
-    ratio = (gaps**2).sum(axis=2).min(axis=1) / 7.0
-    np.testing.assert_allclose(scope.score(FEATURES, FEATURES), 1.0 / (1.0 + ratio**2), rtol=1e-4, atol=1e-5)
-    head = dataclasses.replace(make_head(), scope=scope)
-    again = read_head(write_head(head))
-    served = run_head(open_session(write_head(again), threads=1), FEATURES[::7]).in_scope
-    np.testing.assert_allclose(served, 1.0 / (1.0 + ratio[::7] ** 2), rtol=1e-3, atol=1e-4)
-
-
-def test_the_distance_is_mahalanobis_where_all_directions_are_kept():
-    memory = Memory.build(FEATURES, IDS, LABELS, 10)
-    scope = fit_scope(memory, make_head())
-    wide = widened(memory, scope_module.WIDTHS)
-    gaps = ((FEATURES[:, None] - memory.means()[None]) / wide.spread).reshape(-1, 20)
-    squared = np.einsum("ij,jk,ik->i", gaps, np.linalg.inv(wide.covariance), gaps).reshape(len(FEATURES), 6)
-    np.testing.assert_allclose(scope.distance.squared(FEATURES), squared.min(axis=1), rtol=0.02, atol=0.02)
-
-
-def test_what_lies_beside_the_kept_directions_counts(monkeypatch):
-    monkeypatch.setattr(scope_module, "_RANK", 6)
-    monkeypatch.setattr(scope_module, "_SPARE", 2)
-    flat = FEATURES.copy()
-    flat[:, 12:] *= 0.1
-    head = make_head()
-    scope = fit_scope(Memory.build(flat, IDS, LABELS, 10), head)
-    moved = flat + np.where(np.arange(20) >= 12, 0.6, 0.0).astype(np.float32)
-    assert np.median(scope.score(moved, head.logits(moved))) < 0.5 * np.median(scope.score(flat, head.logits(flat)))
+    assert Scope.from_arrays(settings, arrays).stretch == 1.0

@@ -304,3 +304,15 @@ def test_swaps_of_one_head_under_traffic_on_all(live):
         assert len(answer.logits) == len(head.labels)
         assert answer.labels[0] == head.labels[int(answer.logits.argmax())]
     assert len({answer.head_version for name, answer in answers if name == "s0"}) > 8
+
+
+def test_a_share_of_the_requests_is_for_classifiers_with_an_ensemble(stored):
+    with pytest.raises(InputError, match="s1 is in the head store of intent"):
+        add_label(
+            stored,
+            "payday",
+            tiny.sentences("payday", 10),
+            classifier="s1",
+            settings=PatchSettings(canary=10, force=True),
+        )
+    assert stored.classifier("s1").versions() == (1,)

@@ -44,6 +44,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--replay.",
 )
 @click.option("--no-name", is_flag=True, help="Do not take the label's own name, where it is words, as an example.")
+@click.option(
+    "--canary",
+    type=click.FloatRange(0, 100, min_open=True, max_open=True),
+    metavar="PERCENT",
+    help="Try the version on this share of the requests first; `patcher canary` goes on from there.",
+)
 @click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
 @click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
 @click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
@@ -58,6 +64,7 @@ def add_label_command(
     min_recall: float,
     method: str,
     no_name: bool,
+    canary: float | None,
     dry_run: bool,
     force: bool,
     no_load: bool,
@@ -78,13 +85,14 @@ def add_label_command(
     """
     from patcher.examples import read_examples
     from patcher.head import MULTI_LABEL
-    from patcher.labelling import PatchSettings, add_labels, new_examples
+    from patcher.labelling import add_labels, new_examples
+    from patcher.patch import PatchSettings
 
     if (file is None) == (not texts):
         raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
     if texts and label is None:
         raise click.UsageError("expected LABEL before the --text examples")
-    limits = PatchSettings(max_flips, min_recall, method, force, dry_run, use_name=not no_name)
+    limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = settings.classifier
     if file is not None:
@@ -113,7 +121,12 @@ def add_label_command(
 def _render(report: PatchReport, settings: Settings) -> None:
     verdict = report.verdict
     added = ", ".join(report.labels_added)
-    if report.served:
+    if report.canary is not None:
+        done = (
+            f"version {report.version} of {report.classifier} is tried on {report.canary:g} % of the requests, with "
+            f"{added} added; `patcher canary` compares, --promote or --discard ends it"
+        )
+    elif report.served:
         done = f"version {report.version} of {report.classifier} serves, with {report.labels} labels: {added} added"
     elif report.published:
         done = (

@@ -23,7 +23,8 @@ from patcher.cli.output import tell
     "--eval",
     "evaluation",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Labelled file, held out, on which the cost of a lower precision is measured; part of --train without it.",
+    help="Labelled file that took no part in the fine-tuning: sets which texts count as out of scope, and the "
+    "cost of a lower precision is measured on it.",
 )
 @click.option(
     "--precision",

@@ -135,23 +135,6 @@ def from_memory(memory: Memory, head: HeadLike, settings: Settings = SETTINGS) -
 
 def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
     """Whitening by the covariance inside labels, widened as ``Settings`` tells."""
-    return _whitened(widened(memory, settings))
-
-
-@dataclass(frozen=True)
-class Widened:
-    """Covariance inside labels of standardised features, widened; float64.
-
-    Features are ``(x - center) / spread``, both ``[width]``; ``covariance`` ``[width, width]`` is theirs.
-    """
-
-    center: Doubles
-    spread: Doubles
-    covariance: Doubles
-
-
-def widened(memory: Memory, settings: Settings = SETTINGS) -> Widened:
-    """The covariance inside labels, widened by the ridges and the share of all inputs that ``Settings`` tells."""
     total = memory.counts.sum()
     center = memory.sums.sum(axis=0) / total
     everything = memory.second_moment / total - np.outer(center, center)
@@ -175,25 +158,21 @@ def from_rows(head: HeadLike, examples: Floats, settings: Settings = SETTINGS) -
     center = means.mean(axis=0)
     narrow = means[:, :split] - center[:split]
     scatter = narrow.T @ narrow / len(narrow)
-    flat = _whitened(_widened(center[:split], scatter, np.zeros_like(scatter), split, settings))
+    flat = _widened(center[:split], scatter, np.zeros_like(scatter), split, settings)
     nothing = np.zeros((head.width - split, split))
     white = Whitening(center, np.concatenate([flat.points, nothing]), np.concatenate([flat.rows, nothing]))
     return OldLabels(white, means, np.arange(len(weight), dtype=np.int64), weight, bias)
 
 
-def _widened(center: Doubles, everything: Doubles, inside: Doubles, split: int, settings: Settings) -> Widened:
+def _widened(center: Doubles, everything: Doubles, inside: Doubles, split: int, settings: Settings) -> Whitening:
     spread = np.sqrt(np.maximum(np.diag(everything), 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
     wide = (inside + settings.total * everything) / np.outer(spread, spread)
     ridge = np.full(len(center), settings.ridge_hidden)
     ridge[:split] = settings.ridge_classifier
     wide[np.diag_indices_from(wide)] += ridge
-    return Widened(center, spread, wide)
-
-
-def _whitened(wide: Widened) -> Whitening:
-    lower = _cholesky(wide.covariance)
-    return Whitening(wide.center, _inverse(lower).T / wide.spread[:, None], lower * wide.spread[:, None])
+    lower = _cholesky(wide)
+    return Whitening(center, _inverse(lower).T / spread[:, None], lower * spread[:, None])
 
 
 def _cholesky(matrix: Doubles) -> Doubles:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks import quality_data as data
+from tests.benchmarks import quality_life as life
 from tests.benchmarks import quality_others as others
 from tests.benchmarks import quality_ours as ours
 from tests.benchmarks.quality_data import note
@@ -33,13 +34,15 @@ from tests.benchmarks.quality_plot import plot
 from tests.benchmarks.quality_report import markdown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.benchmarks.quality_data import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo"
-PARTS = ("baselines", "ours", "sequential", "bound", "scope", "speed", "finetune", "libraries")
+PARTS = (
+    "baselines", "ours", "sequential", "many", "multi_label", "bound", "scope", "speed", "finetune", "libraries",
+)  # fmt: skip
 EXAMPLES = 10
 DRAWS = 5
 BOUND_PATCHES = 200
@@ -49,10 +52,14 @@ LIBRARY_BUDGETS = {"adaptive-classifier": (10, 1), "setfit": (3, 1)}
 """Labels and draws: these take from seconds to minutes a patch."""
 
 
-def parts(setting: Setting, checkpoint: Path, cache: Path, draws: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def parts(
+    setting: Setting, checkpoint: Path, cache: Path, draws: int, libraries: Sequence[str]
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """What can be run, in the order of what it costs."""
     bound_draws = -(-BOUND_PATCHES // (len(ours.BUDGETS) * len(setting.new))) if draws >= DRAWS else draws
-    budgets = {name: (labels, min(most, draws)) for name, (labels, most) in LIBRARY_BUDGETS.items()}
+    budgets = {
+        name: (labels, min(most, draws)) for name, (labels, most) in LIBRARY_BUDGETS.items() if name in libraries
+    }
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "speed": ours.speed,
         "ours": lambda: {
@@ -60,6 +67,8 @@ def parts(setting: Setting, checkpoint: Path, cache: Path, draws: int) -> dict[s
             "methods": ours.methods(setting, EXAMPLES, draws),
         },
         "sequential": lambda: ours.sequential(setting, EXAMPLES, min(SEQUENCES, draws)),
+        "many": lambda: life.many_labels(setting, EXAMPLES),
+        "multi_label": lambda: life.sigmoids(setting, EXAMPLES, draws),
         "bound": lambda: ours.bound(setting, EXAMPLES, bound_draws),
         "scope": lambda: ours.scope(setting, EXAMPLES),
         "baselines": lambda: others.baselines(setting, EXAMPLES, draws),
@@ -113,6 +122,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, help="the same, to measure on")
     parser.add_argument("--outside", type=Path, help="texts that belong to no label")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--libraries", default=",".join(LIBRARY_BUDGETS), help="which of these from PyPI")
     parser.add_argument("--draws", type=int, default=DRAWS, help="draws of examples for each new label")
     parser.add_argument("--labels", type=int, help="at most so many new labels")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "quality")
@@ -143,7 +153,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"about": about(setting, checkpoint, f"{name}.png")}
     results |= _kept(given.out / f"{name}.json", results["about"])
-    work = parts(setting, checkpoint, given.cache, given.draws)
+    work = parts(setting, checkpoint, given.cache, given.draws, given.libraries.split(","))
     for part in PARTS:
         if part in work and part in given.only.split(","):
             start = time.perf_counter()

@@ -102,7 +102,7 @@ def _write_job(
     for label in setting.new.values():
         texts += [*label.train_texts, *label.test_texts]
         rows += [label.train, label.test]
-    # What these libraries call an embedding, the mean over tokens of the last hidden state: the features' second part.
+    # What these libraries call an embedding, a mean over tokens of hidden states: the features' second part.
     np.save(folder / "embeddings.npy", np.concatenate(rows)[:, setting.head.split :])
     adds = [
         {"label": label, "draw": draw, "texts": [setting.new[label].train_texts[i] for i in picked]}

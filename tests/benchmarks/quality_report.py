@@ -22,6 +22,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "baselines ours finetune libraries": _methods,
         "ours": _counts,
         "sequential": _sequential,
+        "many": _many,
+        "multi_label": _multi_label,
         "bound": _bound,
         "scope": _scope,
         "speed": _speed,
@@ -128,6 +130,40 @@ def _sequential(results: Mapping[str, Any]) -> list[str]:
                 rows.append([f"head {key}, all old data, {name}", *theirs, f"{row['seconds']:.1f} (once)"])
     heads = ["how", f"accuracy on all {found['labels']}", "old labels", "new labels", "seconds an add"]
     return [f"## {added} labels one after another", "", *table(heads, rows)]
+
+
+def _many(results: Mapping[str, Any]) -> list[str]:
+    found = results["many"]
+    accuracy, kept = found["accuracy"], found["kept labels"]
+    row = [
+        f"{found['from']} + {found['added']}",
+        f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['sd']:.2f}",
+        f"{100 * kept['before']:.2f} -> {100 * kept['after']:.2f}",
+        f"{100 * found['orders agree']:.2f}",
+        f"{found['seconds of the first tenth']:.3f}",
+        f"{found['seconds of the last tenth']:.3f}",
+    ]
+    heads = [
+        "labels", "accuracy on all", "labels that were there", "answers alike in any two orders %",
+        "seconds an add, first tenth", "last tenth",
+    ]  # fmt: skip
+    about = (
+        f"{found['orders']} orders; most of the added labels were taken out of the head first, and the backbone knows "
+        "them: what this shows is whether cost and order matter, not how hard new labels are. Labels that come late "
+        "take texts of those that were there, which were easier to tell apart while there were few."
+    )
+    return [f"## {found['added']} labels one after another", "", about, "", *table(heads, [row])]
+
+
+def _multi_label(results: Mapping[str, Any]) -> list[str]:
+    found = results["multi_label"]
+    shares = [f"{100 * found[name]['mean']:.1f} ({100 * found[name]['min']:.1f})" for name in ("recall", "precision")]
+    wrong = found["old texts that get the new label"]
+    taken = f"{100 * wrong['mean']:.3f} ({100 * wrong['max']:.3f})"
+    row = [str(found["patches"]), *shares, taken, f"{100 * found['gate passed']:.0f} %"]
+    heads = ["patches", "recall %", "precision %", "old texts that get the new label %", "gate passed"]
+    about = "A sigmoid for each label on the same features; a label is given above 0.5. Mean (worst)."
+    return ["## A multi-label classifier", "", about, "", *table(heads, [row])]
 
 
 def _bound(results: Mapping[str, Any]) -> list[str]:

@@ -105,7 +105,7 @@ def load(url: str, model: str, texts: Sequence[str], concurrency: int, seconds: 
 def measure(classifier, texts: list[str], seconds: float, concurrency: int, window: float = WINDOW) -> dict[str, Any]:
     """Alternate undisturbed and disturbed windows until ``seconds`` of swapping are over."""
     from patcher import add_label
-    from patcher.labelling import PatchSettings
+    from patcher.patch import PatchSettings
     from patcher.triton.server import EmbeddedTriton
 
     log = classifier.root.parent / "triton.log"

@@ -84,7 +84,7 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features, and means over the tokens of some layers, float32 [n, width]; ``all`` as an export's."""
+    """Classifier features, and means over the tokens of some layers, float32 [n, width]; ``three`` as an export's."""
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
     found: dict[str, list[np.ndarray]] = {}

@@ -1,0 +1,248 @@
+"""A version tried on a share of the requests before it serves all of them.
+
+The canary is a second ensemble over the same backbone, ``NAME_canary``, with a head model of its own; what serves under
+``NAME`` is not touched. The share stands in the canary's configuration, where every client of the server can read it:
+``SplitClient`` sends the same keys to it for as long as it is there, and more of them when the share grows. Then the
+version is promoted, which is a switch as any other, or the canary is discarded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from patcher import model_config
+from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError
+from patcher.fleet import each, present
+from patcher.repository import CANARY, Classifier, holds
+from patcher.rollout import Switch, changing, probe, require_live, roll_back, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patcher.head import Head
+    from patcher.triton.client import Answer, TritonServer
+
+__all__ = ["Arm", "Canary", "SplitClient", "begin", "discard", "promote", "require_free", "start", "status", "takes"]
+
+_REFRESH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the two that are compared, since it was loaded: ``mean_ms`` is what its head and queue took a request."""
+
+    model: str
+    version: int
+    requests: int
+    failures: int
+    mean_ms: float | None
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version on trial."""
+
+    classifier: str
+    version: int
+    percent: float
+    arms: tuple[Arm, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return {
+            "classifier": self.classifier,
+            "version": self.version,
+            "percent": self.percent,
+            "arms": [vars(arm) for arm in self.arms],
+        }
+
+
+def takes(classifier: str, key: str, percent: float) -> bool:
+    """Whether requests with ``key`` go to the canary: a hash of both, so that a key stays where it is.
+
+    A larger share keeps the keys of a smaller one.
+    """
+    digest = hashlib.sha256(f"{classifier}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < percent / 100 * 2**64
+
+
+class SplitClient:
+    """Asks a classifier, and its canary for the share of the keys that the server's configuration states.
+
+    The share is read again every ``refresh_seconds``, and at once when the canary is gone. Raises as ``server`` does.
+    """
+
+    def __init__(self, server: TritonServer, classifier: str, *, refresh_seconds: float = _REFRESH_SECONDS) -> None:
+        self.server, self.classifier, self.refresh_seconds = server, classifier, refresh_seconds
+        self._percent, self._read = 0.0, float("-inf")
+
+    @property
+    def percent(self) -> float:
+        """The share of the keys that goes to the canary now; 0 where there is none."""
+        if time.monotonic() - self._read >= self.refresh_seconds:
+            canary = self.classifier + CANARY
+            there = self.server.is_ready(canary)
+            self._percent = model_config.share_of(self.server.model_config(canary)) if there else 0.0
+            self._read = time.monotonic()
+        return self._percent
+
+    def classify(self, texts: Sequence[str], keys: Sequence[str]) -> list[Answer]:
+        """The answer to each text; ``keys``, one a text, decide who gives it (a user's or a conversation's id, say)."""
+        if len(keys) != len(texts):
+            raise InputError(f"got {len(texts)} texts and {len(keys)} keys; expected one key for each text")
+        percent = self.percent
+        mine = [i for i, key in enumerate(keys) if takes(self.classifier, key, percent)]
+        theirs = sorted(set(range(len(texts))) - set(mine))
+        answers = dict(zip(theirs, self.server.classify(self.classifier, [texts[i] for i in theirs]), strict=True))
+        try:
+            tried = self.server.classify(self.classifier + CANARY, [texts[i] for i in mine])
+        except ServerRefused:
+            self._read = float("-inf")
+            if self.percent:  # it is there, and refuses: that is for the caller to know
+                raise
+            tried = self.server.classify(self.classifier, [texts[i] for i in mine])
+        answers |= dict(zip(mine, tried, strict=True))
+        return [answers[i] for i in range(len(texts))]
+
+
+def begin(classifier: Classifier, version: int, percent: float, server: TritonServer | None) -> Canary:
+    """Try ``version`` on ``percent`` of the keys, or change the share of the canary that has it already.
+
+    Raises
+    ------
+    VersionError
+        where there is no such version, or it serves already.
+    InputError
+        for a share that is none, or where another version is on trial.
+    NotServed
+        when the server would not serve it; the canary is gone again.
+    """
+    with changing(classifier, server):
+        return start(classifier, classifier.head(version), percent, server)
+
+
+def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:
+    """The same for a head that is on disk already; the lock must be held."""
+    version = head.lineage.version
+    if not 0 < percent < 100:  # noqa: PLR2004  a share, in per cent
+        raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")
+    if version == classifier.serving():
+        raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
+    require_live(server)
+    there = require_free(classifier, version)
+    repository, name = classifier.repository, classifier.name + CANARY
+    if there is None:
+        validate(classifier.head_bytes(version), head)
+        repository.add_classifier(name, head, backbone=classifier.backbone, share=percent)
+    else:
+        text = model_config.with_share((repository.root / name / "config.pbtxt").read_text(), percent)
+        repository.write_configs({name: text})
+    trial = Classifier(repository, name)
+    try:
+        each(present(server), lambda replica: _serve(trial, head, replica))
+    except BaseException as error:
+        _remove(trial, server)
+        if isinstance(error, PatcherError):
+            raise NotServed(
+                f"version {version} of {classifier.name} could not be tried: {error}. The canary is gone again, and "
+                f"version {classifier.serving()} serves as before",
+                {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
+            ) from error
+        raise
+    return Canary(classifier.name, version, percent)
+
+
+def require_free(classifier: Classifier, version: int | None = None) -> Classifier | None:
+    """InputError where another version than ``version`` is on trial; else the canary, if there is one.
+
+    A classifier in a head store has none: the canary is a model that stands beside another.
+    """
+    if classifier.in_store:
+        raise InputError(
+            f"{classifier.name} is in the head store of {classifier.backbone}, which tries no version on a share of "
+            "the requests; expected a classifier with an ensemble of its own, or a rollout to all of them"
+        )
+    there = _on_trial(classifier)
+    if there is not None and there.serving() != version:
+        raise InputError(
+            f"version {there.serving()} of {classifier.name} is on trial; `patcher canary --promote` or "
+            "`patcher canary --discard` ends that first"
+        )
+    return there
+
+
+def _serve(trial: Classifier, head: Head, replica: TritonServer) -> None:
+    replica.load(trial.name)
+    probe(trial, head, replica)
+
+
+def status(classifier: Classifier, server: TritonServer | None = None) -> Canary | None:
+    """The canary with both arms as the server saw them since they were loaded; None where there is none."""
+    trial = _on_trial(classifier)
+    if trial is None:
+        return None
+    percent = model_config.share_of(classifier.repository.config(trial.name))
+    arms = [_arm(each, server) for each in (classifier, trial)] if server is not None else []
+    return Canary(classifier.name, trial.serving(), percent, tuple(arms))
+
+
+def promote(classifier: Classifier, server: TritonServer | None = None) -> Switch:
+    """Make the version on trial the one that serves, and end the trial.
+
+    Raises InputError where none is on trial, NotServed when the server would not serve it: the trial then goes on.
+    """
+    with changing(classifier, server):
+        trial = _expected(classifier)
+        switch = roll_back(classifier, trial.serving(), server)
+        _remove(trial, server)
+        return switch
+
+
+def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
+    """End the trial, and return the version that was tried; it stays on disk. InputError where none is on trial."""
+    with changing(classifier, server):
+        trial = _expected(classifier)
+        version = trial.serving()
+        _remove(trial, server)
+        return version
+
+
+def _on_trial(classifier: Classifier) -> Classifier | None:
+    name = classifier.name + CANARY
+    return Classifier(classifier.repository, name) if holds(classifier.root, name) else None
+
+
+def _expected(classifier: Classifier) -> Classifier:
+    trial = _on_trial(classifier)
+    if trial is None:
+        raise InputError(
+            f"no version of {classifier.name} is on trial; `patcher canary --version N --percent 10` starts one"
+        )
+    return trial
+
+
+def _remove(trial: Classifier, server: TritonServer | None) -> None:
+    """First the files, so that a server that starts meanwhile knows nothing of it; then what the servers hold."""
+    trial.repository.remove_classifier(trial.name)
+    for replica in present(server):
+        for model in (trial.name, trial.head_model):
+            with contextlib.suppress(PatcherError):  # one that never came up cannot go
+                replica.unload(model)
+
+
+def _arm(classifier: Classifier, server: TritonServer) -> Arm:
+    found = [entry for replica in present(server) for entry in replica.statistics(classifier.head_model)]
+    served = [entry for entry in found if entry.version == str(classifier.serving())]
+    requests = sum(entry.successes for entry in served)
+    spent = sum(entry.queue_ns + entry.compute_ns for entry in served)
+    return Arm(
+        model=classifier.name,
+        version=classifier.serving(),
+        requests=requests,
+        failures=sum(entry.failures for entry in served),
+        mean_ms=spent / requests / 1e6 if requests else None,
+    )

@@ -1,0 +1,192 @@
+"""A version tried on a share of the requests, on a real tritonserver."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+from patcher import ModelRepository, PatchSettings, SplitClient, TritonServer, add_label, canary, rollback
+from patcher.canary import takes
+from patcher.cli import main
+from patcher.errors import InputError, NotServed, ServerError, VersionError
+from patcher.triton.server import EmbeddedTriton
+
+KEYS = [f"user-{i}" for i in range(400)]
+
+
+def test_a_key_stays_where_it_is_and_a_larger_share_keeps_the_keys_of_a_smaller_one():
+    ten, forty = ({key for key in KEYS if takes("intent", key, share)} for share in (10, 40))
+    assert ten < forty
+    assert 20 < len(ten) < 60
+    assert 130 < len(forty) < 190
+    assert ten != {key for key in KEYS if takes("other", key, 10)}
+    assert not any(takes("intent", key, 0) for key in KEYS)
+
+
+@pytest.fixture(scope="module")
+def triton(tiny_original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("canary")
+    shutil.copytree(tiny_original, folder / "model_repository")
+    with EmbeddedTriton(folder / "model_repository", ["intent", "intent_features"]) as server:
+        yield server
+
+
+@pytest.fixture
+def live(triton):
+    """Classifier and client, on version 1 without a canary."""
+    classifier = ModelRepository(triton.repository).classifier()
+    with TritonServer(triton.url) as server:
+        yield classifier, server
+        if canary.status(classifier):
+            canary.discard(classifier, server)
+        if classifier.serving() != 1:
+            rollback(classifier, 1, server)
+
+
+def on_trial(live, label="payday", percent=30.0):
+    """A version with one more label, on trial."""
+    classifier, server = live
+    settings = PatchSettings(canary=percent)
+    return add_label(classifier.repository, label, tiny.sentences(label, 10), server=server, settings=settings)
+
+
+@pytest.mark.server
+def test_a_share_of_the_keys_gets_the_new_version_and_all_others_the_old_one(live, tree):
+    classifier, server = live
+    serving = classifier.serving()
+    report = on_trial(live)
+    assert (report.published, report.served, report.canary) == (True, True, 30.0)
+    assert classifier.serving() == serving
+    client = SplitClient(server, "intent", refresh_seconds=0.0)
+    texts = [tiny.sentences("payday", 30, seed=7)[-1]] * len(KEYS)
+    answers = client.classify(texts, KEYS)
+    for key, answer in zip(KEYS, answers, strict=True):
+        tried = takes("intent", key, 30)
+        assert answer.head_version == (report.version if tried else serving)
+        assert (answer.labels[0] == "payday") == tried
+    assert [each.head_version for each in server.classify("intent", texts[:3])] == [serving] * 3
+    old, new = canary.status(classifier, server).arms
+    assert (old.version, new.version, new.failures) == (serving, report.version, 0)
+    assert new.requests > 0
+    assert new.mean_ms > 0
+    # The share can grow; keys that were in it stay.
+    canary.begin(classifier, report.version, 60.0, server)
+    assert client.percent == 60.0
+    more = client.classify(texts, KEYS)
+    assert all(
+        b.head_version == report.version for a, b in zip(answers, more, strict=True) if a.head_version != serving
+    )
+
+
+@pytest.mark.server
+def test_promote_makes_it_serve_all_and_discard_leaves_things_as_they_were(live):
+    classifier, server = live
+    report = on_trial(live)
+    switch = canary.promote(classifier, server)
+    assert (switch.version, switch.served) == (report.version, True)
+    assert server.classify("intent", ["hello"])[0].head_version == report.version
+    assert canary.status(classifier) is None
+    assert not server.is_ready("intent_canary")
+    assert SplitClient(server, "intent").classify(["hello"], ["me"])[0].head_version == report.version
+    rollback(classifier, 1, server)
+    canary.begin(classifier, report.version, 50, server)
+    assert canary.discard(classifier, server) == report.version
+    assert server.classify("intent", ["hello"])[0].head_version == 1
+    assert report.version in classifier.versions()
+    assert classifier.repository.classifiers() == ("intent",)
+
+
+@pytest.mark.server
+def test_a_client_that_does_not_know_yet_that_the_trial_is_over_asks_the_serving_version(live):
+    classifier, server = live
+    on_trial(live, percent=99.0)
+    client = SplitClient(server, "intent", refresh_seconds=3600.0)
+    assert client.percent == 99.0
+    canary.discard(classifier, server)
+    assert {answer.head_version for answer in client.classify(["hello"] * 20, KEYS[:20])} == {1}
+    assert client.percent == 0.0
+
+
+@pytest.mark.server
+def test_a_restarted_server_serves_both(live, tmp_path):
+    classifier, _ = live
+    report = on_trial(live)
+    shutil.copytree(classifier.root, tmp_path / "model_repository")
+    repository = ModelRepository(tmp_path / "model_repository")
+    with (
+        EmbeddedTriton(repository.root, ["intent", "intent_features", "intent_canary"]) as other,
+        TritonServer(other.url) as server,
+    ):
+        assert server.classify("intent", ["hello"])[0].head_version == 1
+        assert server.classify("intent_canary", ["hello"])[0].head_version == report.version
+
+
+@pytest.mark.server
+def test_a_version_that_the_server_will_not_serve_is_not_on_trial(live, monkeypatch):
+    classifier, server = live
+    report = on_trial(live)
+    canary.discard(classifier, server)
+
+    def refuse(_model):
+        raise ServerError("no")
+
+    monkeypatch.setattr(server, "load", refuse)
+    with pytest.raises(NotServed, match="could not be tried"):
+        canary.begin(classifier, report.version, 10, server)
+    assert canary.status(classifier) is None
+    assert classifier.serving() == 1
+
+
+@pytest.mark.server
+def test_what_makes_no_sense_is_refused(live):
+    classifier, server = live
+    with pytest.raises(InputError, match="--version N --percent 10"):
+        canary.promote(classifier, server)
+    with pytest.raises(VersionError, match="serves already"):
+        canary.begin(classifier, 1, 10, server)
+    with pytest.raises(VersionError, match="no version 99"):
+        canary.begin(classifier, 99, 10, server)
+    report = on_trial(live)
+    with pytest.raises(InputError, match="between 0 and 100"):
+        canary.begin(classifier, report.version, 100, server)
+    with pytest.raises(InputError, match="is on trial"):
+        on_trial(live, tiny.NEW[1])
+    assert max(classifier.versions()) == report.version
+    with pytest.raises(InputError, match="one key for each text"):
+        SplitClient(server, "intent").classify(["a", "b"], ["one"])
+
+
+@pytest.mark.server
+def test_the_verb(live, monkeypatch, capsys, tmp_path):
+    classifier, server = live
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
+    monkeypatch.setenv("TRITON_URL", server.url)
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
+    code, out, err = run("add-label", "--examples", file, "--canary", "25")
+    assert code == 0, err
+    assert "tried on 25 % of the requests" in out
+    held_out = tiny.write_csv(tmp_path / "e.csv", {"payday": tiny.sentences("payday", 20, seed=9)})
+    code, out, err = run("canary", "--eval", held_out)
+    assert code == 0, err
+    assert "intent_canary" in out
+    assert "wrong before and right in the trial" in out
+    code, out, _ = run("canary", "--json")
+    version = json.loads(out)["version"]
+    assert json.loads(out)["percent"] == 25
+    assert run("canary", "--promote", "--discard")[0] == 2
+    assert run("canary", "--version", "3")[0] == 2
+    assert run("canary", "--discard")[0] == 0
+    assert "no version of intent is on trial" in run("canary")[1]
+    code, out, _ = run("canary", "--version", version, "--percent", "5", "--json")
+    assert (code, json.loads(out)["percent"]) == (0, 5)
+    code, out, _ = run("canary", "--promote", "--json")
+    assert json.loads(out) == {"classifier": "intent", "version": version, "previous": 1}
