@@ -64,7 +64,7 @@ def new_classifier_command(
     version 1, has the server load it, and proves that the server answers from it. Nothing is fine-tuned.
 
     With --in-store all its answers come from one process that holds the heads of every such classifier; clients ask the
-    ensemble BACKBONE_any with `text` and `classifier`. Every verb treats it like any other.
+    ensemble BACKBONE_any with `text` and `classifier`. Every verb but `canary` treats it like any other.
 
     \b
     patcher new-classifier topics --backbone intent --train topics.csv
