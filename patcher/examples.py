@@ -280,13 +280,12 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise ToolError(f"reading {path} needs pyarrow: pip install 'triton-label-patcher[parquet]'") from error
     try:
         table = parquet.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
-    text, label = _columns(table.column_names, path)
-    try:
+        text, label = _columns(table.column_names, path)
         texts = table.column(text).to_pylist()
         labels: Iterable[Any] = table.column(label).to_pylist() if label is not None else [None] * table.num_rows
     except UnicodeDecodeError as error:
-        raise ExamplesError(f"{path}: a text that is not UTF-8 ({error.reason})") from error
+        raise ExamplesError(f"{path}: a text or a column's name that is not UTF-8 ({error.reason})") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+        raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
     for line, (value, name) in enumerate(zip(texts, labels, strict=True), 1):
         yield line, value, _joined(name) if label is not None else None

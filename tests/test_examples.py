@@ -36,6 +36,18 @@ def test_the_same_examples_come_out_of_every_format(tmp_path):
     assert {(e.texts, e.labels) for e in read} == {(tuple(t for t, _ in rows), tuple(label for _, label in rows))}
 
 
+def test_a_parquet_column_whose_name_is_no_text(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    # Under the name there is no telling where else in the file it stands: metadata, schema, footer.
+    parquet.write_table(pa.table({"sentence": ["hello"], "intent": ["greeting"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"intent", b"\xb4ntent"))
+    with pytest.raises(ExamplesError):
+        read_examples(path)
+
+
 def test_parquet(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -19,7 +19,20 @@ import tiny
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill
 
-from patcher import Fleet, ModelRepository, NotServed, add_label, doctor, history, lease, prune, rollback, sync
+from patcher import (
+    Fleet,
+    ModelRepository,
+    NotServed,
+    PatchSettings,
+    add_label,
+    canary,
+    doctor,
+    history,
+    lease,
+    prune,
+    rollback,
+    sync,
+)
 from patcher.cli import main
 from patcher.errors import Busy, InputError, LockLost, PatcherError, RepositoryError, ServerError, StorageError
 from patcher.lease import Lease
@@ -173,6 +186,19 @@ def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
     finally:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             list(pool.map(EmbeddedTriton.stop, replicas))
+
+
+@pytest.mark.server
+def test_a_version_on_trial(remote, tmp_path):
+    settings = PatchSettings(canary=50.0)
+    with triton(remote, tmp_path) as replica, replica.client() as client:
+        report = add_label(remote.repository, "payday", TEN, server=client, settings=settings)
+        assert client.classify("intent", TEN)[0].head_version == 1
+        assert client.classify("intent_canary", TEN)[0].head_version == report.version
+        assert canary.begin(remote, report.version, 80.0, client).percent == 80.0
+        assert canary.promote(remote, client).version == report.version
+        assert client.classify("intent", TEN)[0].head_version == report.version
+    assert faults() == []
 
 
 @pytest.mark.server

@@ -22,6 +22,7 @@ import swaps
 import together
 
 from patcher import Fleet, ModelRepository, NotServed, TritonServer, add_label, doctor, prune, rollback, sync
+from patcher.cli import main
 from patcher.errors import Busy, RepositoryError, ServerError, ServerUnreachable, StorageError, VersionError
 from patcher.fleet import addresses, waves
 from patcher.lifecycle import history
@@ -430,3 +431,14 @@ class TestFleet:
             assert sync(classifier, server) == {urls[0]: "caught up", urls[2]: "caught up"}
         fleet[1].start()
         assert versions() == [2, 2, 2]
+
+
+def test_a_patch_can_clear_old_versions_away(classifier, capsys, tmp_path):
+    for number, label in enumerate(tiny.NEW):
+        file = tiny.write_csv(tmp_path / f"{number}.csv", {label: tiny.sentences(label, 10)})
+        command = ["add-label", "--examples", str(file), "--no-load", "--keep", "1", "--json", "--repo"]
+        assert main([*command, str(classifier.root)]) == 0
+        pruned = json.loads(capsys.readouterr().out)["pruned"]
+    assert pruned == [2]
+    assert classifier.versions() == (3, 4)  # the serving one and its parent
+    assert classifier.serving() == 4

@@ -50,6 +50,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="PERCENT",
     help="Try the version on this share of the requests first; `patcher canary` goes on from there.",
 )
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Delete old versions afterwards, but for the newest N, the serving one and its parent.",
+)
 @click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
 @click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
 @click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
@@ -65,6 +71,7 @@ def add_label_command(
     method: str,
     no_name: bool,
     canary: float | None,
+    keep: int | None,
     dry_run: bool,
     force: bool,
     no_load: bool,
@@ -86,6 +93,7 @@ def add_label_command(
     from patcher.examples import read_examples
     from patcher.head import MULTI_LABEL
     from patcher.labelling import add_labels, new_examples
+    from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
 
     if (file is None) == (not texts):
@@ -112,10 +120,13 @@ def add_label_command(
             settings=limits,
             skip_known=label is None,
         )
+    pruned = prune(classifier, keep) if keep is not None and report.published else ()
     if settings.json:
-        settings.emit(report.to_json())
+        settings.emit({**report.to_json(), **({"pruned": list(pruned)} if keep is not None else {})})
     else:
         _render(report, settings)
+        if pruned:
+            settings.say(f"pruned    {', '.join(map(str, pruned))}")
 
 
 def _render(report: PatchReport, settings: Settings) -> None:

@@ -129,8 +129,12 @@ def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
             killer = Killer(classifier, triton.url, folder, seed)
             for verb in ("add-label", "rename-label", "rollback"):
                 killer.whole(verb)
-            for number in range(moments):
+            number = 0
+            while killer.counts["killed"] < moments:  # those that came too late killed nothing
                 killer.one(VERBS[number % len(VERBS)])
+                number += 1
+                if killer.counts["killed"] % 20 == 0:
+                    print(dict(killer.counts), file=sys.stderr, flush=True)
             return {"moments": moments, "seed": seed, **killer.counts, "versions": len(history(classifier))}
 
 
@@ -138,9 +142,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill.json")
     options = parser.parse_args()
     try:
-        print(json.dumps(run(options.moments, options.seed), indent=2))
+        document = json.dumps(run(options.moments, options.seed), indent=1)
+        options.out.write_text(document + "\n")
+        print(document)
     except Broken as error:
         print(f"broken: {error}", file=sys.stderr)
         return 1
