@@ -183,9 +183,12 @@ def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
     assert ready.wait(60)
     with pytest.raises(Busy, match="another patcher"), classifier.repository.lock(timeout=0.2):
         pass
+    left = classifier.root / "intent_head" / ".patcher-staging-dead"
+    left.mkdir()
     process.kill()
     process.join()
     with classifier.repository.lock(timeout=10):
+        assert not left.exists()
         assert classifier.serving() == 1
 
 
