@@ -236,7 +236,7 @@ def load_test(
         for number, model in enumerate(models):
             address, _, url = model.partition("@")
             name, _, classifier = address.partition("/")
-            asked = stack.enter_context(TritonServer(url)) if url else server
+            asked = stack.enter_context(TritonServer(url, tls=server.tls)) if url else server
             bench = _Bench(asked, analyzer, folder / str(number), window, model)
             bench.write_rows((inputs or {}).get(model) or _text_rows(texts, classifier))
             benches[model] = (bench, name, _steps(asked, name))
@@ -351,6 +351,8 @@ class _Bench:
         return {name: self.server.statistics(name) for name in (model, *steps)}
 
     def _arguments(self, model: str, load: Load, window: float) -> list[str]:
+        from patcher.triton.perf_analyzer import tls_arguments
+
         (self.folder / "report.csv").unlink(missing_ok=True)
         return [
             f"-m{model}",
@@ -362,6 +364,7 @@ class _Bench:
             # Three windows and their mean, however they differ: else an unsteady machine gives no report at all.
             "--stability-percentage=999",
             f"-f{self.folder / 'report.csv'}",
+            *tls_arguments(self.server.tls),
             *load.arguments,
         ]
 

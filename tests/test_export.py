@@ -423,6 +423,16 @@ def test_texts_are_cut_where_the_positions_end(tmp_path, architecture, most):
     assert run_export(model, tmp_path / "model_repository", tokenizer=tokenizer).max_length == most
 
 
+def test_fresh_texts_set_what_counts_as_out_of_scope(bert, tmp_path):
+    train = held_out = train_file(tmp_path, checkpoints.TRAIN)
+    plain = export_classifier(bert, tmp_path / "plain", train=train).classifier().head().scope
+    fresh = export_classifier(bert, tmp_path / "fresh", train=train, evaluation=held_out).classifier().head().scope
+    assert plain.stretch == 1.0
+    assert plain.false_alarms == fresh.false_alarms == 0.05
+    assert fresh.stretch > 0
+    assert float(fresh.distance.limit[0]) == pytest.approx(fresh.stretch * float(plain.distance.limit[0]), rel=1e-5)
+
+
 def test_texts_are_cut_where_asked_for(bert, tmp_path):
     report = run_export(bert, tmp_path / "model_repository", max_length=16)
     tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))

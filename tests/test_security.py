@@ -209,3 +209,26 @@ def test_from_the_shell(secured, authority, monkeypatch, capsys, tmp_path):
     assert "TLS needs --tls-ca" in capsys.readouterr().err
     assert main(["serve", "--tls-cert", str(authority.ca)]) == 2
     assert "--tls-cert FILE and --tls-key FILE together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["secured", "mutual"])
+def test_load_is_tested_over_tls(which, request, authority, tiny_original, capsys):
+    running = request.getfixturevalue(which)
+    client = authority.sign("load-client")
+    tls = ["--tls-ca", authority.ca, "--tls-cert", client.certificate, "--tls-key", client.key]
+    command = [
+        "loadtest",
+        "--repo",
+        tiny_original,
+        "--url",
+        running.url,
+        "--concurrency",
+        "2",
+        "--window",
+        "0.5",
+        "--json",
+    ]
+    assert main([str(word) for word in (*command, *tls)]) == 0, capsys.readouterr().err
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["throughput"] > 1
+    assert found["failures"] == 0

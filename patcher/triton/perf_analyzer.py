@@ -15,8 +15,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, ToolError
+
+if TYPE_CHECKING:
+    from patcher.triton.tls import ClientTls
 
 __all__ = ["PerfAnalyzer", "find_perf_analyzer", "install"]
 
@@ -77,6 +81,18 @@ def find_perf_analyzer() -> PerfAnalyzer:
     if found := shutil.which("perf_analyzer"):
         return PerfAnalyzer(Path(found))
     raise ToolError(f"perf_analyzer is not installed; {_HINT}")
+
+
+def tls_arguments(tls: ClientTls | None) -> list[str]:
+    """What perf_analyzer takes for a gRPC connection with TLS; it cannot expect another name than the address has."""
+    if tls is None:
+        return []
+    own = [("private-key-file", tls.key), ("certificate-chain-file", tls.certificate)]
+    return [
+        "--ssl-grpc-use-ssl",
+        f"--ssl-grpc-root-certifications-file={tls.ca}",
+        *(f"--ssl-grpc-{name}={path}" for name, path in own if path),
+    ]
 
 
 def install() -> PerfAnalyzer:
