@@ -3,7 +3,8 @@
 # When the first argument is `patcher`, run that instead: docker compose run --rm patcher add-label ...
 #
 #   TRITON_MODEL_REPO  folder of the repository (/models)
-#   CLASSIFIERS        names to serve, blanks between them (default: every NAME that has a NAME_head beside it)
+#   CLASSIFIERS        names to serve, blanks between them (default: every NAME that has a NAME_head beside it, and
+#                      NAME_any for every head store NAME_heads)
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
 #   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
 set -euo pipefail
@@ -28,6 +29,11 @@ read -ra names <<<"${CLASSIFIERS:-}"
 if [ "${#names[@]}" -eq 0 ]; then
   for head in "$repository"/*_head/; do
     name="$(basename "$head" _head)"
+    if [ -f "$repository/$name/config.pbtxt" ]; then names+=("$name"); fi
+  done
+  # One ensemble answers for all classifiers in a backbone's head store.
+  for store in "$repository"/*_heads/; do
+    name="$(basename "$store" _heads)_any"
     if [ -f "$repository/$name/config.pbtxt" ]; then names+=("$name"); fi
   done
 fi

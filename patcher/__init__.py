@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
+    from patcher.founding import FoundingSettings, NewClassifierReport, new_classifier
     from patcher.head import Head
     from patcher.labelling import PatchReport, add_label, add_labels
     from patcher.lifecycle import diff, evaluate, history, prune, rollback, sync
@@ -30,11 +31,13 @@ _HOMES = {
     "ClientTls": "patcher.triton.tls",
     "Examples": "patcher.examples",
     "Fleet": "patcher.fleet",
+    "FoundingSettings": "patcher.founding",
     "GateRefused": "patcher.errors",
     "Head": "patcher.head",
     "InputError": "patcher.errors",
     "Memory": "patcher.memory",
     "ModelRepository": "patcher.repository",
+    "NewClassifierReport": "patcher.founding",
     "NotServed": "patcher.errors",
     "PatchReport": "patcher.labelling",
     "PatchSettings": "patcher.patch",
@@ -48,6 +51,7 @@ _HOMES = {
     "evaluate": "patcher.lifecycle",
     "history": "patcher.lifecycle",
     "merge_labels": "patcher.relabelling",
+    "new_classifier": "patcher.founding",
     "prune": "patcher.lifecycle",
     "read_examples": "patcher.examples",
     "remember": "patcher.remembering",
@@ -63,11 +67,13 @@ __all__ = [
     "ClientTls",
     "Examples",
     "Fleet",
+    "FoundingSettings",
     "GateRefused",
     "Head",
     "InputError",
     "Memory",
     "ModelRepository",
+    "NewClassifierReport",
     "NotServed",
     "PatchReport",
     "PatchSettings",
@@ -81,6 +87,7 @@ __all__ = [
     "evaluate",
     "history",
     "merge_labels",
+    "new_classifier",
     "prune",
     "read_examples",
     "remember",

@@ -18,6 +18,7 @@ __all__ = ["CHANGES", "begin", "finish", "note", "read_events"]
 CHANGES = frozenset(
     [
         "export",
+        "new-classifier",
         "add-label",
         "rollback",
         "canary",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from patcher import model_config
 from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError
 from patcher.fleet import each, present
-from patcher.repository import CANARY, Classifier
+from patcher.repository import CANARY, Classifier, holds
 from patcher.rollout import Switch, changing, probe, require_live, roll_back, validate
 
 if TYPE_CHECKING:
@@ -157,7 +157,15 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
 
 
 def require_free(classifier: Classifier, version: int | None = None) -> Classifier | None:
-    """InputError where another version than ``version`` is on trial; else the canary, if there is one."""
+    """InputError where another version than ``version`` is on trial; else the canary, if there is one.
+
+    A classifier in a head store has none: the canary is a model that stands beside another.
+    """
+    if classifier.in_store:
+        raise InputError(
+            f"{classifier.name} is in the head store of {classifier.backbone}, which tries no version on a share of "
+            "the requests; expected a classifier with an ensemble of its own, or a rollout to all of them"
+        )
     there = _on_trial(classifier)
     if there is not None and there.serving() != version:
         raise InputError(
@@ -205,7 +213,7 @@ def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
 
 def _on_trial(classifier: Classifier) -> Classifier | None:
     name = classifier.name + CANARY
-    return Classifier(classifier.repository, name) if name in classifier.repository.classifiers() else None
+    return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
 
 
 def _expected(classifier: Classifier) -> Classifier:

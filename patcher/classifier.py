@@ -11,6 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
+from patcher.backbone import Backbone
 from patcher.errors import RepositoryError, StorageError, VersionError
 from patcher.head_file import read_head, write_head
 from patcher.journal import Journal, hashes
@@ -30,44 +31,29 @@ _MEMORY = "memory.safetensors"
 _CONFIG = "config.pbtxt"
 
 
-class Classifier:
-    """One classifier of a repository: its head versions and the one that serves."""
+class Classifier(Backbone):
+    """One classifier of a repository, on its backbone: its head versions and the one that serves."""
 
     def __init__(self, repository: ModelRepository, name: str) -> None:
-        self.repository = repository
-        self.store = repository.store
+        stored = repository.stored_on(name)
+        tokenizer, backbone = _steps(repository, name) if stored is None else (None, f"{stored}_backbone")
+        super().__init__(repository, backbone.removesuffix("_backbone"))
+        self.tokenizer_model = tokenizer or self.tokenizer_model
+        self.backbone_model = backbone
         self.name = name
+        self.in_store = stored is not None
         self.head_model = f"{name}_head"
-        steps = repository.config(name).ensemble_scheduling.step
-        try:
-            self.tokenizer_model, self.backbone_model = str(steps[0].model_name), str(steps[1].model_name)
-        except IndexError:
-            raise RepositoryError(
-                f"{repository.location}/{name}/{_CONFIG} is no classifier: it has no three steps"
-            ) from None
-        self.backbone: str = self.backbone_model.removesuffix("_backbone")
-        self.features_model = f"{self.backbone}_features"
         self.journal = Journal(self.store, f"{name}.journal")
 
     @property
-    def root(self) -> Path:
-        """The repository's folder; InputError where it lies in an object store."""
-        return self.repository.root
+    def ensemble(self) -> str:
+        """The Triton model that answers for it: its own, or that of the store."""
+        return self.any_model if self.in_store else self.name
 
     @property
-    def backbone_path(self) -> Path:
-        """The backbone's ONNX file, on this machine."""
-        return self.store.local(f"{self.backbone_model}/1/{_MODEL}")
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer's JSON file, on this machine."""
-        return self.store.local(f"{self.tokenizer_model}/1/tokenizer.json")
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the backbone, as its configuration states it."""
-        value: str = self.repository.config(self.backbone_model).parameters["fingerprint"].string_value
-        return value
+    def address(self) -> str:
+        """What ``TritonServer.classify`` and others take: ``NAME``, or ``ENSEMBLE/NAME`` in a store."""
+        return f"{self.any_model}/{self.name}" if self.in_store else self.name
 
     def versions(self) -> tuple[int, ...]:
         """Head versions that are there, ascending."""
@@ -209,6 +195,16 @@ class Classifier:
 
     def _take_away(self, versions: Sequence[int]) -> None:
         self.store.take_away([f"{self.head_model}/{version}" for version in versions])
+
+
+def _steps(repository: ModelRepository, name: str) -> tuple[str, str]:
+    steps = repository.config(name).ensemble_scheduling.step
+    try:
+        return str(steps[0].model_name), str(steps[1].model_name)
+    except IndexError:
+        raise RepositoryError(
+            f"{repository.location}/{name}/{_CONFIG} is no classifier: it has no three steps"
+        ) from None
 
 
 def version_numbers(names: Sequence[str]) -> tuple[int, ...]:

@@ -18,9 +18,13 @@ from patcher.errors import Busy, RepositoryError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from filelock import BaseFileLock
+
 __all__ = ["Disk", "flush_folder", "flush_tree", "read_bytes", "replace", "storage"]
 
 _LOCK_FILE = ".patcher.lock"
+_WORKING = ".patcher-working"
+"""Is there for as long as somebody holds the lock, and longer where they were killed."""
 _STAGING = ".patcher-staging-"
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
@@ -77,7 +81,7 @@ class Disk:
         """A file's content, None where there is none."""
         try:
             return (self.root / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise RepositoryError(f"cannot read {self.root / name}: {error.strerror or error}") from error
@@ -173,31 +177,47 @@ class Disk:
 
         lock = filelock.FileLock(self.root / _LOCK_FILE)
         with storage(self.root):
-            seen, deadline = self._progress(), time.monotonic() + timeout
-            while True:
-                try:
-                    lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
-                    break
-                except filelock.Timeout as error:
-                    # A queue of patchers that get on is no reason to give up.
-                    if (now := self._progress()) != seen:
-                        seen, deadline = now, time.monotonic() + timeout
-                    elif time.monotonic() >= deadline:
-                        raise Busy(
-                            f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
-                            "is done"
-                        ) from error
+            try:
+                lock.acquire(timeout=0)  # what others get on with is looked at only where there are any
+            except filelock.Timeout:
+                self._wait(lock, timeout)
+        working = self.root / _WORKING
         try:
-            self._sweep()
-            yield ""
+            with storage(self.root):
+                if working.exists():
+                    self._sweep()
+                working.touch()
+            try:
+                yield ""
+            finally:
+                working.unlink(missing_ok=True)
         finally:
             lock.release()
+
+    def _wait(self, lock: BaseFileLock, timeout: float) -> None:
+        import filelock
+
+        seen, deadline = self._progress(), time.monotonic() + timeout
+        while True:
+            try:
+                lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
+                return
+            except filelock.Timeout as error:
+                # A queue of patchers that get on is no reason to give up.
+                if (now := self._progress()) != seen:
+                    seen, deadline = now, time.monotonic() + timeout
+                elif time.monotonic() >= deadline:
+                    raise Busy(
+                        f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
+                        "is done"
+                    ) from error
 
     def _progress(self) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in self.root.glob(_JOURNALS)}
 
     def _sweep(self) -> None:
-        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed.
+        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. They are
+        # looked for only after such a one: there may be thousands of heads to look into.
         for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
             for leftover in self.root.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -65,8 +65,9 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         f"{location}: {len(names)} classifiers ({', '.join(names)})" if names else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
+    seen: set[str] = set()
     for name in names:
-        yield from _on_disk(repository, name)
+        yield from _on_disk(repository, name, seen)
     if server is None:
         yield Check(
             "server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
@@ -131,7 +132,8 @@ def _package(name: str, missing: str, why: str) -> Check:
         return Check(name, missing, f"not installed; {why}")
 
 
-def _on_disk(repository: ModelRepository, name: str) -> Iterator[Check]:
+def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:
+    """What lies there of one classifier; a backbone that is in ``seen`` is not looked at again."""
     try:
         classifier = repository.classifier(name)
         serving, versions = classifier.serving(), classifier.versions()
@@ -144,8 +146,10 @@ def _on_disk(repository: ModelRepository, name: str) -> Iterator[Check]:
     yield from faults
     yield _journal(classifier)
     yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves")
-    yield _backbone(classifier)
-    yield _local_answer(classifier)
+    if classifier.backbone_model not in seen:
+        seen.add(classifier.backbone_model)
+        yield _backbone(classifier)
+        yield _local_answer(classifier)
 
 
 def _journal(classifier: Classifier) -> Check:

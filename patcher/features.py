@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patcher.repository import Classifier
+    from patcher.backbone import Backbone
     from patcher.triton.client import TritonServer
 
 __all__ = ["check_same_backbone", "extract_features"]
 
 
 def extract_features(
-    classifier: Classifier,
+    backbone: Backbone,
     texts: Sequence[str],
     server: TritonServer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Features FP32 ``[n, width]`` of ``texts``, through ``server`` or else by local ONNX Runtime.
+    """Features FP32 ``[n, width]`` of ``texts`` by a backbone (a classifier's, too): through ``server``, or else here.
 
     Raises
     ------
@@ -37,23 +37,23 @@ def extract_features(
         when features come out that are not finite numbers.
     """
     if server is None:
-        features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(texts, progress)
+        features = Encoder(backbone.backbone_path, backbone.tokenizer_path).encode(texts, progress)
     else:
-        check_same_backbone(classifier, server)
-        features = server.features(classifier.features_model, texts)
+        check_same_backbone(backbone, server)
+        features = server.features(backbone.features_model, texts)
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
         raise RepositoryError(f"the backbone gives features that are not finite for {texts[bad]!r:.80}")
     return features
 
 
-def check_same_backbone(classifier: Classifier, server: TritonServer) -> None:
+def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
     """ServerError where the server's backbone is not the repository's."""
-    ours = classifier.fingerprint()
-    theirs = server.model_config(classifier.backbone_model).parameters["fingerprint"].string_value
+    ours = backbone.fingerprint()
+    theirs = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
     if ours != theirs:
         raise ServerError(
             f"the server at {server.url} serves backbone {theirs[:12] or 'without a fingerprint'}, the repository "
-            f"{classifier.repository.location} holds {ours[:12]}: expected one and the same; does --repo name the "
+            f"{backbone.repository.location} holds {ours[:12]}: expected one and the same; does --repo name the "
             "server's repository?"
         )

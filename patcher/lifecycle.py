@@ -32,7 +32,8 @@ class Entry:
 
     def what(self) -> str:
         """The change in a few words."""
-        added = [f"+{label}" for label in self.lineage.added] if self.lineage.parent else ["exported"]
+        first = "exported" if self.lineage.method == "export" else "new"
+        added = [f"+{label}" for label in self.lineage.added] if self.lineage.parent else [first]
         removed = [f"-{label}" for label in self.lineage.removed]
         renamed = [f"{old} -> {new}" for old, new in self.lineage.renamed]
         return ", ".join([*added, *removed, *renamed])

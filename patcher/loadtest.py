@@ -211,8 +211,8 @@ def load_test(
 
     ``texts`` are sent over and over, in order; ``window`` is the length in seconds of each of the three windows of
     a measurement. ``rounds`` repeats all of it. ``progress`` hears what is measured next. A model may be
-    ``NAME@HOST:PORT`` (gRPC): then another server is asked for it. ``inputs`` holds rows of perf_analyzer's input
-    file for models that do not take texts.
+    ``NAME@HOST:PORT`` (gRPC): then another server is asked for it; ``ENSEMBLE/NAME`` is a classifier
+    in a head store. ``inputs`` holds rows of perf_analyzer's input file for models that do not take texts.
 
     Raises
     ------
@@ -234,10 +234,11 @@ def load_test(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patcher-load-")))
         benches = {}
         for number, model in enumerate(models):
-            name, _, url = model.partition("@")
+            address, _, url = model.partition("@")
+            name, _, classifier = address.partition("/")
             asked = stack.enter_context(TritonServer(url, tls=server.tls)) if url else server
             bench = _Bench(asked, analyzer, folder / str(number), window, model)
-            bench.write_rows((inputs or {}).get(model) or _text_rows(texts))
+            bench.write_rows((inputs or {}).get(model) or _text_rows(texts, classifier))
             benches[model] = (bench, name, _steps(asked, name))
         for load in loads:
             for turn in range(rounds):
@@ -388,10 +389,11 @@ class _Bench:
         return ToolError(f"perf_analyzer ended without a result for {model} under {load}: {' '.join(lines[-3:])}")
 
 
-def _text_rows(texts: Sequence[str]) -> list[dict[str, Any]]:
+def _text_rows(texts: Sequence[str], classifier: str = "") -> list[dict[str, Any]]:
     if not texts:
         raise InputError("no texts to send; expected at least one")
-    return [{"text": [text]} for text in texts[:_MOST_TEXTS]]
+    named = {"classifier": [classifier]} if classifier else {}
+    return [{"text": [text], **named} for text in texts[:_MOST_TEXTS]]
 
 
 def _children_seconds() -> float:

@@ -75,14 +75,14 @@ def replicas(url: str) -> list[str]:
     return sorted(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)
 
 
-def probe_replica(replica: str, classifier: str, texts: Sequence[str], tls: ClientTls | None) -> Probe:
+def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[str], tls: ClientTls | None) -> Probe:
     """Ask one replica: its version, its number of labels, how long an answer takes, and what it says of ``texts``."""
     try:
         with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
             start = time.perf_counter()
-            (answer,) = server.classify(classifier, [PROBE_TEXT])
+            (answer,) = server.classify(address, [PROBE_TEXT])
             seconds = time.perf_counter() - start
-            sample = server.classify(classifier, texts)
+            sample = server.classify(address, texts)
     except PatcherError:
         return Probe(replica, classifier, up=False)
     scopes = tuple(each.in_scope for each in sample if each.in_scope is not None)
@@ -92,12 +92,14 @@ def probe_replica(replica: str, classifier: str, texts: Sequence[str], tls: Clie
 
 def _probes(targets: Targets) -> list[Probe]:
     jobs = []
+    repository = targets.repository
+    names = [(name, repository.classifier(name).address if repository else name) for name in targets.classifiers]
     for url in targets.urls:
         tls = targets.tls
         if tls is not None and tls.server_name is None:
             # The replicas are reached by address, while the certificate is made out to the name.
             tls = dataclasses.replace(tls, server_name=url.rpartition(":")[0].strip("[]"))
-        jobs += [(each, name, targets.texts, tls) for each in replicas(url) for name in targets.classifiers]
+        jobs += [(each, *name, targets.texts, tls) for each in replicas(url) for name in names]
     if not jobs:
         return []
     with ThreadPoolExecutor(min(len(jobs), 16)) as pool:

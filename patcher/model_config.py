@@ -1,4 +1,4 @@
-"""Typed descriptions of the five Triton models of a classifier, and their ``config.pbtxt``.
+"""Typed descriptions of the Triton models of a classifier and of a head store, and their ``config.pbtxt``.
 
 Descriptions become protobuf messages and the messages become text: nothing here pastes strings. Every output is
 declared, because a Triton ensemble over an auto-completed model can answer "loaded" and be gone (each output of the
@@ -22,6 +22,7 @@ __all__ = [
     "Serving",
     "Step",
     "Tensor",
+    "any_config",
     "backbone_config",
     "classifier_config",
     "features_config",
@@ -31,6 +32,7 @@ __all__ = [
     "render",
     "serving_of",
     "share_of",
+    "store_config",
     "tokenizer_config",
     "with_pin",
     "with_response_cache",
@@ -93,6 +95,7 @@ class ModelConfig:
 
 _SHARE = "percent"
 _TEXT = Tensor("text", "STRING", (1,))
+_CLASSIFIER = Tensor("classifier", "STRING", (1,))
 _ANSWER = (
     Tensor("label", "STRING", (-1,)),
     Tensor("score", "FP32", (-1,)),
@@ -176,6 +179,31 @@ def head_config(name: str, width: int, version: int) -> ModelConfig:
         # One core is plenty for a few small matrix products, and more threads would fight the backbone's for theirs.
         parameters={"intra_op_thread_count": "1"},
     )
+
+
+def store_config(name: str, width: int, backbone: str) -> ModelConfig:
+    """Features and a classifier's name to its answer: one process for all heads of a backbone that are stored.
+
+    Its model.py lies beside it; ``backbone`` names the one whose heads it serves.
+    """
+    return ModelConfig(
+        name,
+        (_features(width), _CLASSIFIER),
+        _ANSWER,
+        backend="python",
+        instances=1,
+        kind="CPU",
+        dynamic_batching=True,
+        parameters={"backbone": backbone},
+    )
+
+
+def any_config(name: str, tokenizer: str, backbone: str, store: str, token_inputs: Sequence[str]) -> ModelConfig:
+    """The ensemble text, classifier -> label, score, logits, head_version, in_scope of a store's classifiers."""
+    answer = {tensor.name: tensor.name for tensor in _ANSWER}
+    taken = {"features": "features", "classifier": "classifier"}
+    steps = (*_encode_steps(tokenizer, backbone, token_inputs), Step(store, taken, answer))
+    return ModelConfig(name, (_TEXT, _CLASSIFIER), _ANSWER, steps=steps)
 
 
 def _encode_steps(tokenizer: str, backbone: str, token_inputs: Sequence[str]) -> tuple[Step, Step]:

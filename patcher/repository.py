@@ -13,6 +13,7 @@ How that is done in a folder and in an object store is ``patcher.store``'s.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -20,19 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
+from patcher.backbone import Backbone
 from patcher.classifier import Classifier, version_files, version_numbers
 from patcher.errors import InputError, RepositoryError
 from patcher.journal import Journal
-from patcher.store import Store, open_store
+from patcher.store import Store, is_url, open_store
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from patcher.head import Head
     from patcher.memory import Memory
 
-__all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name"]
+__all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
 
 FORMAT = 1
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
@@ -42,10 +44,13 @@ CANARY = "_canary"
 
 _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_ROLES = ("_head", "_features", "_tokenizer", "_backbone", CANARY)
+_ROLES = ("_head", "_features", "_tokenizer", "_backbone", "_heads", "_any", CANARY)
 _MODEL = "model.onnx"
 _JOURNAL = ".journal"
 _CONFIG = "config.pbtxt"
+_STORE = "store"
+"""Beside the versions of a head that a store serves: the name of the store's backbone."""
+_NAMED_IN_ERRORS = 8
 
 
 def check_name(name: str) -> str:
@@ -57,6 +62,14 @@ def check_name(name: str) -> str:
     if name.endswith(_ROLES):
         raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
     return name
+
+
+def holds(store: Store, name: str) -> bool:
+    """Whether there is a classifier ``name`` in a store, which need hold no repository."""
+    head = f"{name}_head"
+    if _NAME.fullmatch(name) is None or not store.has(f"{head}/{_CONFIG}"):
+        return False
+    return store.has(f"{name}/{_CONFIG}") or store.has(f"{head}/{_STORE}")
 
 
 @dataclass(frozen=True)
@@ -147,23 +160,63 @@ class ModelRepository:
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        names = {name.split("/")[0] for name in self.store.glob(f"*/{_CONFIG}")}
-        return tuple(sorted(name for name in names if f"{name}_head" in names))
+        models = {name.split("/")[0] for name in self.store.glob(f"*/{_CONFIG}")}
+        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{_STORE}")}
+        names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
+        own = {name for name in names if name in models or f"{name}_head" in stored}
+        return tuple(sorted(filter(_NAME.fullmatch, own)))
+
+    def stored_on(self, name: str) -> str | None:
+        """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own.
+
+        Raises InputError where the repository lies where no head store can read its heads.
+        """
+        mark = self.store.find(f"{name}_head/{_STORE}")
+        if mark is None:
+            return None
+        self.require_folder()
+        return mark.decode("utf-8", "replace").strip()
+
+    def require_folder(self) -> None:
+        """InputError where the repository is no folder: a head store reads heads there that Triton would not fetch."""
+        if is_url(self.location):
+            raise InputError(
+                f"{self.location} is no folder: a head store reads its heads from one, and cannot be served from an "
+                "object store; expected classifiers with an ensemble of their own there (without --in-store)"
+            )
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""
+        # One that is named is looked for alone: a store may hold thousands.
+        if name is not None and holds(self.store, name):
+            return Classifier(self, name)
         names = self.classifiers()
         if name is None:
             names = tuple(each for each in names if not each.endswith(CANARY))
             if len(names) != 1:
-                found = f"{len(names)} classifiers ({', '.join(names)})" if names else "no classifier"
+                found = f"{len(names)} classifiers ({_some(names)})" if names else "no classifier"
                 raise InputError(f"{self.location} holds {found}; expected --classifier NAME with one of them")
             return Classifier(self, names[0])
-        if name not in names:
-            raise InputError(
-                f"no classifier {check_name(name)!r} in {self.location}; it holds {', '.join(names) or 'none'}"
-            )
-        return Classifier(self, name)
+        raise InputError(
+            f"no classifier {check_name(name)!r} in {self.location}; it holds {_some(names, name) or 'none'}"
+        )
+
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones, sorted."""
+        found = self.store.glob(f"*_features/{_CONFIG}")
+        return tuple(sorted(name.split("/")[0].removesuffix("_features") for name in found))
+
+    def backbone(self, name: str | None = None) -> Backbone:
+        """One backbone by name; without a name the only one there is."""
+        if name is not None and self.has_backbone(check_name(name)):
+            return Backbone(self, name)
+        names = self.backbones()
+        if name is None and len(names) == 1:
+            return Backbone(self, names[0])
+        if name is None:
+            found = f"{len(names)} backbones ({_some(names)})" if names else "no backbone"
+            raise InputError(f"{self.location} holds {found}; expected --backbone NAME with one of them")
+        raise InputError(f"no backbone {name!r} in {self.location}; it holds {_some(names, name) or 'none'}")
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
@@ -200,7 +253,7 @@ class ModelRepository:
         """Add a backbone with its tokenizer and features ensemble under ``name``; the lock must be held."""
         check_name(name)
         parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
-        self._refuse_existing(parts["features"])
+        self.refuse_existing(parts["features"])
         configs = (
             model_config.tokenizer_config(parts["tokenizer"], files.token_inputs, files.device),
             model_config.backbone_config(
@@ -212,7 +265,7 @@ class ModelRepository:
         )
         contents: dict[str, dict[str, bytes | Path]] = {
             parts["tokenizer"]: {
-                "1/model.py": _tokenizer_source(),
+                "1/model.py": _source("tokenizer"),
                 "1/tokenizer.json": files.tokenizer_json.encode(),
             },
             parts["backbone"]: {f"1/{_MODEL}": files.model},
@@ -220,35 +273,82 @@ class ModelRepository:
         }
         self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
 
+    def add_store(self, backbone: Backbone) -> None:
+        """Add the head store of a backbone, which serves any number of classifiers; the lock must be held.
+
+        Raises InputError for a repository that is no folder.
+        """
+        self.require_folder()
+        configs = (
+            model_config.store_config(backbone.store_model, backbone.width(), backbone.backbone),
+            model_config.any_config(
+                backbone.any_model,
+                backbone.tokenizer_model,
+                backbone.backbone_model,
+                backbone.store_model,
+                backbone.token_inputs(),
+            ),
+        )
+        contents: dict[str, dict[str, bytes | Path]] = {
+            backbone.store_model: {"1/model.py": _source("heads")},
+            backbone.any_model: {},
+        }
+        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
+
+    def stores(self) -> tuple[str, ...]:
+        """Names of the backbones that have a head store, sorted."""
+        return tuple(name for name in self.backbones() if self.has_store(name))
+
+    def has_store(self, backbone: str) -> bool:
+        """Whether a backbone has a complete head store (its ensemble is moved in last)."""
+        return self.store.has(f"{backbone}_any/{_CONFIG}")
+
+    def remove_store(self, backbone: Backbone) -> None:
+        """Take a head store's models out again."""
+        self.store.take_away([backbone.any_model, backbone.store_model])
+
     def add_classifier(
-        self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, share: float | None = None
+        self,
+        name: str,
+        head: Head,
+        memory: Memory | None = None,
+        *,
+        backbone: str,
+        in_store: bool = False,
+        share: float | None = None,
     ) -> Classifier:
         """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
 
+        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own;
         ``share`` makes it the canary of another, for that many per cent of the requests.
         """
         check_name(name if share is None else name.removesuffix(CANARY))
-        self._refuse_existing(name)
+        self.refuse_existing(name)
         if len(version_numbers(self.store.glob(f"{name}_head/*/{_MODEL}"))) > 1:
             raise RepositoryError(
                 f"{self.location}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that "
                 "file, or move the folder away first"
             )
-        token_inputs, width, fingerprint = self._backbone(backbone)
+        base = self.backbone(backbone)
+        width, fingerprint = base.width(), base.fingerprint()
+        if in_store and not self.has_store(backbone):
+            raise InputError(f"the backbone {backbone} has no head store; `patcher new-classifier --in-store` adds one")
         if (head.width, head.lineage.backbone) != (width, fingerprint):
             raise RepositoryError(
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
         version = head.lineage.version
-        configs = (
-            model_config.head_config(f"{name}_head", head.width, version),
-            model_config.classifier_config(
-                name, f"{backbone}_tokenizer", f"{backbone}_backbone", f"{name}_head", token_inputs, share
-            ),
-        )
+        configs = [model_config.head_config(f"{name}_head", head.width, version)]
+        mark = {_STORE: f"{backbone}\n".encode()} if in_store else {}
+        if not in_store:
+            configs.append(
+                model_config.classifier_config(
+                    name, base.tokenizer_model, base.backbone_model, f"{name}_head", base.token_inputs(), share
+                )
+            )
         versions = {f"{version}/{file}": data for file, data in version_files(head, memory).items()}
-        contents: dict[str, dict[str, bytes | Path]] = {f"{name}_head": {**versions}, name: {}}
+        contents: dict[str, dict[str, bytes | Path]] = {f"{name}_head": {**mark, **versions}, name: {}}
         self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
         # Of a classifier that was here before under this name, and whose folders somebody took away.
         self.store.remove(f"{name}{_JOURNAL}")
@@ -267,13 +367,6 @@ class ModelRepository:
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
         return self.store.has(f"{name}_features/{_CONFIG}")
-
-    def _backbone(self, name: str) -> tuple[tuple[str, ...], int, str]:
-        if not self.has_backbone(check_name(name)):
-            raise InputError(f"no backbone {name!r} in {self.location}")
-        message = self.config(f"{name}_backbone")
-        tokens = tuple(tensor.name for tensor in message.input)
-        return tokens, int(message.output[0].dims[0]), message.parameters["fingerprint"].string_value
 
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
@@ -302,9 +395,18 @@ class ModelRepository:
                 self.store.replace(f"{model}/{_CONFIG}", data)
             raise
 
-    def _refuse_existing(self, name: str) -> None:
-        if self.store.has(f"{name}/{_CONFIG}"):
+    def refuse_existing(self, name: str) -> None:
+        """InputError where ``name`` is taken."""
+        if self.store.has(f"{name}/{_CONFIG}") or self.store.has(f"{name}_head/{_STORE}"):
             raise InputError(f"{name} is in {self.location} already; choose another name, or remove its folders first")
+
+
+def _some(names: Sequence[str], wanted: str | None = None) -> str:
+    """The names, or those like ``wanted`` and a few more where there are many."""
+    if len(names) <= _NAMED_IN_ERRORS:
+        return ", ".join(names)
+    near = difflib.get_close_matches(wanted, names, 3) if wanted else []
+    return ", ".join(dict.fromkeys([*near, *names[:3]])) + f" … {len(names)} in all"
 
 
 def _format() -> bytes:
@@ -317,5 +419,5 @@ def _config_files(config: model_config.ModelConfig) -> dict[str, bytes | Path]:
     return {**keep, _CONFIG: model_config.render(config).encode()}
 
 
-def _tokenizer_source() -> bytes:
-    return (Path(__file__).parent / "triton" / "tokenizer" / "model.py").read_bytes()
+def _source(model: str) -> bytes:
+    return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()

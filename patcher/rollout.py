@@ -32,6 +32,7 @@ __all__ = [
     "require_live",
     "roll_back",
     "roll_out",
+    "serve",
     "set_aside",
     "validate",
 ]
@@ -66,9 +67,9 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
     """
     check_same_backbone(classifier, server)
-    if not server.is_ready(classifier.name):
-        raise ServerError(f"the server's {classifier.name} is not ready")
-    (answer,) = server.classify(classifier.name, [text])
+    if not server.is_ready(classifier.ensemble):
+        raise ServerError(f"the server's {classifier.ensemble} is not ready")
+    (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(
             f"the server answers from head version {answer.head_version}; expected {head.lineage.version}. "
@@ -145,9 +146,9 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
             replicas = present(server)
             for number, wave in enumerate(waves(replicas)):
                 asked += wave
-                each(wave, lambda replica: _serve(classifier, head, replica))
+                each(wave, lambda replica: serve(classifier, head, replica))
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
-                    watch(classifier.name, wave[0], server.watch_seconds)
+                    watch(classifier.ensemble, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
     except BaseException as error:
         if not isinstance(error, LockLost) and classifier.serving() != previous:
@@ -166,8 +167,14 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
     return Switch(version, previous, served=server is not None)
 
 
-def _serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
-    replica.load(classifier.head_model)
+def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
+    """Have ``replica`` serve ``head``, which is pinned, and prove that it does; ServerError where it does not."""
+    if not classifier.in_store:
+        replica.load(classifier.head_model)
+    if not replica.is_ready(classifier.ensemble):
+        replica.load(classifier.ensemble)  # a classifier, or a store, that was made after the server started
+    if classifier.in_store:
+        replica.refresh(classifier.store_model, classifier.name, head.width)
     probe(classifier, head, replica)
 
 
@@ -175,7 +182,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     previous = classifier.serving()
     try:
         head = classifier.head(previous)
-        each(asked, lambda replica: _serve(classifier, head, replica))
+        each(asked, lambda replica: serve(classifier, head, replica))
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
@@ -232,7 +239,7 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
 
 def _serve_all(classifier: Classifier, version: int, server: TritonServer | None) -> None:
     head = classifier.head(version)
-    each(present(server), lambda replica: _serve(classifier, head, replica))
+    each(present(server), lambda replica: serve(classifier, head, replica))
 
 
 def _undo(classifier: Classifier, published: int | None) -> str:
@@ -267,7 +274,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
             found[replica.url] = "agreed"
         except PatcherError:
             try:
-                _serve(classifier, head, replica)
+                serve(classifier, head, replica)
                 found[replica.url] = "caught up"
             except PatcherError as error:
                 found[replica.url] = f"failed: {error}"

@@ -113,7 +113,10 @@ def tune(
         copy = ModelRepository(root).classifier(classifier.name)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
-        with EmbeddedTriton(root, [copy.name], log_file=Path(name) / "triton.log") as triton, triton.client() as server:
+        with (
+            EmbeddedTriton(root, [copy.ensemble], log_file=Path(name) / "triton.log") as triton,
+            triton.client() as server,
+        ):
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))
             before, best, trials = search.run(seconds)
             gain, throughput = search.versus(best, before) if best != before else (1.0, search.measure(before))
@@ -202,8 +205,8 @@ class _Search:
                 (self.classifier.root / model / "config.pbtxt").write_text(text, encoding="utf-8")
                 self.server.load(model)
             self.loaded = serving
-            self.server.classify(self.classifier.name, self.texts[:32])
+            self.server.classify(self.classifier.address, self.texts[:32])
         (found,) = load_test(
-            self.server, [self.classifier.name], self.texts, [Load(concurrency=self.concurrency)], window=_WINDOW
+            self.server, [self.classifier.address], self.texts, [Load(concurrency=self.concurrency)], window=_WINDOW
         )
         return found.throughput

@@ -87,7 +87,8 @@ def test_compose_reserves_a_gpu_and_waits_for_the_classifier() -> None:
 @pytest.fixture
 def container(tmp_path: Path) -> dict[str, str]:
     """The environment of a container with a repository, and a tritonserver and patcher that print what they get."""
-    for model in ("intent", "intent_head", "intent_features", "topic", "topic_head"):
+    models = ("intent", "intent_head", "intent_features", "topic", "topic_head", "stored_head")
+    for model in (*models, "intent_heads", "intent_any"):
         (tmp_path / "models" / model).mkdir(parents=True)
         (tmp_path / "models" / model / "config.pbtxt").touch()
     (tmp_path / "bin").mkdir()
@@ -112,12 +113,13 @@ def enter(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
 def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str, str]) -> None:
     arguments = enter(container, "--log-verbose=1").stdout.split()
     loaded = [argument for argument in arguments if argument.startswith("--load-model=")]
-    assert loaded == ["--load-model=intent", "--load-model=topic", "--load-model=intent_features"]
+    names = ["intent", "topic", "intent_any", "intent_features"]  # a head in the store is no model of its own
+    assert loaded == [f"--load-model={name}" for name in names]
     assert "--model-control-mode=explicit" in arguments
     assert f"--grpc-restricted-protocol=model-repository,trace,logging:admin-key={KEY}" in arguments
     assert f"--http-restricted-api=model-repository,trace,logging:admin-key={KEY}" in arguments
     assert "--log-verbose=1" in arguments
-    assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == ["intent", "topic"]
+    assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == names[:3]
 
 
 def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str, str], tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill
 
 from patcher import (
+    Examples,
     Fleet,
+    FoundingSettings,
     ModelRepository,
     NotServed,
     PatchSettings,
@@ -29,6 +31,7 @@ from patcher import (
     doctor,
     history,
     lease,
+    new_classifier,
     prune,
     rollback,
     sync,
@@ -576,6 +579,48 @@ class TestFaults:
             remote.store.read("nothing")
         assert isinstance(remote.store, ObjectStore)
         assert issubclass(LockLost, StorageError)
+
+
+class TestNewClassifier:
+    """One with an ensemble of its own goes there; a head store, which reads a folder, does not."""
+
+    def examples(self):
+        pairs = [(text, label) for label in tiny.NEW for text in tiny.sentences(label, 12, seed=3)]
+        return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
+
+    @pytest.mark.server
+    def test_with_an_ensemble_of_its_own(self, remote, tmp_path):
+        with triton(remote, tmp_path) as replica, replica.client() as client:
+            assert new_classifier(remote.repository, "topics", self.examples(), server=client).served
+            assert client.classify("topics", TEN)[0].head_version == 1
+        assert ModelRepository(URL).classifiers() == ("intent", "topics")
+        assert faults() == []
+
+    def test_in_a_head_store_is_refused(self, remote, tmp_path, capsys):
+        before = objects()
+        pairs = {label: tiny.sentences(label, 12) for label in tiny.NEW}
+        file = tiny.write_csv(tmp_path / "topics.csv", pairs)
+        code = main(["new-classifier", "topics", "--train", str(file), "--in-store", "--no-load", "--repo", URL])
+        assert (code, "a head store reads its heads from one" in capsys.readouterr().err) == (2, True)
+        with remote.repository.lock(), pytest.raises(InputError, match="is no folder"):
+            remote.repository.add_store(remote.repository.backbone())
+        assert objects() == before
+
+    def test_one_that_was_copied_there_is_not_served(self, remote, tmp_path, capsys):
+        root = tmp_path / "model_repository"
+        remote.store.copy_to(root)
+        new_classifier(ModelRepository(root), "stored", self.examples(), settings=FoundingSettings(in_store=True))
+        for path in root.rglob("*"):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and name.startswith(("intent_any/", "intent_heads/", "stored")):
+                Bucket(URL).put(name, path.read_bytes(), None)
+        assert ModelRepository(URL).classifiers() == ("intent", "stored")
+        for verb in (["serve"], ["labels", "--classifier", "stored"]):
+            assert main([*verb, "--repo", URL]) == 2
+            assert "cannot be served from an object store" in capsys.readouterr().err
+        assert [check.what for check in faults()] == ["stored"]
+        # The others are not held up.
+        assert add_label(remote.repository, "payday", TEN, classifier="intent").version == 2
 
 
 class TestExport:

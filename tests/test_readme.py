@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
     checkpoints.save_checkpoint(folder / "my-finetuned-bert")
     train = {label: [text for text, own in checkpoints.TRAIN if own == label] for label in checkpoints.LABELS}
     tiny.write_csv(folder / "train.csv", train)
+    for name in ("topics.csv", "customer-17.csv"):
+        tiny.write_csv(folder / name, train)
     lost = [
         f"{start} {thing} {end}"
         for start in ("I lost", "help,")
@@ -70,7 +72,7 @@ def test_the_snippets_run_in_order(folder):
                     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
                     assert any(printed.startswith("ready") for printed in server.stdout)
                     continue
-                extra = ["--force"] if words[1] == "add-label" else []
+                extra = ["--force"] if words[1] in ("add-label", "new-classifier") else []
                 done = subprocess.run(
                     [str(BIN / "patcher"), *words[1:], *extra],
                     cwd=folder, env=environment, capture_output=True, text=True, check=False,
@@ -80,7 +82,17 @@ def test_the_snippets_run_in_order(folder):
         if server:
             server.terminate()
             server.communicate(timeout=60)
-    assert {"export", "serve", "add-label", "classify", "rollback", "python", "merge-labels", "doctor"} <= set(ran)
+    assert {
+        "export",
+        "serve",
+        "add-label",
+        "classify",
+        "rollback",
+        "python",
+        "merge-labels",
+        "doctor",
+        "new-classifier",
+    } <= set(ran)
 
 
 def test_every_verb_is_told():
@@ -90,7 +102,7 @@ def test_every_verb_is_told():
 
 
 def test_no_figure_waits_to_be_filled_in():
-    for mark in ("demo", "quality", "road"):
+    for mark in ("demo", "quality", "road", "many"):
         body = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
         assert body, mark
         assert len(body[1]) > 200, mark

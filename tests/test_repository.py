@@ -92,8 +92,10 @@ def test_a_version_is_never_overwritten(classifier, tree):
 def test_leftovers_of_killed_processes_are_swept(classifier):
     for folder in (classifier.root, classifier.root / "intent_head"):
         (folder / ".patcher-staging-dead").mkdir()
+    (classifier.root / ".patcher-working").touch()  # as one that was killed leaves it
     with classifier.repository.lock():
         assert not list(classifier.root.rglob(".patcher-staging-*"))
+    assert not (classifier.root / ".patcher-working").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "1"}', '{"format": 0}', "not json"])
@@ -181,9 +183,12 @@ def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
     assert ready.wait(60)
     with pytest.raises(Busy, match="another patcher"), classifier.repository.lock(timeout=0.2):
         pass
+    left = classifier.root / "intent_head" / ".patcher-staging-dead"
+    left.mkdir()
     process.kill()
     process.join()
     with classifier.repository.lock(timeout=10):
+        assert not left.exists()
         assert classifier.serving() == 1
 
 

@@ -19,6 +19,7 @@ __all__ = ["main"]
 _VERBS = {
     "export": "export:export_command",
     "serve": "serve:serve_command",
+    "new-classifier": "new_classifier:new_classifier_command",
     "add-label": "add_label:add_label_command",
     "classify": "classify:classify_command",
     "labels": "versions:labels_command",
@@ -42,6 +43,7 @@ _VERBS = {
 _HELP = {
     "export": "A fine-tuned checkpoint into a model repository, once.",
     "serve": "A real Triton server on this machine.",
+    "new-classifier": "A classifier from labelled texts, on a backbone that is there.",
     "add-label": "New labels from a few examples, live.",
     "classify": "Ask the server.",
     "labels": "What a head version knows.",

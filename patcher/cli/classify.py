@@ -36,8 +36,7 @@ def classify_command(texts: tuple[str, ...], file: Path | None, settings: Settin
     else:
         texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
     with settings.server() as server:
-        name = settings.classifier_name or settings.classifier.name
-        answers = server.classify(name, texts)
+        answers = server.classify(settings.address, texts)
     if settings.json:
         settings.emit([_document(answer) for answer in answers])
         return

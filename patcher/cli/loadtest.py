@@ -65,8 +65,7 @@ def loadtest_command(
         concurrency = "1:8:3"
     loads = parse_loads(concurrency, request_rate)
     texts = read_examples(file).texts if file else _TEXTS
-    name = settings.classifier_name or settings.classifier.name
-    models = [name, *([against] if against else [])]
+    models = [settings.address, *([against] if against else [])]
     with settings.server() as server:
         found = load_test(
             server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)

@@ -55,6 +55,19 @@ class Settings:
         """The classifier named, or the only one."""
         return self.repository.classifier(self.classifier_name)
 
+    @property
+    def address(self) -> str:
+        """What the server is asked for; a name that no repository here holds is taken as it is given."""
+        from patcher.repository import holds
+        from patcher.store import is_url, open_store
+
+        name = self.classifier_name
+        if name is None:
+            return self.classifier.address
+        # Only a folder has a head store, so that elsewhere a name is an address, and nothing need be read.
+        here = not is_url(self.repo) and holds(open_store(self.repo), name)
+        return self.classifier.address if here else name
+
     def server(self) -> TritonServer:
         """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
         from patcher.fleet import Fleet, addresses

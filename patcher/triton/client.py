@@ -89,7 +89,8 @@ class TritonServer:
     """A Triton server at ``url`` (gRPC, HOST:PORT).
 
     ``admin_key`` goes along with model control, where the server restricts that; ``timeout`` in seconds bounds every
-    call; ``tls`` encrypts all of it and says whom to trust. Every method raises ServerUnreachable where nobody answers
+    call; ``tls`` encrypts all of it and says whom to trust. A classifier in a backbone's head store is asked for by its
+    address, ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers
     in time (TlsError where somebody does, but without the TLS asked for) and ServerRefused where the server says no;
     what it could not do otherwise is a ServerError.
     """
@@ -221,7 +222,7 @@ class TritonServer:
         """Whether the server serves ``model``, any version or the given one; False for one that it does not know."""
         try:
             with self._asked(f"say whether {model} is ready") as options:
-                return bool(self._client.is_model_ready(model, version, **options))
+                return bool(self._client.is_model_ready(_parts(model)[0], version, **options))
         except ServerRefused:
             return False
 
@@ -245,7 +246,7 @@ class TritonServer:
     def statistics(self, model: str = "") -> list[ModelStatistics]:
         """Counts and times of each served version of ``model``, or of all models."""
         with self._asked(f"tell the statistics of {model or 'its models'}") as options:
-            answer = self._client.get_inference_statistics(model, **options)
+            answer = self._client.get_inference_statistics(_parts(model)[0], **options)
         found = []
         for each in answer.model_stats:
             stats = each.inference_stats
@@ -268,8 +269,21 @@ class TritonServer:
         with self._asked(f"unload {model}") as options:
             self._client.unload_model(model, **options)
 
+    def refresh(self, store: str, classifier: str, width: int) -> None:
+        """Have a head store serve the version of ``classifier`` that the files pin; no other head is touched.
+
+        ``width`` is the number of features that the store takes. ServerRefused with the store's reason where it cannot.
+        """
+        import tritonclient.grpc as triton
+
+        features = triton.InferInput("features", [1, width], "FP32")
+        features.set_data_from_numpy(np.zeros((1, width), np.float32))
+        inputs = [features, _strings("classifier", [classifier.encode()])]
+        with self._asked(f"refresh {classifier} in {store}") as options:
+            self._client.infer(store, inputs, parameters={"refresh": True}, **options)
+
     def classify(self, classifier: str, texts: Sequence[str]) -> list[Answer]:
-        """The classifier's answer to each text, in the order given; texts of like length share a request.
+        """The answer of a classifier (its name or address) to each text; texts of like length share a request.
 
         Raises
         ------
@@ -309,18 +323,16 @@ class TritonServer:
         return [found[index] for index in range(len(encoded))]
 
     def _request(self, model: str, encoded: Sequence[bytes]) -> Any:
-        import tritonclient.grpc as triton
-
-        values = np.empty((len(encoded), 1), dtype=object)
-        values[:, 0] = encoded
-        tensor = triton.InferInput("text", list(values.shape), "BYTES")
-        tensor.set_data_from_numpy(values)
+        ensemble, classifier = _parts(model)
+        inputs = [_strings("text", encoded)]
+        if classifier:
+            inputs.append(_strings("classifier", [classifier.encode()] * len(encoded)))
         with self._asked(f"answer a request to {model}") as options:
-            return self._client.infer(model, [tensor], **options)
+            return self._client.infer(ensemble, inputs, **options)
 
     def _batch_size(self, model: str) -> int:
         if model not in self._batch_sizes:
-            self._batch_sizes[model] = max(self.model_config(model).max_batch_size, 1)
+            self._batch_sizes[model] = max(self.model_config(_parts(model)[0]).max_batch_size, 1)
         return self._batch_sizes[model]
 
 
@@ -331,6 +343,21 @@ def admin_headers(key: str | None) -> dict[str, str] | None:
     if not key or not key.isascii() or not key.isprintable() or key != key.strip():
         raise InputError("the admin key must be printable ASCII without blanks around it")
     return {"triton-grpc-protocol-admin-key": key}
+
+
+def _parts(address: str) -> tuple[str, str]:
+    model, _, classifier = address.partition("/")
+    return model, classifier
+
+
+def _strings(name: str, values: Sequence[bytes]) -> Any:
+    import tritonclient.grpc as triton
+
+    column = np.empty((len(values), 1), dtype=object)
+    column[:, 0] = values
+    tensor = triton.InferInput(name, list(column.shape), "BYTES")
+    tensor.set_data_from_numpy(column)
+    return tensor
 
 
 def _encoded(text: str) -> bytes:

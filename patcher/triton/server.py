@@ -360,7 +360,13 @@ def cache_options(repository: ModelRepository) -> list[str]:
 
 def _served_models(repository: ModelRepository) -> list[str]:
     classifiers = [repository.classifier(name) for name in repository.classifiers()]
-    names = [name for each in classifiers for name in (each.name, each.features_model)]
+    names = [name for each in classifiers for name in (each.ensemble, each.features_model)]
+    # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
+    names += [repository.backbone(name).features_model for name in repository.backbones()]
+    stores = repository.stores()
+    if stores:
+        repository.require_folder()
+    names += [repository.backbone(name).any_model for name in stores]
     return list(dict.fromkeys(names))
 
 

@@ -1,0 +1,120 @@
+"""``patcher new-classifier``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import Settings, common_options
+from patcher.cli.output import percent, seconds
+
+if TYPE_CHECKING:
+    from patcher.founding import NewClassifierReport
+
+_SHOWN = 5
+
+
+@click.command("new-classifier")
+@click.argument("name")
+@click.option("--backbone", metavar="NAME", help="The backbone that it stands on, if there are several.")
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="CSV, TSV, JSONL or Parquet with a text and a label column.",
+)
+@click.option("--in-store", is_flag=True, help="One of very many: the backbone's head store answers for it.")
+@click.option(
+    "--min-accuracy",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the held-out texts that must be answered right.",
+)
+@click.option(
+    "--memory",
+    "kind",
+    type=click.Choice(["features", "statistics"]),
+    default="features",
+    show_default=True,
+    help="Keep features of a few texts too, or nothing of any single text.",
+)
+@click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
+@click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
+@click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
+@common_options
+def new_classifier_command(
+    name: str,
+    backbone: str | None,
+    train: Path,
+    in_store: bool,
+    min_accuracy: float,
+    kind: str,
+    dry_run: bool,
+    force: bool,
+    no_load: bool,
+    settings: Settings,
+) -> None:
+    """Make the classifier NAME from labelled texts, on a backbone that is served already.
+
+    Fits the rows of all labels on the backbone's frozen features, judges them on texts that were held out, publishes
+    version 1, has the server load it, and proves that the server answers from it. Nothing is fine-tuned.
+
+    With --in-store all its answers come from one process that holds the heads of every such classifier; clients ask the
+    ensemble BACKBONE_any with `text` and `classifier`. Every verb but `canary` treats it like any other.
+
+    \b
+    patcher new-classifier topics --backbone intent --train topics.csv
+    patcher new-classifier customer-17 --backbone intent --train 17.csv --in-store
+    """
+    from patcher.examples import read_examples
+    from patcher.founding import FoundingSettings, new_classifier
+    from patcher.remembering import FEATURES_A_LABEL
+
+    if settings.classifier_name is not None:
+        raise click.UsageError("--classifier names one that is there; the new one's name is the argument NAME")
+    wishes = FoundingSettings(
+        in_store, min_accuracy, force, dry_run, per_label=FEATURES_A_LABEL if kind == "features" else 0
+    )
+    examples = read_examples(train)
+    # A dry run changes nothing, so it need not insist on a server: local files give the same features.
+    with nullcontext() if no_load or dry_run else settings.server() as server:
+        report = new_classifier(
+            settings.repository,
+            name,
+            examples,
+            backbone=backbone,
+            server=server,
+            settings=wishes,
+            progress=settings.progress("texts", len(examples)),
+        )
+    if settings.json:
+        settings.emit(report.to_json())
+    else:
+        _render(report, settings)
+
+
+def _render(report: NewClassifierReport, settings: Settings) -> None:
+    what = f"{report.classifier} on {report.backbone}, {report.labels} labels from {report.examples} texts"
+    if report.served:
+        done = f"{what}: version 1 serves"
+    elif report.published:
+        done = f"{what}: version 1 is published; no server was asked to load it"
+    else:
+        done = f"dry run: nothing published; {what}"
+    settings.say(done)
+    forced = " Published all the same, by --force." if report.gate == "forced" else ""
+    settings.say(f"gate      {report.sentence}{forced}")
+    for weak in report.weak[:_SHOWN]:
+        found = f"{percent(weak.recall, 0)} of {weak.support} found"
+        settings.say(f"weak      {weak.label}: {found}, most others answered {weak.instead}")
+    if len(report.weak) > _SHOWN:
+        settings.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
+    settings.say(f"asked     as {report.address}")
+    stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
+    settings.say(
+        f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB, memory {report.memory_bytes / 1e6:.1f} MB"
+    )

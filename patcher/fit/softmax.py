@@ -1,0 +1,132 @@
+"""All rows of a new head at once: multinomial logistic regression, its penalty chosen on held-out inputs.
+
+Softmax cross-entropy with a ridge on the rows is convex, so there is one answer, and no chance in it but which inputs
+are held out. The ridge is put on whitened features (``patcher.fit.model``): there the spread inside labels is the same
+in every direction, a penalty means the same for each of them, and some twenty steps are enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.fit.minimise import minimise
+from patcher.fit.model import Whitening, log_sum_exp, whitening
+from patcher.memory import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["PENALTIES", "SoftmaxFit", "fit_softmax", "hold_out"]
+
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""Tried from the strongest to the weakest, each starting where the one before ended."""
+
+_SHARE = 0.2
+_MOST = 20_000
+"""Inputs that the penalty is chosen on: more of them would tell the same."""
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class SoftmaxFit:
+    """Rows of all labels on all features, and those that the held-out inputs were judged with.
+
+    ``weight`` float32 ``[C, width]`` and ``bias`` ``[C]`` are fitted to all inputs; ``trial_weight`` and ``trial_bias``
+    to all but ``held_out`` INT64 ``[h]``, positions in the inputs, with the same ``penalty``.
+    """
+
+    weight: Floats
+    bias: Floats
+    penalty: float
+    held_out: Ints
+    trial_weight: Floats
+    trial_bias: Floats
+
+
+def hold_out(ids: Ints, share: float = _SHARE, most: int = _MOST, seed: int = 0) -> tuple[Ints, Ints]:
+    """Positions of inputs to fit and of inputs held out, a share of each label's; at most ``most`` together.
+
+    Of a label with two or more inputs at least one is on each side.
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(ids)
+    kept = np.maximum(np.minimum(counts, 2), np.floor(counts * min(1.0, most / len(ids))).astype(np.int64))
+    held = np.clip(np.round(kept * share).astype(np.int64), np.minimum(kept // 2, 1), None)
+    order = rng.permutation(len(ids))
+    order = order[np.argsort(ids[order], kind="stable")]
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    sorted_ids = ids[order]
+    apart = order[place < held[sorted_ids]]
+    fitted = order[(place >= held[sorted_ids]) & (place < kept[sorted_ids])]
+    return np.sort(fitted), np.sort(apart)
+
+
+def fit_softmax(features: Floats, ids: Ints, count: int) -> SoftmaxFit:
+    """Fit ``count`` labels to features float32 ``[n, width]`` with labels INT64 ``[n]``, two inputs a label at least.
+
+    The penalty is the one whose rows give the held-out inputs the least cross-entropy.
+    """
+    fitted, apart = hold_out(ids)
+    white = _whitening(features[fitted], ids[fitted], count)
+    points, held = (white.of(features[rows]).astype(np.float32) for rows in (fitted, apart))
+    best, chosen, least = np.zeros(0), PENALTIES[0], np.inf
+    rows = np.zeros((features.shape[1] + 1) * count)
+    for penalty in PENALTIES:
+        rows = minimise(_loss(points, ids[fitted], count, penalty), rows, tolerance=_TOLERANCE)
+        loss = _cross_entropy(_logits(held, rows, count), ids[apart])
+        if loss < least:
+            best, chosen, least = rows, penalty, loss
+    # With few inputs the spread inside labels is told better by all of them: the final fit has a whitening of its own.
+    whole = _whitening(features, ids, count)
+    every = whole.of(features).astype(np.float32)
+    rows = minimise(_loss(every, ids, count, chosen), np.zeros_like(best), tolerance=_TOLERANCE)
+    return SoftmaxFit(*_raw(whole, rows, count), chosen, apart, *_raw(white, best, count))
+
+
+def _whitening(features: Floats, ids: Ints, count: int) -> Whitening:
+    names = [str(number) for number in range(count)]
+    return whitening(Memory.build(features, ids, names, features.shape[1], per_label=0))
+
+
+def _loss(points: Floats, ids: Ints, count: int, penalty: float) -> Callable[[Doubles], tuple[float, Doubles]]:
+    """Mean cross-entropy plus ``penalty / 2 * |rows|^2``, and its slope, at rows and biases float64 ``[(r + 1) C]``."""
+    number, width = points.shape
+    places = np.arange(number)
+
+    def loss(rows: Doubles) -> tuple[float, Doubles]:
+        # Products in single precision, which halves their time; sums in double.
+        logits = _logits(points, rows, count)
+        weight = rows[: width * count]
+        value = _cross_entropy(logits, ids) + 0.5 * penalty * float(weight @ weight)
+        chances = np.exp(logits - log_sum_exp(logits)[:, None].astype(np.float32))
+        chances[places, ids] -= 1.0
+        slope = (chances.T @ points).astype(np.float64).ravel() / number + penalty * weight
+        return value, np.concatenate([slope, chances.sum(axis=0, dtype=np.float64) / number])
+
+    return loss
+
+
+def _logits(points: Floats, rows: Doubles, count: int) -> Floats:
+    weight = rows[:-count].reshape(count, -1).astype(np.float32)
+    logits: Floats = points @ weight.T + rows[-count:].astype(np.float32)
+    return logits
+
+
+def _cross_entropy(logits: Floats, ids: Ints) -> float:
+    return float((log_sum_exp(logits) - logits[np.arange(len(ids)), ids]).mean())
+
+
+def _raw(white: Whitening, rows: Doubles, count: int) -> tuple[Floats, Floats]:
+    """Rows on whitened features as rows on the features themselves."""
+    weight = rows[:-count].reshape(count, -1) @ white.points.T
+    bias = rows[-count:] - weight @ white.center
+    return weight.astype(np.float32), bias.astype(np.float32)

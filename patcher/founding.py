@@ -1,0 +1,341 @@
+"""A new classifier on a backbone that is there: features, fit, judgement on held-out texts, version 1 live."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher import __version__, audit
+from patcher.errors import ExamplesError, GateRefused, InputError, LabelError, NotServed, PatcherError, ServerError
+from patcher.evaluation import Evaluation, evaluate_head
+from patcher.examples import check_label, check_text
+from patcher.features import extract_features
+from patcher.fit.softmax import fit_softmax
+from patcher.fleet import each, present
+from patcher.head import Head
+from patcher.head_file import write_head
+from patcher.lineage import author, now
+from patcher.memory import Memory
+from patcher.remembering import FEATURES_A_LABEL
+from patcher.repository import check_name
+from patcher.rollout import require_live, serve, validate
+from patcher.scope import fit_scope
+from patcher.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from patcher.backbone import Backbone
+    from patcher.examples import Examples
+    from patcher.fit.softmax import SoftmaxFit
+    from patcher.repository import Classifier, ModelRepository
+    from patcher.triton.client import TritonServer
+
+__all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
+
+_WEAK_RECALL = 0.75
+"""Labels that are found less often than this among the held-out texts are named."""
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class FoundingSettings:
+    """How a new classifier is made.
+
+    ``in_store`` leaves its answers to the backbone's head store, which holds many classifiers in one process, instead
+    of giving it an ensemble and a head model of its own. ``min_accuracy`` is the share of held-out texts that must be
+    answered right; ``force`` publishes in spite of that and is recorded. ``per_label`` real features a label are kept
+    in the memory; 0 keeps statistics alone.
+    """
+
+    in_store: bool = False
+    min_accuracy: float = 0.5
+    force: bool = False
+    dry_run: bool = False
+    per_label: int = FEATURES_A_LABEL
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_accuracy <= 1:  # NaN, which no comparison stops, is refused here too
+            raise InputError(f"min_accuracy is {self.min_accuracy}; expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class WeakLabel:
+    """A label that few of its held-out texts get, and what they get instead most often."""
+
+    label: str
+    recall: float
+    support: int
+    instead: str
+
+
+@dataclass
+class NewClassifierReport:
+    """What was made, and how right it is on texts that were held out of the fit it was judged by."""
+
+    classifier: str
+    backbone: str
+    in_store: bool
+    address: str
+    labels: int
+    examples: int
+    held_out: int
+    evaluation: Evaluation
+    penalty: float
+    gate: str
+    weak: tuple[WeakLabel, ...]
+    version: int = 1
+    published: bool = False
+    served: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    head_bytes: int = 0
+    memory_bytes: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """The judgement in words."""
+        right = f"{self.evaluation.accuracy:.1%} of {self.held_out} held-out texts answered right"
+        word = "Passed" if self.gate == "passed" else "Refused"
+        return f"{word}: {right}, macro F1 {self.evaluation.macro_f1:.1%}."
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the figures of every label."""
+        return {
+            **{name: getattr(self, name) for name in ("classifier", "backbone", "in_store", "address", "version")},
+            **{name: getattr(self, name) for name in ("labels", "examples", "held_out")},
+            "accuracy": self.evaluation.accuracy,
+            "macro_f1": self.evaluation.macro_f1,
+            "per_label": self.evaluation.to_json()["per_label"],
+            "weak_labels": [dataclasses.asdict(weak) for weak in self.weak],
+            "method": "softmax",
+            **{name: getattr(self, name) for name in ("penalty", "gate", "published", "served")},
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+            **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes")},
+        }
+
+
+def new_classifier(
+    repository: ModelRepository,
+    name: str,
+    examples: Examples,
+    *,
+    backbone: str | None = None,
+    server: TritonServer | None = None,
+    settings: FoundingSettings = FoundingSettings(),
+    progress: Callable[[int], None] | None = None,
+) -> NewClassifierReport:
+    """Make a classifier of labelled texts on a backbone that is there: no fine-tuning, and no torch.
+
+    Rows on all frozen features are fitted to all texts (multinomial logistic regression); the judgement comes from a
+    fit without a fifth of each label's texts, answered by those. It then is a classifier like any other: ``add_label``,
+    ``rollback`` and the rest work on it.
+
+    Parameters
+    ----------
+    examples
+        Texts, each with one label: two labels at least, and two texts of each.
+    backbone
+        Its name; the only one of the repository by default.
+    server
+        The server that serves ``repository``; None publishes without touching one, with features computed here.
+
+    Raises
+    ------
+    InputError, LabelError, ExamplesError
+        for a name that is taken, an unknown backbone, too few labels or texts, and for ``in_store`` on an object store.
+    GateRefused
+        when too few of the held-out texts are answered right; nothing was published.
+    NotServed
+        when the server would not serve it; the classifier is taken out of the repository again.
+    """
+    watch = Stopwatch()
+    if settings.in_store:
+        repository.require_folder()
+    base = repository.backbone(backbone)
+    repository.refuse_existing(check_name(name))
+    labels, ids = _checked(examples)
+    with watch("features"):
+        features = extract_features(base, examples.texts, server, progress)
+    with watch("fit"):
+        made = fit_softmax(features, ids, len(labels))
+    with watch("judge"):
+        report = _judged(name, base, labels, ids, features, made, settings)
+    if report.gate == "refused":
+        report.seconds = watch.stop()
+        raise GateRefused(_refusal(report, settings), report.to_json())
+    with watch("scope"):
+        memory = Memory.build(features, ids, labels, features.shape[1], per_label=settings.per_label)
+        head = _head(base, labels, made, memory, report, examples)
+    with watch("publish"):
+        data = write_head(head)
+        validate(data, head)
+        report.head_bytes, report.memory_bytes = len(data), memory.size
+        if not settings.dry_run:
+            try:
+                publish_new(base, name, head, memory, server, in_store=settings.in_store)
+            except NotServed as error:
+                raise NotServed(str(error), {**report.to_json(), **error.report}) from error
+            report.published, report.served = True, server is not None
+    report.seconds = watch.stop()
+    return report
+
+
+def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The labels in order of appearance, and which each text has, INT64 ``[n]``."""
+    written = examples.labelled()
+    for row, (text, label) in enumerate(zip(examples.texts, written, strict=True)):
+        check_text(text, examples.where(row))
+        check_label(label, examples.where(row))
+    counts = Counter(written)
+    if len(counts) < 2:  # noqa: PLR2004  a choice
+        only = ", ".join(map(repr, counts)) or "none"
+        raise LabelError(f"{examples.source} has one label only ({only}); expected two or more to choose between")
+    lonely = [label for label, count in counts.items() if count < 2]  # noqa: PLR2004  one to fit, one to judge
+    if lonely:
+        named = ", ".join(map(repr, lonely[:_NAMED])) + (" …" if len(lonely) > _NAMED else "")
+        raise ExamplesError(
+            f"{examples.source} has a single text of {len(lonely)} of its {len(counts)} labels ({named}); expected two "
+            "or more of each, ten are good: one is held out to judge by"
+        )
+    labels = tuple(counts)
+    place = {label: index for index, label in enumerate(labels)}
+    return labels, np.array([place[label] for label in written], np.int64)
+
+
+def _judged(
+    name: str,
+    base: Backbone,
+    labels: tuple[str, ...],
+    ids: NDArray[np.int64],
+    features: NDArray[np.float32],
+    made: SoftmaxFit,
+    settings: FoundingSettings,
+) -> NewClassifierReport:
+    """What the held-out texts say."""
+    trial = Head.from_linear(labels, made.trial_weight, made.trial_bias, features.shape[1], base.fingerprint())
+    expected = [labels[place] for place in ids[made.held_out]]
+    found = evaluate_head(trial, features[made.held_out], expected)
+    passed = found.accuracy >= settings.min_accuracy
+    return NewClassifierReport(
+        classifier=name,
+        backbone=base.backbone,
+        in_store=settings.in_store,
+        address=f"{base.any_model}/{name}" if settings.in_store else name,
+        labels=len(labels),
+        examples=len(ids),
+        held_out=len(expected),
+        evaluation=found,
+        penalty=made.penalty,
+        gate="passed" if passed else "forced" if settings.force else "refused",
+        weak=_weak(found),
+    )
+
+
+def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
+    """The labels that are found too seldom, the worst first."""
+    instead: dict[str, str] = {}
+    for label, answered, _ in found.confusions:  # the most frequent first
+        instead.setdefault(label, answered)
+    weak = [
+        WeakLabel(label, score.recall, score.support, instead[label])
+        for label, score in found.per_label.items()
+        if score.support and score.recall < _WEAK_RECALL
+    ]
+    return tuple(sorted(weak, key=lambda each: (each.recall, -each.support, each.label)))
+
+
+def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
+    worst = ", ".join(f"{weak.label!r} (answered {weak.instead!r})" for weak in report.weak[:_NAMED])
+    return (
+        f"the gate refused {report.classifier}: {report.evaluation.accuracy:.1%} of {report.held_out} held-out texts "
+        f"answered right, expected {settings.min_accuracy:.1%} or more. Found least: {worst or 'none in particular'}. "
+        "More texts of these help, or another backbone; `--force` publishes all the same."
+    )
+
+
+def _head(
+    base: Backbone,
+    labels: tuple[str, ...],
+    made: SoftmaxFit,
+    memory: Memory,
+    report: NewClassifierReport,
+    examples: Examples,
+) -> Head:
+    facts: dict[str, Any] = {"method": "softmax", "data_hash": examples.data_hash(), "gate": report.gate}
+    audit.note(classifier=report.classifier, version=1, backbone=base.backbone, in_store=report.in_store, **facts)
+    head = Head.from_linear(
+        labels,
+        made.weight,
+        made.bias,
+        memory.width,
+        base.fingerprint(),
+        created=now(),
+        author=author(),
+        tool_version=__version__,
+        details={
+            "train_examples": report.examples,
+            "held_out": report.held_out,
+            "accuracy": report.evaluation.accuracy,
+            "macro_f1": report.evaluation.macro_f1,
+            "penalty": made.penalty,
+            "verdict": report.sentence,
+        },
+        **facts,
+    )
+    return dataclasses.replace(head, scope=fit_scope(memory, head))
+
+
+def publish_new(
+    base: Backbone, name: str, head: Head, memory: Memory | None, server: TritonServer | None, *, in_store: bool = False
+) -> Classifier:
+    """Version 1 of the classifier ``name`` into the repository and onto the server, or neither.
+
+    Raises NotServed where the server would not serve it; then it is taken out of the repository again.
+    """
+    repository = base.repository
+    require_live(server)
+    with repository.lock(), contextlib.ExitStack() as undo:
+        repository.refuse_existing(name)  # another patcher may have been quicker
+        if in_store and not repository.has_store(base.backbone):
+            repository.add_store(base)
+            undo.callback(_take_out_store, base, server)
+        classifier = repository.add_classifier(name, head, memory, backbone=base.backbone, in_store=in_store)
+        undo.callback(_take_out, classifier, server)
+        try:
+            each(present(server), lambda replica: serve(classifier, head, replica))
+        except PatcherError as error:
+            undo.close()
+            raise NotServed(
+                f"{name} was published, but the server would not serve it: {error}. It is taken out again; "
+                "`patcher doctor` says what the server serves",
+                {"published": False, "served": False},
+            ) from error
+        undo.pop_all()
+    return classifier
+
+
+def _take_out(classifier: Classifier, server: TritonServer | None) -> None:
+    classifier.repository.remove_classifier(classifier.name)
+    for replica in present(server):
+        # A server that never got so far has nothing to forget, and says so.
+        with contextlib.suppress(ServerError):
+            if classifier.in_store:
+                replica.refresh(classifier.store_model, classifier.name, classifier.width())
+            else:
+                replica.unload(classifier.name)
+                replica.unload(classifier.head_model)
+
+
+def _take_out_store(base: Backbone, server: TritonServer | None) -> None:
+    base.repository.remove_store(base)
+    for replica in present(server):
+        with contextlib.suppress(ServerError):
+            replica.unload(base.any_model)
+            replica.unload(base.store_model)

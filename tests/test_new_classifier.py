@@ -1,0 +1,231 @@
+"""A new classifier on a backbone that is there: the fit, the judgement, what is refused, and a real server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from patcher import (
+    Examples,
+    FoundingSettings,
+    GateRefused,
+    ModelRepository,
+    NotServed,
+    TritonServer,
+    add_label,
+    new_classifier,
+    rollback,
+)
+from patcher.cli import main
+from patcher.errors import ExamplesError, InputError, LabelError
+from patcher.fit.softmax import fit_softmax, hold_out
+from patcher.lifecycle import evaluate, history
+from patcher.repository import Classifier
+from patcher.triton.server import EmbeddedTriton
+
+
+def examples(labels=tiny.NEW, count=20, seed=3):
+    pairs = [(text, label) for label in labels for text in tiny.sentences(label, count, seed)]
+    return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
+
+
+def clusters(count, labels=4, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(labels), count)
+    return (3 * rng.standard_normal((labels, width))[ids] + rng.standard_normal((len(ids), width))).astype(
+        np.float32
+    ), ids
+
+
+def test_a_share_of_every_label_is_held_out():
+    ids = np.repeat(np.arange(4), [2, 3, 10, 1000])
+    fitted, apart = hold_out(ids)
+    assert sorted([*fitted, *apart]) == list(range(len(ids)))
+    assert np.bincount(ids[apart]).tolist() == [1, 1, 2, 200]
+    again = hold_out(ids)
+    assert all(np.array_equal(a, b) for a, b in zip((fitted, apart), again, strict=True))
+    fitted, apart = hold_out(ids, most=100)
+    assert len(fitted) + len(apart) < 110
+    assert np.bincount(ids[apart]).min() >= 1 <= np.bincount(ids[fitted]).min()
+
+
+def test_the_fit_is_the_one_that_there_is():
+    """Against scipy's answer to the same convex problem, written down once more."""
+    from scipy.optimize import minimize
+
+    features, ids = clusters(30)
+    made = fit_softmax(features, ids, 4)
+    assert ((features @ made.weight.T + made.bias).argmax(axis=1) == ids).mean() > 0.9
+    from patcher.fit.model import whitening
+    from patcher.memory import Memory
+
+    white = whitening(Memory.build(features, ids, list("abcd"), 6))
+    points = white.of(features)
+
+    def loss(rows):
+        weight, bias = rows[:24].reshape(4, 6), rows[24:]
+        logits = points @ weight.T + bias
+        chosen = logits[np.arange(len(ids)), ids]
+        return (np.log(np.exp(logits).sum(axis=1)) - chosen).mean() + 0.5 * made.penalty * (weight**2).sum()
+
+    best = minimize(loss, np.zeros(28), tol=1e-10)
+    raw = best.x[:24].reshape(4, 6) @ white.points.T
+    scores = features @ raw.T + best.x[24:] - raw @ white.center
+    ours = features @ made.weight.T + made.bias
+    chances, expected = (np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in (ours, scores))
+    np.testing.assert_allclose(chances, expected, atol=0.01)
+
+
+def test_the_penalty_grows_with_the_noise():
+    features, ids = clusters(30)
+    noise = np.random.default_rng(1).permutation(ids)
+    assert fit_softmax(features, noise, 4).penalty > fit_softmax(features, ids, 4).penalty
+
+
+def test_a_new_classifier_without_a_server(classifier):
+    repository = classifier.repository
+    report = new_classifier(repository, "topics", examples(), backbone="intent")
+    assert (report.published, report.served, report.gate) == (True, False, "passed")
+    assert report.evaluation.accuracy > 0.8
+    assert repository.classifiers() == ("intent", "topics")
+    made = repository.classifier("topics")
+    assert made.head().labels == tiny.NEW
+    assert evaluate(made, examples(seed=9)).accuracy > 0.9
+    (entry,) = history(made)
+    assert (entry.what(), entry.lineage.method, entry.lineage.gate) == ("new", "softmax", "passed")
+    assert made.memory().labels == tiny.NEW
+    assert made.head().scope.calibrated
+    patch = add_label(repository, "weather", tiny.sentences("weather", 10), classifier="topics")
+    assert patch.version == 2
+    assert evaluate(made, examples((*tiny.NEW, "weather"), seed=9)).accuracy > 0.9
+    rollback(made)
+    assert made.serving() == 1
+
+
+def test_the_same_texts_give_the_same_head(classifier):
+    for name in ("a", "b"):
+        new_classifier(classifier.repository, name, examples())
+    first, second = (classifier.repository.classifier(name).head() for name in ("a", "b"))
+    assert first.rows_hash() == second.rows_hash()
+
+
+def one_label():
+    return Examples(("a", "b"), ("x", "x"), "file.csv")
+
+
+def one_text():
+    return Examples(("a", "b", "c"), ("x", "x", "y"), "file.csv")
+
+
+@pytest.mark.parametrize(
+    "name, backbone, texts, kind, message",
+    [
+        ("intent", None, examples, InputError, "intent is in .* already"),
+        ("topics", "intant", examples, InputError, "no backbone 'intant' in .*; it holds intent"),
+        ("a/b", None, examples, InputError, "cannot name a model"),
+        ("x_any", None, examples, InputError, "belong to its parts"),
+        ("topics", None, one_label, LabelError, r"one label only \('x'\)"),
+        ("topics", None, one_text, ExamplesError, r"a single text of 1 of its 2 labels \('y'\)"),
+        ("topics", None, lambda: Examples(("a", " "), ("x", "y"), "f"), ExamplesError, "f, text 2: the text is empty"),
+        ("topics", None, lambda: Examples(("a", "b"), None, "f"), ExamplesError, "f has no label column"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(classifier, tree, name, backbone, texts, kind, message):
+    before = tree(classifier.root)
+    with pytest.raises(kind, match=message):
+        new_classifier(classifier.repository, name, texts(), backbone=backbone)
+    assert tree(classifier.root) == before
+
+
+def test_labels_that_cannot_be_told_apart_are_refused(classifier, tree):
+    before = tree(classifier.root)
+    texts = [text for label in tiny.NEW for text in tiny.sentences(label, 40)]
+    labels = np.random.default_rng(0).permutation(np.repeat(list("abcd"), 30)).tolist()
+    with pytest.raises(GateRefused, match=r"held-out texts answered right, expected 50.0% or more. Found least: '\w'"):
+        new_classifier(classifier.repository, "noise", Examples(tuple(texts), tuple(labels), "noise"))
+    assert tree(classifier.root) == before
+    settings = FoundingSettings(force=True, dry_run=True)
+    report = new_classifier(
+        classifier.repository, "noise", Examples(tuple(texts), tuple(labels), "noise"), settings=settings
+    )
+    assert (report.gate, report.published) == ("forced", False)
+    assert report.sentence.startswith("Refused")
+    assert report.weak[0].recall <= report.weak[-1].recall < 0.75
+    assert report.weak[0].instead != report.weak[0].label
+    assert tree(classifier.root) == before
+
+
+@pytest.fixture(scope="module")
+def triton(tiny_original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new")
+    shutil.copytree(tiny_original, folder / "model_repository")
+    models = ["intent", "intent_features"]
+    with EmbeddedTriton(folder / "model_repository", models, log_file=folder / "triton.log") as server:
+        yield server
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("place", [[], ["--in-store"]], ids=["an ensemble of its own", "in the store"])
+def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(triton.repository))
+    monkeypatch.setenv("TRITON_URL", triton.url)
+    name = "stored" if place else "own"
+
+    def patcher(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    train = {label: tiny.sentences(label, 20, seed=3) for label in tiny.NEW}
+    file = tiny.write_csv(tmp_path / "train.csv", train)
+    out = patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)
+    assert f"{name} on intent, 3 labels from 60 texts: version 1 serves" in out
+    question = tiny.sentences("pizza", 1, seed=8)[0]
+    (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
+    assert (answer["label"], answer["head_version"]) == ("pizza", 1)
+    more = tiny.write_csv(tmp_path / "more.csv", {"music": tiny.sentences("music", 10)})
+    report = json.loads(patcher("add-label", "--classifier", name, "--examples", more, "--json"))
+    assert (report["version"], report["served"]) == (2, True)
+    question = tiny.sentences("music", 1, seed=8)[0]
+    (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
+    assert (answer["label"], answer["head_version"]) == ("music", 2)
+    patcher("rollback", "--classifier", name)
+    (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
+    assert (answer["label"] != "music", answer["head_version"]) == (True, 1)
+    patcher("rename-label", "pizza", "food", "--classifier", name)
+    assert json.loads(patcher("labels", "--classifier", name, "--json"))["labels"] == ["payday", "food", "holiday"]
+    patcher("doctor")
+    patcher("sync", "--classifier", name)
+    (measured,) = json.loads(
+        patcher("loadtest", "--classifier", name, "--concurrency", "2", "--window", "0.5", "--json")
+    )
+    assert measured["throughput"] > 0
+
+
+@pytest.mark.server
+def test_what_a_server_will_not_serve_is_taken_out_again(triton, monkeypatch, tree):
+    repository = ModelRepository(triton.repository)
+    before = tree(repository.root)
+    add = ModelRepository.add_classifier
+
+    def torn(self, name, *arguments, **options):
+        made = add(self, name, *arguments, **options)
+        (self.root / f"{name}_head" / "1" / "model.onnx").write_bytes(b"damaged after the check")
+        return made
+
+    monkeypatch.setattr(ModelRepository, "add_classifier", torn)
+    with TritonServer(triton.url) as server:
+        for place in (False, True):
+            settings = FoundingSettings(in_store=place)
+            with pytest.raises(NotServed, match="would not serve it"):
+                new_classifier(repository, "torn", examples(), server=server, settings=settings)
+            assert tree(repository.root) == before
+        monkeypatch.undo()
+        assert new_classifier(repository, "torn", examples(), server=server).served
+        assert server.classify("torn", ["hello"])[0].head_version == 1
+        assert isinstance(repository.classifier("torn"), Classifier)

@@ -1,0 +1,318 @@
+"""The head store: many classifiers of one backbone behind one model, on a real tritonserver."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+import threading
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+
+from patcher import (
+    Examples,
+    Fleet,
+    FoundingSettings,
+    ModelRepository,
+    NotServed,
+    PatchSettings,
+    TritonServer,
+    add_label,
+    new_classifier,
+    rollback,
+    sync,
+)
+from patcher.errors import InputError, ServerRefused
+from patcher.repository import Classifier
+from patcher.triton.heads import model as store
+from patcher.triton.server import EmbeddedTriton, _served_models
+
+LABELS = (*tiny.OLD, *tiny.NEW)
+IN_STORE = FoundingSettings(in_store=True)
+TEXTS = [tiny.sentences(label, 1, seed=6)[0] for label in LABELS]
+
+
+def found(repository, number, server=None, *, settings=IN_STORE, name=None):
+    """Classifier ``s<number>``: three labels of the tiny language, others for each number."""
+    labels = [LABELS[(number + step) % len(LABELS)] for step in range(3)]
+    pairs = [(text, label) for label in labels for text in tiny.sentences(label, 12, seed=3)]
+    examples = Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
+    new_classifier(repository, name or f"s{number}", examples, server=server, settings=settings)
+    return repository.classifier(name or f"s{number}")
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_original, tmp_path_factory):
+    """A repository whose store holds ten classifiers, beside the one with an ensemble of its own."""
+    root = tmp_path_factory.mktemp("store") / "model_repository"
+    shutil.copytree(tiny_original, root)
+    repository = ModelRepository(root)
+    for number in range(10):
+        found(repository, number)
+    return repository
+
+
+@pytest.fixture
+def triton(stored, tmp_path):
+    """A server on a copy of it."""
+    root = tmp_path / "model_repository"
+    shutil.copytree(stored.root, root)
+    models = _served_models(ModelRepository(root))
+    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def live(triton):
+    with TritonServer(triton.url) as server:
+        yield ModelRepository(triton.repository), server
+
+
+def stubs(triton):
+    children = psutil.Process(triton.pid).children(recursive=True)
+    return {child.pid for child in children if "triton_python_backend_stub" in child.name()}
+
+
+def test_the_files_of_a_stored_classifier(stored):
+    assert stored.classifiers() == ("intent", *(f"s{number}" for number in range(10)))
+    assert stored.stores() == ("intent",)
+    classifier = stored.classifier("s3")
+    assert (classifier.ensemble, classifier.address, classifier.in_store) == ("intent_any", "intent_any/s3", True)
+    assert (classifier.backbone, classifier.features_model) == ("intent", "intent_features")
+    assert not (stored.root / "s3").exists()
+    assert _served_models(stored) == ["intent", "intent_features", "intent_any"]
+    with pytest.raises(InputError, match=r"s3 is in .* already"):
+        found(stored, 3)
+    with pytest.raises(InputError, match=r"no classifier 's33' in .*; it holds s3, .* 11 in all"):
+        stored.classifier("s33")
+    with pytest.raises(InputError, match=r"11 classifiers .* expected --classifier"):
+        stored.classifier()
+
+
+def test_a_store_needs_a_backbone_that_has_one(classifier):
+    with classifier.repository.lock(), pytest.raises(InputError, match="no head store"):
+        classifier.repository.add_classifier("x", classifier.head(), backbone="intent", in_store=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nobody", "../s1", "s1/../s1", "/etc", "intent", "s1_head", "s" * 300, "s1\n", "ä", "\0"]
+)
+def test_nothing_but_a_stored_classifier_is_read(stored, name):
+    heads = store.Heads(stored.root, "intent", tiny.WIDTH)
+    with pytest.raises(store.HeadError, match="no classifier"):
+        heads.get(name)
+
+
+def test_a_head_of_another_backbone_is_refused(stored):
+    with pytest.raises(store.HeadError, match="belongs to the store of intent"):
+        store.Heads(stored.root, "other", tiny.WIDTH).get("s1")
+
+
+def test_one_head_is_read_again_and_no_other(stored, tmp_path):
+    root = tmp_path / "model_repository"
+    shutil.copytree(stored.root, root)
+    heads = store.Heads(root, "intent", tiny.WIDTH)
+    before = {name: heads.get(name) for name in ("s1", "s2")}
+    forced = PatchSettings(force=True)
+    add_label(ModelRepository(root), "new", ["good day", "hello there"], classifier="s1", settings=forced)
+    assert heads.get("s1") is before["s1"]  # not before it is told
+    assert heads.refresh("s1").version == 2
+    assert heads.get("s2") is before["s2"]
+    path = root / "s1_head" / "2" / "model.onnx"
+    path.write_bytes(b"damaged")
+    with pytest.raises(store.HeadError, match="cannot serve"):
+        heads.refresh("s1")
+    assert heads.get("s1").version == 2
+    shutil.copyfile(root / "s1_head" / "1" / "model.onnx", path)
+    with pytest.raises(store.HeadError, match="answers as version 1; expected 2"):
+        heads.refresh("s1")
+    shutil.rmtree(root / "s1_head")
+    with pytest.raises(store.HeadError, match="no classifier 's1'"):
+        heads.refresh("s1")
+    with pytest.raises(store.HeadError, match="no classifier 's1'"):
+        heads.get("s1")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        'name: "x"',
+        "version_policy { latest { num_versions: 1 } }",
+        "version_policy { specific { versions: 1 versions: 2 } }",
+    ],
+)
+def test_a_configuration_without_a_pin_is_refused(config):
+    with pytest.raises(store.HeadError, match="pins no version"):
+        store.pinned(config, "x")
+
+
+def test_a_pin_is_read_as_protobuf_reads_it(stored):
+    from patcher.model_config import parse, pinned_versions
+
+    written = (stored.root / "s1_head" / "config.pbtxt").read_text()
+    short, long = "version_policy{specific{versions:7}}", "version_policy: { specific: { versions: [ 12 ] } }"
+    for config in (written, short, long):
+        assert (store.pinned(config, "x"),) == pinned_versions(parse(config))
+
+
+@pytest.mark.server
+def test_it_answers_as_a_head_of_its_own_does(live):
+    repository, server = live
+    own = found(repository, 4, server, settings=FoundingSettings(), name="own")
+    assert own.head().rows_hash() == repository.classifier("s4").head().rows_hash()
+    pairs = zip(server.classify("own", TEXTS), server.classify("intent_any/s4", TEXTS), strict=True)
+    for first, second in pairs:
+        assert (first.labels, first.scores, first.in_scope) == (second.labels, second.scores, second.in_scope)
+        assert first.logits.tobytes() == second.logits.tobytes()
+
+
+@pytest.mark.server
+def test_texts_for_many_classifiers_at_once_each_get_their_own(live):
+    repository, server = live
+    names = [f"s{number}" for number in range(10)]
+    expected = {name: repository.classifier(name).head() for name in names}
+    features = server.features("intent_features", TEXTS)
+
+    def ask(turn):
+        name = names[turn % len(names)]
+        with TritonServer(server.url) as client:
+            return name, client.classify(f"intent_any/{name}", TEXTS)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for name, answers in pool.map(ask, range(80)):
+            logits = np.array([answer.logits for answer in answers])
+            np.testing.assert_allclose(logits, expected[name].logits(features), atol=1e-3)
+            assert [a.labels[0] for a in answers] == [expected[name].labels[i] for i in logits.argmax(axis=1)]
+
+
+@pytest.mark.server
+def test_what_is_wrong_with_one_request_fails_that_one_alone(live):
+    import tritonclient.grpc as triton
+
+    _, server = live
+    with pytest.raises(ServerRefused, match="no classifier 'nobody' in the store of intent"):
+        server.classify("intent_any/nobody", ["hello"])
+    with pytest.raises(ServerRefused, match="no classifier"):
+        server.classify("intent_any/../intent", ["hello"])
+    inputs = []
+    for name, values in (("text", [b"hello", b"you"]), ("classifier", [b"s1", b"s2"])):
+        tensor = triton.InferInput(name, [2, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(values, dtype=object).reshape(2, 1))
+        inputs.append(tensor)
+    client = triton.InferenceServerClient(server.url)
+    with pytest.raises(Exception, match="2 classifiers; expected one"):
+        client.infer("intent_any", inputs)
+    client.close()
+    assert server.classify("intent_any/s1", ["hello"])[0].head_version == 1
+
+
+@pytest.mark.server
+def test_a_new_head_starts_no_process_and_survives_a_restart(live, triton, tmp_path):
+    repository, server = live
+    before = stubs(triton)
+    classifier = found(repository, 3, server, name="late")
+    add_label(repository, "balance", tiny.sentences("balance", 10), server=server, classifier="late")
+    assert server.classify(classifier.address, ["hello"])[0].head_version == 2
+    assert stubs(triton) == before
+    models = ["intent_any", "intent_features"]
+    with EmbeddedTriton(repository.root, models, log_file=tmp_path / "log2") as again, again.client() as client:
+        assert client.classify(classifier.address, ["hello"])[0].head_version == 2
+        rollback(classifier, None, client)
+        assert client.classify(classifier.address, ["hello"])[0].head_version == 1
+
+
+@pytest.mark.server
+def test_several_servers_of_one_repository(live, tmp_path):
+    repository, server = live
+    models = ["intent_any", "intent_features"]
+    with EmbeddedTriton(repository.root, models, log_file=tmp_path / "log2") as other:
+        with Fleet([server.url, other.url], watch_seconds=0.2) as fleet, TritonServer(other.url) as second:
+            late = found(repository, 3, fleet, name="late")
+            assert second.classify(late.address, ["hello"])[0].head_version == 1
+            add_label(repository, "balance", tiny.sentences("balance", 10), server=server, classifier="late")
+            assert second.classify(late.address, ["hello"])[0].head_version == 1  # nobody told it
+            assert set(sync(late, fleet).values()) == {"agreed", "caught up"}
+            assert second.classify(late.address, ["hello"])[0].head_version == 2
+            rollback(late, None, fleet)
+            assert [each.classify(late.address, ["hello"])[0].head_version for each in (server, second)] == [1, 1]
+
+
+@pytest.mark.server
+def test_the_exporter_asks_stored_classifiers_too(live):
+    from patcher.metrics import Targets, _probes
+
+    repository, server = live
+    probes = _probes(Targets((server.url,), ("intent", "s1"), repository))
+    assert [(probe.classifier, probe.up, probe.version, probe.labels) for probe in probes] == [
+        ("intent", True, 1, len(tiny.OLD)),
+        ("s1", True, 1, 3),
+    ]
+
+
+@pytest.mark.server
+def test_what_the_store_will_not_serve_is_taken_back(live, monkeypatch):
+    repository, server = live
+    publish = Classifier.publish
+
+    def torn(self, head, memory):
+        publish(self, head, memory)
+        path = self.version_path(head.lineage.version)
+        (path / "model.onnx").write_bytes(b"damaged after the check")
+
+    monkeypatch.setattr(Classifier, "publish", torn)
+    with pytest.raises(NotServed, match="Version 1 serves again"):
+        add_label(repository, "payday", tiny.sentences("payday", 10), server=server, classifier="s0")
+    assert server.classify("intent_any/s0", ["hello"])[0].head_version == 1
+    assert repository.classifier("s0").serving() == 1
+
+
+@pytest.mark.server
+def test_swaps_of_one_head_under_traffic_on_all(live):
+    """Label, version and logits of every answer belong together, and no request fails."""
+    repository, server = live
+    classifier = repository.classifier("s0")
+    heads = {("s1", 1): repository.classifier("s1").head(), ("s0", 1): classifier.head()}
+    stop = threading.Event()
+    answers, failures = [], []
+
+    def loop(name):
+        with TritonServer(server.url) as client:
+            while not stop.is_set():
+                try:
+                    answers.extend((name, answer) for answer in client.classify(f"intent_any/{name}", TEXTS))
+                except Exception as error:  # noqa: BLE001
+                    failures.append(error)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(loop, name) for name in ("s0", "s1", "s0", "s1")]
+        try:
+            for turn in range(15):
+                label = tiny.NEW[turn % len(tiny.NEW)]
+                report = add_label(repository, label, tiny.sentences(label, 10), server=server, classifier="s0")
+                heads["s0", report.version] = classifier.head(report.version)
+                rollback(classifier, None, server)
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()
+    assert failures == []
+    for name, answer in answers:
+        head = heads[name, answer.head_version]
+        assert len(answer.logits) == len(head.labels)
+        assert answer.labels[0] == head.labels[int(answer.logits.argmax())]
+    assert len({answer.head_version for name, answer in answers if name == "s0"}) > 8
+
+
+def test_a_share_of_the_requests_is_for_classifiers_with_an_ensemble(stored):
+    with pytest.raises(InputError, match="s1 is in the head store of intent"):
+        add_label(
+            stored,
+            "payday",
+            tiny.sentences("payday", 10),
+            classifier="s1",
+            settings=PatchSettings(canary=10, force=True),
+        )
+    assert stored.classifier("s1").versions() == (1,)
