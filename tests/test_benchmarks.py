@@ -8,7 +8,14 @@ import pytest
 import tiny
 
 from patcher.memory import Memory
-from tests.benchmarks import quality_baselines, quality_data, quality_measure, quality_others, quality_ours
+from tests.benchmarks import (
+    quality_baselines,
+    quality_data,
+    quality_life,
+    quality_measure,
+    quality_others,
+    quality_ours,
+)
 from tests.benchmarks.quality_plot import plot
 from tests.benchmarks.quality_pypi import _write_job
 from tests.benchmarks.quality_report import markdown
@@ -48,6 +55,7 @@ def setting(tmp_path_factory):
             for label in tiny.NEW
         },
         outside=tiny.encode(folder, [" ".join(tiny.FILLERS[i:]) for i in range(8)]),
+        fresh=tiny.encode(folder, flat({label: tiny.sentences(label, 6, 77) for label in tiny.OLD})),
     )
 
 
@@ -168,6 +176,8 @@ def results(setting):
         "about": about,
         "ours": {"counts": quality_ours.one_label(setting, 1, (1, 5)), "methods": quality_ours.methods(setting, 5, 1)},
         "sequential": quality_ours.sequential(setting, 5, 2),
+        "many": quality_life.many_labels(setting, 5, 2),
+        "multi_label": quality_life.sigmoids(setting, 5, 1),
         "bound": quality_ours.bound(setting, 5, 1),
         "scope": quality_ours.scope(setting, 5),
         "baselines": quality_others.baselines(setting, 5, 2),
@@ -180,8 +190,19 @@ def test_every_part_runs_and_is_reported(results):
     assert results["ours"]["counts"]["5"]["old rows unchanged"]
     assert results["sequential"]["accuracy"]["old"]["mean"] > 0.8
     assert results["bound"]["patches"] == 9
+    assert results["many"]["orders agree"] > 0.7
+    assert results["many"]["added"] == len(tiny.OLD) - results["many"]["from"] + len(tiny.NEW)
+    assert results["multi_label"]["recall"]["mean"] > 0.5
     text = markdown(results)
-    for words in ("random row", "patcher, default", "one after another", "AUROC", "failed: not there"):
+    for words in (
+        "random row",
+        "patcher, default",
+        "one after another",
+        "multi-label",
+        "limit set on fresh",
+        "AUROC",
+        "failed: not there",
+    ):
         assert words in text
 
 

@@ -43,6 +43,8 @@ class Corpus:
     train: tuple[tuple[str, str], ...]
     test: tuple[tuple[str, str], ...]
     outside: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    """Texts of old labels that took part in nothing: on them an export sets what counts as out of scope."""
 
 
 def read_folder(folder: Path) -> Corpus:
@@ -50,7 +52,7 @@ def read_folder(folder: Path) -> Corpus:
 
     Old labels: ``base_train.csv`` and ``base_test.csv`` (or ``train.csv``, ``test.csv``). New ones: ``new_train.csv``
     and ``new_test.csv``, or ``new_LABEL.csv`` and ``new_LABEL_test.csv``, or examples only, ``new/LABEL.csv``. Texts of
-    no label, where they are there: ``oos_test.csv``.
+    no label, where they are there: ``oos_test.csv``. Fresh texts of old labels: ``base_val.csv``.
     """
     parts = {}
     for part in ("train", "test"):
@@ -61,7 +63,8 @@ def read_folder(folder: Path) -> Corpus:
         parts[part] = _pairs([*old, *new])
     oos = folder / "oos_test.csv"
     outside = read_examples(oos).texts if oos.is_file() else ()
-    return Corpus(folder.name, parts["train"], parts["test"], tuple(outside))
+    fresh = read_examples(folder / "base_val.csv").texts if (folder / "base_val.csv").is_file() else ()
+    return Corpus(folder.name, parts["train"], parts["test"], tuple(outside), tuple(fresh))
 
 
 def read_pair(train: Path, test: Path, outside: Path | None = None) -> Corpus:
@@ -119,6 +122,7 @@ class Setting:
     test_texts: tuple[str, ...]
     new: dict[str, NewLabel]
     outside: Floats
+    fresh: Floats
 
     @cached_property
     def memory(self) -> Memory:
@@ -193,7 +197,10 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
     rows |= {f"new_{part}": store.features(f"new_{part}", [text for text, _ in new[part]]) for part in new}
     words = {label: text for label in names if (text := label_words(label))}
     spoken = dict(zip(words, store.features("names", list(words.values())), strict=True)) if words else {}
-    outside = store.features("outside", corpus.outside) if corpus.outside else np.zeros((0, head.width), np.float32)
+    outside, fresh = (
+        store.features(name, texts) if texts else np.zeros((0, head.width), np.float32)
+        for name, texts in (("outside", corpus.outside), ("fresh", corpus.fresh))
+    )
 
     def of(part: str, label: str) -> tuple[Floats, tuple[str, ...]]:
         here = [i for i, (_, name) in enumerate(new[part]) if name == label]
@@ -210,6 +217,7 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
         test_texts=tuple(text for text, _ in old["test"]),
         new={label: NewLabel(*of("train", label), *of("test", label), spoken.get(label)) for label in names},
         outside=outside,
+        fresh=fresh,
     )
 
 

@@ -271,20 +271,23 @@ def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
 def scope(setting: Setting, n: int) -> dict[str, Any]:
     """How well the score tells texts of no label from old test texts, before and after all new labels are added."""
     head, memory = setting.head, setting.memory
-    found = {"before": _scope_figures(setting, head, memory)}
+    stretch = fit_scope(memory, head, fresh=setting.fresh).stretch
+    limits = {"": 1.0} | ({", limit set on fresh texts": stretch} if len(setting.fresh) else {})
+    found = {f"before{words}": _scope_figures(setting, head, memory, wide) for words, wide in limits.items()}
     for label, new in setting.new.items():
         examples = new.train[draws_of(setting, label, n, 1)[0]]
         head = fit({label: examples}, head, memory, names=names_of(setting, label)).apply(head)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
-    found[f"after {len(setting.new)} patches"] = _scope_figures(setting, head, memory)
+    for words, wide in limits.items():
+        found[f"after {len(setting.new)} patches{words}"] = _scope_figures(setting, head, memory, wide)
     for name, each in found.items():
         note(f"  {name}: AUROC {each['auroc']:.4f}")
     return found
 
 
-def _scope_figures(setting: Setting, head: Head, memory: Memory) -> dict[str, Any]:
+def _scope_figures(setting: Setting, head: Head, memory: Memory, stretch: float) -> dict[str, Any]:
     start = time.perf_counter()
-    scorer = fit_scope(memory, head)
+    scorer = fit_scope(memory, head, stretch=stretch)
     seconds = time.perf_counter() - start
 
     def score(rows: Floats) -> Floats:
