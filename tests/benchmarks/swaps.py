@@ -50,6 +50,17 @@ def usage(pid: int) -> dict[str, int]:
     }
 
 
+def settled(pid: int, seconds: float = 15.0) -> dict[str, int]:
+    """The same once the stubs of old versions have gone, which takes the server a moment (or after some seconds)."""
+    fewest, until = usage(pid), time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        now = usage(pid)
+        if now["stubs"] < fewest["stubs"]:
+            fewest, until = now, min(until, time.monotonic() + 3.0)
+    return fewest
+
+
 @dataclass
 class Found:
     """What the clients saw."""
@@ -102,19 +113,20 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
             with triton.client() as server:
                 for number in range(swaps):
                     if number in (0, warm) or number % 100 == 0:
+                        held = settled(pid) if number else usage(pid)
                         table.append(
-                            {"swaps": number, "requests": sum(found.asked), "failures": len(found.failed), **usage(pid)}
+                            {"swaps": number, "requests": sum(found.asked), "failures": len(found.failed), **held}
                         )
                         print(table[-1], file=sys.stderr, flush=True)
                     try:
                         rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
                     except NotServed as error:  # put back, so that the clients should see nothing of it
                         refused.append(f"swap {number}: {error}")
-            table.append({"swaps": swaps, **usage(pid)})
+            table.append({"swaps": swaps, **settled(pid)})
             stop.set()
             for thread in threads:
                 thread.join()
-        # Medians of three, since a stub of an old version may not have gone yet at the moment of a single look.
+        # Medians of three, as traffic of the moment counts, too.
         base, last = (
             statistics.median(row["pss_mb"] for row in rows)
             for rows in ([row for row in table if row["swaps"] >= min(warm, swaps)][:3], table[-3:])
