@@ -98,7 +98,7 @@ class EmbeddedTriton:
         self.tls = tls
         self.http_host = _loopback(self.host) if tls else self.host
         self.metrics_host = _address(metrics_host) if metrics_host else self.http_host
-        self.repository = str(repository) if is_url(repository) else str(Path(repository).resolve())
+        self.repository = str(repository) if is_url(repository) else Path(repository).resolve()
         self.models = tuple(models)
         self.exit_timeout = exit_timeout
         self.log_file = None if log_file is None else Path(log_file)
