@@ -14,7 +14,7 @@ import numpy as np
 from patcher.errors import InputError, RepositoryError
 from patcher.fit import Fit, fit
 from patcher.gate import Verdict, judge
-from patcher.scope import Scope, fit_scope
+from patcher.scope import Scope, fit_scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,7 +143,7 @@ def _scope(parent: Head, patched: Head, grown: Memory | None, evaluation: Labell
     if grown is None:
         return parent.scope
     fresh = None if evaluation is None else evaluation[0]
-    return fit_scope(grown, patched, fresh=fresh, stretch=parent.scope.stretch if parent.scope else 1.0)
+    return fit_scope(grown, patched, fresh=fresh, stretch=stretch_of(parent.scope))
 
 
 def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:

@@ -15,7 +15,7 @@ from patcher.gate import judge
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
 from patcher.rollout import changing, roll_out
-from patcher.scope import Scope, fit_scope
+from patcher.scope import Scope, fit_scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,4 +159,4 @@ def _publish(
 def _scope(parent: Head, head: Head, memory: Memory | None, method: str) -> Scope | None:
     if memory is None or method == "rename":  # a name is no number: all scores stay as they are
         return parent.scope
-    return fit_scope(memory, head, stretch=parent.scope.stretch if parent.scope else 1.0)
+    return fit_scope(memory, head, stretch=stretch_of(parent.scope))

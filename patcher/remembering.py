@@ -14,7 +14,7 @@ from patcher.head import MULTI_LABEL, Head
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
 from patcher.rollout import Switch, changing, roll_out
-from patcher.scope import fit_scope
+from patcher.scope import fit_scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +83,6 @@ def remember(
         features = extract_features(classifier, examples.texts, None, progress)
         memory = build_memory(parent, examples, features, per_label=per_label)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
-        stretch = parent.scope.stretch if parent.scope else 1.0
-        head = dataclasses.replace(parent, scope=fit_scope(memory, parent, stretch=stretch), lineage=lineage)
+        scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
+        head = dataclasses.replace(parent, scope=scope, lineage=lineage)
         return roll_out(classifier, head, memory, server)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Halves = NDArray[np.float16]
 
-__all__ = ["Distance", "Scope", "fit_scope", "scope_graph"]
+__all__ = ["Distance", "Scope", "fit_scope", "scope_graph", "stretch_of"]
 
 _RANK = 96
 """Directions kept: with 135 labels and 768 features they cost 150 KB in the head's file."""
@@ -148,6 +148,11 @@ def fit_scope(
         stretch = float(np.quantile(distance.squared(fresh), 1.0 - false_alarms)) / remembered
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
+
+
+def stretch_of(scope: Scope | None) -> float:
+    """The stretch that the next version's scorer carries on from a head's; 1 where that has none."""
+    return 1.0 if scope is None else scope.stretch
 
 
 def scope_graph(
