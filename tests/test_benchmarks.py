@@ -218,16 +218,16 @@ def test_speed_makes_a_memory_as_large_as_it_says():
 
 
 def test_a_librarys_answers_become_the_same_figures(setting, tmp_path):
-    _write_job(tmp_path, "nobody", tmp_path, setting, examples=5, draws=2, labels=2)
+    _write_job(tmp_path, "nobody", tmp_path, setting, examples=5, draws=2, labels=2, sequences=2)
     job = json.loads((tmp_path / "job.json").read_text())
-    embeddings = np.load(tmp_path / "embeddings.npy")
-    assert embeddings.shape == (len(job["embedded"]), tiny.WIDTH - tiny.SPLIT)
+    assert set(setting.test_texts) <= set(job["embedded"])
     assert [(add["label"], add["draw"]) for add in job["adds"]] == [(n, d) for n in tiny.NEW[:2] for d in (0, 1)]
     truth = [tiny.OLD[i] for i in setting.test_ids]
     adds = [{**add, "seconds": 1.0, "old": truth, "new": [add["label"]] * 12} for add in job["adds"]]
     every = truth + [label for label in tiny.NEW for _ in range(12)]
-    answers = {"before": truth, "adds": adds, "sequence": {"seconds": [1.0], "answers": every}}
+    assert [len(each) for each in job["sequences"]] == [len(setting.new)] * 2
+    answers = {"before": truth, "adds": adds, "sequences": [{"seconds": [1.0], "answers": every}] * 2}
     row = quality_others._library_row(setting, answers)
     assert row["figures"]["recall"]["mean"] == row["figures"]["f1"]["mean"] == 1.0
     assert row["figures"]["flips"]["mean"] == 0.0
-    assert row["sequential"]["accuracy"]["all"] == 1.0
+    assert row["sequential"]["accuracy"]["all"]["mean"] == 1.0

@@ -73,7 +73,7 @@ def parts(
         "scope": lambda: ours.scope(setting, EXAMPLES),
         "baselines": lambda: others.baselines(setting, EXAMPLES, draws),
         "finetune": lambda: others.finetune(setting, checkpoint, EXAMPLES, FINETUNED_LABELS),
-        "libraries": lambda: others.libraries(setting, checkpoint, cache, EXAMPLES, budgets),
+        "libraries": lambda: others.libraries(setting, checkpoint, cache, EXAMPLES, budgets, min(SEQUENCES, draws)),
     }
     if not len(setting.outside):
         del work["scope"]

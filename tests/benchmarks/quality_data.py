@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-__all__ = ["Corpus", "NewLabel", "Setting", "draws_of", "load", "note", "read_folder", "read_pair"]
+__all__ = ["Corpus", "NewLabel", "Setting", "draws_of", "load", "note", "read_folder", "read_pair", "sequence_of"]
 
 _OLD = {"train": ("base_train.csv", "train.csv"), "test": ("base_test.csv", "test.csv")}
 _NEW = {"train": ("new_train.csv", "new_*.csv", "new/*.csv"), "test": ("new_test.csv", "new_*_test.csv")}
@@ -181,6 +181,21 @@ def draws_of(setting: Setting, label: str, n: int, draws: int) -> list[Ints]:
     place = list(setting.new).index(label)
     every = [np.random.default_rng([17, place, draw]).permutation(size)[:n] for draw in range(draws)]
     return every[:1] if size == n else every
+
+
+def sequence_of(setting: Setting, n: int, draw: int) -> list[tuple[str, Ints]]:
+    """All new labels in an order drawn anew, with positions of ``n`` examples each; none where there are no more draws.
+
+    The same for every way of adding them, so that accuracies are compared on the same examples.
+    """
+    found = []
+    for position in np.random.default_rng([23, draw]).permutation(len(setting.new)).tolist():
+        label = list(setting.new)[position]
+        every = draws_of(setting, label, n, draw + 1)
+        if len(every) <= draw:
+            return []
+        found.append((label, every[draw]))
+    return found
 
 
 def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:

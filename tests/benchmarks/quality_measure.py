@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["FIGURES", "Outcome", "auroc", "outcome", "recall_at_flips", "summary", "table"]
+__all__ = ["FIGURES", "Outcome", "auroc", "outcome", "recall_at_flips", "spread", "summary", "table"]
 
 FIGURES = {"flips": max, "change": min, "recall": min, "precision": min, "f1": min}
 """Figures of an outcome, and which end of each is the worst."""
@@ -87,6 +87,12 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         found[figure] = {"mean": float(np.mean(values)), "sd": spread, "worst": worst(values)}
     return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and both ends."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": sd, "min": float(np.min(values)), "max": float(np.max(values))}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

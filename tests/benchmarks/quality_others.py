@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.benchmarks.quality_baselines import FROZEN, fine_tune_everything
 from tests.benchmarks.quality_data import draws_of, note
-from tests.benchmarks.quality_measure import Outcome, outcome, summary
+from tests.benchmarks.quality_measure import Outcome, outcome, spread, summary
 from tests.benchmarks.quality_pypi import LIBRARIES, run_library
 
 if TYPE_CHECKING:
@@ -54,13 +54,18 @@ def finetune(setting: Setting, checkpoint: Path, n: int, labels: int) -> dict[st
 
 
 def libraries(
-    setting: Setting, checkpoint: Path, cache: Path, n: int, budgets: dict[str, tuple[int, int]]
+    setting: Setting, checkpoint: Path, cache: Path, n: int, budgets: dict[str, tuple[int, int]], sequences: int
 ) -> dict[str, Any]:
-    """Libraries from PyPI; ``budgets`` says for each on how many labels and draws: they take their time."""
+    """Libraries from PyPI; ``budgets`` says for each on how many labels and draws: they take their time.
+
+    ``sequences`` are so many orders in which all labels are added one after another.
+    """
     found = {}
     for library, (labels, draws) in budgets.items():
         note(f"  {library} {LIBRARIES[library]}")
-        answers = run_library(library, checkpoint, setting, cache, examples=n, draws=draws, labels=labels)
+        answers = run_library(
+            library, checkpoint, setting, cache, examples=n, draws=draws, labels=labels, sequences=sequences
+        )
         found[f"{library} {LIBRARIES[library]}"] = answers if "failed" in answers else _library_row(setting, answers)
     return found
 
@@ -79,12 +84,14 @@ def _library_row(setting: Setting, answers: dict[str, Any]) -> dict[str, Any]:
     ]
     row = _row(outcomes, [add["seconds"] for add in answers["adds"]])
     row["old accuracy before"] = float((before == setting.test_ids).mean())
-    if "sequence" in answers:
-        right, split = ids(answers["sequence"]["answers"]) == setting.everything_ids, len(setting.test)
-        accuracy = {"all": right.mean(), "old": right[:split].mean(), "new": right[split:].mean()}
+    if answers.get("sequences"):
+        split, runs = len(setting.test), answers["sequences"]
+        right = np.array([ids(run["answers"]) == setting.everything_ids for run in runs])
+        parts = {"all": right, "old": right[:, :split], "new": right[:, split:]}
         row["sequential"] = {
-            "accuracy": {name: float(value) for name, value in accuracy.items()},
-            "seconds": float(np.median(answers["sequence"]["seconds"])),
+            "runs": len(runs),
+            "accuracy": {name: spread(part.mean(axis=1).tolist()) for name, part in parts.items()},
+            "seconds": spread([seconds for run in runs for seconds in run["seconds"]]),
         }
     row["details"] = {name: value for name, value in answers.items() if isinstance(value, (int, float))}
     return row

@@ -16,8 +16,8 @@ from patcher.head import Head
 from patcher.memory import Memory
 from patcher.scope import fit_scope
 from tests.benchmarks.quality_baselines import logistic_regression
-from tests.benchmarks.quality_data import draws_of, note
-from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, summary
+from tests.benchmarks.quality_data import draws_of, note, sequence_of
+from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, spread, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,8 +176,8 @@ def sequential(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "runs": len(runs),
         "labels": len(setting.head.labels) + len(setting.new),
-        "accuracy": {name: _spread([run["accuracy"][name] for run in runs]) for name in names},
-        "seconds": {part: _spread([s for run in runs for s in run["seconds"][part]]) for part in ("fit", "whole add")},
+        "accuracy": {name: spread([run["accuracy"][name] for run in runs]) for name in names},
+        "seconds": {part: spread([s for run in runs for s in run["seconds"][part]]) for part in ("fit", "whole add")},
         "old rows unchanged": all(run["old rows unchanged"] for run in runs),
     }
     note(f"  one after another: {100 * found['accuracy']['all']['mean']:.2f} on all")
@@ -201,12 +201,11 @@ def _one_after_another(setting: Setting, n: int, draw: int) -> dict[str, Any]:
     head, memory = setting.head, setting.memory
     before = head.rows_hash()
     seconds: dict[str, list[float]] = {"fit": [], "whole add": []}
-    for position in np.random.default_rng([23, draw]).permutation(len(setting.new)).tolist():
-        label = list(setting.new)[position]
-        every = draws_of(setting, label, n, draw + 1)
-        if len(every) <= draw:
-            return {}
-        examples = setting.new[label].train[every[draw]]
+    sequence = sequence_of(setting, n, draw)
+    if not sequence:
+        return {}
+    for label, picked in sequence:
+        examples = setting.new[label].train[picked]
         start = time.perf_counter()
         fitted = fit({label: examples}, head, memory, names=names_of(setting, label))
         seconds["fit"].append(time.perf_counter() - start)
@@ -234,11 +233,6 @@ def _many(setting: Setting, width: int) -> Labelled:
     return np.concatenate([setting.train, *new])[:, :width], np.concatenate([setting.train_ids, ids])
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "sd": sd, "min": float(np.min(values)), "max": float(np.max(values))}
-
-
 def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     """How often the flips on test stay within the upper bound that the gate states, for several budgets."""
     found: dict[str, Any] = {}
@@ -259,8 +253,8 @@ def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
             "patches": len(seen),
             "without a bound": len(seen) - len(within),
             "within": float(np.mean(within)) if within else None,
-            "flips": _spread(seen),
-            "stated bound": _spread(stated) if stated else None,
+            "flips": spread(seen),
+            "stated bound": spread(stated) if stated else None,
         }
         note(f"  budget {budget:.1%}: {found[str(budget)]['within']} of {len(within)} within the stated bound")
         everywhere += within

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.benchmarks.quality_data import draws_of, note
+from tests.benchmarks.quality_data import draws_of, note, sequence_of
 
 if TYPE_CHECKING:
     from tests.benchmarks.quality_data import Setting
@@ -29,6 +29,7 @@ LIBRARIES = {"adaptive-classifier": "0.3.1", "setfit": "1.2.0"}
 _PANDAS = "pandas" if int(np.__version__.split(".")[0]) > 1 else "pandas<3"
 _BESIDES: tuple[str, ...] = (
     "charset-normalizer",
+    "cloudpickle",
     "datasets",
     "dill",
     "evaluate",
@@ -55,7 +56,15 @@ _PATIENCE_SECONDS = 3600
 
 
 def run_library(
-    library: str, checkpoint: Path, setting: Setting, cache: Path, *, examples: int, draws: int, labels: int | None
+    library: str,
+    checkpoint: Path,
+    setting: Setting,
+    cache: Path,
+    *,
+    examples: int,
+    draws: int,
+    labels: int | None,
+    sequences: int,
 ) -> dict[str, Any]:
     """Answers of one library: see ``quality_worker.py`` for what it is asked.
 
@@ -64,7 +73,7 @@ def run_library(
     try:
         python = _environment(cache / "libraries")
         folder = cache / f"job-{library}"
-        _write_job(folder, library, checkpoint, setting, examples, draws, labels)
+        _write_job(folder, library, checkpoint, setting, examples, draws, labels, sequences)
         worker = Path(__file__).with_name("quality_worker.py")
         return _run([str(python), str(worker), str(folder)], folder / "answers.json")
     except subprocess.CalledProcessError as error:
@@ -93,23 +102,26 @@ def _environment(folder: Path) -> Path:
 
 
 def _write_job(
-    folder: Path, library: str, checkpoint: Path, setting: Setting, examples: int, draws: int, labels: int | None
+    folder: Path,
+    library: str,
+    checkpoint: Path,
+    setting: Setting,
+    examples: int,
+    draws: int,
+    labels: int | None,
+    sequences: int,
 ) -> None:
-    """Everything that the worker needs, as one JSON file and one array: mean-pooled features of every text."""
+    """Everything that the worker needs, as one JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "answers.json").unlink(missing_ok=True)
-    texts, rows = list(setting.train_texts + setting.test_texts), [setting.train, setting.test]
+    texts = [*setting.train_texts, *setting.test_texts]
     for label in setting.new.values():
         texts += [*label.train_texts, *label.test_texts]
-        rows += [label.train, label.test]
-    # What these libraries call an embedding, a mean over tokens of hidden states: the features' second part.
-    np.save(folder / "embeddings.npy", np.concatenate(rows)[:, setting.head.split :])
     adds = [
         {"label": label, "draw": draw, "texts": [setting.new[label].train_texts[i] for i in picked]}
         for label in list(setting.new)[:labels]
         for draw, picked in enumerate(draws_of(setting, label, examples, draws))
     ]
-    every = [{**add, "draw": 0} for add in _first_draws(setting, examples)]
     job = {
         "library": library,
         "checkpoint": str(checkpoint.resolve()),
@@ -119,17 +131,16 @@ def _write_job(
         "test": {"texts": setting.test_texts},
         "new_test": {label: new.test_texts for label, new in setting.new.items()},
         "adds": adds,
-        "sequence": every,
+        "sequences": [each for draw in range(sequences) if (each := _sequence(setting, examples, draw))],
     }
     (folder / "job.json").write_text(json.dumps(job))
 
 
-def _first_draws(setting: Setting, examples: int) -> list[dict[str, Any]]:
-    found = []
-    for label, new in setting.new.items():
-        picked = draws_of(setting, label, examples, 1)
-        found += [{"label": label, "texts": [new.train_texts[i] for i in each]} for each in picked]
-    return found
+def _sequence(setting: Setting, examples: int, draw: int) -> list[dict[str, Any]]:
+    return [
+        {"label": label, "texts": [setting.new[label].train_texts[i] for i in picked]}
+        for label, picked in sequence_of(setting, examples, draw)
+    ]
 
 
 def _run(command: list[str], answers: Path) -> dict[str, Any]:

@@ -109,25 +109,26 @@ def _sequential(results: Mapping[str, Any]) -> list[str]:
     found, n = results["sequential"], results["about"]["examples"]
     added = results["about"]["new labels"]
 
-    def percent(value: float) -> str:
-        return f"{100 * value:.2f}"
+    def cells(accuracy: Mapping[str, Mapping[str, float]]) -> list[str]:
+        return [
+            f"{100 * each['mean']:.2f} ± {100 * each['sd']:.2f} ({100 * each['min']:.2f})" for each in accuracy.values()
+        ]
 
-    accuracy = [
-        f"{100 * each['mean']:.2f} ± {100 * each['sd']:.2f} ({100 * each['min']:.2f})"
-        for each in found["accuracy"].values()
-    ]
     seconds = found["seconds"]
     spent = f"fit {seconds['fit']['mean']:.3f}, all {seconds['whole add']['mean']:.3f}"
-    rows: list[list[str]] = [[f"**patcher**, {n} examples each, {found['runs']} orders", *accuracy, spent]]
+    rows: list[list[str]] = [
+        [f"**patcher**, {n} examples each, {found['runs']} orders", *cells(found["accuracy"]), spent]
+    ]
     for name, row in results.get("libraries", {}).items():
         if "sequential" in row:
-            theirs = [percent(value) for value in row["sequential"]["accuracy"].values()]
-            rows.append([f"{name}, {n} examples each", *theirs, f"{row['sequential']['seconds']:.3f}"])
+            theirs = row["sequential"]
+            title = f"{name}, {n} examples each, {theirs['runs']} orders"
+            rows.append([title, *cells(theirs["accuracy"]), f"{theirs['seconds']['mean']:.3f}"])
     for key, reference in found.items():
         if key.startswith("trained on"):
             for name, row in reference.items():
-                theirs = [percent(row[part]) for part in ("all", "old", "new")]
-                rows.append([f"head {key}, all old data, {name}", *theirs, f"{row['seconds']:.1f} (once)"])
+                shares = [f"{100 * row[part]:.2f}" for part in ("all", "old", "new")]
+                rows.append([f"head {key}, all old data, {name}", *shares, f"{row['seconds']:.1f} (once)"])
     heads = ["how", f"accuracy on all {found['labels']}", "old labels", "new labels", "seconds an add"]
     return [f"## {added} labels one after another", "", *table(heads, rows)]
 
