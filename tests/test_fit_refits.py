@@ -64,14 +64,18 @@ def test_ridge_is_the_regression_of_labels_on_features_and_its_held_out_figures_
 def test_discriminants_are_those_of_the_means():
     head, memory, _, _, new = world(labels=4)
     old = from_memory(memory, head)
-    weight, bias, left_out = lda_rows({"new": new(5)}, memory, np.arange(4), old)
+    weight, bias, left_out = lda_rows({"new": new(5)}, memory, np.arange(4), old, SETTINGS)
     points = new(50, seed=3)
     means = np.concatenate([memory.means(), new(5).mean(axis=0, keepdims=True)])
     gaps = old.whitening.of(points)[:, None] - old.whitening.of(means)[None]
     distances = (gaps**2).sum(axis=2)
+    # A mean of n inputs lies further out than the label's own by the spread over n, squared.
+    covariance = old.whitening.points.T @ memory.within() @ old.whitening.points
+    further = SETTINGS.positive_variance * np.trace(covariance) / np.append(memory.counts, 5)
+    distances = distances - further
     scores = points @ weight.T + bias
     np.testing.assert_allclose(scores[:, 1:] - scores[:, :1], 0.5 * (distances[:, :1] - distances[:, 1:]), atol=1e-4)
-    without = lda_rows({"new": np.delete(new(5), 2, axis=0)}, memory, np.arange(4), old)
+    without = lda_rows({"new": np.delete(new(5), 2, axis=0)}, memory, np.arange(4), old, SETTINGS)
     np.testing.assert_allclose(left_out[0][2], new(5)[2] @ without[0][4] + without[1][4], atol=1e-4)
 
 
@@ -116,6 +120,18 @@ def test_a_patched_refit_can_be_patched_again_and_pruned():
     )
     assert (third.logits(new(100, 1, seed=5)).argmax(axis=1) == 8).mean() > 0.85
     assert ids.max() == 7
+
+
+@pytest.mark.parametrize("method", ["ridge", "lda"])
+def test_a_label_of_few_examples_is_still_found_once_the_next_one_is_there(method):
+    head, memory, features, ids, new = world(per_label=200)
+    for place, label in enumerate(("first", "second", "third")):
+        examples = new(10, place)
+        head = fit({label: examples}, head, memory, method=method).apply(head)
+        memory = memory.add([label], examples, np.zeros(10, np.int64))
+    for place in range(3):
+        assert (head.logits(new(200, place, seed=9)).argmax(axis=1) == 8 + place).mean() > 0.85
+    assert (head.logits(features).argmax(axis=1) == ids).mean() > 0.97
 
 
 def test_the_command_line_knows_the_same_methods():

@@ -203,10 +203,9 @@ def _closed(
             "`patcher remember --data FILE` builds it anew"
         )
     places = np.array([place[label] for label in head.labels], np.int64)
-    made = (
-        ridge_rows(shown, memory, places, old, settings) if method == "ridge" else lda_rows(shown, memory, places, old)
-    )
-    return _Found(*settled(made, shown, head, old, inputs, max_flips, settings))
+    rows = {"ridge": ridge_rows, "lda": lda_rows}[method]
+    made = rows(shown, memory, places, old, settings)
+    return _Found(*settled(made, shown, head, old, inputs, max_flips, settings, biased=method == "lda"))
 
 
 def _anchored(

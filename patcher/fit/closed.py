@@ -2,8 +2,8 @@
 
 Both change every row, so that old answers may change in either direction; the default method changes none. Ridge is the
 regression of one-hot labels on the features (RanPAC, arXiv 2307.02251, without its random projection); discriminant
-analysis is that of Gaussians with one covariance (streaming LDA, arXiv 1909.01520). New labels weigh as much as an
-average old one, however few their examples.
+analysis is that of Gaussians with one covariance (streaming LDA, arXiv 1909.01520). Labels of few examples, be they new
+or of earlier patches, weigh as much as a typical old one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["lda_rows", "ridge_rows", "settled"]
 
-_SCALES = np.geomspace(0.05, 100.0, 120)
+_SCALES = (0.05, 100.0)
+_SCALED_ON = 1000
+"""Inputs that the scale is found on: more of them would tell the same."""
 
 
 def ridge_rows(
@@ -43,11 +45,14 @@ def ridge_rows(
     Features are standardised and the constant is not penalised. ``places`` INT64 ``[C]`` are the head's labels in the
     memory. Returns rows float64 ``[C + K, width]``, biases ``[C + K]``, and for each new label the output of each of
     its examples in a regression without it, ``(y - h) / (1 - h)`` with the leverage ``h`` (Allen's PRESS).
+
+    A label that an earlier patch brought has as few inputs in the memory, and would be forgotten beside the others:
+    it counts as if it had as many as the median, all with its mean and the common spread.
     """
     counts = memory.counts[places].astype(np.float64)
-    share = counts.mean()
-    white = old.whitening
-    center = white.center
+    share = float(np.median(counts))
+    added = np.maximum(share - counts, 0.0)
+    center = old.whitening.center
     spread = np.sqrt(np.maximum(np.diag(memory.second_moment) / memory.counts.sum() - center**2, 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
     width = len(center)
@@ -59,13 +64,17 @@ def ridge_rows(
     )
     gram[:-1, -1] = gram[-1, :-1] = (memory.sums.sum(axis=0) - total * center) / spread
     gram[-1, -1] = total
-    targets = [np.column_stack([(memory.sums[places] - counts[:, None] * center) / spread, counts])]
+    means = np.column_stack([(memory.sums[places] / counts[:, None] - center) / spread, np.ones(len(places))])
+    if added.any():
+        gram += (means * added[:, None]).T @ means
+        gram[:-1, :-1] += added.sum() * memory.within() / np.outer(spread, spread)
+    targets = [means * (counts + added)[:, None]]
     points = [np.column_stack([(rows - center) / spread, np.ones(len(rows))]) for rows in examples.values()]
     for mine in points:
         weight = share / len(mine)
         gram += weight * mine.T @ mine
         targets.append(weight * mine.sum(axis=0, keepdims=True))
-    gram[np.arange(width), np.arange(width)] += settings.refit_ridge * (total + share * len(points))
+    gram[np.arange(width), np.arange(width)] += settings.refit_ridge * (total + added.sum() + share * len(points))
     inverse = np.linalg.inv(gram)
     solved = np.concatenate(targets) @ inverse
     left_out = []
@@ -77,25 +86,31 @@ def ridge_rows(
 
 
 def lda_rows(
-    examples: Mapping[str, Floats], memory: Memory, places: Ints, old: OldLabels
+    examples: Mapping[str, Floats], memory: Memory, places: Ints, old: OldLabels, settings: Settings
 ) -> tuple[Doubles, Doubles, LeftOut]:
     """Linear discriminants with equal priors, in the covariance that the default method whitens by.
 
     Arguments and results as of ``ridge_rows``; an example is left out of its label's mean.
+
+    The mean of ``n`` examples lies further out than the label's own, in expectation by the trace of its covariance over
+    ``n`` (squared), which would cost a label of few examples most: the biases make up for it. A label that the backbone
+    never saw is spread wider than those it was fine-tuned on, as ``positive_variance`` tells.
     """
     white = old.whitening
+    spread = settings.positive_variance * float((white.points * (memory.within() @ white.points)).sum())
     points = [white.of(rows) for rows in examples.values()]
     means = [
         white.of(memory.sums[places] / memory.counts[places, None]),
         *(p.mean(axis=0, keepdims=True) for p in points),
     ]
     every = np.concatenate(means)
-    biases = -0.5 * (every * every).sum(axis=1)
+    numbers = np.concatenate([memory.counts[places], [len(mine) for mine in points]])
+    biases = -0.5 * ((every * every).sum(axis=1) - spread / numbers)
     left_out = []
     for mine in points:
         count = len(mine)
         rest = (mine.sum(axis=0) - mine) / max(count - 1, 1)
-        scores = (mine * rest).sum(axis=1) - 0.5 * (rest * rest).sum(axis=1)
+        scores = (mine * rest).sum(axis=1) - 0.5 * ((rest * rest).sum(axis=1) - spread / max(count - 1, 1))
         left_out.append(scores if count > 1 else np.full(1, np.nan))
     rows = every @ white.points.T
     return rows, biases - rows @ white.center, left_out
@@ -109,9 +124,12 @@ def settled(
     inputs: OldInputs | None,
     max_flips: float,
     settings: Settings,
+    *,
+    biased: bool,
 ) -> tuple[Rows, dict[str, Doubles]]:
     """Closed-form rows as logits: brought to the scale that fits the real inputs best, the new biases by budget.
 
+    Where the method has set the new biases (``biased``), they are only lowered, and only by what the budget asks for.
     Returns all rows, old and new, and each new label's held-out logits ``[n]``. Where no real inputs are kept, the
     labels' means stand for them.
     """
@@ -133,14 +151,37 @@ def settled(
         flips = np.sort(margins[still])
         cap = float(np.nextafter(flips[allowed], -np.inf)) if inputs and allowed < len(flips) else np.inf
         lead = scores * scale - rivals
-        shift = best_shift(lead[np.isfinite(lead)], Calibration(margins, spreads, count / len(ids), cap), settings)
+        seen = Calibration(margins, spreads, count / len(ids), cap)
+        shift = min(0.0, cap) if biased else best_shift(lead[np.isfinite(lead)], seen, settings)
         bias[position] += shift
         held_out[label] = scores * scale + shift
     return Rows(weight.astype(np.float32), bias.astype(np.float32)), held_out
 
 
 def _scale(logits: Doubles, ids: Ints) -> float:
-    """The factor with the least log loss (temperature scaling, Guo et al. 2017, arXiv 1706.04599)."""
+    """The factor with the least log loss (temperature scaling, Guo et al. 2017, arXiv 1706.04599).
+
+    The loss is convex in the factor, so golden sections of its logarithm find the one least to a hundredth.
+    """
+    every = slice(None, None, 1 + len(ids) // _SCALED_ON)
+    logits, ids = logits[every], ids[every]
     own = logits[np.arange(len(ids)), ids]
-    losses = [float((log_sum_exp(scale * logits) - scale * own).mean()) for scale in _SCALES]
-    return float(_SCALES[int(np.argmin(losses))])
+
+    def loss(size: float) -> float:
+        scale = float(np.exp(size))
+        return float((log_sum_exp(scale * logits) - scale * own).mean())
+
+    low, high = np.log(_SCALES)
+    golden = (np.sqrt(5.0) - 1.0) / 2.0
+    inner = [high - golden * (high - low), low + golden * (high - low)]
+    losses = [loss(size) for size in inner]
+    while high - low > 0.01:  # noqa: PLR2004  a hundredth
+        if losses[0] < losses[1]:
+            high, inner[1], losses[1] = inner[1], inner[0], losses[0]
+            inner[0] = high - golden * (high - low)
+            losses[0] = loss(inner[0])
+        else:
+            low, inner[0], losses[0] = inner[0], inner[1], losses[1]
+            inner[1] = low + golden * (high - low)
+            losses[1] = loss(inner[1])
+    return float(np.exp((low + high) / 2.0))
