@@ -45,8 +45,9 @@ printf '%s\n' "${names[@]}" >"${TMPDIR:-/tmp}/classifiers" # for healthcheck.py
 
 models=()
 for name in "${names[@]}"; do models+=("--load-model=$name"); done
-# What add-label asks for features: one for each backbone, however many classifiers share it.
-for config in "$repository"/*_features/config.pbtxt; do
+# What add-label asks for features, and the backbone, which its encoder asks: one of each, however many classifiers share
+# them.
+for config in "$repository"/*_features/config.pbtxt "$repository"/*_backbone/config.pbtxt; do
   if [ -f "$config" ]; then models+=("--load-model=$(basename "$(dirname "$config")")"); fi
 done
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from patcher.model_config import steps_of
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from patcher.model_config import Step
     from patcher.repository import ModelRepository
 
 __all__ = ["Backbone"]
 
 
 class Backbone:
-    """A backbone of a repository with its tokenizer, its features ensemble, and its head store where it has one."""
+    """A backbone of a repository with its encoder, its features ensemble, and its head store where it has one."""
 
     def __init__(self, repository: ModelRepository, backbone: str) -> None:
         self.repository = repository
         self.store = repository.store
         self.backbone = backbone
         self.tokenizer_model = f"{backbone}_tokenizer"
+        self.encoder_model = f"{backbone}_encoder"
+        """Text to features; exports before 0.4.0 have none (``text_model``)."""
         self.backbone_model = f"{backbone}_backbone"
         self.features_model = f"{backbone}_features"
         self.store_model = f"{backbone}_heads"
@@ -31,6 +36,15 @@ class Backbone:
     def root(self) -> Path:
         """The repository's folder; InputError where it lies in an object store."""
         return self.repository.root
+
+    def encoding(self) -> tuple[Step, ...]:
+        """The steps from text to features, in any ensemble above."""
+        return steps_of(self.repository.config(self.features_model))
+
+    @property
+    def text_model(self) -> str:
+        """The model that takes the texts: the encoder, or in exports before 0.4.0 the tokenizer."""
+        return self.encoding()[0].model
 
     @property
     def backbone_path(self) -> Path:

@@ -36,10 +36,7 @@ class Classifier(Backbone):
 
     def __init__(self, repository: ModelRepository, name: str) -> None:
         stored = repository.stored_on(name)
-        tokenizer, backbone = _steps(repository, name) if stored is None else (None, f"{stored}_backbone")
-        super().__init__(repository, backbone.removesuffix("_backbone"))
-        self.tokenizer_model = tokenizer or self.tokenizer_model
-        self.backbone_model = backbone
+        super().__init__(repository, stored or _backbone_of(repository, name))
         self.name = name
         self.in_store = stored is not None
         self.head_model = f"{name}_head"
@@ -197,14 +194,17 @@ class Classifier(Backbone):
         self.store.take_away([f"{self.head_model}/{version}" for version in versions])
 
 
-def _steps(repository: ModelRepository, name: str) -> tuple[str, str]:
+def _backbone_of(repository: ModelRepository, name: str) -> str:
+    """Name of the backbone whose encoder (before 0.4.0: whose tokenizer) is the first step of a classifier."""
     steps = repository.config(name).ensemble_scheduling.step
-    try:
-        return str(steps[0].model_name), str(steps[1].model_name)
-    except IndexError:
+    first = str(steps[0].model_name) if len(steps) > 1 else ""
+    backbone = first.removesuffix("_encoder").removesuffix("_tokenizer")
+    if backbone == first:
         raise RepositoryError(
-            f"{repository.location}/{name}/{_CONFIG} is no classifier: it has no three steps"
-        ) from None
+            f"{repository.location}/{name}/{_CONFIG} is no classifier: it begins with {first or 'nothing'!r}, expected "
+            "BACKBONE_encoder"
+        )
+    return backbone
 
 
 def version_numbers(names: Sequence[str]) -> tuple[int, ...]:

@@ -221,7 +221,7 @@ def _sha256(path: Path) -> str:
 
 
 def _local_answer(classifier: Classifier) -> Check:
-    what = classifier.tokenizer_model
+    what = classifier.text_model
     if not classifier.store.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:

@@ -48,8 +48,10 @@ def extract_features(
 
 
 def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
-    """ServerError where the server's backbone is not the repository's."""
+    """ServerError where the server's backbone is not the repository's; it is loaded where no ensemble brought it."""
     ours = backbone.fingerprint()
+    if not server.is_ready(backbone.backbone_model):
+        server.load(backbone.backbone_model)
     theirs = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
     if ours != theirs:
         raise ServerError(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+from patcher.model_config import asked_by, steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -405,8 +406,12 @@ def _children_seconds() -> float:
 def _steps(server: TritonServer, model: str) -> tuple[str, ...]:
     if not server.is_ready(model):
         raise ServerRefused(f"{server.url} does not serve {model}; `patcher doctor` says what it serves")
-    steps = server.model_config(model).ensemble_scheduling.step
-    return tuple(dict.fromkeys(step.model_name for step in steps))
+    found: dict[str, None] = {}
+    for step in steps_of(server.model_config(model)):
+        # The backbone's time is a part of the encoder's, which asks it.
+        asked = asked_by(server.model_config(step.model))
+        found |= dict.fromkeys([step.model, asked] if asked and server.is_ready(asked) else [step.model])
+    return tuple(found)
 
 
 def _change(before: Sequence[ModelStatistics], after: Sequence[ModelStatistics]) -> dict[str, int]:

@@ -23,17 +23,22 @@ __all__ = [
     "Step",
     "Tensor",
     "any_config",
+    "asked_by",
     "backbone_config",
     "classifier_config",
+    "encoder_config",
     "features_config",
     "head_config",
+    "is_on_gpu",
     "parse",
     "pinned_versions",
     "render",
     "serving_of",
     "share_of",
+    "steps_of",
     "store_config",
     "tokenizer_config",
+    "with_encoding",
     "with_pin",
     "with_response_cache",
     "with_serving",
@@ -44,10 +49,11 @@ MAX_BATCH_SIZE = 64
 """The largest batch that Triton forms or takes for any model of a classifier."""
 
 PADDING_SLACK = 12
-"""Tokens of padding that texts of different lengths may cost to share a batch (the tokenizer's own default)."""
+"""Tokens of padding that texts of different lengths may cost to share a batch (the encoder's own default)."""
 # Not measured: no GPU was at hand.
-_GPU_DELAY_US, _GPU_SLACK = 500, 512
-_THREADS, _SLACK = "intra_op_thread_count", "padding_slack"
+_GPU_ENCODERS, _GPU_SLACK = 2, 512
+_THREADS, _SLACK, _LARGEST = "intra_op_thread_count", "padding_slack", "largest_batch"
+_BACKBONE = "backbone_model"
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,8 @@ def _tokens(names: Sequence[str]) -> tuple[Tensor, ...]:
     return tuple(Tensor(name, "INT64", (-1,)) for name in names)
 
 
-def tokenizer_config(name: str, token_inputs: Sequence[str], device: str = "cpu") -> ModelConfig:
-    """Text to the token tensors that the backbone takes.
-
-    For a backbone on a ``gpu`` texts wait a little for each other and share lengths freely: there a batch more costs
-    far more than padding does.
-    """
-    gpu = _is_gpu(device)
+def tokenizer_config(name: str, token_inputs: Sequence[str]) -> ModelConfig:
+    """Text to the token tensors that the backbone takes, for those who want to see them; no ensemble asks it."""
     return ModelConfig(
         name,
         (_TEXT,),
@@ -134,8 +135,29 @@ def tokenizer_config(name: str, token_inputs: Sequence[str], device: str = "cpu"
         instances=1,
         kind="CPU",  # without it a server with GPUs starts one for each of them
         dynamic_batching=True,
-        delay_us=_GPU_DELAY_US if gpu else 0,
-        parameters={_SLACK: str(_GPU_SLACK)} if gpu else {},
+    )
+
+
+def encoder_config(
+    name: str, token_inputs: Sequence[str], backbone: str, width: int, device: str = "cpu"
+) -> ModelConfig:
+    """Text to features FP32 ``[width]``, by way of the model ``backbone``.
+
+    Texts gather in front of it while the backbone works on those before them. For a backbone on a ``gpu`` there are
+    two, so that one tokenizes while the other waits, and texts share lengths freely: there a batch more costs far more
+    than padding does.
+    """
+    gpu = _is_gpu(device)
+    parameters = {_BACKBONE: backbone, "token_inputs": ",".join(token_inputs)}
+    return ModelConfig(
+        name,
+        (_TEXT,),
+        (_features(width),),
+        backend="python",
+        instances=_GPU_ENCODERS if gpu else 1,
+        kind="CPU",
+        dynamic_batching=True,
+        parameters=parameters | ({_SLACK: str(_GPU_SLACK)} if gpu else {}),
     )
 
 
@@ -198,35 +220,56 @@ def store_config(name: str, width: int, backbone: str) -> ModelConfig:
     )
 
 
-def any_config(name: str, tokenizer: str, backbone: str, store: str, token_inputs: Sequence[str]) -> ModelConfig:
+def any_config(name: str, encoding: Sequence[Step], store: str) -> ModelConfig:
     """The ensemble text, classifier -> label, score, logits, head_version, in_scope of a store's classifiers."""
     answer = {tensor.name: tensor.name for tensor in _ANSWER}
     taken = {"features": "features", "classifier": "classifier"}
-    steps = (*_encode_steps(tokenizer, backbone, token_inputs), Step(store, taken, answer))
-    return ModelConfig(name, (_TEXT, _CLASSIFIER), _ANSWER, steps=steps)
+    return ModelConfig(name, (_TEXT, _CLASSIFIER), _ANSWER, steps=(*encoding, Step(store, taken, answer)))
 
 
-def _encode_steps(tokenizer: str, backbone: str, token_inputs: Sequence[str]) -> tuple[Step, Step]:
-    tokens = {name: name for name in token_inputs}
-    return (Step(tokenizer, {"text": "text"}, tokens), Step(backbone, tokens, {"features": "features"}))
-
-
-def features_config(name: str, tokenizer: str, backbone: str, token_inputs: Sequence[str], width: int) -> ModelConfig:
+def features_config(name: str, encoder: str, width: int) -> ModelConfig:
     """The ensemble text -> features."""
-    return ModelConfig(name, (_TEXT,), (_features(width),), steps=_encode_steps(tokenizer, backbone, token_inputs))
+    step = Step(encoder, {"text": "text"}, {"features": "features"})
+    return ModelConfig(name, (_TEXT,), (_features(width),), steps=(step,))
 
 
-def classifier_config(
-    name: str, tokenizer: str, backbone: str, head: str, token_inputs: Sequence[str], share: float | None = None
-) -> ModelConfig:
-    """The ensemble text -> label, score, logits, head_version, in_scope.
+def classifier_config(name: str, encoding: Sequence[Step], head: str, share: float | None = None) -> ModelConfig:
+    """The ensemble text -> label, score, logits, head_version, in_scope; ``encoding`` are the steps to the features.
 
     A canary's states the ``share`` of the requests, in per cent, that is meant for it.
     """
     parameters = {} if share is None else {_SHARE: f"{share:g}"}
     answer = {tensor.name: tensor.name for tensor in _ANSWER}
-    steps = (*_encode_steps(tokenizer, backbone, token_inputs), Step(head, {"features": "features"}, answer))
+    steps = (*encoding, Step(head, {"features": "features"}, answer))
     return ModelConfig(name, (_TEXT,), _ANSWER, steps=steps, parameters=parameters)
+
+
+def steps_of(message: Any) -> tuple[Step, ...]:
+    """The steps of a parsed ensemble."""
+    return tuple(
+        Step(step.model_name, dict(step.input_map), dict(step.output_map), step.model_version)
+        for step in message.ensemble_scheduling.step
+    )
+
+
+def with_encoding(text: str, encoding: Sequence[Step]) -> str:
+    """The same ensemble with other steps before its last one."""
+    message = parse(text)
+    last = message.ensemble_scheduling.step[-1]
+    steps = [*(_step(each) for each in encoding), last]
+    del message.ensemble_scheduling.step[:]
+    message.ensemble_scheduling.step.extend(steps)
+    return _text(message)
+
+
+def is_on_gpu(message: Any) -> bool:
+    """Whether a parsed configuration insists on a GPU."""
+    return any(group.kind == group.Kind.Value("KIND_GPU") for group in message.instance_group)
+
+
+def asked_by(message: Any) -> str:
+    """The model that a parsed encoder's configuration says it asks; empty for any other model."""
+    return _parameter(message, _BACKBONE, "")
 
 
 def share_of(message: Any) -> float:
@@ -270,11 +313,16 @@ def _message(config: ModelConfig) -> Any:
         message.parameters[key].string_value = config.parameters[key]
     if config.steps:
         message.platform = "ensemble"
-        for step in config.steps:
-            added = message.ensemble_scheduling.step.add(model_name=step.model, model_version=step.version)
-            added.input_map.update(step.inputs)
-            added.output_map.update(step.outputs)
+        message.ensemble_scheduling.step.extend(_step(step) for step in config.steps)
     return message
+
+
+def _step(step: Step) -> Any:
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    return pb.ModelEnsembling.Step(
+        model_name=step.model, model_version=step.version, input_map=step.inputs, output_map=step.outputs
+    )
 
 
 def _text(message: Any) -> str:
@@ -315,11 +363,12 @@ def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") ->
 
 @dataclass(frozen=True)
 class Serving:
-    """How a backbone and its tokenizer are run: what `patcher tune` chooses for a machine.
+    """How a backbone and what is before it are run: what `patcher tune` chooses for a machine.
 
     ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
-    in the tokenizer's queue for others; ``slack`` the tokens of padding that texts of different lengths may cost
-    to share a batch (0: only equal lengths do); ``batch`` the largest batch of the backbone.
+    in front of the encoder for others; ``slack`` the tokens of padding that texts of different lengths may cost
+    to share a batch (0: only equal lengths do); ``batch`` the largest batch of the backbone. Exports before 0.4.0 have
+    no encoder: there it is the tokenizer in front of which a text waits.
     """
 
     instances: int = 1
@@ -329,50 +378,54 @@ class Serving:
     batch: int = MAX_BATCH_SIZE
 
 
-def serving_of(tokenizer: Any, backbone: Any) -> Serving:
+def serving_of(encoder: Any, backbone: Any) -> Serving:
     """What two parsed configurations say; RepositoryError where a setting is no whole number."""
     try:
+        limit = max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size))
         return Serving(
             instances=sum(group.count for group in backbone.instance_group) or 1,
             threads=int(_parameter(backbone, _THREADS, "0")),
-            delay_us=int(tokenizer.dynamic_batching.max_queue_delay_microseconds),
-            slack=int(_parameter(tokenizer, _SLACK, str(PADDING_SLACK))),
-            batch=max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size)),
+            delay_us=int(encoder.dynamic_batching.max_queue_delay_microseconds),
+            slack=int(_parameter(encoder, _SLACK, str(PADDING_SLACK))),
+            batch=int(_parameter(encoder, _LARGEST, str(limit))),
         )
     except ValueError as error:
         raise RepositoryError(
-            f"{backbone.name} or {tokenizer.name}: {error}; expected whole numbers in {_THREADS} and {_SLACK}"
+            f"{backbone.name} or {encoder.name}: {error}; expected whole numbers in {_THREADS}, {_SLACK} and {_LARGEST}"
         ) from error
 
 
-def with_serving(tokenizer: str, backbone: str, serving: Serving) -> tuple[str, str]:
+def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, str]:
     """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
-    first, second = parse(tokenizer), parse(backbone)
+    first, second = parse(encoder), parse(backbone)
     first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
     _set_parameter(first, _SLACK, serving.slack, PADDING_SLACK)
     if not second.instance_group:
         second.instance_group.add()
     second.instance_group[0].count = serving.instances
     _set_parameter(second, _THREADS, serving.threads, 0)
-    # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
-    del second.dynamic_batching.preferred_batch_size[:]
-    if serving.batch < second.max_batch_size:
-        second.dynamic_batching.preferred_batch_size.append(serving.batch)
+    if asked_by(first):
+        _set_parameter(first, _LARGEST, serving.batch, second.max_batch_size)
+    else:
+        # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
+        del second.dynamic_batching.preferred_batch_size[:]
+        if serving.batch < second.max_batch_size:
+            second.dynamic_batching.preferred_batch_size.append(serving.batch)
     return _text(first), _text(second)
 
 
 def with_response_cache(text: str, *, enable: bool) -> str:
-    """The same configuration with Triton's response cache on or off, for the backbone.
+    """The same configuration with Triton's response cache on or off, for what gives features.
 
-    Only a backbone may have it: its answer depends on its input alone, and its file never changes. Heads and the
-    ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
+    Only an encoder or a backbone may have it: its answer depends on its input alone, and its file never changes. Heads
+    and the ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
     RepositoryError for them.
     """
     message = parse(text)
-    if "fingerprint" not in message.parameters:
+    if message.ensemble_scheduling.step or [output.name for output in message.output] != ["features"]:
         raise RepositoryError(
-            f"{message.name} is no backbone; a cached answer of it would outlive the head that gave it. Expected a "
-            "model whose file never changes: NAME_backbone"
+            f"{message.name} is no encoder or backbone; a cached answer of it could outlive the head that gave it. "
+            "Expected a model whose file never changes: NAME_encoder or NAME_backbone"
         )
     if enable:
         message.response_cache.enable = True

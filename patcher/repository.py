@@ -36,15 +36,18 @@ if TYPE_CHECKING:
 
 __all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
 
-FORMAT = 1
-"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project."""
+FORMAT = 2
+"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
+
+1: tokenizer, backbone and head are the steps of an ensemble. 2: an encoder may stand for the first two.
+"""
 
 CANARY = "_canary"
 """A classifier of this ending is another one's version on trial (``patcher.canary``)."""
 
 _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_ROLES = ("_head", "_features", "_tokenizer", "_backbone", "_heads", "_any", CANARY)
+_ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
 _MODEL = "model.onnx"
 _JOURNAL = ".journal"
 _CONFIG = "config.pbtxt"
@@ -157,6 +160,7 @@ class ModelRepository:
             raise RepositoryError(
                 f"{self.location} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
             )
+        self.format = number
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
@@ -250,28 +254,40 @@ class ModelRepository:
             self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
 
     def add_backbone(self, name: str, files: BackboneFiles) -> None:
-        """Add a backbone with its tokenizer and features ensemble under ``name``; the lock must be held."""
+        """Add a backbone with its encoder, tokenizer and features ensemble under ``name``; the lock must be held."""
         check_name(name)
-        parts = {role: f"{name}_{role}" for role in ("tokenizer", "backbone", "features")}
-        self.refuse_existing(parts["features"])
+        base = Backbone(self, name)
+        self.refuse_existing(base.features_model)
         configs = (
-            model_config.tokenizer_config(parts["tokenizer"], files.token_inputs, files.device),
+            model_config.tokenizer_config(base.tokenizer_model, files.token_inputs),
             model_config.backbone_config(
-                parts["backbone"], files.token_inputs, files.width, files.fingerprint, files.device, files.tensorrt
+                base.backbone_model, files.token_inputs, files.width, files.fingerprint, files.device, files.tensorrt
             ),
-            model_config.features_config(
-                parts["features"], parts["tokenizer"], parts["backbone"], files.token_inputs, files.width
+            model_config.encoder_config(
+                base.encoder_model, files.token_inputs, base.backbone_model, files.width, files.device
             ),
+            model_config.features_config(base.features_model, base.encoder_model, files.width),
         )
+        texts = _text_files(files.tokenizer_json)
         contents: dict[str, dict[str, bytes | Path]] = {
-            parts["tokenizer"]: {
-                "1/model.py": _source("tokenizer"),
-                "1/tokenizer.json": files.tokenizer_json.encode(),
-            },
-            parts["backbone"]: {f"1/{_MODEL}": files.model},
-            parts["features"]: {},
+            base.tokenizer_model: texts,
+            base.backbone_model: {f"1/{_MODEL}": files.model},
+            base.encoder_model: texts,
+            base.features_model: {},
         }
+        self._renew_format()
         self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
+
+    def add_encoder(self, backbone: Backbone, config: str) -> None:
+        """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
+        self._renew_format()
+        files = _text_files(self.tokenizer_json(backbone.backbone))
+        self.store.add({backbone.encoder_model: {**files, _CONFIG: config.encode()}})
+
+    def _renew_format(self) -> None:
+        if self.format < FORMAT:  # older patchers do not know what an encoder is
+            self.store.replace(_FORMAT_FILE, _format())
+            self.format = FORMAT
 
     def add_store(self, backbone: Backbone) -> None:
         """Add the head store of a backbone, which serves any number of classifiers; the lock must be held.
@@ -281,13 +297,7 @@ class ModelRepository:
         self.require_folder()
         configs = (
             model_config.store_config(backbone.store_model, backbone.width(), backbone.backbone),
-            model_config.any_config(
-                backbone.any_model,
-                backbone.tokenizer_model,
-                backbone.backbone_model,
-                backbone.store_model,
-                backbone.token_inputs(),
-            ),
+            model_config.any_config(backbone.any_model, backbone.encoding(), backbone.store_model),
         )
         contents: dict[str, dict[str, bytes | Path]] = {
             backbone.store_model: {"1/model.py": _source("heads")},
@@ -342,11 +352,7 @@ class ModelRepository:
         configs = [model_config.head_config(f"{name}_head", head.width, version)]
         mark = {_STORE: f"{backbone}\n".encode()} if in_store else {}
         if not in_store:
-            configs.append(
-                model_config.classifier_config(
-                    name, base.tokenizer_model, base.backbone_model, f"{name}_head", base.token_inputs(), share
-                )
-            )
+            configs.append(model_config.classifier_config(name, base.encoding(), f"{name}_head", share))
         versions = {f"{version}/{file}": data for file, data in version_files(head, memory).items()}
         contents: dict[str, dict[str, bytes | Path]] = {f"{name}_head": {**mark, **versions}, name: {}}
         self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
@@ -358,7 +364,7 @@ class ModelRepository:
 
     def remove_backbone(self, name: str) -> None:
         """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
-        self.store.take_away([f"{name}_{role}" for role in ("features", "backbone", "tokenizer")])
+        self.store.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
         """Take a classifier's models out again, its backbone not."""
@@ -417,6 +423,10 @@ def _config_files(config: model_config.ModelConfig) -> dict[str, bytes | Path]:
     # An object store has no empty folders, and an ensemble without its version folder does not load.
     keep: dict[str, bytes | Path] = {"1/.keep": b""} if config.steps else {}
     return {**keep, _CONFIG: model_config.render(config).encode()}
+
+
+def _text_files(tokenizer_json: str) -> dict[str, bytes | Path]:
+    return {"1/model.py": _source("tokenizer"), "1/tokenizer.json": tokenizer_json.encode()}
 
 
 def _source(model: str) -> bytes:

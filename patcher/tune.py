@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import Load, load_test
-from patcher.model_config import MAX_BATCH_SIZE, Serving, parse, serving_of, with_response_cache, with_serving
+from patcher.model_config import MAX_BATCH_SIZE, Serving, asked_by, parse, serving_of, with_response_cache, with_serving
 from patcher.repository import ModelRepository
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def tune(
 ) -> Tuning:
     """Begin no trial after ``seconds`` of trying, and write the best to the repository, where they are better.
 
-    ``response_cache`` switches Triton's cache for the backbone on or off, None leaves it; it is off while settings are
+    ``response_cache`` switches Triton's cache for the features on or off, None leaves it; it is off while settings are
     tried, since texts that come again would be answered from it.
 
     Raises
@@ -114,7 +114,7 @@ def tune(
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with (
-            EmbeddedTriton(root, [copy.ensemble], log_file=Path(name) / "triton.log") as triton,
+            EmbeddedTriton(root, [copy.ensemble, copy.backbone_model], log_file=Path(name) / "triton.log") as triton,
             triton.client() as server,
         ):
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))
@@ -131,16 +131,17 @@ def tune(
 
 
 def _configs(classifier: Classifier, serving: Serving | None, response_cache: bool | None = None) -> dict[str, str]:
-    """Those of tokenizer and backbone that change; None leaves what is there."""
-    models = (classifier.tokenizer_model, classifier.backbone_model)
-    tokenizer, backbone = map(classifier.repository.config_text, models)
-    before = (tokenizer, backbone)
+    """Those of encoder and backbone that change; None leaves what is there."""
+    models = (classifier.text_model, classifier.backbone_model)
+    encoder, backbone = before = tuple(map(classifier.repository.config_text, models))
     if serving is not None:
-        tokenizer, backbone = with_serving(tokenizer, backbone, serving)
-    if response_cache is not None and parse(backbone).response_cache.enable != response_cache:
-        backbone = with_response_cache(backbone, enable=response_cache)
-    pairs = zip(models, before, (tokenizer, backbone), strict=True)
-    return {model: after for model, old, after in pairs if old != after}
+        encoder, backbone = with_serving(encoder, backbone, serving)
+    after = [encoder, backbone]
+    cached = 0 if asked_by(parse(encoder)) else 1
+    if response_cache is not None and parse(after[cached]).response_cache.enable != response_cache:
+        after[cached] = with_response_cache(after[cached], enable=response_cache)
+    pairs = zip(models, before, after, strict=True)
+    return {model: new for model, old, new in pairs if old != new}
 
 
 @dataclass
@@ -157,7 +158,7 @@ class _Search:
     def run(self, seconds: float) -> tuple[Serving, Serving, list[Trial]]:
         """What the repository says, the best found within so many seconds, and all that was tried."""
         repository = self.classifier.repository
-        models = (self.classifier.tokenizer_model, self.classifier.backbone_model)
+        models = (self.classifier.text_model, self.classifier.backbone_model)
         before = best = self.loaded = serving_of(*(repository.config(model) for model in models))
         trials: list[Trial] = []
         self.tell(f"now: {before}")

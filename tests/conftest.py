@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +25,14 @@ def classifier(tiny_original, tmp_path):
     root = tmp_path / "model_repository"
     shutil.copytree(tiny_original, root)
     return ModelRepository(root).classifier()
+
+
+@pytest.fixture(params=sorted(path.name for path in DATA.glob("repository-*")))
+def older(request, tmp_path):
+    """What an earlier version wrote: exported, payday added, music renamed to songs, and rolled back to payday."""
+    from patcher import ModelRepository
+
+    return ModelRepository(shutil.copytree(DATA / request.param, tmp_path / "older")).classifier()
 
 
 @pytest.fixture(scope="session")

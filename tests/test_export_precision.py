@@ -230,7 +230,7 @@ def test_a_gpu_gets_the_backbone_in_half_precision_and_nothing_else(bert, tmp_pa
     kinds = {part: [group.kind for group in config(f"intent_{part}").instance_group] for part in ("backbone", "head")}
     group = config("intent_backbone").instance_group[0]
     assert kinds == {"backbone": [group.KIND_GPU], "head": [group.KIND_CPU]}
-    assert config("intent_tokenizer").instance_group[0].kind == group.KIND_CPU
+    assert config("intent_encoder").instance_group[0].kind == group.KIND_CPU
     accelerators = config("intent_backbone").optimization.execution_accelerators.gpu_execution_accelerator
     assert [(each.name, dict(each.parameters)) for each in accelerators] == (
         [("tensorrt", {"precision_mode": "FP16"})] if tensorrt else []

@@ -29,7 +29,7 @@ from patcher.triton.perf_analyzer import find_perf_analyzer
 from patcher.triton.server import EmbeddedTriton
 
 MODELS = ["intent", "intent_features"]
-ROLES = ("intent_tokenizer", "intent_backbone", "intent_head")
+ROLES = ("intent_encoder", "intent_backbone", "intent_head")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def test_what_is_committed_is_what_export_writes(tmp_path):
     committed = texts(COMMITTED)
     assert committed == export_texts(tmp_path)
     assert {name.split("/")[0] for name in committed} == {
-        "patcher.json", "intent", "intent_features", "intent_tokenizer", "intent_backbone", "intent_head"
+        "patcher.json", "intent", "intent_features", "intent_tokenizer", "intent_encoder", "intent_backbone",
+        "intent_head",
     }  # fmt: skip
 
 

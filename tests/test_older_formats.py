@@ -3,45 +3,103 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import tiny
 
-from patcher import ModelRepository, add_label, doctor, history, rollback
+from patcher import add_label, doctor, history, model_config, rollback
 from patcher.triton.server import EmbeddedTriton
-
-DATA = Path(__file__).parent / "data"
-
-
-@pytest.fixture(params=sorted(path.name for path in DATA.glob("repository-*")))
-def old(request, tmp_path):
-    """A copy: three versions (exported, payday added, music renamed to songs), rolled back to the second."""
-    return ModelRepository(shutil.copytree(DATA / request.param, tmp_path / "repository")).classifier()
+from patcher.upgrade import upgrade
 
 
-def test_it_opens_as_it_was(old, tree):
-    before = tree(old.root)
-    assert (old.versions(), old.serving(), old.next_version()) == ((1, 2, 3), 2, 4)
-    assert [entry.what() for entry in history(old)] == ["exported", "+payday", "music -> songs"]
-    assert old.head().labels == (*tiny.OLD, "payday")
-    assert old.memory() is not None
-    found = list(doctor.diagnose(old.root, None, "nobody"))
+def test_it_opens_as_it_was(older, tree):
+    before = tree(older.root)
+    assert (older.versions(), older.serving(), older.next_version()) == ((1, 2, 3), 2, 4)
+    assert [entry.what() for entry in history(older)] == ["exported", "+payday", "music -> songs"]
+    assert older.head().labels == (*tiny.OLD, "payday")
+    assert older.memory() is not None
+    found = list(doctor.diagnose(older.root, None, "nobody"))
     assert [check.finding for check in found if check.state == "fault"] == []
-    assert tree(old.root) == before
+    assert tree(older.root) == before
 
 
 @pytest.mark.server
-def test_it_is_served_patched_and_rolled_back(old, tmp_path):
+def test_it_is_served_patched_and_rolled_back(older, tmp_path):
     log = tmp_path / "log"
-    with EmbeddedTriton(old.root, ["intent", "intent_features"], log_file=log) as triton, triton.client() as server:
+    with EmbeddedTriton(older.root, ["intent", "intent_features"], log_file=log) as triton, triton.client() as server:
         text = tiny.sentences("pizza", 1, seed=7)
         assert server.classify("intent", text)[0].head_version == 2
-        assert add_label(old.repository, "pizza", tiny.sentences("pizza", 10), server=server).version == 4
+        assert add_label(older.repository, "pizza", tiny.sentences("pizza", 10), server=server).version == 4
         assert server.classify("intent", text)[0].labels[0] == "pizza"
-        rollback(old, 1, server)
+        rollback(older, 1, server)
         assert server.classify("intent", text)[0].head_version == 1
-    assert json.loads((old.root / "patcher.json").read_text()) == {"format": 1}
-    assert set(old.journal.published()) == {1, 2, 3, 4}
-    assert [check for check in doctor.diagnose(old.root, None, "nobody") if check.state == "fault"] == []
+    assert json.loads((older.root / "patcher.json").read_text()) == {"format": 1}
+    assert set(older.journal.published()) == {1, 2, 3, 4}
+    assert [check for check in doctor.diagnose(older.root, None, "nobody") if check.state == "fault"] == []
+
+
+@pytest.mark.server
+def test_a_new_backbone_comes_beside_it(older, tmp_path):
+    repository = older.repository
+    files, head = tiny.backbone_files(tmp_path), older.head(1)
+    with repository.lock():
+        # What stands on the old backbone takes the steps that it has there.
+        repository.add_classifier("second", head, backbone=older.backbone)
+        repository.add_backbone("fresh", files)
+        fresh = repository.add_classifier("fresh", head, backbone="fresh")
+    assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
+    steps = [model_config.steps_of(repository.config(name)) for name in ("second", "fresh")]
+    assert [step.model for step in steps[0]] == ["intent_tokenizer", "intent_backbone", "second_head"]
+    assert [step.model for step in steps[1]] == ["fresh_encoder", "fresh_head"]
+    assert (older.text_model, fresh.text_model) == ("intent_tokenizer", "fresh_encoder")
+    names = ["intent", "second", "fresh"]
+    with EmbeddedTriton(older.root, names, log_file=tmp_path / "log") as triton, triton.client() as server:
+        answers = [server.classify(name, tiny.sentences(tiny.OLD[0], 1))[0] for name in names]
+    assert [answer.labels[0] for answer in answers] == [tiny.OLD[0]] * 3
+
+
+@pytest.mark.server
+def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
+    repository = older.repository
+    texts = [text for label in tiny.OLD for text in tiny.sentences(label, 2, seed=5)]
+    tuned = model_config.Serving(instances=2, threads=1, delay_us=300, slack=5, batch=16)
+    models = (older.tokenizer_model, older.backbone_model)
+    with repository.lock():
+        repository.add_classifier("second", older.head(1), backbone=older.backbone)
+        before = model_config.with_serving(*map(repository.config_text, models), tuned)
+        repository.write_configs(dict(zip(models, before, strict=True)))
+    models = ["intent", "second", "intent_features"]
+    with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
+        expected = [server.classify(name, texts) for name in models[:2]]
+    kept = tree(older.root)
+    changed = upgrade(older)
+    assert changed == ("intent_backbone", "intent", "second", "intent_features")
+    assert upgrade(older) == ()
+    now = tree(older.root)
+    new = {"intent_encoder", "intent_encoder/1", "patcher.json"}
+    new |= {f"intent_encoder/{name}" for name in ("config.pbtxt", "1/model.py", "1/tokenizer.json")}
+    assert {name for name in now if now[name] != kept.get(name)} - new <= {f"{name}/config.pbtxt" for name in changed}
+    encoder, backbone = (repository.config(model) for model in (older.text_model, older.backbone_model))
+    assert (encoder.name, model_config.serving_of(encoder, backbone)) == ("intent_encoder", tuned)
+    with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
+        for name, answers in zip(models, expected, strict=False):
+            for one, other in zip(server.classify(name, texts), answers, strict=True):
+                assert (one.labels, one.head_version) == (other.labels, other.head_version)
+        assert (
+            add_label(repository, "pizza", tiny.sentences("pizza", 10), server=server, classifier="intent").version == 4
+        )
+    assert [check for check in doctor.diagnose(older.root, None, "nobody") if check.state == "fault"] == []
+
+
+def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
+    def cut(configs):
+        assert list(configs)[-1] == older.features_model
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(older.repository, "write_configs", cut)
+        with pytest.raises(KeyboardInterrupt):
+            upgrade(older)
+    assert older.text_model == older.tokenizer_model
+    assert upgrade(older)
+    assert older.text_model == older.encoder_model

@@ -28,6 +28,9 @@ def test_the_layout_is_the_contracts(classifier):
         "intent/1/.keep",
         "intent_features/config.pbtxt",
         "intent_features/1/.keep",
+        "intent_encoder/config.pbtxt",
+        "intent_encoder/1/model.py",
+        "intent_encoder/1/tokenizer.json",
         "intent_tokenizer/config.pbtxt",
         "intent_tokenizer/1/model.py",
         "intent_tokenizer/1/tokenizer.json",
@@ -45,9 +48,8 @@ def test_configs_parse_back_to_what_the_contract_says(classifier):
     assert [(t.name, list(t.dims)) for t in config.output] == [
         ("label", [-1]), ("score", [-1]), ("logits", [-1]), ("head_version", [1]), ("in_scope", [1])
     ]  # fmt: skip
-    assert [step.model_name for step in config.ensemble_scheduling.step] == [
-        "intent_tokenizer", "intent_backbone", "intent_head"
-    ]  # fmt: skip
+    assert [step.model_name for step in config.ensemble_scheduling.step] == ["intent_encoder", "intent_head"]
+    assert model_config.asked_by(classifier.repository.config("intent_encoder")) == "intent_backbone"
     head = classifier.repository.config("intent_head")
     assert (head.backend, head.max_batch_size) == ("onnxruntime", 64)
     assert model_config.pinned_versions(head) == (1,)
@@ -106,8 +108,8 @@ def test_a_damaged_format_file(classifier, content):
 
 
 def test_a_newer_format_is_refused(classifier):
-    (classifier.root / "patcher.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(RepositoryError, match=r"format 2; this patcher knows formats up to 1: upgrade"):
+    (classifier.root / "patcher.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(RepositoryError, match=r"format 3; this patcher knows formats up to 2: upgrade"):
         ModelRepository(classifier.root)
 
 

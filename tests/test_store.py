@@ -25,6 +25,7 @@ from patcher import (
     sync,
 )
 from patcher.errors import InputError, ServerRefused
+from patcher.founding import publish_new
 from patcher.repository import Classifier
 from patcher.triton.heads import model as store
 from patcher.triton.server import EmbeddedTriton, _served_models
@@ -82,7 +83,7 @@ def test_the_files_of_a_stored_classifier(stored):
     assert (classifier.ensemble, classifier.address, classifier.in_store) == ("intent_any", "intent_any/s3", True)
     assert (classifier.backbone, classifier.features_model) == ("intent", "intent_features")
     assert not (stored.root / "s3").exists()
-    assert _served_models(stored) == ["intent", "intent_features", "intent_any"]
+    assert _served_models(stored) == ["intent", "intent_features", "intent_backbone", "intent_any"]
     with pytest.raises(InputError, match=r"s3 is in .* already"):
         found(stored, 3)
     with pytest.raises(InputError, match=r"no classifier 's33' in .*; it holds s3, .* 11 in all"):
@@ -161,8 +162,7 @@ def test_a_pin_is_read_as_protobuf_reads_it(stored):
 @pytest.mark.server
 def test_it_answers_as_a_head_of_its_own_does(live):
     repository, server = live
-    own = found(repository, 4, server, settings=FoundingSettings(), name="own")
-    assert own.head().rows_hash() == repository.classifier("s4").head().rows_hash()
+    publish_new(repository.backbone(), "own", repository.classifier("s4").head(), None, server)
     pairs = zip(server.classify("own", TEXTS), server.classify("intent_any/s4", TEXTS), strict=True)
     for first, second in pairs:
         assert (first.labels, first.scores, first.in_scope) == (second.labels, second.scores, second.in_scope)

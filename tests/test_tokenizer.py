@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import tritonclient.grpc as triton
+from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tokenizer_json
@@ -18,9 +20,11 @@ from tokenizers import Tokenizer
 from triton_models import tensor
 from tritonclient.utils import InferenceServerException
 
+from patcher import model_config
+from patcher.errors import ServerError, ServerRefused
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
-from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, read_text, shared_lengths
+from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, like_lengths, read_text
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SOURCE = Path(tokenizer_model.__file__)
@@ -105,23 +109,28 @@ def test_the_longest_text():
 
 def test_like_lengths_share_one_and_come_out_in_order():
     lengths = [(20, 1), (5, 1), (6, 1), (19, 2), (5, 1)]
-    assert shared_lengths(lengths, slack=0) == [(1, 5), (4, 5), (2, 6), (3, 19), (0, 20)]
-    assert shared_lengths(lengths, slack=2) == [(1, 6), (4, 6), (2, 6), (3, 20), (0, 20)]
-    assert {length for _, length in shared_lengths(lengths, slack=1000)} == {20}
-    assert shared_lengths([], slack=2) == []
+    assert like_lengths(lengths, slack=0) == [[1, 4], [2], [3], [0]]
+    assert like_lengths(lengths, slack=2) == [[1, 4, 2], [3, 0]]
+    assert like_lengths(lengths, slack=1000) == [[1, 4, 2, 3, 0]]
+    assert like_lengths(lengths, slack=1000, largest=2) == [[1, 4], [2, 3], [0]]
+    assert like_lengths([], slack=2) == []
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 8)), max_size=30), st.integers(0, 100))
-def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack):
-    found = shared_lengths(lengths, slack)
-    assert sorted(index for index, _ in found) == list(range(len(lengths)))
-    assert [length for _, length in found] == sorted(length for _, length in found)
-    for shared in {length for _, length in found}:
-        group = [lengths[index] for index, length in found if length == shared]
-        assert max(longest for longest, _ in group) == shared
-        # Two groups may end at one length: each of them keeps to the slack.
-        assert sum((shared - longest) * count for longest, count in group) <= slack
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 8)), max_size=30),
+    st.integers(0, 100),
+    st.none() | st.integers(1, 8),
+)
+def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack, largest):
+    found = like_lengths(lengths, slack, largest)
+    assert sorted(place for group in found for place in group) == list(range(len(lengths)))
+    every = [lengths[place][0] for group in found for place in group]
+    assert every == sorted(every)
+    for group in found:
+        assert len(group) <= (largest or len(group))
+        shared = lengths[group[-1]][0]
+        assert sum((shared - lengths[place][0]) * lengths[place][1] for place in group) <= slack
 
 
 def test_needs_nothing_that_nvidias_container_could_lack():
@@ -131,7 +140,17 @@ def test_needs_nothing_that_nvidias_container_could_lack():
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module))
-    allowed = {"__future__", "json", "pathlib", "typing", "collections.abc", "numpy", "numpy.typing", "tokenizers"}
+    allowed = {
+        "__future__",
+        "contextlib",
+        "json",
+        "pathlib",
+        "typing",
+        "collections.abc",
+        "numpy",
+        "numpy.typing",
+        "tokenizers",
+    }
     assert imported <= allowed | {"triton_python_backend_utils"}
 
 
@@ -197,6 +216,67 @@ def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
     assert not_utf8.startswith("StatusCode.INVALID_ARGUMENT: ")
     assert "not UTF-8" in not_utf8
     assert "1048577 bytes; expected at most 1048576" in too_long
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_original, tmp_path_factory):
+    """A server that was told of the ensemble alone, and waits long enough for texts to meet."""
+    root = shutil.copytree(tiny_original, tmp_path_factory.mktemp("encoder") / "model_repository")
+    path = root / "intent_encoder" / "config.pbtxt"
+    message = model_config.parse(path.read_text())
+    message.dynamic_batching.max_queue_delay_microseconds = 300_000
+    message.parameters["largest_batch"].string_value = "4"
+    path.write_text(text_format.MessageToString(message))
+    with EmbeddedTriton(root, ["intent_features"], log_file=root.parent / "log") as running, running.client() as client:
+        yield client
+
+
+@pytest.mark.server
+def test_the_encoder_gives_what_the_backbone_gives_in_batches_of_like_length(encoder, tmp_path):
+    texts = [text for label in tiny.OLD for text in tiny.sentences(label, 2, seed=4)]
+    requests = [texts[:1], texts[1:4], *([text] for text in texts[4:]), [""]]
+    expected = tiny.encode(tmp_path, [text for request in requests for text in request])
+    one = encoder.features("intent_features", requests[0])  # and loads the backbone, which nobody had asked for
+    np.testing.assert_allclose(one, expected[:1], atol=1e-6)
+    before = encoder.statistics("intent_backbone")[0]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda request: encoder.features("intent_features", request), requests))
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-6)
+    after = encoder.statistics("intent_backbone")[0]
+    assert after.inferences - before.inferences == len(expected)
+    assert len(expected) / 4 <= after.executions - before.executions < len(requests)
+
+
+@pytest.mark.server
+def test_a_text_that_cannot_be_tokenized_costs_no_other_its_features(encoder):
+    def outcome(texts):
+        try:
+            return encoder.features("intent_features", texts).shape
+        except ServerRefused as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        good, bad, good_too = pool.map(outcome, (["please"], ["x" * (MAX_BYTES + 1)], ["a b c", "please tell me"]))
+    assert (good, good_too) == ((1, tiny.WIDTH), (2, tiny.WIDTH))
+    assert "expected at most 1048576" in bad
+
+
+@pytest.mark.server
+def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    models = ["intent_features", "intent_backbone"]
+    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
+        assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
+        with triton.InferenceServerClient(running.url) as other:
+            other.unload_model("intent_backbone")
+        deadline = time.monotonic() + 10
+        while client.is_ready("intent_backbone") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for texts in (["please"], ["please", "a b c"]):
+            with pytest.raises(ServerError, match="'intent_backbone' is not ready"):
+                client.features("intent_features", texts)
+        client.load("intent_backbone")
+        assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
 
 
 @pytest.mark.server

@@ -18,7 +18,7 @@ from patcher.triton.server import EmbeddedTriton, cache_options
 from patcher.tune import candidates, tune
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
-MODELS = ("intent_tokenizer", "intent_backbone")
+MODELS = ("intent_encoder", "intent_backbone")
 
 
 def configs(classifier):
@@ -38,10 +38,21 @@ def test_settings_are_read_back_and_all_else_stays(classifier):
 
 
 def test_settings_that_are_no_numbers(classifier):
-    tokenizer, backbone = map(parse, configs(classifier))
+    encoder, backbone = map(parse, configs(classifier))
     backbone.parameters["intra_op_thread_count"].string_value = "many"
     with pytest.raises(RepositoryError, match="many"):
-        serving_of(tokenizer, backbone)
+        serving_of(encoder, backbone)
+
+
+def test_an_export_without_an_encoder_is_tuned_at_its_tokenizer(older):
+    models = (older.text_model, older.backbone_model)
+    assert models == ("intent_tokenizer", "intent_backbone")
+    before = tuple(map(older.repository.config_text, models))
+    wanted = Serving(instances=2, delay_us=700, slack=5, batch=8)
+    after = with_serving(*before, wanted)
+    assert serving_of(*map(parse, after)) == wanted
+    assert list(parse(after[1]).dynamic_batching.preferred_batch_size) == [8]
+    assert [parse(text) for text in with_serving(*after, Serving())] == [parse(text) for text in before]
 
 
 def test_each_group_of_candidates_builds_upon_the_best_before():
@@ -107,13 +118,14 @@ def test_a_write_that_fails_halfway_puts_the_first_file_back(classifier, tree):
     assert tree(classifier.root) == before
 
 
-def test_only_a_backbone_may_have_a_response_cache(classifier):
-    backbone = (classifier.root / "intent_backbone" / "config.pbtxt").read_text()
-    cached = with_response_cache(backbone, enable=True)
-    assert parse(cached).response_cache.enable
-    assert parse(with_response_cache(cached, enable=False)) == parse(backbone)
-    for model in ("intent", "intent_head", "intent_tokenizer"):
-        with pytest.raises(RepositoryError, match="is no backbone"):
+def test_only_what_gives_features_may_have_a_response_cache(classifier):
+    for model in MODELS:
+        before = (classifier.root / model / "config.pbtxt").read_text()
+        cached = with_response_cache(before, enable=True)
+        assert parse(cached).response_cache.enable
+        assert parse(with_response_cache(cached, enable=False)) == parse(before)
+    for model in ("intent", "intent_head", "intent_tokenizer", "intent_features"):
+        with pytest.raises(RepositoryError, match="is no encoder or backbone"):
             with_response_cache((classifier.root / model / "config.pbtxt").read_text(), enable=True)
 
 
@@ -123,22 +135,22 @@ def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
     text = model_config.render(backbone)
     assert "kind: KIND_GPU" in text
     assert parse(text).optimization.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
-    tokenizer = parse(model_config.render(model_config.tokenizer_config("t", tokens, device="gpu")))
-    assert tokenizer.dynamic_batching.max_queue_delay_microseconds > 0
-    assert tokenizer.instance_group[0].kind == type(tokenizer.instance_group[0]).KIND_CPU
+    encoder = parse(model_config.render(model_config.encoder_config("e", tokens, "b", 8, device="gpu")))
+    assert encoder.instance_group[0].count == 2
+    assert encoder.instance_group[0].kind == type(encoder.instance_group[0]).KIND_CPU
     for device, tensorrt in (("tpu", ""), ("cpu", "FP16"), ("gpu", "warp")):
         with pytest.raises(InputError, match="expected"):
             model_config.backbone_config("b", tokens, 8, "f", device=device, tensorrt=tensorrt)
 
 
 @pytest.mark.server
-def test_a_cached_backbone_never_mixes_head_versions(classifier):
+def test_cached_features_never_mix_head_versions(classifier):
     from patcher import add_label
     from patcher.lifecycle import rollback
 
-    path = classifier.root / "intent_backbone" / "config.pbtxt"
+    path = classifier.root / "intent_encoder" / "config.pbtxt"
     with classifier.repository.lock():
-        classifier.repository.write_configs({"intent_backbone": with_response_cache(path.read_text(), enable=True)})
+        classifier.repository.write_configs({"intent_encoder": with_response_cache(path.read_text(), enable=True)})
     options = cache_options(classifier.repository)
     assert options
     log = classifier.root.parent / "triton.log"
@@ -152,7 +164,7 @@ def test_a_cached_backbone_never_mixes_head_versions(classifier):
             return answers, [server.classify("intent", [text])[0] for text in texts for _ in range(2)]
 
         ask()
-        (statistics,) = server.statistics("intent_backbone")
+        (statistics,) = server.statistics("intent_encoder")
         assert statistics.inferences > statistics.executions  # some came from the cache
         add_label(classifier.repository, "payday", tiny.sentences("payday", 10), server=server)
         for answers in ask():

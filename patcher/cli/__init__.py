@@ -38,6 +38,7 @@ _VERBS = {
     "loadtest": "loadtest:loadtest_command",
     "metrics": "metrics:metrics_command",
     "tune": "tune:tune_command",
+    "upgrade": "upgrade:upgrade_command",
     "doctor": "doctor:doctor_command",
 }
 _HELP = {
@@ -62,6 +63,7 @@ _HELP = {
     "loadtest": "Throughput and latency, by perf_analyzer.",
     "metrics": "For Prometheus: versions and labels on each replica, patches, refusals.",
     "tune": "The fastest settings for this machine.",
+    "upgrade": "An export of an earlier version gets what this one has.",
     "doctor": "What is installed, what the server says, whether all agree.",
 }
 

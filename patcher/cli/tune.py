@@ -21,7 +21,7 @@ from patcher.cli.output import tell
 @click.option(
     "--response-cache/--no-response-cache",
     default=None,
-    help="Have Triton remember the backbone's answers to texts that come again, or not.  [default: as it is]",
+    help="Have Triton remember the features of texts that come again, or not.  [default: as it is]",
 )
 @common_options
 def tune_command(

@@ -354,15 +354,18 @@ def serve(
 def cache_options(repository: ModelRepository) -> list[str]:
     """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
     classifiers = [repository.classifier(name) for name in repository.classifiers()]
-    asked = any(repository.config(each.backbone_model).response_cache.enable for each in classifiers)
+    models = {model for each in classifiers for model in (each.text_model, each.backbone_model)}
+    asked = any(repository.config(model).response_cache.enable for model in models)
     return [f"--cache-config=local,size={_CACHE_BYTES}"] if asked else []
 
 
 def _served_models(repository: ModelRepository) -> list[str]:
     classifiers = [repository.classifier(name) for name in repository.classifiers()]
-    names = [name for each in classifiers for name in (each.ensemble, each.features_model)]
+    # An encoder asks its backbone by itself, so that no ensemble brings that one.
+    names = [name for each in classifiers for name in (each.ensemble, each.features_model, each.backbone_model)]
     # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
-    names += [repository.backbone(name).features_model for name in repository.backbones()]
+    backbones = [repository.backbone(name) for name in repository.backbones()]
+    names += [name for each in backbones for name in (each.features_model, each.backbone_model)]
     stores = repository.stores()
     if stores:
         repository.require_folder()

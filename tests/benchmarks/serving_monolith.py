@@ -59,18 +59,22 @@ def add_contenders(classifier: Classifier) -> tuple[str, str]:
 
     answer = {tensor.name: tensor.name for tensor in head.output}
     tokens = {tensor.name: tensor.name for tensor in backbone.input}
-    step = ensemble.ensemble_scheduling.step
-    one = type(ensemble)()
-    one.CopyFrom(ensemble)
-    del one.ensemble_scheduling.step[1:]
-    one.ensemble_scheduling.step.add(model_name=f"{WHOLE}_model", model_version=-1, input_map=tokens, output_map=answer)
-    _write(root, WHOLE, one)
 
-    headless = type(ensemble)()
-    headless.CopyFrom(ensemble)
-    del headless.input[:], headless.ensemble_scheduling.step[:]
+    def over(*steps: tuple[str, dict[str, str], dict[str, str]]) -> Any:
+        message = type(ensemble)()
+        message.CopyFrom(ensemble)
+        del message.ensemble_scheduling.step[:]
+        for model, given, gives in steps:
+            message.ensemble_scheduling.step.add(model_name=model, model_version=-1, input_map=given, output_map=gives)
+        return message
+
+    _write(
+        root, WHOLE, over((classifier.tokenizer_model, {"text": "text"}, tokens), (f"{WHOLE}_model", tokens, answer))
+    )
+    features = {"features": "features"}
+    headless = over((classifier.backbone_model, tokens, features), (classifier.head_model, features, answer))
+    del headless.input[:]
     headless.input.extend(backbone.input)
-    headless.ensemble_scheduling.step.extend(step[1:])
     _write(root, TOKENS, headless)
     return WHOLE, TOKENS
 

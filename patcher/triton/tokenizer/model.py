@@ -1,12 +1,19 @@
-"""The tokenizer as a Triton model on the Python backend: ``text`` BYTES ``[batch, 1]`` to INT64 token tensors.
+"""Texts as Triton models on the Python backend: to token tensors, or by way of the backbone to features.
 
-`export` copies this file to ``<name>_tokenizer/1/model.py``, next to the ``tokenizer.json`` that it reads, so it needs
-nothing but `tokenizers` and numpy and runs the same in NVIDIA's container. Truncation and padding (token, side, longest
-of the batch) are as ``tokenizer.json`` says. The model's own configuration tells which tensors it emits.
+`export` copies this file to ``<name>_tokenizer/1/model.py`` and ``<name>_encoder/1/model.py``, next to the
+``tokenizer.json`` that it reads, so it needs nothing but `tokenizers` and numpy and runs the same in NVIDIA's
+container. Truncation and padding (token, side) are as ``tokenizer.json`` says.
+
+The tokenizer turns ``text`` BYTES ``[batch, 1]`` into INT64 token tensors; its configuration tells which. The encoder's
+configuration names a ``backbone_model``: it asks that one and answers with ``features`` FP32 ``[batch, width]``. Triton
+joins only requests of one shape. Tokens of two texts seldom have one, while texts themselves always do: so they gather
+in front of the encoder as long as the backbone works, which then gets them sorted by length, in batches with little
+padding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +31,13 @@ MAX_BYTES = 1 << 20
 
 SLACK = 12
 """Tokens of padding that cost about as much as one more batch (MiniLM on two cores: 0.1 ms a token, 1 ms a batch)."""
+LARGEST = 64
+"""Texts that the backbone gets at once."""
 MANY = 3
 """Responses from which on sending them in order of length pays for sending them one by one."""
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+_FEATURES = "features"
 
 
 class TextError(ValueError):
@@ -65,37 +75,41 @@ def read_text(value: bytes | str) -> str:
         raise TextError(f"a text that is not UTF-8 ({error.reason} at byte {error.start}); expected UTF-8") from None
 
 
-def shared_lengths(lengths: Sequence[tuple[int, int]], slack: int) -> list[tuple[int, int]]:
-    """Which requests of one call share a length: ``(index, padded length)``, shortest first.
+def like_lengths(lengths: Sequence[tuple[int, int]], slack: int, largest: int | None = None) -> list[list[int]]:
+    """Which items share a length, shortest first: places in ``lengths``, which are (longest text, number of texts).
 
-    ``lengths`` are (longest text, number of texts) of each request. Triton joins neighbours in a queue whose shapes are
-    equal. A batch more costs as much as some ``slack`` tokens of padding, so neighbours in length are padded to one
-    length as long as that adds no more than so many; beyond, each goes on at its own length.
+    A batch more costs as much as some ``slack`` tokens of padding, so neighbours in length are padded to one length
+    as long as that adds no more than so many, and there are no more than ``largest`` of them.
     """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index][0])
     groups: list[list[int]] = []
     texts = tokens = 0
-    for index in order:
-        longest, count = lengths[index]
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place][0]):
+        longest, count = lengths[place]
         texts, tokens = texts + count, tokens + longest * count
-        if not groups or longest * texts - tokens > slack:
+        full = bool(groups) and largest is not None and len(groups[-1]) >= largest
+        if not groups or full or longest * texts - tokens > slack:
             groups.append([])
             texts, tokens = count, longest * count
-        groups[-1].append(index)
-    return [(index, lengths[group[-1]][0]) for group in groups for index in group]
+        groups[-1].append(place)
+    return groups
 
 
 class TritonPythonModel:
-    """One instance of the tokenizer; the requests of a call are tokenized at once, like lengths padded alike."""
+    """One instance of the tokenizer or the encoder; all requests of a call are tokenized at once."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Read ``tokenizer.json`` and the names of the outputs."""
+        """Read ``tokenizer.json``, and from the configuration what is asked for."""
         config = json.loads(args["model_config"])
-        self._names = [output["name"] for output in config["output"]]
+        settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        self._backbone = settings.get("backbone_model", "")
+        named = settings.get("token_inputs", "").split(",") if self._backbone else []
+        self._names = named or [output["name"] for output in config["output"]]
         unknown = set(self._names) - set(_FIELDS)
         if unknown:
             raise ValueError(f"the configuration declares output {sorted(unknown)}; expected some of {sorted(_FIELDS)}")
-        self._slack = int(config.get("parameters", {}).get("padding_slack", {}).get("string_value", SLACK))
+        self._looked = False
+        self._slack = int(settings.get("padding_slack", SLACK))
+        self._largest = int(settings.get("largest_batch", LARGEST))
         path = Path(args["model_repository"], args["model_version"], "tokenizer.json")
         self._tokenizer = Tokenizer.from_file(str(path))
         # All requests are tokenized in one call, and padded by what this call finds best.
@@ -106,31 +120,112 @@ class TritonPythonModel:
         """One response for each request; a text that cannot be tokenized fails its own request alone."""
         import triton_python_backend_utils as pb_utils
 
-        responses: list[Any] = [None] * len(requests)
+        call = _Call(requests, pb_utils)
         texts: list[str] = []
-        spans: list[tuple[int, int, int]] = []
         for index, request in enumerate(requests):
             values = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().reshape(-1)
             start = len(texts)
             try:
                 texts += [read_text(value) for value in values]
             except TextError as error:
-                refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-                responses[index] = pb_utils.InferenceResponse(error=refusal)
+                call.fail(index, str(error), pb_utils.TritonError.INVALID_ARG)
             else:
-                spans.append((index, start, len(texts)))
+                call.spans[index] = (start, len(texts))
         encodings = self._tokenizer.encode_batch(texts)
-        lengths = [(max(map(len, encodings[start:stop])), stop - start) for _, start, stop in spans]
-        order = shared_lengths(lengths, self._slack)
-        for place, length in order:
-            index, start, stop = spans[place]
-            outputs = _tensors(encodings[start:stop], self._padding, self._names, length)
-            responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor(*each) for each in outputs.items()])
-        if len(spans) < MANY:
-            return responses
-        # Sent in order of their length: the next model joins neighbours in its queue, if their shapes are equal.
-        for place, _ in order:
-            index = spans[place][0]
-            requests[index].get_response_sender().send(responses[index], pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            responses[index] = None
-        return responses
+        if self._backbone:
+            self._answer_features(call, encodings)
+        else:
+            self._answer_tokens(call, encodings)
+        return call.responses
+
+    def _answer_tokens(self, call: _Call, encodings: Sequence[Any]) -> None:
+        """Token tensors, like lengths padded alike."""
+        places = list(call.spans)
+        lengths = [(max(map(len, encodings[slice(*call.spans[index])])), _size(call.spans[index])) for index in places]
+        for group in like_lengths(lengths, self._slack):
+            for place in group:
+                index = places[place]
+                own = encodings[slice(*call.spans[index])]
+                tensors = _tensors(own, self._padding, self._names, lengths[group[-1]][0])
+                # In order of their length: the next model joins neighbours in its queue, if their shapes are equal.
+                call.answer(index, tensors, early=len(places) >= MANY)
+
+    def _answer_features(self, call: _Call, encodings: Sequence[Any]) -> None:
+        """Features of the backbone, asked for texts of like length together, the shortest first."""
+        owners = [index for index, (start, stop) in call.spans.items() for _ in range(start, stop)]
+        left = {index: _size(span) for index, span in call.spans.items()}
+        found: list[Any] = [None] * len(encodings)
+        groups = like_lengths([(len(each), 1) for each in encodings], self._slack, self._largest)
+        for group in groups:
+            rows, problem = self._ask([encodings[place] for place in group], call.utils)
+            for row, place in enumerate(group):
+                index = owners[place]
+                left[index] -= 1
+                if problem:
+                    call.fail(index, problem)
+                    continue
+                found[place] = rows[row]
+                if not left[index]:
+                    features = np.stack(found[slice(*call.spans[index])])
+                    call.answer(index, {_FEATURES: features}, early=len(groups) > 1)
+
+    def _ask(self, encodings: Sequence[Any], utils: Any) -> tuple[Any, str]:
+        """The backbone's features FP32 ``[n, width]``, and why there are none."""
+        tensors = [utils.Tensor(*each) for each in _tensors(encodings, self._padding, self._names).items()]
+        self._load_once(utils)
+        response = self._request(tensors, utils).exec()
+        if response.has_error():
+            return None, str(response.error().message())
+        return utils.get_output_tensor_by_name(response, _FEATURES).as_numpy(), ""
+
+    def _load_once(self, utils: Any) -> None:
+        """Have the backbone loaded where a server under explicit control was told of the ensemble alone.
+
+        Triton knows of no tie between the two. It is tried once: a load that fails can end Triton 24.10, by a race in
+        its Python backend.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        if not utils.is_model_ready(self._backbone):
+            with contextlib.suppress(Exception):  # what the backbone then answers is the error that the client gets
+                utils.load_model(self._backbone)
+
+    def _request(self, tensors: Sequence[Any], utils: Any) -> Any:
+        return utils.InferenceRequest(
+            model_name=self._backbone,
+            requested_output_names=[_FEATURES],
+            inputs=list(tensors),
+            preferred_memory=utils.PreferredMemory(utils.TRITONSERVER_MEMORY_CPU, 0),
+        )
+
+
+class _Call:
+    """The requests of one call: the texts of each by place, and how it was answered."""
+
+    def __init__(self, requests: Sequence[Any], utils: Any) -> None:
+        self.requests = requests
+        self.utils = utils
+        self.responses: list[Any] = [None] * len(requests)
+        self.spans: dict[int, tuple[int, int]] = {}
+        self._failed: set[int] = set()
+
+    def answer(self, index: int, tensors: Mapping[str, Any], *, early: bool) -> None:
+        """Answer a request, at once where it is ``early``: others of the call are still to come."""
+        if index in self._failed:
+            return
+        response = self.utils.InferenceResponse([self.utils.Tensor(*each) for each in tensors.items()])
+        if early:
+            final = self.utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            self.requests[index].get_response_sender().send(response, final)
+        else:
+            self.responses[index] = response
+
+    def fail(self, index: int, message: str, *code: Any) -> None:
+        """Answer a request with an error."""
+        self._failed.add(index)
+        self.responses[index] = self.utils.InferenceResponse(error=self.utils.TritonError(message, *code))
+
+
+def _size(span: tuple[int, int]) -> int:
+    return span[1] - span[0]

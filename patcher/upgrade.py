@@ -1,0 +1,50 @@
+"""An export of an earlier version gets what exports of this version have; heads, versions and lineage stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from patcher import model_config
+
+if TYPE_CHECKING:
+    from patcher.backbone import Backbone
+
+__all__ = ["upgrade"]
+
+
+def upgrade(backbone: Backbone) -> tuple[str, ...]:
+    """Put an encoder in front of a backbone, as exports since 0.4.0 have it, under the settings that its tokenizer had.
+
+    Returns the models whose configuration changed, none where the encoder is there already. A server takes it when it
+    is started again. Cut off at any moment, what is there still serves, and the next call goes on from it.
+    """
+    repository = backbone.repository
+    with repository.lock():
+        if backbone.text_model == backbone.encoder_model:
+            return ()
+        before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
+        serving = model_config.serving_of(model_config.parse(before), model_config.parse(deep))
+        device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
+        encoder = model_config.encoder_config(
+            backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
+        )
+        _, deep = model_config.with_serving(before, deep, model_config.Serving())  # the largest batch moves, too
+        text, deep = model_config.with_serving(model_config.render(encoder), deep, serving)
+        features = model_config.features_config(backbone.features_model, backbone.encoder_model, backbone.width())
+        if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
+            repository.add_encoder(backbone, text)
+        changed = {backbone.backbone_model: deep}
+        for ensemble in _above(backbone):
+            changed[ensemble] = model_config.with_encoding(repository.config_text(ensemble), features.steps)
+        # Last: it tells whether all of this is done.
+        changed[backbone.features_model] = model_config.render(features)
+        repository.write_configs(changed)
+    return tuple(changed)
+
+
+def _above(backbone: Backbone) -> list[str]:
+    """The ensembles that go on from the backbone's features to an answer."""
+    repository = backbone.repository
+    names = [name for name in repository.classifiers() if repository.stored_on(name) is None]
+    above = [name for name in names if repository.classifier(name).backbone == backbone.backbone]
+    return [*above, backbone.any_model] if repository.has_store(backbone.backbone) else above
