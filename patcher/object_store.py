@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 import uuid
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -237,6 +238,15 @@ class ObjectStore:
         self._known.pop(name, None)
         return self.read(name)
 
+    def pace(self, name: str) -> None:
+        """Wait until an object written now is dated later than it is: a store dates by whole seconds.
+
+        By that date a server tells whether there is anything to load.
+        """
+        found = self.bucket.get(name)
+        if found and found.age < 1.0:
+            time.sleep(1.0)
+
     def suppose(self, name: str, data: bytes) -> None:
         """Remember for as long as the lock is held that an object may have this content: nobody can ask it now."""
         if self._lease:
@@ -250,6 +260,7 @@ class _Replacement:
 
     def make(self) -> None:
         self.tried = True
+        self.store.pace(self.name)
         self.store.replace(self.name, self.data)
 
     def undo(self) -> None:
@@ -258,6 +269,7 @@ class _Replacement:
         try:
             # A PUT that failed may have got through all the same; what somebody else wrote since is not ours to undo.
             if self.store.read_again(self.name) == self.data:
+                self.store.pace(self.name)
                 self.store.replace(self.name, self.before)
         except StorageError:
             self.store.suppose(self.name, self.data)

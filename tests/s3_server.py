@@ -71,6 +71,10 @@ class S3Server:
         self.requests.clear()
         return found
 
+    def dated(self, name: str) -> int:
+        """The second in which an object was written last."""
+        return int(s3_backends["123456789012"]["aws"].head_object(BUCKET, name).last_modified.timestamp())
+
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()

@@ -37,7 +37,10 @@ def client(tiny_original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loadtest")
     shutil.copytree(tiny_original, folder / "model_repository")
     log = folder / "triton.log"
-    with EmbeddedTriton(folder / "model_repository", MODELS, log_file=log) as server, server.client() as opened:
+    with (
+        EmbeddedTriton(folder / "model_repository", [*MODELS, "intent_backbone"], log_file=log) as server,
+        server.client() as opened,
+    ):
         yield opened
 
 

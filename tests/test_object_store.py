@@ -123,6 +123,19 @@ def test_the_layout_is_that_of_a_folder_and_every_folder_has_a_file(remote, tiny
     assert (remote.versions(), remote.serving(), remote.next_version()) == ((1,), 1, 2)
 
 
+def test_two_pins_are_never_dated_to_the_same_second(remote, store):
+    dates = []
+    for version in (2, 1, 2):
+        head = remote.head(1)
+        with remote.repository.lock():
+            if version not in remote.versions():
+                lineage = dataclasses.replace(head.lineage, version=2, parent=1)
+                remote.publish(dataclasses.replace(head, lineage=lineage), None)
+            remote.pin(version)
+        dates.append(store.dated(f"{HEAD}/config.pbtxt"))
+    assert dates == sorted(set(dates))
+
+
 def test_a_version_is_there_whole_before_it_is_pinned_and_is_never_written_again(remote, store):
     add_label(remote.repository, "payday", TEN)
     journal, config = ("PUT", "repository/intent.journal"), ("PUT", f"{HEAD}/config.pbtxt")

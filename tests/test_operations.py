@@ -29,7 +29,7 @@ from patcher.lifecycle import history
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
 
-MODELS = ["intent", "intent_features"]
+MODELS = ["intent", "intent_features", "intent_backbone"]
 TEN = tiny.sentences("payday", 10)
 
 

@@ -10,7 +10,7 @@ import tiny
 from patcher.loadtest import Measurement
 from patcher.runtime import Encoder, open_session, run_head
 from tests.benchmarks import serving, serving_contenders, serving_swaps
-from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged
+from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged, with_tritons_defaults
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
 
@@ -30,19 +30,26 @@ def test_the_merged_graph_answers_as_the_two_halves(classifier):
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_every_contender_is_served_by_one_server_and_summed_up(classifier, monkeypatch):
+def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "LEVELS", (2,))
-    measured = serving.served(classifier, TEXTS, rounds=2, window=0.2)
-    assert [each.model for each in measured] == ["intent", WHOLE, TOKENS] * 2
+    plain = serving.copied(classifier.root, tmp_path / "plain")
+    with_tritons_defaults(plain)
+    assert plain.repository.config("intent_backbone").instance_group[0].count == 2
+    measured = serving.served({"": classifier, serving.DEFAULTS: plain}, TEXTS, rounds=2, window=0.2)
+    default = serving.titled("intent", serving.DEFAULTS)
+    assert sorted(each.model for each in measured) == sorted(["intent", WHOLE, TOKENS, default] * 2 + ["intent"] * 2)
+    assert [each.request_rate for each in measured if each.request_rate] == [measured[-1].request_rate] * 2
     assert not any(each.failures for each in measured)
     assert {step.model for each in measured if each.model == WHOLE for step in each.steps} == {
         "intent_tokenizer", "whole_model"
     }  # fmt: skip
     outside = {serving.LIMIT: [serving_contenders.onnxruntime_sorted(classifier)(TEXTS)]}
     rows = serving.summary(outside, measured, "intent")
-    assert len(rows) == 4
-    assert rows[1]["of the whole, low"] <= rows[1]["of the whole"] <= rows[1]["of the whole, high"]
-    assert serving.table(rows).count("\n") == 5
+    assert len(rows) == 6
+    for ratio in ("of the whole", "of the defaults"):
+        assert rows[1][f"{ratio}, low"] <= rows[1][ratio] <= rows[1][f"{ratio}, high"]
+    assert rows[-1]["p99 / p50"] >= 1
+    assert serving.table(rows).count("\n") == 7
 
 
 def test_ratios_are_taken_round_by_round():

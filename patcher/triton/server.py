@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -35,6 +36,8 @@ __all__ = ["EmbeddedTriton", "cache_options", "serve"]
 
 _POLL_SECONDS = 0.02
 _PORT_TRIES = 3
+_DRAIN_SECONDS = 2.0
+"""What a server that is to stop may take to answer: one that hangs is not waited for."""
 _CACHE_BYTES = 64 << 20
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
@@ -203,9 +206,7 @@ class EmbeddedTriton:
 
     def _http_ready(self, what: str) -> bool:
         try:
-            # A proxy from the environment would be asked for this very machine, too.
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://{self.http_url}/v2/{what}", timeout=5.0):
+            with _no_proxy().open(f"http://{self.http_url}/v2/{what}", timeout=5.0):
                 return True
         except (OSError, urllib.error.HTTPError):
             return False
@@ -215,8 +216,9 @@ class EmbeddedTriton:
         process = self._process
         if process is None:
             return None
-        process.terminate()
         try:
+            self._drain(time.monotonic() + self.exit_timeout)
+            process.terminate()
             process.wait(self.exit_timeout + 10)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -233,6 +235,29 @@ class EmbeddedTriton:
         for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # noqa: S108 - where Triton's stubs keep theirs
             left.unlink(missing_ok=True)
         return process.returncode
+
+    def _drain(self, deadline: float) -> None:
+        """Turn new requests away, and let those in flight finish while an encoder may still ask its backbone.
+
+        A server that was told to stop lets ensembles go on, but refuses what one model asks of another.
+        """
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or hangs: nothing is in flight
+            for model in self.models:
+                if not model.endswith("_backbone"):  # which is still asked
+                    self._control(f"models/{model}/unload")
+            while time.monotonic() < deadline:
+                states = {each.get("state") for each in json.loads(self._control("index"))}
+                if "UNLOADING" not in states:
+                    return
+                time.sleep(_POLL_SECONDS)
+
+    def _control(self, what: str) -> bytes:
+        """Ask the server's model control by HTTP, which takes the key beside TLS, too."""
+        headers = {"admin-key": self._http_key} if self._http_key else {}
+        request = urllib.request.Request(f"http://{self.http_url}/v2/repository/{what}", b"{}", headers)
+        with _no_proxy().open(request, timeout=_DRAIN_SECONDS) as answer:
+            data: bytes = answer.read()
+        return data
 
     def wait(self) -> None:
         """Wait for as long as the server runs; ServerError with its log's words when it ends by itself."""
@@ -371,6 +396,11 @@ def _served_models(repository: ModelRepository) -> list[str]:
         repository.require_folder()
     names += [repository.backbone(name).any_model for name in stores]
     return list(dict.fromkeys(names))
+
+
+def _no_proxy() -> urllib.request.OpenerDirector:
+    # A proxy from the environment would be asked for this very machine, too.
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _address(host: str) -> str:

@@ -1,12 +1,14 @@
 """How fast the split ensemble answers, beside what else could answer: in one run, on the same texts, in turns.
 
-    python tests/benchmarks/serving.py [--repo DIR] [--checkpoint DIR] [--texts FILE] [--rounds 3]
+    python tests/benchmarks/serving.py [--repo DIR] [--also DIR] [--checkpoint DIR] [--texts FILE] [--rounds 3]
 
-Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece, the ensemble from
-tokens. In processes of their own: onnxruntime sorted into batches of 32 (the practical limit), the transformers
-pipeline one by one, PyTorch in batches, a FastAPI + onnxruntime server (where fastapi and uvicorn are installed).
-Without ``--repo`` the demo's classifier is served, if `make demo` was run, else a tiny one made on the spot: that
-measures the serving, not a model.
+Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece (behind the
+tokenizer, as steps of an ensemble), the ensemble from tokens. By Tritons beside it, in the same turns: the repository
+with Triton's default instances and threads, and the repositories of ``--also`` (the same classifier in INT8, say). Then
+random arrivals (Poisson) at 70 % of the ensemble's best throughput. In processes of their own: onnxruntime sorted into
+batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a FastAPI + onnxruntime
+server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is served, if `make demo` was
+run, else a tiny one made on the spot: that measures the serving, not a model.
 
 Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Take ratios within one run, not the
 figures of two.
@@ -15,6 +17,9 @@ figures of two.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import json
 import shutil
 import statistics
@@ -27,11 +32,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    Rates = dict[str, list[float]]
 
 LEVELS = (1, 4, 16, 32)
 MOST_TEXTS = 600
 LIMIT = "onnxruntime, sorted, batches of 32"
+PIPELINE = "transformers pipeline, one by one"
+DEFAULTS = "Triton's default instances and threads"
+RANDOM = 0.7
+"""Share of the best throughput at which texts arrive at random."""
 
 
 DEMO = ROOT / "build" / "demo"
@@ -39,6 +50,13 @@ DEMO = ROOT / "build" / "demo"
 
 def tell(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
+
+
+def copied(repository: Path, folder: Path) -> Any:
+    """The classifier of a copy of a repository."""
+    from patcher import ModelRepository
+
+    return ModelRepository(shutil.copytree(repository, folder / "model_repository")).classifier()
 
 
 def token_rows(classifier, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,21 +74,22 @@ def token_rows(classifier, texts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def in_process(classifier, checkpoint: Path | None, texts: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Texts a second of everything outside of Triton, in turns."""
+def in_process(classifiers: Mapping[str, Any], checkpoint: Path | None, texts: Sequence[str], rounds: int) -> Rates:
+    """Texts a second of everything outside of Triton, in turns; of ``classifiers``, by title, the first has none."""
     import tiny
 
     from tests.benchmarks import serving_contenders as contenders
 
-    runners = {LIMIT: contenders.onnxruntime_sorted(classifier)}
+    runners = {titled(LIMIT, title): contenders.onnxruntime_sorted(each) for title, each in classifiers.items()}
     if checkpoint:
-        runners["transformers pipeline, one by one"] = contenders.transformers_one_by_one(checkpoint)
+        runners[PIPELINE] = contenders.transformers_one_by_one(checkpoint)
         runners["PyTorch, sorted, batches of 32"] = contenders.pytorch_batched(checkpoint)
-    server = contenders.FastApi(classifier, tiny.free_ports(1)[0]) if contenders.FastApi.available else None
+    first = next(iter(classifiers.values()))
+    server = contenders.FastApi(first, tiny.free_ports(1)[0]) if contenders.FastApi.available else None
     if server:
         runners[f"FastAPI + onnxruntime, {contenders.CLIENTS} clients"] = server.rate
     try:
-        found: dict[str, list[float]] = {name: [] for name in runners}
+        found: Rates = {name: [] for name in runners}
         for _ in range(rounds):
             for name, run in runners.items():
                 tell(name)
@@ -81,53 +100,78 @@ def in_process(classifier, checkpoint: Path | None, texts: Sequence[str], rounds
     return found
 
 
-def served(classifier, texts: Sequence[str], rounds: int, window: float) -> list[Any]:
-    """perf_analyzer over the ensemble, the whole graph and the ensemble from tokens, in turns."""
+def titled(what: str, title: str) -> str:
+    """What was measured of the repository with a title."""
+    return f"{what} ({title})" if title else what
+
+
+def served(classifiers: Mapping[str, Any], texts: Sequence[str], rounds: int, window: float) -> list[Any]:
+    """perf_analyzer over all that Triton serves, in turns, each model under its title."""
     from patcher import TritonServer
     from patcher.loadtest import Load, load_test
     from patcher.triton.server import EmbeddedTriton
     from tests.benchmarks.serving_monolith import add_contenders
 
-    models = [classifier.name, *add_contenders(classifier)]
-    rows = {models[2]: token_rows(classifier, texts)}
-    loads = [Load(concurrency=level) for level in LEVELS]
-    log = classifier.root.parent / "triton.log"
-    with EmbeddedTriton(classifier.root, models, log_file=log) as triton, TritonServer(triton.url) as server:
-        return load_test(server, models, texts, loads, window=window, rounds=rounds, progress=tell, inputs=rows)
+    first = next(iter(classifiers.values()))
+    whole, tokens = add_contenders(first)
+    rows = {tokens: token_rows(first, texts)}
+    with contextlib.ExitStack() as running:
+        servers, titles = {}, {}
+        for title, each in classifiers.items():
+            models = [each.name, each.backbone_model, *((whole, tokens) if each is first else ())]
+            log = each.root.parent / "triton.log"
+            servers[title] = running.enter_context(EmbeddedTriton(each.root, models, log_file=log))
+            titles[each.name if each is first else f"{each.name}@{servers[title].url}"] = titled(each.name, title)
+        titles |= {whole: whole, tokens: tokens}
+        server = running.enter_context(TritonServer(servers[""].url))
+        loads = [Load(concurrency=level) for level in LEVELS]
+        measure = functools.partial(load_test, server, texts=texts, window=window, rounds=rounds, progress=tell)
+        found = measure(list(titles), loads=loads, inputs=rows)
+        best = max(
+            statistics.median(each.throughput for each in found if (each.model, each.load) == (first.name, load))
+            for load in loads
+        )
+        found += measure([first.name], loads=[Load(request_rate=round(RANDOM * best, 1))])
+    return [dataclasses.replace(each, model=titles[each.model]) for each in found]
 
 
-def summary(outside: dict[str, list[float]], measured: Sequence[Any], name: str) -> list[dict[str, Any]]:
+def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str, Any]]:
     """Medians, spread, and ratios: to the limit, and round by round to the whole graph under the same load."""
     from patcher.loadtest import compare
     from tests.benchmarks.serving_monolith import WHOLE
 
     limit = statistics.median(outside[LIMIT])
+    pipeline = statistics.median(outside[PIPELINE]) if PIPELINE in outside else None
     rows: list[dict[str, Any]] = []
     for what, rates in outside.items():
-        rows.append(
-            {"what": what, "texts/s": statistics.median(rates), "low": min(rates), "high": max(rates)}
-            | {"of the limit": statistics.median(rates) / limit}
-        )
+        rows.append({"what": what, **_rates(rates, limit, pipeline)})
     ratios = {(each.model, each.load): each for each in compare(measured, WHOLE)}
+    defaults = {(each.model, each.load): each for each in compare(measured, titled(name, DEFAULTS))}
     for model, load in dict.fromkeys((each.model, each.load) for each in measured):
         own = [each for each in measured if (each.model, each.load) == (model, load)]
-        rates = [each.throughput for each in own]
-        row = {"what": f"Triton: {model}, {load}", "texts/s": statistics.median(rates)}
-        row |= {"low": min(rates), "high": max(rates), "of the limit": statistics.median(rates) / limit}
+        row = {"what": f"Triton: {model}, {load}", **_rates([each.throughput for each in own], limit, pipeline)}
         row |= {"p50 ms": statistics.median(each.p50_us for each in own) / 1000}
         row |= {"p99 ms": statistics.median(each.p99_us for each in own) / 1000}
+        row |= {"p99 / p50": statistics.median(each.p99_us / each.p50_us for each in own)}
         row |= {"failures": sum(each.failures for each in own)}
-        if model == name:
-            ratio = ratios[model, load]
-            row |= {"of the whole": ratio.ratio, "of the whole, low": ratio.low, "of the whole, high": ratio.high}
+        for title, found in (("of the whole", ratios), ("of the defaults", defaults)):
+            if model == name and (ratio := found.get((model, load))):
+                row |= {title: ratio.ratio, f"{title}, low": ratio.low, f"{title}, high": ratio.high}
         rows.append(row)
     return rows
+
+
+def _rates(rates: Sequence[float], limit: float, pipeline: float | None) -> dict[str, float]:
+    middle = statistics.median(rates)
+    row = {"texts/s": middle, "low": min(rates), "high": max(rates), "of the limit": middle / limit}
+    return {**row, "times the pipeline": middle / pipeline} if pipeline else row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     columns = {"texts/s": ".0f", "low": ".0f", "high": ".0f", "of the limit": ".2f"}
-    columns |= {"of the whole": ".3f", "p50 ms": ".1f", "p99 ms": ".1f", "failures": "d"}
+    columns |= {"times the pipeline": ".1f", "of the whole": ".3f", "of the defaults": ".2f"}
+    columns |= {"p50 ms": ".1f", "p99 ms": ".1f", "p99 / p50": ".1f", "failures": "d"}
     lines = ["| what | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for row in rows:
         cells = (format(row[key], how) if key in row else "" for key, how in columns.items())
@@ -138,6 +182,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, help="a model repository with one classifier")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="another repository, in the same turns")
     parser.add_argument("--checkpoint", type=Path, help="the checkpoint it was exported from")
     parser.add_argument("--texts", type=Path, help="the texts to send")
     parser.add_argument("--window", type=float, default=1.0, help="seconds; a measurement is three of them")
@@ -146,26 +191,31 @@ def main() -> None:
     arguments = parser.parse_args()
     import tiny
 
-    from patcher import ModelRepository, read_examples
+    from patcher import read_examples
     from patcher.loadtest import plot
+    from tests.benchmarks.serving_monolith import with_tritons_defaults
 
     if not arguments.repo and (DEMO / "model_repository" / "patcher.json").is_file():
         arguments.repo, arguments.checkpoint = DEMO / "model_repository", DEMO / "checkpoint"
         arguments.texts = arguments.texts or ROOT / "tests" / "demo" / "data" / "test.csv"
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "model_repository"
         if arguments.repo:
-            shutil.copytree(arguments.repo, root)
-            classifier = ModelRepository(root).classifier()
+            classifiers = {"": copied(arguments.repo, Path(folder) / "first")}
         else:
-            classifier = tiny.make_repository(root, Path(folder) / "scratch")
+            made = tiny.make_repository(Path(folder) / "first" / "model_repository", Path(folder) / "scratch")
+            classifiers = {"": made}
+        for path in arguments.also:
+            classifiers[path.name] = copied(path, Path(folder) / "also" / path.name)
         texts = [text for label in tiny.OLD for text in tiny.sentences(label, 100, seed=3)]
         if arguments.texts:
             texts = list(read_examples(arguments.texts).texts)
         texts = texts[:: -(-len(texts) // MOST_TEXTS)]
-        outside = in_process(classifier, arguments.checkpoint, texts, arguments.rounds)
-        measured = served(classifier, texts, arguments.rounds, arguments.window)
-    rows = summary(outside, measured, classifier.name)
+        outside = in_process(classifiers, arguments.checkpoint, texts, arguments.rounds)
+        plain = copied(classifiers[""].root, Path(folder) / "defaults")
+        with_tritons_defaults(plain)
+        measured = served({**classifiers, DEFAULTS: plain}, texts, arguments.rounds, arguments.window)
+        name = classifiers[""].name
+    rows = summary(outside, measured, name)
     arguments.out.mkdir(parents=True, exist_ok=True)
     document = {"rows": rows, "outside": outside, "served": [each.to_json() for each in measured]}
     (arguments.out / "serving.json").write_text(json.dumps(document, indent=2) + "\n")
