@@ -4,8 +4,8 @@
 
 Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
 clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
-and disturbed windows alternate. Without ``--repo`` a tiny classifier is served: there a request costs nothing but the
-serving, so a swap shows most. Prints JSON.
+and disturbed windows alternate. Before that: how long a server takes to start, and a swap without load. Without
+``--repo`` a tiny classifier is served: there a request costs nothing but the serving, so a swap shows most. Prints JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 EVERY = 1.0
+STARTS = 5
 WINDOW = 6.0
 
 
@@ -110,9 +111,17 @@ def measure(classifier, texts: list[str], seconds: float, concurrency: int, wind
 
     log = classifier.root.parent / "triton.log"
     calm, busy, took = [], [], []
-    with EmbeddedTriton(classifier.root, [classifier.name, classifier.features_model], log_file=log) as triton:
+    models = [classifier.name, classifier.features_model, classifier.backbone_model]
+    starts = []
+    for _ in range(STARTS):
+        begun = time.monotonic()
+        with EmbeddedTriton(classifier.root, models, log_file=log):
+            starts.append(time.monotonic() - begun)
+    with EmbeddedTriton(classifier.root, models, log_file=log) as triton:
         if len(classifier.versions()) == 1:
             add_label(classifier.repository, "swapped in", texts[:10], settings=PatchSettings(force=True))
+        with swapping(classifier, triton) as idle:
+            time.sleep(window)
         load(triton.url, classifier.name, texts, concurrency, window)
         for _ in range(max(1, round(seconds / window))):
             calm.append(load(triton.url, classifier.name, texts, concurrency, window))
@@ -122,6 +131,8 @@ def measure(classifier, texts: list[str], seconds: float, concurrency: int, wind
     ratios = [after.throughput / before.throughput for before, after in zip(calm, busy, strict=True)]
     tails = [after.p99_us / before.p99_us for before, after in zip(calm, busy, strict=True)]
     return {
+        "seconds from start to ready, median": statistics.median(starts),
+        "seconds a swap without load, median": statistics.median(idle),
         "swaps": len(took),
         "seconds a swap, median": statistics.median(took),
         "texts/s undisturbed": statistics.median(each.throughput for each in calm),
