@@ -5,7 +5,8 @@
 Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
 clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
 and disturbed windows alternate. Before that: how long a server takes to start, and a swap without load. Without
-``--repo`` a tiny classifier is served: there a request costs nothing but the serving, so a swap shows most. Prints JSON.
+``--repo`` a tiny classifier is served: there a request costs nothing but the serving, so a swap shows most. Prints
+JSON.
 """
 
 from __future__ import annotations
