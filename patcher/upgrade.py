@@ -30,6 +30,9 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         )
         _, deep = model_config.with_serving(before, deep, model_config.Serving())  # the largest batch moves, too
         text, deep = model_config.with_serving(model_config.render(encoder), deep, serving)
+        if model_config.parse(deep).response_cache.enable:
+            deep = model_config.with_response_cache(deep, enable=False)
+            text = model_config.with_response_cache(text, enable=True)
         features = model_config.features_config(backbone.features_model, backbone.encoder_model, backbone.width())
         if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
             repository.add_encoder(backbone, text)

@@ -91,6 +91,16 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     assert [check for check in doctor.diagnose(older.root, None, "nobody") if check.state == "fault"] == []
 
 
+def test_an_upgrade_moves_the_response_cache(older):
+    repository, model = older.repository, older.backbone_model
+    with repository.lock():
+        cached = model_config.with_response_cache(repository.config_text(model), enable=True)
+        repository.write_configs({model: cached})
+    upgrade(older)
+    on = [name for name in (older.encoder_model, model) if repository.config(name).response_cache.enable]
+    assert on == [older.encoder_model]
+
+
 def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
     def cut(configs):
         assert list(configs)[-1] == older.features_model

@@ -113,6 +113,8 @@ def test_like_lengths_share_one_and_come_out_in_order():
     assert like_lengths(lengths, slack=2) == [[1, 4, 2], [3, 0]]
     assert like_lengths(lengths, slack=1000) == [[1, 4, 2, 3, 0]]
     assert like_lengths(lengths, slack=1000, largest=2) == [[1, 4], [2, 3], [0]]
+    assert like_lengths([(20, 1)] * 3, slack=0, most=40) == [[0, 1], [2]]
+    assert like_lengths([(50, 1)], slack=0, most=40) == [[0]]
     assert like_lengths([], slack=2) == []
 
 

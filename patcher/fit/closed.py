@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.fit.bias import Calibration, best_shift
+from patcher.fit.minimise import minimise
 from patcher.fit.model import Rows, log_sum_exp
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["lda_rows", "ridge_rows", "settled"]
 
-_SCALES = (0.05, 100.0)
+_LEAST_SCALE, _FLAT = 0.05, 1e-4
 _SCALED_ON = 1000
 """Inputs that the scale is found on: more of them would tell the same."""
 
@@ -159,29 +160,16 @@ def settled(
 
 
 def _scale(logits: Doubles, ids: Ints) -> float:
-    """The factor with the least log loss (temperature scaling, Guo et al. 2017, arXiv 1706.04599).
-
-    The loss is convex in the factor, so golden sections of its logarithm find the one least to a hundredth.
-    """
+    """The factor with the least log loss (temperature scaling, Guo et al. 2017, arXiv 1706.04599), convex in it."""
     every = slice(None, None, 1 + len(ids) // _SCALED_ON)
     logits, ids = logits[every], ids[every]
     own = logits[np.arange(len(ids)), ids]
 
-    def loss(size: float) -> float:
-        scale = float(np.exp(size))
-        return float((log_sum_exp(scale * logits) - scale * own).mean())
+    def loss(scale: Doubles) -> tuple[float, Doubles]:
+        scaled = scale * logits
+        total = log_sum_exp(scaled)
+        expected = (np.exp(scaled - total[:, None]) * logits).sum(axis=1)
+        return float((total - scale * own).mean()), np.array([(expected - own).mean()])
 
-    low, high = np.log(_SCALES)
-    golden = (np.sqrt(5.0) - 1.0) / 2.0
-    inner = [high - golden * (high - low), low + golden * (high - low)]
-    losses = [loss(size) for size in inner]
-    while high - low > 0.01:  # noqa: PLR2004  a hundredth
-        if losses[0] < losses[1]:
-            high, inner[1], losses[1] = inner[1], inner[0], losses[0]
-            inner[0] = high - golden * (high - low)
-            losses[0] = loss(inner[0])
-        else:
-            low, inner[0], losses[0] = inner[0], inner[1], losses[1]
-            inner[1] = low + golden * (high - low)
-            losses[1] = loss(inner[1])
-    return float(np.exp((low + high) / 2.0))
+    # Without a floor, logits that tell nothing of the labels would turn them round.
+    return max(float(minimise(loss, np.ones(1), tolerance=_FLAT)[0]), _LEAST_SCALE)

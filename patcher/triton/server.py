@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
 import json
 import os
@@ -241,7 +242,7 @@ class EmbeddedTriton:
 
         A server that was told to stop lets ensembles go on, but refuses what one model asks of another.
         """
-        with contextlib.suppress(OSError, ValueError):  # it is gone, or hangs: nothing is in flight
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # it is gone, or hangs
             for model in self.models:
                 if not model.endswith("_backbone"):  # which is still asked
                     self._control(f"models/{model}/unload")

@@ -33,6 +33,8 @@ SLACK = 12
 """Tokens of padding that cost about as much as one more batch (MiniLM on two cores: 0.1 ms a token, 1 ms a batch)."""
 LARGEST = 64
 """Texts that the backbone gets at once."""
+MOST_TOKENS = 1 << 14
+"""Tokens that it gets at once, padding among them: a backbone's memory grows with them, and long texts gain nothing."""
 MANY = 3
 """Responses from which on sending them in order of length pays for sending them one by one."""
 
@@ -75,11 +77,13 @@ def read_text(value: bytes | str) -> str:
         raise TextError(f"a text that is not UTF-8 ({error.reason} at byte {error.start}); expected UTF-8") from None
 
 
-def like_lengths(lengths: Sequence[tuple[int, int]], slack: int, largest: int | None = None) -> list[list[int]]:
+def like_lengths(
+    lengths: Sequence[tuple[int, int]], slack: int, largest: int | None = None, most: int = MOST_TOKENS
+) -> list[list[int]]:
     """Which items share a length, shortest first: places in ``lengths``, which are (longest text, number of texts).
 
     A batch more costs as much as some ``slack`` tokens of padding, so neighbours in length are padded to one length
-    as long as that adds no more than so many, and there are no more than ``largest`` of them.
+    as long as that adds no more than so many, there are no more than ``largest`` of them, and ``most`` tokens in all.
     """
     groups: list[list[int]] = []
     texts = tokens = 0
@@ -87,7 +91,7 @@ def like_lengths(lengths: Sequence[tuple[int, int]], slack: int, largest: int | 
         longest, count = lengths[place]
         texts, tokens = texts + count, tokens + longest * count
         full = bool(groups) and largest is not None and len(groups[-1]) >= largest
-        if not groups or full or longest * texts - tokens > slack:
+        if not groups or full or longest * texts - tokens > slack or longest * texts > most:
             groups.append([])
             texts, tokens = count, longest * count
         groups[-1].append(place)
