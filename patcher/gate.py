@@ -125,7 +125,6 @@ def judge(
     examples: Mapping[str, Floats],
     memory: Memory | None,
     *,
-    replay: tuple[Floats, Ints] | None = None,
     evaluation: tuple[Floats, Ints] | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
     max_flips: float = MAX_FLIPS,
@@ -137,15 +136,14 @@ def judge(
     ----------
     head, fit, examples, memory
         The head as it was, the new rows, the features they were fitted on, and the memory of the old labels.
-    replay, evaluation
-        Features of labelled sentences, float32 ``[n, width]`` and INT64 ``[n]``: positions in the old head's labels for
-        ``replay``, in the old labels followed by the new ones for ``evaluation``. The best of evaluation, replay and
-        the memory's sample is what flips are counted on.
+    evaluation
+        Features of labelled sentences, float32 ``[n, width]``, and their positions INT64 ``[n]`` in the old labels
+        followed by the new ones: what flips are counted on, instead of the real inputs that the fit had.
     texts
         The examples in words, for naming them; numbers are used without.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
-    flips = _count_flips(head, fit, memory, replay, evaluation)
+    flips = _count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
     duplicates = tuple(pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
     known = tuple(
@@ -182,16 +180,13 @@ def _count_flips(
     head: HeadLike,
     fit: Fit,
     memory: Memory | None,
-    replay: tuple[Floats, Ints] | None,
     evaluation: tuple[Floats, Ints] | None,
 ) -> _Flips:
     inputs = None
     if evaluation is not None:
         mine = evaluation[1] < len(head.labels)
         inputs = old_inputs(None, (evaluation[0][mine], evaluation[1][mine]), head, "eval")
-    if replay is not None and fit.unseen is not None:  # what a refit has seen says nothing about what it breaks
-        replay = (replay[0][fit.unseen], replay[1][fit.unseen])
-    inputs = inputs or old_inputs(memory, replay, head)
+    inputs = inputs or fit.inputs
     if inputs is None:
         return _Flips("none" if memory is None else "draws", 0, 0, {})
     lost = inputs.ids[_flipped(inputs, head, fit)]
@@ -282,12 +277,11 @@ def _known(
 def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
     """Whether each row lies as near to a label's mean as most of that memory's own sentences do to theirs."""
     place = {int(p): i for i, p in enumerate(old.places)}
-    means = old.whitening.of(old.means)
     spot = np.array([place.get(int(b), -1) for b in best])
-    far = ((old.whitening.of(rows) - means[spot]) ** 2).sum(axis=1)
+    far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)
     step = max(1, len(memory.sample) // 500)
-    gaps = memory.sample[::step].astype(np.float32) - memory.means()[memory.sample_labels[::step]]
-    own = ((gaps @ old.whitening.points) ** 2).sum(axis=1)
+    centres = memory.means().astype(np.float32)[memory.sample_labels[::step]]
+    own = (((memory.sample[::step] - centres) @ old.whitening.points) ** 2).sum(axis=1)
     typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
     return typical
 

@@ -152,11 +152,17 @@ class Memory:
         means: Doubles = self.sums / self.counts[:, None]
         return means
 
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the covariance inside labels: sentences less labels."""
+        return max(1, int(self.counts.sum()) - len(self.labels))
+
     def within(self) -> Doubles:
         """Unbiased covariance inside labels, ``(S - sum n_c mu_c mu_c') / (N - C)``, float64 ``[width, width]``."""
-        scatter = self.second_moment - self.sums.T @ self.means()
-        spare = max(1, int(self.counts.sum()) - len(self.labels))
-        return (scatter + scatter.T) / (2.0 * spare)
+        # The product of a matrix with itself is symmetric to the bit, and half the work.
+        roots = self.sums / np.sqrt(self.counts)[:, None]
+        within: Doubles = (self.second_moment - roots.T @ roots) / self.freedom
+        return within
 
     def add(self, labels: Sequence[str], features: ArrayLike, label_ids: ArrayLike) -> Memory:
         """The memory with more sentences, of labels it knows or of new ones (``label_ids`` index ``labels``)."""

@@ -122,14 +122,13 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 given.examples,
                 memory,
                 texts=given.texts,
-                replay=given.replay,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,
             )
         with watch("scope"):
             grown = _grown(memory, given.examples)
-            scope = _scope(parent, made.apply(parent), grown, given.evaluation)
+            scope = _scope(parent, made, grown, given.evaluation)
     except np.linalg.LinAlgError as error:
         raise RepositoryError(
             f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` builds it anew"
@@ -138,12 +137,13 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
     return Patch(dataclasses.replace(made.apply(parent), scope=scope), grown, made, verdict, gate)
 
 
-def _scope(parent: Head, patched: Head, grown: Memory | None, evaluation: Labelled | None) -> Scope | None:
+def _scope(parent: Head, made: Fit, grown: Memory | None, evaluation: Labelled | None) -> Scope | None:
     """Fitted anew: a new row raises every input's logsumexp, and the new label is in scope now."""
     if grown is None:
         return parent.scope
     fresh = None if evaluation is None else evaluation[0]
-    return fit_scope(grown, patched, fresh=fresh, stretch=stretch_of(parent.scope))
+    white, stretch = made.old.whitening, stretch_of(parent.scope)
+    return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch, white=white)
 
 
 def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:

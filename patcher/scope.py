@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from patcher.fit.model import HeadLike
+    from patcher.fit.model import HeadLike, Whitening
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -124,21 +124,20 @@ def fit_scope(
     fresh: Floats | None = None,
     stretch: float = 1.0,
     false_alarms: float = 0.05,
+    white: Whitening | None = None,
     settings: Settings = SETTINGS,
 ) -> Scope:
     """The scorer of a head, from the memory of its labels; ``false_alarms`` of the known inputs score below 0.5.
 
     The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, or
     else ``stretch`` times that of the memory's real features. Without those (a memory of statistics, or none) the
-    largest probability has to do.
+    largest probability has to do. ``white``, that of the fit of which this is the end, is most of the work.
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem)
-    old = from_memory(memory, head, settings)
-    means = old.whitening.of(old.means)
-    gaps = means - means.mean(axis=0)
-    # The axes of the gaps are those of their square, too, which is smaller where there are thousands of labels.
-    axes = np.linalg.svd(gaps if len(gaps) <= len(gaps.T) else gaps.T @ gaps, full_matrices=False)[2][:_RANK].T
+    old = from_memory(memory, head, settings, white)
+    means = old.points.astype(np.float32)
+    axes = _principal_axes(means - means.mean(axis=0))
     projection = (old.whitening.points @ axes).astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
     distance = Distance(projection, center, (means @ axes).astype(np.float16), np.ones(1, np.float32))
@@ -148,6 +147,17 @@ def fit_scope(
         stretch = float(np.quantile(distance.squared(fresh), 1.0 - false_alarms)) / remembered
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
+
+
+def _principal_axes(gaps: Floats) -> Floats:
+    """The directions in which points float32 ``[n, width]`` differ most, ``[width, r]``, by the smaller square."""
+    few = len(gaps) < gaps.shape[1]
+    axes = np.linalg.eigh(gaps @ gaps.T if few else gaps.T @ gaps)[1]
+    axes = axes[:, -min(_RANK, *gaps.shape) :]
+    if few:
+        axes = gaps.T @ axes
+        axes /= np.maximum(np.linalg.norm(axes, axis=0), 1e-12)
+    return axes
 
 
 def stretch_of(scope: Scope | None) -> float:

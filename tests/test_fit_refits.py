@@ -32,7 +32,7 @@ def test_a_refit_finds_the_new_label_and_the_old_ones(method):
     before = (head.logits(features).argmax(axis=1) == ids).mean()
     assert (after.logits(features).argmax(axis=1) == ids).mean() >= before - 0.01
     assert all(held.margins.shape == (10,) for held in made.held_out.values())
-    verdict = judge(head, made, {"new": new(10), "other": new(10, 1)}, memory, replay=replay)
+    verdict = judge(head, made, {"new": new(10), "other": new(10, 1)}, memory)
     assert verdict.passed, verdict.sentence
 
 
@@ -83,10 +83,10 @@ def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget(
     head, memory, features, ids, new = world(seed=3)
     examples = {"new": new(10)}
     made = fit(examples, head, memory, method="anchored", replay=(features, ids), max_flips=0.0)
-    assert made.unseen is not None
-    assert made.unseen.tolist() == held_back(len(ids)).tolist()
-    verdict = judge(head, made, examples, memory, replay=(features, ids), max_flips=0.0)
-    assert verdict.calibration_size == len(made.unseen)
+    assert made.inputs is not None
+    np.testing.assert_array_equal(made.inputs.features, features[held_back(len(ids))])
+    verdict = judge(head, made, examples, memory, max_flips=0.0)
+    assert verdict.calibration_size == len(made.inputs)
     assert verdict.flips == 0.0
     # Held fast, it stays where it began: the default method's rows.
     still = dataclasses.replace(SETTINGS, anchor=1e9)

@@ -8,8 +8,8 @@ from patcher.fit import fit
 from patcher.gate import judge, upper_bound
 
 
-def verdict(examples, head, memory, **options):
-    return judge(head, fit(examples, head, memory, max_flips=0.1), examples, memory, **options)
+def verdict(examples, head, memory, replay=None, **options):
+    return judge(head, fit(examples, head, memory, replay=replay, max_flips=0.1), examples, memory, **options)
 
 
 @pytest.mark.parametrize(

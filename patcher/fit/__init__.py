@@ -60,8 +60,8 @@ class Fit:
         New rows of the old labels; None where they are unchanged, as in the default method.
     held_out
         For each new label, its examples as a fit sees them that did not have them.
-    unseen
-        Places of the replayed inputs that took no part in the fit; None where the fit changed no old row.
+    inputs
+        Real inputs of old labels on which the harm can be counted: those that took no part in a refit of their rows.
     old
         What the rows were fitted against.
     calibration
@@ -78,7 +78,7 @@ class Fit:
     old: OldLabels = field(repr=False)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     old_rows: Rows | None = None
-    unseen: Ints | None = None
+    inputs: OldInputs | None = field(default=None, repr=False)
 
     def apply(self, head: Head) -> Head:
         """The head with the new rows behind the old ones; lineage and scope are the caller's business."""
@@ -161,7 +161,7 @@ def fit(
         held_out=_held_out(examples, found, head),
         old=old,
         old_rows=found.rows.first(-count) if len(found.rows.weight) > count else None,
-        unseen=held_back(len(replay[1])) if chosen == "anchored" and replay is not None else None,
+        inputs=inputs.part(held_back(len(inputs))) if inputs and chosen == "anchored" else inputs,
     )
 
 
@@ -251,12 +251,11 @@ def _checked(examples: Mapping[str, Floats], head: HeadLike) -> dict[str, Floats
 
 def _belongs(label: str, name: Floats, examples: Mapping[str, Floats], old: OldLabels, settings: Settings) -> bool:
     """Whether a name lies about as near to its label's examples as to any other label: else it says something else."""
-    others = [rows.mean(axis=0) for other, rows in examples.items() if other != label]
-    white = old.whitening.of
-    point = white(np.asarray(name)[None])
-    own = float(((point - white(examples[label].mean(axis=0)[None])) ** 2).sum())
-    rivals = ((white(np.stack([*old.means, *others])) - point) ** 2).sum(axis=1)
-    return own <= settings.name_slack * float(rivals.min())
+    labels = list(examples)
+    point, *new = old.whitening.of(np.stack([name, *(rows.mean(axis=0) for rows in examples.values())]))
+    distances = ((np.concatenate([old.points, new]) - point) ** 2).sum(axis=1)
+    mine = len(old.points) + labels.index(label)
+    return bool(distances[mine] <= settings.name_slack * np.delete(distances, mine).min())
 
 
 def _with_name(rows: Floats, name: Floats | None) -> Floats:

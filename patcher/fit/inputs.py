@@ -54,6 +54,10 @@ class OldInputs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def part(self, places: Ints) -> OldInputs:
+        """Some of them."""
+        return OldInputs(self.features[places], self.ids[places], self.own[places], self.source)
+
     def nearest(self, weight: Floats, bias: np.float32, head: HeadLike, count: int) -> Nearest:
         """The ``count`` inputs with the least margin to a new row, float32 ``[width]``.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from patcher.fit.bias import Calibration, best_shift
 from patcher.fit.model import log_sum_exp
-from patcher.fit.offset import Cloud, fit_row, join, span
+from patcher.fit.offset import Cloud, RowLoss, fit_row, join, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ class _Scene:
             return Cloud(points, np.zeros(len(points)), np.zeros_like(points), spread, weights)
         logits = features.astype(np.float64) @ self.old.weight.T + self.old.bias
         offsets = log_sum_exp(logits)
-        slopes = np.exp(logits - offsets[:, None]) @ self.old.weight @ self.old.whitening.rows
+        slopes = self.old.whitening.slopes(np.exp(logits - offsets[:, None]) @ self.old.weight)
         return Cloud(points, offsets, slopes, spread, weights)
 
     def raised(self, cloud: Cloud, rows: Sequence[Doubles]) -> Cloud:
@@ -92,7 +92,8 @@ class _Scene:
         """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
         found, back = np.unique(ids, return_inverse=True)
         rows = self.old.weight[found] if self.single else np.zeros((len(found), self.head.width))
-        return (rows @ self.old.whitening.rows)[back]
+        slopes: Doubles = self.old.whitening.slopes(rows)[back]
+        return slopes
 
     def calibration(self, row: Doubles, weight: Floats, bias: np.float32, budget: float) -> Calibration | None:
         """Old inputs as a row sees them; the means of the labels stand in where no inputs are kept."""
@@ -134,7 +135,7 @@ def offset_rows(
         rivals = list(others.values())
         against = [scene.means, *([hard] if hard else []), *(clouds[other].spread_by(1.0) for other in others)]
         outside = join(*(scene.raised(cloud, rivals) for cloud in against))
-        row, held_out = _fitted(scene.raised(mine, rivals), outside, priors[label], settings)
+        row, held_out = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], settings)
         weight, bias = old.whitening.row(row[:-1], float(row[-1]))
         margins = held_out - _best(examples[label], head, others, old)
         seen = scene.calibration(row, weight, bias, max_flips / len(examples))
@@ -153,7 +154,7 @@ def _scene(
     offsets = log_sum_exp(means @ old.weight.T + old.bias) if single else np.zeros(len(means))
     rows = old.weight[places] if single else np.zeros((len(places), head.width))
     ones = np.ones(len(means))
-    cloud = Cloud(old.whitening.of(means), offsets, rows @ old.whitening.rows, ones, ones)
+    cloud = Cloud(old.points[near], offsets, old.whitening.slopes(rows), ones, ones)
     return _Scene(head, old, inputs, cloud, single, settings)
 
 
@@ -183,28 +184,35 @@ def _prior(examples: Floats, head: HeadLike, old: OldLabels, settings: Settings)
         mean[: head.split] = examples[:, : head.split].mean(axis=0)
         row: Doubles = (mean / np.linalg.norm(mean) * lengths.mean()) @ white.rows
         return row
-    theirs = np.linalg.norm(old.weight[old.places] @ white.rows, axis=1).mean()
-    point: Doubles = white.of(examples).mean(axis=0) * theirs / np.linalg.norm(white.of(old.means), axis=1).mean()
+    theirs = np.linalg.norm(white.slopes(old.weight[old.places]), axis=1).mean()
+    point: Doubles = white.of(examples).mean(axis=0) * theirs / np.linalg.norm(old.points, axis=1).mean()
     return point
 
 
 def _solve(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) -> Doubles:
     axes = span(join(outside, inside), prior)
-    found = fit_row(inside.turned(axes), outside.turned(axes), settings.penalty, prior @ axes)
+    loss = RowLoss(inside.turned(axes), outside.turned(axes), settings.penalty, prior @ axes)
+    found = fit_row(loss, np.zeros(axes.shape[1] + 1))
     return np.append(axes @ found[:-1], found[-1])
 
 
-def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) -> tuple[Doubles, Doubles]:
+def _fitted(
+    inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, settings: Settings
+) -> tuple[Doubles, Doubles]:
     """The row, bias last, and the new logit of each example in a fit without it; NaN where there is no other."""
     axes = span(join(outside, inside), prior)
     inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
-    found = fit_row(inside, outside, settings.penalty, prior)
+    loss = RowLoss(inside, outside, settings.penalty, prior)
+    found = fit_row(loss, np.append(rough[:-1] @ axes, rough[-1]))
     count = len(inside.weight)
     held_out = np.full(count, np.nan)
-    for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
-        rest = np.setdiff1d(np.arange(count), fold)
-        row = fit_row(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior, found)
-        held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
+    if count > 1:
+        inverse = np.linalg.inv(loss.curvature(found))
+        for fold in np.array_split(np.arange(count), min(count, settings.folds)):
+            rest = np.setdiff1d(np.arange(count), fold)
+            without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
+            row = fit_row(without, found, inverse)
+            held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
     return np.append(axes @ found[:-1], found[-1]), held_out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -30,6 +31,10 @@ __all__ = [
     "log_sum_exp",
     "whitening",
 ]
+
+
+_SMALL = 96
+"""Up to this size LAPACK's own routines are as fast."""
 
 
 class HeadLike(Protocol):
@@ -61,22 +66,26 @@ class Whitening:
     """Features in which the spread inside labels is the same in every direction.
 
     ``(x - center) @ points`` whitens features, ``w @ rows`` the rows that act on them, so that the product of the two
-    is ``w (x - center)``. ``center`` float64 ``[width]``, ``points`` and ``rows`` float64 ``[width, r]``.
+    is ``w (x - center)``. ``center`` float64 ``[width]``, ``points`` and ``rows`` float32 ``[width, r]``: single
+    precision takes half the time, and the ridge keeps the condition of what is factored below some thousands.
     """
 
     center: Doubles
-    points: Doubles
-    rows: Doubles
+    points: Floats
+    rows: Floats
 
     def of(self, features: Floats | Doubles) -> Doubles:
         """Whitened features, float64 ``[n, r]``."""
-        white: Doubles = (features - self.center) @ self.points
-        return white
+        return ((features - self.center).astype(np.float32) @ self.points).astype(np.float64)
 
     def row(self, weight: Doubles, bias: float) -> tuple[Floats, np.float32]:
         """A row on whitened features as one on the features themselves."""
-        raw = self.points @ weight
-        return raw.astype(np.float32), np.float32(bias - raw @ self.center)
+        raw: Floats = self.points @ weight.astype(np.float32)
+        return raw, np.float32(bias - raw @ self.center)
+
+    def slopes(self, weight: Floats | Doubles) -> Doubles:
+        """Rows ``[n, width]`` on the features as rows on whitened ones, float64 ``[n, r]``."""
+        return (weight.astype(np.float32) @ self.rows).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,11 @@ class OldLabels:
     weight: Doubles
     bias: Doubles
 
+    @cached_property
+    def points(self) -> Doubles:
+        """The whitened means, float64 ``[M, r]``."""
+        return self.whitening.of(self.means)
+
 
 def log_sum_exp(logits: NDArray[np.floating[Any]]) -> Doubles:
     """``log(sum(exp(logits)))`` along the last axis, float64."""
@@ -122,23 +136,37 @@ def full_rows(head: HeadLike) -> tuple[Floats, Floats]:
     return rows, biases
 
 
-def from_memory(memory: Memory, head: HeadLike, settings: Settings = SETTINGS) -> OldLabels:
-    """Old labels from a memory; labels of the head that the memory lacks are met only through their rows."""
+def from_memory(
+    memory: Memory, head: HeadLike, settings: Settings = SETTINGS, white: Whitening | None = None
+) -> OldLabels:
+    """Old labels from a memory; labels of the head that the memory lacks are met only through their rows.
+
+    ``white`` spares the whitening where one is known of a memory that had a few inputs less.
+    """
     place = {label: i for i, label in enumerate(memory.labels)}
     known = [(i, place[label]) for i, label in enumerate(head.labels) if label in place]
     theirs = [spot for _, spot in known]
     means = memory.sums[theirs] / memory.counts[theirs, None]
     places = np.array([mine for mine, _ in known], np.int64)
     weight, bias = full_rows(head)
-    return OldLabels(whitening(memory, settings), means, places, weight.astype(np.float64), bias.astype(np.float64))
+    white = white or whitening(memory, settings)
+    return OldLabels(white, means, places, weight.astype(np.float64), bias.astype(np.float64))
 
 
 def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
-    """Whitening by the covariance inside labels, widened as ``Settings`` tells."""
-    total = memory.counts.sum()
+    """Whitening by the covariance inside labels, widened as ``Settings`` tells.
+
+    Both covariances are the second moment less products of means: one pass over it, where each by itself would cost
+    more time than what is done with them.
+    """
+    total, freedom = memory.counts.sum(), memory.freedom
     center = memory.sums.sum(axis=0) / total
-    everything = memory.second_moment / total - np.outer(center, center)
-    return _widened(center, everything, memory.within(), memory.split, settings)
+    means = memory.sums / np.sqrt(memory.counts * freedom)[:, None]
+    roots = np.concatenate([means, np.sqrt(settings.total) * center[None]])
+    wide = memory.second_moment * (1.0 / freedom + settings.total / total)
+    wide -= roots.T @ roots
+    variance = np.diag(memory.second_moment) / total - center**2
+    return _widened(center, wide, variance, memory.split, settings)
 
 
 def from_rows(head: HeadLike, examples: Floats, settings: Settings = SETTINGS) -> OldLabels:
@@ -158,43 +186,62 @@ def from_rows(head: HeadLike, examples: Floats, settings: Settings = SETTINGS) -
     center = means.mean(axis=0)
     narrow = means[:, :split] - center[:split]
     scatter = narrow.T @ narrow / len(narrow)
-    flat = _widened(center[:split], scatter, np.zeros_like(scatter), split, settings)
+    flat = _widened(center[:split], settings.total * scatter, np.diag(scatter), split, settings)
     nothing = np.zeros((head.width - split, split))
     white = Whitening(center, np.concatenate([flat.points, nothing]), np.concatenate([flat.rows, nothing]))
     return OldLabels(white, means, np.arange(len(weight), dtype=np.int64), weight, bias)
 
 
-def _widened(center: Doubles, everything: Doubles, inside: Doubles, split: int, settings: Settings) -> Whitening:
-    spread = np.sqrt(np.maximum(np.diag(everything), 0.0))
+def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, settings: Settings) -> Whitening:
+    """Whitening by a covariance of features of some ``variance``, with a ridge on them; ``wide`` is used up."""
+    spread = np.sqrt(np.maximum(variance, 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
-    wide = (inside + settings.total * everything) / np.outer(spread, spread)
+    wide /= spread[:, None]
+    wide /= spread
     ridge = np.full(len(center), settings.ridge_hidden)
     ridge[:split] = settings.ridge_classifier
     wide[np.diag_indices_from(wide)] += ridge
-    lower = _cholesky(wide)
-    return Whitening(center, _inverse(lower).T / spread[:, None], lower * spread[:, None])
-
-
-def _cholesky(matrix: Doubles) -> Doubles:
     try:
-        return np.linalg.cholesky(matrix)
+        lower, inverse = _factors(wide)
     except np.linalg.LinAlgError:
-        # A label that was taken out again by its mean alone leaves a covariance that is none any more in some
-        # directions, where there were few sentences: those get the least spread that there is elsewhere.
-        values, axes = np.linalg.eigh(matrix)
-        least = values[values > 0].min(initial=1e-3)
-        return np.linalg.cholesky((axes * np.maximum(values, max(float(least), 1e-3))) @ axes.T)
+        lower, inverse = _factors(_mended(wide))
+    scale = spread.astype(np.float32)[:, None]
+    lower *= scale
+    return Whitening(center, inverse.T / scale, lower)
 
 
-def _inverse(lower: Doubles) -> Doubles:
-    """Inverse of a lower triangular matrix by halves: a fifth of the time of a general inverse, and no scipy."""
-    size = len(lower)
-    if size <= 64:  # noqa: PLR2004  small enough for the general one
-        inverse: Doubles = np.tril(np.linalg.inv(lower))
-        return inverse
-    half = size // 2
-    whole = np.zeros_like(lower)
-    whole[:half, :half] = first = _inverse(lower[:half, :half])
-    whole[half:, half:] = second = _inverse(lower[half:, half:])
-    whole[half:, :half] = -second @ (lower[half:, :half] @ first)
-    return whole
+def _mended(matrix: Doubles) -> Doubles:
+    """The nearest covariance to what is none any more.
+
+    A label that was taken out again by its mean alone leaves less than no spread in some directions, where there were
+    few sentences: those get the least that there is elsewhere.
+    """
+    values, axes = np.linalg.eigh(matrix)
+    least = values[values > 0].min(initial=1e-3)
+    mended: Doubles = (axes * np.maximum(values, max(float(least), 1e-3))) @ axes.T
+    return mended
+
+
+def _factors(matrix: Doubles) -> tuple[Floats, Floats]:
+    """The Cholesky factor of a covariance, and the factor's inverse, float32; LinAlgError where it is none.
+
+    By halves, so that nearly all of it is products of matrices: no scipy, and half the time of LAPACK's two routines.
+    """
+    lower, inverse = matrix.astype(np.float32), np.zeros(matrix.shape, np.float32)
+    _halve(lower, inverse)
+    return lower, inverse
+
+
+def _halve(lower: Floats, inverse: Floats) -> None:
+    """Turn a covariance into its factor, and zeros into that one's inverse, in place."""
+    half = len(lower) // 2
+    if len(lower) <= _SMALL:
+        lower[:] = np.linalg.cholesky(lower)
+        inverse[:] = np.tril(np.linalg.inv(lower))
+        return
+    _halve(lower[:half, :half], inverse[:half, :half])
+    below = lower[half:, :half] @ inverse[:half, :half].T
+    lower[half:, half:] -= below @ below.T
+    lower[half:, :half], lower[:half, half:] = below, 0.0
+    _halve(lower[half:, half:], inverse[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (below @ inverse[:half, :half])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["Cloud", "fit_row", "join", "span"]
+__all__ = ["Cloud", "RowLoss", "fit_row", "join", "span"]
 
 # Nodes and weights of hermegauss(7): computing them takes longer than a fit.
 _NODES = np.array([-3.7504397177257425, -2.3667594107345415, -1.1544053947399682, 0.0,
@@ -81,34 +81,60 @@ def span(cloud: Cloud, prior: Doubles) -> Doubles:
     return axes
 
 
-def fit_row(inside: Cloud, outside: Cloud, penalty: float, prior: Doubles, start: Doubles | None = None) -> Doubles:
-    """The row and, last, the bias, float64 ``[r + 1]``, that lie above ``inside`` and below ``outside``.
+class RowLoss:
+    """What a row costs that has to lie above the cloud ``inside`` and below ``outside``.
 
-    At the least expected log loss plus half the penalty times the row's squared distance to ``prior`` ``[r]``.
+    The expected log loss plus half the ``penalty`` times the row's squared distance to ``prior`` ``[r]``, as a function
+    of the row and, last, its bias: float64 ``[r + 1]``.
     """
-    cloud = join(outside, inside)
-    signs = np.concatenate([np.ones(len(outside.weight)), -np.ones(len(inside.weight))])
-    lengths = np.einsum("ij,ij->i", cloud.slopes, cloud.slopes)
-    both = np.concatenate([cloud.points, cloud.slopes])
-    turned = np.ascontiguousarray(both.T)
-    count = len(signs)
 
-    def loss(values: Doubles) -> tuple[float, Doubles]:
-        row, bias = values[:-1], values[-1]
-        products = both @ row
-        square = float(row @ row)
-        middle = signs * (products[:count] + bias - cloud.offsets)
-        spread = np.sqrt(cloud.variance * np.maximum(square - 2.0 * products[count:] + lengths, 0.0) + 1e-12)
+    def __init__(self, inside: Cloud, outside: Cloud, penalty: float, prior: Doubles) -> None:
+        self._cloud = join(outside, inside)
+        self._signs = np.concatenate([np.ones(len(outside.weight)), -np.ones(len(inside.weight))])
+        self._lengths = np.einsum("ij,ij->i", self._cloud.slopes, self._cloud.slopes)
+        self._both = np.concatenate([self._cloud.points, self._cloud.slopes])
+        self._turned = np.ascontiguousarray(self._both.T)
+        self._penalty, self._prior = penalty, prior
+
+    def __call__(self, values: Doubles) -> tuple[float, Doubles]:
+        """The loss and its slope."""
+        cloud, row = self._cloud, values[:-1]
+        spread, margins, small, chance = self._outcomes(values)
+        cost = (np.maximum(margins, 0.0) + np.log1p(small)) @ _WEIGHTS
+        pull = (chance @ _WEIGHTS) * cloud.weight * self._signs
+        push = self._push(chance, spread)
+        way = row - self._prior
+        slope = self._turned @ np.concatenate([pull, -push]) + row * push.sum() + way * self._penalty
+        value = float(cost @ cloud.weight) + 0.5 * self._penalty * float(way @ way)
+        return value, np.append(slope, pull.sum())
+
+    def curvature(self, values: Doubles) -> Doubles:
+        """About the loss's second derivative, float64 ``[r + 1, r + 1]``: as if spreads did not depend on the row."""
+        spread, _, _, chance = self._outcomes(values)
+        weight = ((chance * (1.0 - chance)) @ _WEIGHTS) * self._cloud.weight
+        points = np.column_stack([self._cloud.points, np.ones(len(weight))])
+        curvature: Doubles = points.T @ (points * weight[:, None])
+        curvature[np.diag_indices(len(curvature) - 1)] += self._penalty + self._push(chance, spread).sum()
+        curvature[-1, -1] += 1e-9  # where every chance is 0 or 1 the bias does not matter
+        return curvature
+
+    def _outcomes(self, values: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+        """Spread of each Gaussian's margin, the margin at the nodes, ``exp(-|margin|)``, and the chance of a loss."""
+        cloud, row, bias = self._cloud, values[:-1], values[-1]
+        products = self._both @ row
+        square, count = float(row @ row), len(self._signs)
+        middle = self._signs * (products[:count] + bias - cloud.offsets)
+        spread = np.sqrt(cloud.variance * np.maximum(square - 2.0 * products[count:] + self._lengths, 0.0) + 1e-12)
         margins = middle[:, None] + spread[:, None] * _NODES
         small = np.exp(-np.abs(margins))
         tail = 1.0 / (1.0 + small)
-        chance = np.where(margins >= 0, tail, small * tail)
-        cost = (np.maximum(margins, 0.0) + np.log1p(small)) @ _WEIGHTS
-        pull = (chance @ _WEIGHTS) * cloud.weight * signs
-        push = ((chance * _NODES) @ _WEIGHTS) * cloud.weight * cloud.variance / spread
-        slope = turned @ np.concatenate([pull, -push]) + row * push.sum() + (row - prior) * penalty
-        return float(cost @ cloud.weight) + 0.5 * penalty * float((row - prior) @ (row - prior)), np.append(
-            slope, pull.sum()
-        )
+        return spread, margins, small, np.where(margins >= 0, tail, small * tail)
 
-    return minimise(loss, np.zeros(both.shape[1] + 1) if start is None else start, tolerance=_CLOSE)
+    def _push(self, chance: Doubles, spread: Doubles) -> Doubles:
+        push: Doubles = ((chance * _NODES) @ _WEIGHTS) * self._cloud.weight * self._cloud.variance / spread
+        return push
+
+
+def fit_row(loss: RowLoss, start: Doubles, inverse: Doubles | None = None) -> Doubles:
+    """The row and, last, the bias, float64 ``[r + 1]``, at the least loss; ``inverse`` is that of a ``curvature``."""
+    return minimise(loss, start, tolerance=_CLOSE, inverse=inverse)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from export.pooling import pooled
+from export.pooling import LAYERS, pooled
 
 
 def read(path: Path) -> list[tuple[str, str]]:
@@ -84,7 +84,8 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features, and means over the tokens of some layers, float32 [n, width]; ``three`` as an export's."""
+    """Classifier features, and means over the tokens of some layers, float32 [n, width]: an export's ``clf``, ``three``
+    and ``below``, and others."""
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
     found: dict[str, list[np.ndarray]] = {}
@@ -94,14 +95,7 @@ def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # ty
         )
         out = model.base_model(**inputs, output_hidden_states=True)
         layers = out.hidden_states[1:]
-        half = len(layers) // 2
-        groups = {
-            "last": layers[-1:],
-            "three": layers[-3:],
-            "lower": layers[:half],
-            "upper": layers[half:],
-            "all": layers,
-        }
+        groups = {"last": layers[-1:], "three": layers[-LAYERS:], "below": layers[:-LAYERS], "all": layers}
         for name, states in groups.items():
             found.setdefault(name, []).append(pooled(states, inputs["attention_mask"]).numpy())
         found.setdefault("clf", []).append(out.pooler_output.numpy())

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 NEW = "a new label"
 RATES = (5e-4, 2e-3, 5e-3)
-EXPORTED = ("clf", "three")
+EXPORTED = ("clf", "three", "below")
 FEATURES = {
     "the classifier's alone": ("clf",),
     "and the last layer's mean": ("clf", "last"),
-    "and the mean over the last three layers (what export takes)": EXPORTED,
+    "and the mean over the last three layers (what 0.4 took)": ("clf", "three"),
+    "and, beside it, the mean over those below (what export takes)": EXPORTED,
     "and the mean over all layers": ("clf", "all"),
-    "and the means of the upper and the lower half, side by side": ("clf", "upper", "lower"),
 }
 METHODS = {
     "ridge": tuple({"refit_ridge": value} for value in (0.03, 0.1, 0.3)),
