@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.pooling import hidden_states, pooled_groups
+from export.pooling import last_states, pooled
 from export.split import without_layer
 from patcher.errors import ExportError
 
@@ -49,8 +49,8 @@ class BackboneFile:
 def export_backbone(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> BackboneFile:
     """Write the backbone to ``path``.
 
-    Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the means over the
-    tokens of the text of the hidden states, of the last layers and of those below. The same model gives the same bytes.
+    Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the mean over the
+    tokens of the text, and over the last layers, of the hidden states. The same model gives the same bytes.
 
     Parameters
     ----------
@@ -84,9 +84,10 @@ class _Backbone(nn.Module):
 
     def forward(self, *tokens: Tensor) -> Tensor:
         inputs = dict(zip(self.names, tokens, strict=True))
-        with hidden_states(self.model) as states:
+        with last_states(self.model) as states:
             classifier_features = self.model(**inputs).logits
-        return torch.cat([classifier_features, *pooled_groups(states[-1], inputs["attention_mask"])], dim=-1)
+        mean = pooled(states[-1], inputs["attention_mask"])
+        return torch.cat([classifier_features, mean], dim=-1)
 
 
 def _traced(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> onnx.ModelProto:

@@ -240,7 +240,7 @@ class _Making:
         with self.watch("export"):
             tokens = token_batch(self.encoder, embeddings(model).num_embeddings, _TRACED_LENGTHS)
             split = find_split(model, tokens, len(labels))
-            self.tell(f"last linear layer: {split.layer}, {split.split} features; {split.beside} more beside them")
+            self.tell(f"last linear layer: {split.layer}, {split.split} features; {split.hidden} more beside them")
             backbone = export_backbone(model, split, tokens, self.folder / "model.onnx")
         with self.watch("parity"):
             texts = train.texts[:: len(train) // _PARITY_TEXTS + 1] if train else ()

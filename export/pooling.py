@@ -1,10 +1,9 @@
-"""The features beside the classifier's own: means over the tokens of the hidden states.
+"""The features beside the classifier's own: a mean over the tokens of the last hidden states.
 
 Fine-tuning pulls the tensor that enters the classifier towards the labels it saw; what tells a new label apart is
-better kept in the hidden states, and in those of several layers better than in the last one alone. The layers below
-are further from the labels and nearer to the words: a mean of their own beside that of the last ones finds one new
-text in a hundred more at the same harm, where one mean over all of them does not (``tests/benchmarks/tune_fit.py``
-measures it). A mean is as wide as one layer and costs nothing to serve.
+better kept in the hidden states, and in those of several layers better than in the last one alone. The mean over all
+layers finds texts of far topics a little better, and texts that resemble a label worse
+(``tests/benchmarks/tune_fit.py`` measures it). A mean is as wide as one layer and costs nothing to serve.
 """
 
 from __future__ import annotations
@@ -21,18 +20,12 @@ from patcher.errors import SplitError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYERS", "hidden_states", "pooled", "pooled_groups"]
+__all__ = ["LAYERS", "last_states", "pooled"]
 
 LAYERS = 3
-"""So many of the last layers are averaged, fewer where there are fewer, and all those below them."""
+"""So many of the last layers are averaged, fewer where there are fewer."""
 _TOKENWISE = 3
 """Dimensions of a tensor with a row for each token: batch, sequence, width."""
-
-
-def pooled_groups(states: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """``pooled`` of the last layers and, where there are any, of those below them."""
-    groups = [states[-LAYERS:], states[:-LAYERS]]
-    return [pooled(group, mask) for group in groups if group]
 
 
 def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -50,8 +43,8 @@ def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def hidden_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
-    """A list that gets all layers' hidden states ``[batch, sequence, hidden]`` of each forward, the last at its end.
+def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
+    """A list that gets the last hidden states ``[batch, sequence, hidden]`` of each forward, the last one at its end.
 
     Raises SplitError where the encoder's first output is no such state.
     """
@@ -63,7 +56,7 @@ def hidden_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
             raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
         # The first is the embedding; the last one is there twice where it needs no norm of its own.
         inner = [each for each in (getattr(result, "hidden_states", None) or ())[1:-1] if each.shape == state.shape]
-        seen.append((*inner, state))
+        seen.append((*inner[len(inner) - min(len(inner), LAYERS - 1) :], state))
 
     body = model.base_model
     if body is model:

@@ -26,7 +26,7 @@ class ExportReport:
     labels: tuple[str, ...]
     problem: str
     split: int
-    """Classifier features; ``width`` counts the means of the hidden states too."""
+    """Classifier features; ``width`` counts the mean of the last hidden states too."""
     width: int
     max_length: int
     """Tokens a text, beyond which it is cut."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from export.pooling import hidden_states, pooled_groups
+from export.pooling import last_states
 from patcher.errors import SplitError
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Split:
     """The last linear layer, and what stands before it.
 
     ``weight`` FP32 ``[labels, split]`` and ``bias`` FP32 ``[labels]`` (zeros where the layer has none) give the logits
-    from the classifier features; ``beside`` is the width of the features beside them.
+    from the classifier features; ``hidden`` is the width of the last hidden states.
     """
 
     layer: str
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
-    beside: int
+    hidden: int
 
     @property
     def split(self) -> int:
@@ -49,7 +49,7 @@ class Split:
     @property
     def width(self) -> int:
         """Width of all features."""
-        return self.split + self.beside
+        return self.split + self.hidden
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         when no linear layer gives the logits, when something after it changes them, when the model uses it more than
         once, or when there is no last hidden state ``[batch, sequence, hidden]``.
     """
-    with torch.no_grad(), hidden_states(model) as states:
+    with torch.no_grad(), last_states(model) as states:
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
@@ -87,8 +87,8 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
             features = model(**inputs).logits
     if features.shape != (len(logits), matrix.shape[1]) or _gap(features @ matrix.T + bias, logits) > _CLOSE:
         raise SplitError(f"the logits are not made by the layer {layer!r} alone: without it, other features come out")
-    beside = sum(int(mean.shape[-1]) for mean in pooled_groups(states[-1], inputs["attention_mask"]))
-    return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), beside)
+    hidden = int(states[-1][-1].shape[-1])
+    return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), hidden)
 
 
 @contextlib.contextmanager

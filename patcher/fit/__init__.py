@@ -10,7 +10,7 @@ import numpy as np
 
 from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit.anchored import anchored_rows, held_back
-from patcher.fit.closed import lda_rows, ridge_rows, settled
+from patcher.fit.closed import closed_rows
 from patcher.fit.inputs import OldInputs, old_inputs
 from patcher.fit.logistic import NewRow, offset_rows
 from patcher.fit.model import HeadLike, OldLabels, Rows, from_memory, from_rows, full_rows
@@ -116,7 +116,8 @@ def fit(
         and where there is no memory, one is made of it.
     method
         ``auto`` takes ``offset-logistic``, which leaves every old row as it is and lost the fewest old inputs wherever
-        it was measured. ``ridge`` and ``lda`` refit all rows from the memory, ``anchored`` on ``replay``.
+        it was measured. ``ridge`` and ``lda`` first refit the old rows from the memory, ``anchored`` refits all rows on
+        ``replay``.
     max_flips
         Share of the calibration inputs that may move to the new labels, all together.
     settings
@@ -195,17 +196,14 @@ def _closed(
     _refuse_sigmoids(method, head)
     if memory is None:
         raise InputError(f"{method} refits all rows from the memory, and there is none; `patcher remember --data FILE`")
-    place = {label: i for i, label in enumerate(memory.labels)}
-    lacking = [label for label in head.labels if label not in place]
+    lacking = [label for label in head.labels if label not in memory.labels]
     if lacking:
         raise InputError(
             f"{method} refits all rows, and the memory knows nothing of {', '.join(map(repr, lacking[:5]))}; "
             "`patcher remember --data FILE` builds it anew"
         )
-    places = np.array([place[label] for label in head.labels], np.int64)
-    rows = {"ridge": ridge_rows, "lda": lda_rows}[method]
-    made = rows(shown, memory, places, old, settings)
-    return _Found(*settled(made, shown, head, old, inputs, max_flips, settings, biased=method == "lda"))
+    rows, new = closed_rows(method, shown, head, memory, old, inputs, max_flips, settings)
+    return _Found(rows, {label: row.held_out for label, row in new.items()})
 
 
 def _anchored(
@@ -277,7 +275,7 @@ def _why(
         return f"{rows} fitted against {against}{also}; every old row keeps its bits"
     if method == "anchored":
         return f"all rows refitted on old data and the examples{also}, {way:.0%} of the way from the old ones"
-    return f"all rows refitted from the memory and the examples{also}; old answers may change either way"
+    return f"old rows refitted from the memory, {rows} against those{also}; old answers may change either way"
 
 
 def _held_out(examples: Mapping[str, Floats], found: _Found, head: HeadLike) -> dict[str, HeldOut]:

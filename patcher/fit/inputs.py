@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Nearest", "OldInputs", "old_inputs"]
+__all__ = ["Nearest", "OldInputs", "old_inputs", "own_logits"]
 
 _MOST = 20_000
 """Inputs looked at: with none of so many taken, at most 0.015 % are, and thousands of labels stay quick."""
@@ -91,10 +91,10 @@ def old_inputs(
         features, ids, source = memory.sample[kept].astype(np.float32), ids[kept], "features"
     else:
         return None
-    return OldInputs(features, ids, _own_logits(features, ids, head), source) if len(ids) else None
+    return OldInputs(features, ids, own_logits(features, ids, head), source) if len(ids) else None
 
 
-def _own_logits(features: Floats, ids: Ints, head: HeadLike) -> Floats:
+def own_logits(features: Floats, ids: Ints, head: HeadLike) -> Floats:
     """Each input's logit of its own label; by blocks, for the rows of all inputs together may be large."""
     weight, bias = full_rows(head)
     own = np.empty(len(ids), np.float32)

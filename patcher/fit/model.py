@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HeadLike",
     "OldLabels",
+    "PlainHead",
     "Rows",
     "Whitening",
     "from_memory",
@@ -98,6 +99,51 @@ class Rows:
     def first(self, count: int) -> Rows:
         """The first rows; with a negative count all but the last ones."""
         return Rows(self.weight[:count], self.bias[:count])
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """A head for labels that exclude each other, whose rows all see all features (a ``HeadLike``)."""
+
+    labels: tuple[str, ...]
+    rows: Rows
+    split: int
+    problem: str = "single_label"
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return int(self.rows.weight.shape[1])
+
+    @property
+    def base_weight(self) -> Floats:
+        """No row sees the classifier features alone: float32 ``[0, split]``."""
+        return np.zeros((0, self.split), np.float32)
+
+    @property
+    def base_bias(self) -> Floats:
+        """Float32 ``[0]``."""
+        return np.zeros(0, np.float32)
+
+    @property
+    def patch_weight(self) -> Floats:
+        """All rows, float32 ``[C, width]``."""
+        return self.rows.weight
+
+    @property
+    def patch_bias(self) -> Floats:
+        """Their biases, float32 ``[C]``."""
+        return self.rows.bias
+
+    @property
+    def order(self) -> Ints:
+        """The rows are in the order of the labels."""
+        return np.arange(len(self.labels))
+
+    def logits(self, features: Floats, /) -> Floats:
+        """Float32 ``[n, C]``."""
+        logits: Floats = features @ self.rows.weight.T + self.rows.bias
+        return logits
 
 
 @dataclass(frozen=True)

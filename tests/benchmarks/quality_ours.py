@@ -169,23 +169,31 @@ def _short(figures: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {100 * value['mean']:.2f}" for name, value in figures.items())
 
 
+WAYS = {
+    "lda": ("lda",),
+    "ridge": ("ridge",),
+    "ridge for the first one, the default after it": ("ridge", "auto"),
+}
+"""Other ways to add labels one after another: the method of the first patch, and that of the rest."""
+
+
 def sequential(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     """All new labels one after another, each order drawn anew, against heads trained on many examples of each."""
-    found = _sequences(setting, n, draws, "auto")
+    found = _sequences(setting, n, draws, "the default", ("auto",))
     found["labels"] = len(setting.head.labels) + len(setting.new)
-    found["other methods"] = {method: _sequences(setting, n, draws, method) for method in ("lda", "ridge")}
+    found["other methods"] = {name: _sequences(setting, n, draws, name, way) for name, way in WAYS.items()}
     return {**found, f"trained on {MANY} of each": trained_on_many(setting)}
 
 
-def _sequences(setting: Setting, n: int, draws: int, method: str) -> dict[str, Any]:
-    runs = [run for draw in range(draws) if (run := _one_after_another(setting, n, draw, method))]
+def _sequences(setting: Setting, n: int, draws: int, name: str, way: Sequence[str]) -> dict[str, Any]:
+    runs = [run for draw in range(draws) if (run := _one_after_another(setting, n, draw, way))]
     found: dict[str, Any] = {
         "runs": len(runs),
         "accuracy": {name: spread([run["accuracy"][name] for run in runs]) for name in ("all", "old", "new")},
         "seconds": {part: spread([s for run in runs for s in run["seconds"][part]]) for part in ("fit", "whole add")},
         "old rows unchanged": all(run["old rows unchanged"] for run in runs),
     }
-    note(f"  one after another, {method}: {100 * found['accuracy']['all']['mean']:.2f} on all")
+    note(f"  one after another, {name}: {100 * found['accuracy']['all']['mean']:.2f} on all")
     return found
 
 
@@ -202,16 +210,17 @@ def trained_on_many(setting: Setting) -> dict[str, Any]:
     return reference
 
 
-def _one_after_another(setting: Setting, n: int, draw: int, method: str) -> dict[str, Any]:
+def _one_after_another(setting: Setting, n: int, draw: int, way: Sequence[str]) -> dict[str, Any]:
     head, memory = setting.head, setting.memory
     before = head.rows_hash()
     seconds: dict[str, list[float]] = {"fit": [], "whole add": []}
     sequence = sequence_of(setting, n, draw)
     if not sequence:
         return {}
-    for label, picked in sequence:
+    for number, (label, picked) in enumerate(sequence):
         examples = setting.new[label].train[picked]
         start = time.perf_counter()
+        method = way[0] if not number else way[-1]
         fitted = fit({label: examples}, head, memory, names=names_of(setting, label), method=method)
         seconds["fit"].append(time.perf_counter() - start)
         judge(head, fitted, {label: examples}, memory)

@@ -84,8 +84,8 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features, and means over the tokens of some layers, float32 [n, width]: an export's ``clf``, ``three``
-    and ``below``, and others."""
+    """Classifier features, and means over the tokens of some layers, float32 [n, width]: an export's ``clf`` and
+    ``three``, and others."""
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
     found: dict[str, list[np.ndarray]] = {}

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 NEW = "a new label"
 RATES = (5e-4, 2e-3, 5e-3)
-EXPORTED = ("clf", "three", "below")
+EXPORTED = ("clf", "three")
 FEATURES = {
     "the classifier's alone": ("clf",),
     "and the last layer's mean": ("clf", "last"),
-    "and the mean over the last three layers (what 0.4 took)": ("clf", "three"),
-    "and, beside it, the mean over those below (what export takes)": EXPORTED,
+    "and the mean over the last three layers (what export takes)": EXPORTED,
+    "and, beside it, the mean over the layers below": ("clf", "three", "below"),
     "and the mean over all layers": ("clf", "all"),
 }
 METHODS = {
