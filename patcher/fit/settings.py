@@ -46,6 +46,8 @@ class Settings:
         label.
     refit_ridge
         Of ``ridge``: penalty a sentence, on standardised features.
+    refit_taken_weight
+        Of ``ridge`` and ``lda``: ``taken_weight``; with 1 the most texts are answered right over all labels.
     anchor
         Of ``anchored``: penalty on the squared way of all rows from where they were, in whitened features.
     """
@@ -64,7 +66,8 @@ class Settings:
     taken_weight: float = 0.25
     folds: int = 10
     name_slack: float = 1.5
-    refit_ridge: float = 0.1
+    refit_ridge: float = 0.3
+    refit_taken_weight: float = 1.0
     anchor: float = 1e-4
 
 

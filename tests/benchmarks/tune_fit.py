@@ -47,9 +47,12 @@ FEATURES = {
     "and, beside it, the mean over the layers below": ("clf", "three", "below"),
     "and the mean over all layers": ("clf", "all"),
 }
-METHODS = {
-    "ridge": tuple({"refit_ridge": value} for value in (0.03, 0.1, 0.3)),
-    "lda": ({},),
+METHODS: dict[str, tuple[dict[str, float], ...]] = {
+    "ridge": (
+        *({"refit_ridge": value} for value in (0.1, 0.3, 1.0)),
+        *({"refit_taken_weight": value} for value in (0.25, 0.5)),
+    ),
+    "lda": ({}, {"refit_taken_weight": 0.25}),
     "anchored": tuple({"anchor": value} for value in (1e-5, 1e-4, 1e-3)),
 }
 SCOPES: tuple[dict[str, float], ...] = (
