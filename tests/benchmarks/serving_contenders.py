@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +98,7 @@ class FastApi:
 
     def __init__(self, classifier: Classifier, port: int) -> None:
         self.port = port
+        self.own = threading.local()  # each client keeps its connection, as perf_analyzer's do
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", SERVER, str(classifier.root.resolve()), classifier.name, str(port)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
@@ -112,20 +116,19 @@ class FastApi:
 
     def ask(self, text: str) -> bytes:
         """One question."""
-        import http.client
-        import json
-
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        if not hasattr(self.own, "connection"):
+            self.own.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = json.dumps({"text": text})
         try:
-            body = json.dumps({"text": text})
-            connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
+            self.own.connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
+            response = self.own.connection.getresponse()
             answer = response.read()
-            if response.status != 200:
-                raise OSError(f"the FastAPI server answered {response.status}: {answer[:200]!r}")
-            return answer
-        finally:
-            connection.close()
+        except (OSError, http.client.HTTPException) as error:
+            self.own.connection.close()
+            raise OSError(f"no answer from the FastAPI server: {error}") from error
+        if response.status != 200:
+            raise OSError(f"the FastAPI server answered {response.status}: {answer[:200]!r}")
+        return answer
 
     def rate(self, texts: Sequence[str]) -> float:
         """Texts a second from 16 clients at once."""

@@ -1,0 +1,58 @@
+"""A map of labels: remembered inputs in the plane in which their labels differ most. Pure: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.fit.model import whitening
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from patcher.memory import Memory
+
+    Floats = NDArray[np.float32]
+
+__all__ = ["FeatureMap", "feature_map"]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Inputs in a plane.
+
+    ``labels`` are those shown, the ones asked for first, then their neighbours, the nearest first; ``points`` float32
+    ``[n, 2]``, one unit the spread of inputs inside a label; ``ids`` INT64 ``[n]``, positions in ``labels``.
+    """
+
+    labels: tuple[str, ...]
+    points: Floats
+    ids: NDArray[np.int64]
+
+
+def feature_map(memory: Memory, labels: Sequence[str], neighbours: int = 5) -> FeatureMap | None:
+    """The remembered inputs of some labels and of those nearest to them; None where the memory keeps none of them.
+
+    The plane is that of the two directions in which the labels' means differ most, in features in which the spread
+    inside labels is the same everywhere (linear discriminants, Rao 1948).
+    """
+    mine = [memory.labels.index(label) for label in labels if label in memory.labels]
+    if not mine or not np.isin(memory.sample_labels, mine).any():
+        return None
+    white = whitening(memory)
+    means = white.of(memory.means())
+    distances = np.stack([((means - means[place]) ** 2).sum(axis=1) for place in mine]).min(axis=0)
+    near = [place for place in np.argsort(distances, kind="stable").tolist() if place not in mine]
+    shown = [*mine, *near[:neighbours]]
+    held = np.flatnonzero(np.isin(memory.sample_labels, shown))
+    center = means[shown].mean(axis=0)
+    axes = np.linalg.svd(means[shown] - center, full_matrices=False)[2][:2]
+    points = np.zeros((len(held), 2), np.float32)  # one label alone differs in no direction, two differ in one
+    points[:, : len(axes)] = (white.of(memory.sample[held].astype(np.float32)) - center) @ axes.T
+    place = {old: new for new, old in enumerate(shown)}
+    ids = np.array([place[old] for old in memory.sample_labels[held].tolist()], np.int64)
+    return FeatureMap(tuple(memory.labels[place] for place in shown), points, ids)

@@ -1,0 +1,151 @@
+"""``patcher report``: the page says what the version's own files and a labelled file say, and is safe to open."""
+
+from __future__ import annotations
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import tiny
+
+from patcher import add_label, read_examples, rename_label
+from patcher.cli import main
+from patcher.errors import ToolError
+from patcher.feature_map import feature_map
+from patcher.lifecycle import prune
+from patcher.memory import Memory
+from patcher.patch import PatchSettings
+from patcher.report import make_report, render
+
+NASTY = "<script>alert('x')</script> & \"quotes\""
+
+
+class _Reader(HTMLParser):
+    """What a browser would see: tags, their attributes, and text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def patched(classifier):
+    add_label(classifier.repository, "payday", tiny.sentences("payday", 10), settings=PatchSettings(force=True))
+    return classifier
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    return tiny.write_csv(
+        tmp_path / "held-out.csv", {label: tiny.sentences(label, 12, seed=9) for label in (*tiny.OLD, "payday")}
+    )
+
+
+def run(patched, *arguments):
+    return main(["report", "--repo", str(patched.root), *map(str, arguments)])
+
+
+def test_the_page_says_what_the_files_say(patched, held_out, tmp_path, capsys):
+    page = tmp_path / "patch.html"
+    assert run(patched, "--eval", held_out, "--html", page) == 0
+    assert "version 2 of intent" in capsys.readouterr().out
+    read = _Reader(page.read_text())
+    words = " ".join(" ".join(read.text).split())
+    head = patched.head(2)
+    assert f"{len(head.labels)} labels" in words
+    assert head.lineage.details["verdict"] in words
+    assert f"{len(tiny.OLD)} the same to the bit, 0 changed" in words
+    found = make_report(patched, 2, read_examples(held_out))
+    for evaluation in (found.before, found.after):
+        assert f"{100 * evaluation.accuracy:.2f} %" in words
+    assert found.after.accuracy > found.before.accuracy
+    assert read.tags.count("circle") == len(found.map.points)
+    assert "Wrong before, right now: 12" in words
+
+
+def test_a_page_asks_for_nothing_and_runs_nothing(patched, tmp_path):
+    rename_label(patched, "payday", NASTY)
+    texts = tiny.write_csv(tmp_path / "nasty.csv", {tiny.OLD[0]: [NASTY], NASTY: ["when is payday " + NASTY]})
+    page = render(make_report(patched, 3, read_examples(texts)))
+    read = _Reader(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(read.tags)
+    assert not [name for name, _ in read.attributes if name in ("src", "href", "onload", "onclick")]
+    assert "http://" not in page
+    assert "https://" not in page
+    assert NASTY in "".join(read.text)
+
+
+def test_the_same_as_one_document(patched, held_out, capsys):
+    assert run(patched, "--eval", held_out, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"]["added"] == ["payday"]
+    assert document["parent"] == 1
+    assert document["after"]["accuracy"] > document["before"]["accuracy"]
+    assert document["map"]["labels"][0] == "payday"
+    assert len(document["map"]["points"]) == len(document["map"]["ids"])
+    assert document["difference"]["added"] == ["payday"]
+
+
+def test_texts_of_the_new_label_alone_have_no_before(patched, tmp_path):
+    texts = tiny.write_csv(tmp_path / "new.csv", {"payday": tiny.sentences("payday", 5, seed=4)})
+    found = make_report(patched, None, read_examples(texts))
+    assert found.before is None
+    assert "version 1</th>" not in render(found)
+
+
+def test_versions_without_a_parent_a_gate_or_a_map(patched):
+    assert make_report(patched, 1).parent is None
+    assert "With <code>--eval FILE</code>" in render(make_report(patched, 1))
+    for word in ("rent", "salary"):
+        add_label(patched.repository, word, tiny.sentences("payday", 10, seed=5), settings=PatchSettings(force=True))
+    prune(patched, 1)
+    serving = patched.serving()
+    left = min(patched.versions())
+    assert left == serving - 1
+    found = make_report(patched, left)
+    assert (found.parent, found.difference) == (None, None)
+    assert "not on disk any more" in render(found)
+
+
+def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
+    assert run(patched) == 2
+    assert "--html FILE" in capsys.readouterr().err
+    assert run(patched, "--html", tmp_path / "no" / "such" / "page.html") == 2
+    assert "expected a file in a folder that is there" in capsys.readouterr().err
+    assert run(patched, "--version", "9", "--html", tmp_path / "page.html") == 2
+    assert "9" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ToolError, match=r"triton-label-patcher\[report\]"):
+        render(make_report(patched))
+    assert run(patched, "--eval", held_out, "--json") == 0  # needs none
+
+
+def test_a_map_is_of_the_plane_in_which_the_labels_differ():
+    rng = np.random.default_rng(0)
+    centres = np.zeros((4, 8))
+    centres[1, 0], centres[2, 1], centres[3, 2] = 9.0, 9.0, 90.0
+    ids = np.repeat(np.arange(4), 50)
+    features = (centres[ids] + rng.normal(size=(200, 8))).astype(np.float32)
+    memory = Memory.build(features, ids, ["here", "right", "up", "far"], 8, per_label=50)
+    found = feature_map(memory, ["here"], neighbours=2)
+    assert found.labels[0] == "here"
+    assert set(found.labels) == {"here", "right", "up"}
+    means = np.stack([found.points[found.ids == i].mean(axis=0) for i in range(3)])
+    gaps = np.linalg.norm(means[:, None] - means[None], axis=2)[np.triu_indices(3, 1)]
+    spread = np.concatenate([found.points[found.ids == i] - means[i] for i in range(3)]).std()
+    assert gaps.min() > 4 * spread
+    assert feature_map(memory, ["nobody"]) is None
+    assert feature_map(Memory.build(features, ids, ["a", "b", "c", "d"], 8, per_label=0), ["a"]) is None
+    alone = Memory.build(features[:50], ids[:50], ["here"], 8, per_label=5)
+    assert feature_map(alone, ["here"]).points.shape == (5, 2)
