@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit import fit
 from patcher.fit.bias import Calibration, best_shift, normal_below
 from patcher.fit.minimise import minimise
+from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.memory import Memory
@@ -188,3 +190,56 @@ def test_a_fit_takes_no_longer_than_a_patch_may():
     start = time.perf_counter()
     fit({"new": new(10)}, head, memory)
     assert time.perf_counter() - start < 5  # a bound for any machine; the figure is in the benchmark
+
+
+@pytest.mark.parametrize("width", [20, 230])
+def test_whitening_makes_the_spread_inside_labels_the_unit_ball(width):
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(6), 60)
+    mixing = rng.normal(size=(width, width)) * np.geomspace(0.01, 100.0, width)
+    features = (rng.normal(size=(6, width))[ids] + rng.normal(size=(360, width)) @ mixing).astype(np.float32)
+    memory = Memory.build(features, ids, list("abcdef"), width // 2)
+    white = whitening(memory, SETTINGS)
+    center = features.mean(axis=0, dtype=np.float64)
+    everything = np.cov(features, rowvar=False, bias=True, dtype=np.float64)
+    spread = np.sqrt(np.diag(everything))
+    wide = (memory.within() + SETTINGS.total * everything) / np.outer(spread, spread)
+    ridge = np.repeat([SETTINGS.ridge_classifier, SETTINGS.ridge_hidden], [width // 2, width - width // 2])
+    covariance = (wide + np.diag(ridge)) * np.outer(spread, spread)
+    np.testing.assert_allclose(white.points.T @ covariance @ white.points, np.eye(width), atol=2e-3)
+    np.testing.assert_allclose(white.points.T @ white.rows, np.eye(width), atol=1e-3)
+    row, (weight, bias) = rng.normal(size=width), white.row(np.ones(width), 2.0)
+    np.testing.assert_allclose(features @ weight + bias, white.of(features).sum(axis=1) + 2.0, rtol=1e-3, atol=1e-2)
+    products = (features - center) @ row
+    np.testing.assert_allclose(white.of(features) @ white.slopes(row[None])[0], products, atol=1e-3 * products.std())
+
+
+def test_what_is_no_covariance_any_more_is_whitened_all_the_same():
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(40, 30)).astype(np.float32)
+    memory = Memory.build(features, np.repeat([0, 1], 20), ["a", "b"], 30, per_label=0)
+    way = rng.normal(size=30) / np.sqrt(30)
+    less = dataclasses.replace(memory, second_moment=memory.second_moment - 100.0 * np.outer(way, way))
+    assert np.linalg.eigvalsh(less.within())[0] < -1.0
+    white = whitening(less, SETTINGS)
+    assert np.isfinite(white.points).all()
+    assert np.isfinite(white.of(features)).all()
+
+
+def test_a_known_curvature_leads_to_the_same_minimum_in_fewer_steps():
+    rng = np.random.default_rng(2)
+    curvature = np.diag(np.geomspace(1.0, 300.0, 30))
+    goal, calls = rng.normal(size=30), []
+
+    def bowl(at):
+        calls.append(at)
+        slope = curvature @ (at - goal)
+        return 0.5 * float((at - goal) @ slope), slope
+
+    np.testing.assert_allclose(minimise(bowl, np.zeros(30), tolerance=1e-6), goal, atol=1e-5)
+    slow = len(calls)
+    calls.clear()
+    np.testing.assert_allclose(
+        minimise(bowl, np.zeros(30), tolerance=1e-6, inverse=np.linalg.inv(1.1 * curvature)), goal, atol=1e-5
+    )
+    assert len(calls) < slow / 2
