@@ -82,8 +82,10 @@ def test_a_refit_gives_the_new_label_the_default_methods_row_against_the_refitte
     np.testing.assert_allclose(first.weight, again.weight, atol=2e-3)
     # Where the rows were refitted already, the next patch changes none.
     grown = memory.add(["new"], new(10), np.zeros(10, np.int64))
-    second = fit({"other": new(10, 1)}, after, grown, method=method).apply(after)
-    assert second.logits(features)[:, :9].tobytes() == after.logits(features).tobytes()
+    second = fit({"other": new(10, 1)}, after, grown, method=method)
+    assert second.old_rows is None
+    assert "refitted already" in second.why
+    assert second.apply(after).logits(features)[:, :9].tobytes() == after.logits(features).tobytes()
 
 
 @pytest.mark.parametrize("method", ["ridge", "lda"])

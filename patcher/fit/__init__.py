@@ -12,7 +12,7 @@ from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit.anchored import anchored_rows, held_back
 from patcher.fit.closed import closed_rows
 from patcher.fit.inputs import OldInputs, old_inputs
-from patcher.fit.logistic import NewRow, offset_rows
+from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.model import HeadLike, OldLabels, Rows, from_memory, from_rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.memory import Memory
@@ -147,7 +147,7 @@ def fit(
         found = _closed(chosen, shown, head, memory, old, inputs, max_flips, settings)
     else:
         new = offset_rows(shown, head, old, inputs, max_flips, settings)
-        found = _Found(_rows_of(new), {label: row.held_out for label, row in new.items()})
+        found = _Found(rows_of(new), {label: row.held_out for label, row in new.items()})
         if chosen == "anchored":
             found = _anchored(found, shown, head, old, inputs, max_flips, settings)
     count = len(examples)
@@ -156,7 +156,7 @@ def fit(
         weight=found.rows.weight[-count:],
         bias=found.rows.bias[-count:],
         method=chosen,
-        why=_why(chosen, found.way, memory, replay, examples, fitting),
+        why=_why(chosen, found, memory, replay, examples, fitting),
         max_flips=max_flips,
         calibration=inputs.source if inputs else "none" if memory is None else "draws",
         held_out=_held_out(examples, found, head),
@@ -176,11 +176,6 @@ class _Found:
     rows: Rows
     held_out: Mapping[str, Doubles]
     way: float = 0.0
-
-
-def _rows_of(new: Mapping[str, NewRow]) -> Rows:
-    weight = np.stack([row.weight for row in new.values()])
-    return Rows(weight, np.array([row.bias for row in new.values()], np.float32))
 
 
 def _closed(
@@ -262,7 +257,7 @@ def _with_name(rows: Floats, name: Floats | None) -> Floats:
 
 def _why(
     method: str,
-    way: float,
+    found: _Found,
     memory: Memory | None,
     replay: object,
     examples: Mapping[str, Floats],
@@ -274,7 +269,9 @@ def _why(
     if method == "offset-logistic":
         return f"{rows} fitted against {against}{also}; every old row keeps its bits"
     if method == "anchored":
-        return f"all rows refitted on old data and the examples{also}, {way:.0%} of the way from the old ones"
+        return f"all rows refitted on old data and the examples{also}, {found.way:.0%} of the way from the old ones"
+    if len(found.rows.weight) == len(examples):
+        return f"{rows} fitted against {against}{also}; every old row keeps its bits, as they were refitted already"
     return f"old rows refitted from the memory, {rows} against those{also}; old answers may change either way"
 
 

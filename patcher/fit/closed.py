@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.fit.inputs import OldInputs, own_logits
-from patcher.fit.logistic import offset_rows
+from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.minimise import minimise
-from patcher.fit.model import OldLabels, PlainHead, Rows, full_rows, log_sum_exp
+from patcher.fit.model import OldLabels, PlainHead, Rows, log_sum_exp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,7 @@ __all__ = ["closed_rows", "lda_rows", "ridge_rows"]
 
 _LEAST_SCALE, _FLAT = 0.05, 1e-4
 _LOOKED_AT = 1000
+"""Real inputs on which rows are scaled and compared: more of them would tell the same."""
 _OTHER = 0.1
 """Rows are the same where this share of their logits' variance at most is not common to both.
 
@@ -58,7 +59,7 @@ def closed_rows(
     max_flips: float,
     settings: Settings,
 ) -> tuple[Rows, dict[str, NewRow]]:
-    """Rows of all labels, old and new, and more about those of the new ones.
+    """Rows of the new labels, behind those of all old ones where they change, and more about those of the new ones.
 
     ``examples`` float32 ``[n, width]`` by new label, ``method`` ``ridge`` or ``lda``, the rest as of ``offset_rows``.
     The memory knows all labels of the head.
@@ -70,20 +71,19 @@ def closed_rows(
     kept = np.array([i for i, label in enumerate(head.labels) if label not in few], np.int64)
     priced = dataclasses.replace(settings, taken_weight=settings.refit_taken_weight)
     if _are_there(found, kept, head, old, inputs):
-        weight, bias = full_rows(head)
         new = offset_rows(examples, head, old, inputs, max_flips, priced)
-    else:
-        weight, bias = _scaled(found, old, inputs)
-        known = PlainHead(tuple(head.labels[i] for i in kept), Rows(weight[kept], bias[kept]), head.split)
-        budget = max_flips * (len(few) + len(examples)) / len(examples)
-        others, seen = _of(old, kept, known), _inputs_of(inputs, kept, known)
-        new = offset_rows({**few, **examples}, known, others, seen, budget, priced)
-        for label in few:
-            at = head.labels.index(label)
-            weight[at], bias[at] = new[label].weight, new[label].bias
-    rows = [new[label] for label in examples]
-    every = Rows(np.vstack([weight, *(row.weight for row in rows)]), np.append(bias, [row.bias for row in rows]))
-    return every, {label: new[label] for label in examples}
+        return rows_of(new), new
+    weight, bias = _scaled(found, old, inputs)
+    known = PlainHead(tuple(head.labels[i] for i in kept), Rows(weight[kept], bias[kept]), head.split)
+    budget = max_flips * (len(few) + len(examples)) / len(examples)
+    others, seen = _of(old, kept, known), _inputs_of(inputs, kept, known)
+    new = offset_rows({**few, **examples}, known, others, seen, budget, priced)
+    for label in few:
+        at = head.labels.index(label)
+        weight[at], bias[at] = new[label].weight, new[label].bias
+    mine = {label: new[label] for label in examples}
+    rows = rows_of(mine)
+    return Rows(np.concatenate([weight, rows.weight]), np.concatenate([bias, rows.bias])), mine
 
 
 def _are_there(found: Found, kept: Ints, head: HeadLike, old: OldLabels, inputs: OldInputs | None) -> bool:
@@ -95,8 +95,8 @@ def _are_there(found: Found, kept: Ints, head: HeadLike, old: OldLabels, inputs:
     weight, bias = found[0][kept].astype(np.float32), found[1][kept].astype(np.float32)
     theirs, ours = head.logits(features)[:, kept], features @ weight.T + bias
     theirs, ours = (logits - logits.mean(axis=1, keepdims=True) for logits in (theirs, ours))
-    common = float((theirs * ours).sum()) ** 2 / float((theirs**2).sum() * (ours**2).sum())
-    return common >= 1.0 - _OTHER
+    common = float((theirs * ours).sum()) ** 2
+    return common >= (1.0 - _OTHER) * float((theirs**2).sum() * (ours**2).sum())
 
 
 def _few(head: HeadLike, memory: Memory, places: Ints) -> dict[str, Floats]:
@@ -128,7 +128,7 @@ def _inputs_of(inputs: OldInputs | None, kept: Ints, head: PlainHead) -> OldInpu
 
 
 def _some(inputs: OldInputs | None, old: OldLabels) -> tuple[Floats, Ints]:
-    """Features and ids of some real inputs, or else the labels' means: more of them would tell the same."""
+    """Features and ids of some real inputs, or else the labels' means."""
     if inputs is None:
         return old.means.astype(np.float32), old.places
     some = slice(None, None, 1 + len(inputs) // _LOOKED_AT)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.fit.bias import Calibration, best_shift
-from patcher.fit.model import log_sum_exp
+from patcher.fit.model import Rows, log_sum_exp
 from patcher.fit.offset import Cloud, RowLoss, fit_row, join, span
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["NewRow", "offset_rows"]
+__all__ = ["NewRow", "offset_rows", "rows_of"]
 
 _CALIBRATED_ON = 600
 """Real inputs nearest to a new row; those behind them are out of its reach."""
@@ -45,6 +45,12 @@ class NewRow:
     weight: Floats
     bias: np.float32
     held_out: Doubles
+
+
+def rows_of(new: Mapping[str, NewRow]) -> Rows:
+    """The rows alone, in the order of the labels."""
+    weight = np.stack([row.weight for row in new.values()])
+    return Rows(weight, np.array([row.bias for row in new.values()], np.float32))
 
 
 @dataclass(frozen=True)
