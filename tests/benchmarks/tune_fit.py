@@ -206,13 +206,58 @@ def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
         yield row(title, EXPORTED, dataclasses.replace(SETTINGS, **changes))
 
 
+SEQUENCES: tuple[tuple[str, dict[str, float]], ...] = (
+    ("auto", {}),
+    *(("auto", {"taken_weight": value}) for value in (0.5, 1.0)),
+    *(("ridge", {"refit_taken_weight": value}) for value in (0.25, 0.5, 1.0)),
+    *(("ridge", {"refit_ridge": value}) for value in (0.1, 1.0)),
+    *(("lda", {"refit_taken_weight": value}) for value in (0.25, 0.5, 1.0)),
+)
+"""Methods and what is different, compared by ten labels one after another."""
+IN_TURN, ORDERS = 10, 3
+
+
+def in_turn(tuning: Tuning, settings: Settings, count: int, method: str, order: int) -> tuple[float, float]:
+    """Share of fresh texts, and of the posing labels' other ones, right after ten posing labels came in turn."""
+    rng = np.random.default_rng([100, order])
+    head, memory, rest = tuning.head, tuning.memory, []
+    for label in rng.permutation(sorted(set(tuning.pose_labels.tolist())))[:IN_TURN].tolist():
+        mine = rng.permutation(np.flatnonzero(tuning.pose_labels == label))
+        examples = tuning.pose[mine[:count]]
+        names = {label: tuning.names[label]}
+        head = fit({label: examples}, head, memory, names=names, settings=settings, method=method).apply(head)
+        memory = memory.add([label], examples, np.zeros(count, np.int64))
+        rest.append(tuning.pose[mine[count:]])
+    old = float((head.logits(tuning.fresh).argmax(axis=1) == tuning.fresh_ids).mean())
+    first = len(tuning.head.labels)
+    found = [float((head.logits(rows).argmax(axis=1) == first + i).mean()) for i, rows in enumerate(rest)]
+    return old, float(np.mean(found))
+
+
+def sequences(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
+    """Texts of old labels, of new ones, and of all labels answered rightly, each label asked for equally often."""
+    tunings = [load(folder, EXPORTED) for folder in folders]
+    for method, changes in SEQUENCES:
+        title = " ".join([method, *(f"{name} {value}" for name, value in changes.items())])
+        settings, cells = dataclasses.replace(SETTINGS, **changes), []  # type: ignore[arg-type]
+        for tuning in tunings:
+            runs = [in_turn(tuning, settings, count, method, order) for order in range(ORDERS)]
+            old, new = 100 * np.mean(runs, axis=0)
+            labels = len(tuning.head.labels)
+            cells.append(f"{old:.2f}, {new:.2f}, {(labels * old + IN_TURN * new) / (labels + IN_TURN):.2f}")
+        print(title, *cells, sep=" | ", flush=True)
+        yield [title, *cells]
+
+
 def main() -> None:
     """Print the table, and write it where ``--out`` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="what tune_backbone.py wrote")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--only", default=",".join(("features", "name", "prior", "method", *CHANGES, "scope")))
+    parser.add_argument(
+        "--only", default=",".join(("features", "name", "prior", "method", *CHANGES, "sequence", "scope"))
+    )
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/results/tuning.md"))
     given = parser.parse_args()
     heads = ["variant", *(f"{folder.name}: flips, recall, F1 / recall at 0.05, 0.2, 0.5 %" for folder in given.folders)]
@@ -233,6 +278,10 @@ def main() -> None:
         "",
         *table(heads, rows),
     ]
+    if "sequence" in given.only.split(","):
+        heads = ["variant", *(f"{folder.name}: right of old, of new, of all labels, %" for folder in given.folders)]
+        title = f"## {IN_TURN} posing labels one after another, {ORDERS} orders"
+        lines += ["", title, "", *table(heads, list(sequences(given.folders, given.examples)))]
     if "scope" in given.only.split(","):
         heads = ["variant", *(f"{folder.name}: AUROC, posing labels, no label" for folder in given.folders)]
         lines += [
