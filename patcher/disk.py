@@ -283,10 +283,14 @@ def storage(root: Path) -> Iterator[None]:
 def replace(path: Path, data: bytes, staging: Path | None = None) -> None:
     """Give a file new content by one rename, flushed; written in ``staging``, a folder on the same file system."""
     temporary = (staging or path.parent) / f".{path.name}.new"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # half a file on a full disk helps nobody
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     flush_folder(path.parent)
 

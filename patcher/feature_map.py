@@ -25,11 +25,12 @@ __all__ = ["FeatureMap", "feature_map"]
 class FeatureMap:
     """Inputs in a plane.
 
-    ``labels`` are those shown, the ones asked for first, then their neighbours, the nearest first; ``points`` float32
+    ``labels`` are those shown, the ``asked`` ones first, then their neighbours, the nearest first; ``points`` float32
     ``[n, 2]``, one unit the spread of inputs inside a label; ``ids`` INT64 ``[n]``, positions in ``labels``.
     """
 
     labels: tuple[str, ...]
+    asked: int
     points: Floats
     ids: NDArray[np.int64]
 
@@ -55,4 +56,4 @@ def feature_map(memory: Memory, labels: Sequence[str], neighbours: int = 5) -> F
     points[:, : len(axes)] = (white.of(memory.sample[held].astype(np.float32)) - center) @ axes.T
     place = {old: new for new, old in enumerate(shown)}
     ids = np.array([place[old] for old in memory.sample_labels[held].tolist()], np.int64)
-    return FeatureMap(tuple(memory.labels[place] for place in shown), points, ids)
+    return FeatureMap(tuple(memory.labels[place] for place in shown), len(mine), points, ids)

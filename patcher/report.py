@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.disk import replace, storage
 from patcher.errors import InputError, LabelError, ToolError, VersionError
 from patcher.evaluation import Evaluation, LabelScore, evaluate_head
 from patcher.feature_map import FeatureMap, feature_map
@@ -18,10 +17,16 @@ from patcher.lifecycle import Difference, Entry, diff, entry
 from patcher.report_page import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from patcher.examples import Examples
+    from patcher.head import Head
     from patcher.repository import Classifier
+
+    Floats = NDArray[np.float32]
 
 __all__ = ["Report", "make_report", "render", "write_page"]
 
@@ -91,11 +96,11 @@ def make_report(
     if parent is not None:
         difference = diff(classifier, parent, number, examples, features)
     if examples is not None and features is not None:
-        after = evaluate_head(head, features, examples.labelled())
-        try:
-            before = None if parent is None else evaluate_head(classifier.head(parent), features, examples.labelled())
-        except LabelError:  # texts of the new label alone
-            before = None
+        # A label that was only renamed is the same in both, as in the difference, whichever name the file has.
+        names = dict(difference.renamed) if difference else {}
+        labels = [names.get(label, label) for label in examples.labelled()]
+        after = evaluate_head(head, features, labels)
+        before = None if parent is None else _before(classifier.head(parent), names, features, labels)
     memory = classifier.memory(number)
     changed = [*about.lineage.added, *(new for _, new in about.lineage.renamed)]
     return Report(
@@ -107,6 +112,15 @@ def make_report(
         after=after,
         map=feature_map(memory, changed) if memory is not None and changed else None,
     )
+
+
+def _before(head: Head, names: Mapping[str, str], features: Floats, labels: Sequence[str]) -> Evaluation | None:
+    """How the parent answers, its labels under their new names; None for texts of labels that it lacks alone."""
+    renamed = dataclasses.replace(head, labels=tuple(names.get(label, label) for label in head.labels))
+    try:
+        return evaluate_head(renamed, features, labels)
+    except LabelError:
+        return None
 
 
 def _parent(classifier: Classifier, about: Entry) -> int | None:
@@ -138,22 +152,15 @@ def render(report: Report) -> str:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """The page as a file, whole or not at all; InputError where it cannot be there."""
+    """The page as a file, whole or not at all.
+
+    Raises InputError where its folder is not there, StorageError where the file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}; expected a file in one that is there")
     page = render(report)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; expected a file in a folder that is there"
-        ) from error
+    with storage(path):
+        replace(path, page.encode())
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ def _picture(shown: FeatureMap | None) -> _Picture | None:
     places = _MARGIN + (room - (high - low) * scale) / 2 + (shown.points - low) * scale
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(shown.labels)}
     dots = [
-        _Dot(round(float(x), 1), round(float(y), 1), label, colours[label], 5.0 if owner == 0 else 3.5)
+        _Dot(round(float(x), 1), round(float(y), 1), label, colours[label], 5.0 if owner < shown.asked else 3.5)
         for (x, y), owner in zip(places, shown.ids.tolist(), strict=True)
         for label in [shown.labels[owner]]
     ]

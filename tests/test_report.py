@@ -103,6 +103,15 @@ def test_texts_of_the_new_label_alone_have_no_before(patched, tmp_path):
     assert "version 1</th>" not in render(found)
 
 
+def test_a_label_that_was_only_renamed_is_the_same_before_and_after(patched, held_out):
+    rename_label(patched, "payday", "wages")
+    found = make_report(patched, 3, read_examples(held_out))  # the file has the old name
+    assert found.before.accuracy == found.after.accuracy
+    assert "wages" in found.after.per_label
+    assert (found.after.unknown, found.before.unknown) == ((), ())
+    assert found.before.per_label == found.after.per_label
+
+
 def test_versions_without_a_parent_a_gate_or_a_map(patched):
     assert make_report(patched, 1).parent is None
     assert "With <code>--eval FILE</code>" in render(make_report(patched, 1))
@@ -121,14 +130,30 @@ def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
     assert run(patched) == 2
     assert "--html FILE" in capsys.readouterr().err
     assert run(patched, "--html", tmp_path / "no" / "such" / "page.html") == 2
-    assert "expected a file in a folder that is there" in capsys.readouterr().err
+    assert "expected a file in one that is there" in capsys.readouterr().err
     assert run(patched, "--version", "9", "--html", tmp_path / "page.html") == 2
     assert "9" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+    (tmp_path / "a folder").mkdir()
+    assert run(patched, "--html", tmp_path / "a folder") == 2
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ToolError, match=r"triton-label-patcher\[report\]"):
         render(make_report(patched))
     assert run(patched, "--eval", held_out, "--json") == 0  # needs none
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(patched, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("the one before")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("patcher.disk.os.fsync", full)
+    assert run(patched, "--html", page) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert page.read_text() == "the one before"
+    assert sorted(path.name for path in tmp_path.iterdir() if "page" in path.name) == ["page.html"]
 
 
 def test_a_map_is_of_the_plane_in_which_the_labels_differ():
@@ -139,7 +164,7 @@ def test_a_map_is_of_the_plane_in_which_the_labels_differ():
     features = (centres[ids] + rng.normal(size=(200, 8))).astype(np.float32)
     memory = Memory.build(features, ids, ["here", "right", "up", "far"], 8, per_label=50)
     found = feature_map(memory, ["here"], neighbours=2)
-    assert found.labels[0] == "here"
+    assert (found.labels[0], found.asked) == ("here", 1)
     assert set(found.labels) == {"here", "right", "up"}
     means = np.stack([found.points[found.ids == i].mean(axis=0) for i in range(3)])
     gaps = np.linalg.norm(means[:, None] - means[None], axis=2)[np.triu_indices(3, 1)]
