@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from export.pooling import last_states, pooled
 from export.split import without_layer
+from export.unpadding import without_padding
 from patcher.errors import ExportError
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ class BackboneFile:
     path: Path
     fingerprint: str
     inputs: tuple[str, ...]
+    unpadded: bool = False
+    """Whether it computes nothing for padding but attention."""
 
 
-def export_backbone(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> BackboneFile:
+def export_backbone(
+    model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path, *, unpad: bool = False
+) -> BackboneFile:
     """Write the backbone to ``path``.
 
     Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the mean over the
@@ -56,6 +61,8 @@ def export_backbone(model: PreTrainedModel, split: Split, inputs: Mapping[str, T
     ----------
     inputs
         A padded batch of tokens, INT64 ``[batch, sequence]`` each; batch and sequence stay free in the file.
+    unpad
+        Leave out the work on padding, where the graph allows it (``export.unpadding``).
 
     Raises
     ------
@@ -68,10 +75,11 @@ def export_backbone(model: PreTrainedModel, split: Split, inputs: Mapping[str, T
             f"{type(model).__name__} has {size / 1e9:.1f} GB of float32 weights; one ONNX file holds less than 2 GB"
         )
     graph = _tidied(_traced(model, split, inputs, path), split.width)
-    data = graph.SerializeToString(deterministic=True)
+    unpadded = without_padding(graph, {name: ids.numpy() for name, ids in inputs.items()}) if unpad else None
+    data = (unpadded or graph).SerializeToString(deterministic=True)
     path.write_bytes(data)
     names = tuple(each.name for each in graph.graph.input)
-    return BackboneFile(path, hashlib.sha256(data).hexdigest(), names)
+    return BackboneFile(path, hashlib.sha256(data).hexdigest(), names, unpadded is not None)
 
 
 class _Backbone(nn.Module):

@@ -174,6 +174,11 @@ class _Target:
     device: str
     tensorrt: bool
 
+    @property
+    def unpads(self) -> bool:
+        """Whether to leave out the work on padding: not on GPUs, where it was never measured."""
+        return self.device == "cpu" and self.precision != "fp16"
+
 
 def _target(options: ExportOptions) -> _Target:
     device, tensorrt = options.get("device", "cpu"), options.get("tensorrt", False)
@@ -241,7 +246,9 @@ class _Making:
             tokens = token_batch(self.encoder, embeddings(model).num_embeddings, _TRACED_LENGTHS)
             split = find_split(model, tokens, len(labels))
             self.tell(f"last linear layer: {split.layer}, {split.split} features; {split.hidden} more beside them")
-            backbone = export_backbone(model, split, tokens, self.folder / "model.onnx")
+            backbone = export_backbone(model, split, tokens, self.folder / "model.onnx", unpad=self.target.unpads)
+            if self.target.unpads and not backbone.unpadded:
+                self.tell("its graph computes padding like any other token, so only texts of like length share a batch")
         with self.watch("parity"):
             texts = train.texts[:: len(train) // _PARITY_TEXTS + 1] if train else ()
             parity = check_parity(model, split, self.encoder, backbone.path, texts)
@@ -274,6 +281,7 @@ class _Making:
                 split.width,
                 device=self.target.device,
                 tensorrt=self.target.precision.upper() if self.target.tensorrt else "",
+                unpadded=backbone.unpadded,
             ),
             layer=split.layer,
             parity=parity,

@@ -9,6 +9,7 @@ layers finds texts of far topics a little better, and texts that resemble a labe
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,11 @@ def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     its mean is zero, not a division by zero.
     """
     weights = mask.unsqueeze(-1).to(states[-1].dtype)
-    total = torch.stack([state * torch.rsqrt(state.pow(2).mean(dim=-1, keepdim=True) + 1e-6) for state in states]).mean(
-        dim=0
+    # Summed one by one: stacked, they would no longer have a token's values side by side (`unpadding` looks for that).
+    total = functools.reduce(
+        torch.add, [state * torch.rsqrt(state.pow(2).mean(dim=-1, keepdim=True) + 1e-6) for state in states]
     )
-    return (total * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return (total / len(states) * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
     tidy_nodes(model.graph)
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
-    return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs)
+    return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs, backbone.unpadded)
 
 
 def _quantized(source: Path, path: Path) -> onnx.ModelProto:

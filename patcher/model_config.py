@@ -52,7 +52,9 @@ PADDING_SLACK = 12
 """Tokens of padding that texts of different lengths may cost to share a batch (the encoder's own default)."""
 # Not measured: no GPU was at hand.
 _GPU_ENCODERS, _GPU_SLACK = 2, 512
+_PAIR_SLACK = 10_000
 _THREADS, _SLACK, _LARGEST = "intra_op_thread_count", "padding_slack", "largest_batch"
+_POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
 
@@ -139,16 +141,20 @@ def tokenizer_config(name: str, token_inputs: Sequence[str]) -> ModelConfig:
 
 
 def encoder_config(
-    name: str, token_inputs: Sequence[str], backbone: str, width: int, device: str = "cpu"
+    name: str, token_inputs: Sequence[str], backbone: str, width: int, device: str = "cpu", *, unpadded: bool = False
 ) -> ModelConfig:
     """Text to features FP32 ``[width]``, by way of the model ``backbone``.
 
     Texts gather in front of it while the backbone works on those before them. For a backbone on a ``gpu`` there are
     two, so that one tokenizes while the other waits, and texts share lengths freely: there a batch more costs far more
-    than padding does.
+    than padding does. A backbone that is ``unpadded`` has padding in its attention alone.
     """
     gpu = _is_gpu(device)
     parameters = {_BACKBONE: backbone, "token_inputs": ",".join(token_inputs)}
+    if gpu:
+        parameters[_SLACK] = str(_GPU_SLACK)
+    elif unpadded:
+        parameters |= {_SLACK: str(_PAIR_SLACK), _POWER: "2"}
     return ModelConfig(
         name,
         (_TEXT,),
@@ -157,7 +163,7 @@ def encoder_config(
         instances=_GPU_ENCODERS if gpu else 1,
         kind="CPU",
         dynamic_batching=True,
-        parameters=parameters | ({_SLACK: str(_GPU_SLACK)} if gpu else {}),
+        parameters=parameters,
     )
 
 
@@ -367,8 +373,9 @@ class Serving:
 
     ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
     in front of the encoder for others; ``slack`` the tokens of padding that texts of different lengths may cost
-    to share a batch (0: only equal lengths do); ``batch`` the largest batch of the backbone. Exports before 0.4.0 have
-    no encoder: there it is the tokenizer in front of which a text waits.
+    to share a batch (0: only equal lengths do), or with a backbone that computes none for padding, pairs of tokens in
+    its attention; ``batch`` the largest batch of the backbone. Exports before 0.4.0 have no encoder: there it is the
+    tokenizer in front of which a text waits.
     """
 
     instances: int = 1

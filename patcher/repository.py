@@ -90,6 +90,8 @@ class BackboneFiles:
     """``gpu`` places the backbone there, and all else on the CPU; ``cpu`` leaves it to Triton."""
     tensorrt: str = ""
     """Precision in which TensorRT runs the backbone on a GPU; empty leaves it to CUDA."""
+    unpadded: bool = False
+    """Whether the file computes nothing for padding but attention."""
 
 
 class ModelRepository:
@@ -264,7 +266,12 @@ class ModelRepository:
                 base.backbone_model, files.token_inputs, files.width, files.fingerprint, files.device, files.tensorrt
             ),
             model_config.encoder_config(
-                base.encoder_model, files.token_inputs, base.backbone_model, files.width, files.device
+                base.encoder_model,
+                files.token_inputs,
+                base.backbone_model,
+                files.width,
+                files.device,
+                unpadded=files.unpadded,
             ),
             model_config.features_config(base.features_model, base.encoder_model, files.width),
         )

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import Load, load_test
-from patcher.model_config import MAX_BATCH_SIZE, Serving, asked_by, parse, serving_of, with_response_cache, with_serving
+from patcher.model_config import (
+    MAX_BATCH_SIZE,
+    PADDING_SLACK,
+    Serving,
+    asked_by,
+    parse,
+    serving_of,
+    with_response_cache,
+    with_serving,
+)
 from patcher.repository import ModelRepository
 
 if TYPE_CHECKING:
@@ -72,7 +81,7 @@ def candidates(best: Serving, cores: int) -> Generator[tuple[str, list[Serving]]
     groups: tuple[tuple[str, list[dict[str, int]]], ...] = (
         ("instances and threads", [{"instances": count, "threads": threads} for count, threads in layouts]),
         ("delay_us", [{"delay_us": value} for value in (0, 500, 2000)]),
-        ("slack", [{"slack": value} for value in (0, 12, 48)]),
+        ("slack", [{"slack": factor * (best.slack or PADDING_SLACK)} for factor in (0, 1, 4)]),
         ("batch", [{"batch": value} for value in (8, 16, MAX_BATCH_SIZE)]),
     )
     for name, changes in groups:

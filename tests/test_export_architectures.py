@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -64,6 +65,32 @@ def test_a_text_alone_and_in_company_gets_the_same_features(exported):
     np.testing.assert_allclose(together[:-1], alone, atol=1e-4)
     assert np.isfinite(together[-1]).all()
     assert np.isfinite(encoder.encode([""])).all()
+
+
+PADDED = ("xlnet", "gpt2")
+"""Tokens come second, or every product is a Gemm of reshaped states: their padding is computed."""
+
+
+def test_products_with_weights_are_not_computed_for_padding(exported):
+    name, _, report = exported
+    classifier = report.repository.classifier()
+    model = onnx.load(classifier.backbone_path)
+    weights = {each.name for each in model.graph.initializer if len(each.dims) == 2}
+    products = [node.output[0] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    told.graph.output.extend(onnx.ValueInfoProto(name=each) for each in products)
+    session = onnxruntime.InferenceSession(told.SerializeToString(), providers=["CPUExecutionProvider"])
+    mask = np.arange(20)[None, :] < np.array([20, 3, 1])[:, None]
+    tokens = {each.name: mask.astype(np.int64) for each in session.get_inputs()}
+    shapes = {each.shape[:2] for each in session.run(None, tokens)[1:] if each.ndim == 3}
+    settings = report.repository.config(classifier.text_model).parameters
+    if name in PADDED:
+        assert shapes <= {(3, 20), (20, 3)}
+        assert "padding_power" not in settings
+    else:
+        assert shapes == {(1, 24)}
+        assert settings["padding_power"].string_value == "2"
 
 
 def test_the_file_is_what_old_runtimes_load(exported):

@@ -116,6 +116,9 @@ def test_like_lengths_share_one_and_come_out_in_order():
     assert like_lengths([(20, 1)] * 3, slack=0, most=40) == [[0, 1], [2]]
     assert like_lengths([(50, 1)], slack=0, most=40) == [[0]]
     assert like_lengths([], slack=2) == []
+    # Pairs of tokens: 1 x (6 x 6 - 5 x 5) more make 6 of the 5, and 20 x 20 - 19 x 19 make 20 of the 19.
+    assert like_lengths(lengths, slack=22, power=2) == [[1, 4, 2], [3], [0]]
+    assert like_lengths(lengths, slack=78, power=2) == [[1, 4, 2], [3, 0]]
 
 
 @settings(max_examples=200, deadline=None)

@@ -78,22 +78,27 @@ def read_text(value: bytes | str) -> str:
 
 
 def like_lengths(
-    lengths: Sequence[tuple[int, int]], slack: int, largest: int | None = None, most: int = MOST_TOKENS
+    lengths: Sequence[tuple[int, int]],
+    slack: int,
+    largest: int | None = None,
+    most: int = MOST_TOKENS,
+    power: int = 1,
 ) -> list[list[int]]:
     """Which items share a length, shortest first: places in ``lengths``, which are (longest text, number of texts).
 
     A batch more costs as much as some ``slack`` tokens of padding, so neighbours in length are padded to one length
     as long as that adds no more than so many, there are no more than ``largest`` of them, and ``most`` tokens in all.
+    With a ``power`` of 2 it is pairs of tokens that are counted: what padding costs in attention alone.
     """
     groups: list[list[int]] = []
-    texts = tokens = 0
+    texts = own = 0
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place][0]):
         longest, count = lengths[place]
-        texts, tokens = texts + count, tokens + longest * count
+        texts, own = texts + count, own + longest**power * count
         full = bool(groups) and largest is not None and len(groups[-1]) >= largest
-        if not groups or full or longest * texts - tokens > slack or longest * texts > most:
+        if not groups or full or longest**power * texts - own > slack or longest * texts > most:
             groups.append([])
-            texts, tokens = count, longest * count
+            texts, own = count, longest**power * count
         groups[-1].append(place)
     return groups
 
@@ -113,6 +118,7 @@ class TritonPythonModel:
             raise ValueError(f"the configuration declares output {sorted(unknown)}; expected some of {sorted(_FIELDS)}")
         self._looked = False
         self._slack = int(settings.get("padding_slack", SLACK))
+        self._power = int(settings.get("padding_power", 1))
         self._largest = int(settings.get("largest_batch", LARGEST))
         path = Path(args["model_repository"], args["model_version"], "tokenizer.json")
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -159,7 +165,7 @@ class TritonPythonModel:
         owners = [index for index, (start, stop) in call.spans.items() for _ in range(start, stop)]
         left = {index: _size(span) for index, span in call.spans.items()}
         found: list[Any] = [None] * len(encodings)
-        groups = like_lengths([(len(each), 1) for each in encodings], self._slack, self._largest)
+        groups = like_lengths([(len(each), 1) for each in encodings], self._slack, self._largest, power=self._power)
         for group in groups:
             rows, problem = self._ask([encodings[place] for place in group], call.utils)
             for row, place in enumerate(group):
