@@ -52,6 +52,7 @@ PADDING_SLACK = 12
 """Tokens of padding that texts of different lengths may cost to share a batch (the encoder's own default)."""
 # Not measured: no GPU was at hand.
 _GPU_ENCODERS, _GPU_SLACK = 2, 512
+_GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
 _PAIR_SLACK = 10_000
 _THREADS, _SLACK, _LARGEST = "intra_op_thread_count", "padding_slack", "largest_batch"
 _POWER = "padding_power"
@@ -96,6 +97,8 @@ class ModelConfig:
     """Precision of ONNX Runtime's TensorRT provider on a GPU (``FP16``, ``FP32``); empty does without it."""
     delay_us: int = 0
     """How long a request may wait for others to share its batch."""
+    warmup: tuple[tuple[int, int], ...] = ()
+    """Batch and length of calls, all zeros, that the server makes before it says that the model is ready."""
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -188,6 +191,8 @@ def backbone_config(
         instances=1,
         kind="GPU" if gpu else "",
         tensorrt=tensorrt,
+        # A GPU's first call loads its kernels, and TensorRT's builds an engine for the range of shapes that it saw.
+        warmup=_GPU_WARMUP if gpu else (),
         dynamic_batching=True,
         parameters={"fingerprint": fingerprint},
     )
@@ -304,6 +309,15 @@ def _schedule(message: Any, config: ModelConfig) -> None:
             message.dynamic_batching.max_queue_delay_microseconds = config.delay_us
 
 
+def _warm_up(message: Any, config: ModelConfig) -> None:
+    for batch, length in config.warmup:
+        call = message.model_warmup.add(name=f"{batch} x {length}", batch_size=batch)
+        for tensor in message.input:
+            given = call.inputs[tensor.name]
+            given.data_type, given.zero_data = tensor.data_type, True
+            given.dims.extend(length if size < 0 else size for size in tensor.dims)
+
+
 def _message(config: ModelConfig) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -315,6 +329,7 @@ def _message(config: ModelConfig) -> Any:
     if config.versions:
         message.version_policy.specific.versions.extend(config.versions)
     _schedule(message, config)
+    _warm_up(message, config)
     for key in sorted(config.parameters):
         message.parameters[key].string_value = config.parameters[key]
     if config.steps:
@@ -407,9 +422,10 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
     first, second = parse(encoder), parse(backbone)
     first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
     _set_parameter(first, _SLACK, serving.slack, PADDING_SLACK)
-    if not second.instance_group:
-        second.instance_group.add()
-    second.instance_group[0].count = serving.instances
+    if serving.instances != serving_of(first, second).instances and asked_by(first):
+        # An encoder asks one backbone at a time.
+        _set_instances(first, max(serving.instances, _GPU_ENCODERS if is_on_gpu(second) else 1))
+    _set_instances(second, serving.instances)
     _set_parameter(second, _THREADS, serving.threads, 0)
     if asked_by(first):
         _set_parameter(first, _LARGEST, serving.batch, second.max_batch_size)
@@ -419,6 +435,12 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
         if serving.batch < second.max_batch_size:
             second.dynamic_batching.preferred_batch_size.append(serving.batch)
     return _text(first), _text(second)
+
+
+def _set_instances(message: Any, count: int) -> None:
+    if not message.instance_group:
+        message.instance_group.add()
+    message.instance_group[0].count = count
 
 
 def with_response_cache(text: str, *, enable: bool) -> str:

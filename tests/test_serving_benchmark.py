@@ -9,7 +9,7 @@ import tiny
 
 from patcher.loadtest import Measurement
 from patcher.runtime import Encoder, open_session, run_head
-from tests.benchmarks import serving, serving_contenders, serving_swaps
+from tests.benchmarks import serving, serving_swaps
 from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged, with_tritons_defaults
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
@@ -35,7 +35,9 @@ def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, 
     plain = serving.copied(classifier.root, tmp_path / "plain")
     with_tritons_defaults(plain)
     assert plain.repository.config("intent_backbone").instance_group[0].count == 2
-    measured = serving.served({"": classifier, serving.DEFAULTS: plain}, TEXTS, rounds=2, window=0.2)
+    outside = {}
+    with serving.in_process({"": classifier}, None, TEXTS, outside) as once:
+        measured = serving.served({"": classifier, serving.DEFAULTS: plain}, TEXTS, 2, 0.2, once)
     default = serving.titled("intent", serving.DEFAULTS)
     assert sorted(each.model for each in measured) == sorted(["intent", WHOLE, TOKENS, default] * 2 + ["intent"] * 2)
     assert [each.request_rate for each in measured if each.request_rate] == [measured[-1].request_rate] * 2
@@ -43,10 +45,10 @@ def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, 
     assert {step.model for each in measured if each.model == WHOLE for step in each.steps} == {
         "intent_tokenizer", "whole_model"
     }  # fmt: skip
-    outside = {serving.LIMIT: [serving_contenders.onnxruntime_sorted(classifier)(TEXTS)]}
-    rows = serving.summary(outside, measured, "intent")
+    assert len(outside[serving.LIMIT]) == 2
+    rows = serving.summary({serving.LIMIT: outside[serving.LIMIT]}, measured, "intent")
     assert len(rows) == 6
-    for ratio in ("of the whole", "of the defaults"):
+    for ratio in ("of the whole", "of the defaults", "of the limit"):
         assert rows[1][f"{ratio}, low"] <= rows[1][ratio] <= rows[1][f"{ratio}, high"]
     assert rows[-1]["p99 / p50"] >= 1
     assert serving.table(rows).count("\n") == 7
@@ -57,9 +59,9 @@ def test_ratios_are_taken_round_by_round():
         return Measurement(model, 4, None, throughput, 1e3, 2e3, 3e3, 0, ())
 
     found = [measured("intent", 97.0), measured(WHOLE, 100.0), measured("intent", 50.0), measured(WHOLE, 50.0)]
-    rows = serving.summary({serving.LIMIT: [200.0]}, found, "intent")
+    rows = serving.summary({serving.LIMIT: [200.0, 100.0]}, found, "intent")
     assert rows[1]["of the whole"] == pytest.approx(0.985)
-    assert rows[1]["of the limit"] == pytest.approx(73.5 / 200)
+    assert rows[1]["of the limit"] == pytest.approx((0.485 + 0.5) / 2)
 
 
 @pytest.mark.server

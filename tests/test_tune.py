@@ -31,6 +31,7 @@ def test_settings_are_read_back_and_all_else_stays(classifier):
     wanted = Serving(instances=3, threads=2, delay_us=700, slack=5, batch=8)
     after = with_serving(*before, wanted)
     assert serving_of(*map(parse, after)) == wanted
+    assert parse(after[0]).instance_group[0].count == 3  # one asks one session at a time
     assert parse(after[1]).parameters["fingerprint"] == parse(before[1]).parameters["fingerprint"]
     assert parse(after[1]).max_batch_size == model_config.MAX_BATCH_SIZE
     back = with_serving(*after, Serving())
@@ -141,6 +142,24 @@ def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
     for device, tensorrt in (("tpu", ""), ("cpu", "FP16"), ("gpu", "warp")):
         with pytest.raises(InputError, match="expected"):
             model_config.backbone_config("b", tokens, 8, "f", device=device, tensorrt=tensorrt)
+
+
+@pytest.mark.server
+def test_a_backbone_for_gpus_is_warm_before_it_is_ready(classifier, tmp_path):
+    from patcher.triton.server import EmbeddedTriton
+
+    path = classifier.root / "intent_backbone" / "config.pbtxt"
+    mine = parse(path.read_text())
+    assert not mine.model_warmup  # on a CPU it made the start longer and the first answer no faster
+    tokens = [tensor.name for tensor in mine.input]
+    asked = model_config.backbone_config("intent_backbone", tokens, classifier.width(), "f", device="gpu")
+    mine.model_warmup.extend(parse(model_config.render(asked)).model_warmup)
+    path.write_text(str(mine))
+    log = tmp_path / "log"
+    with EmbeddedTriton(classifier.root, list(MODELS), log_file=log, options=["--log-verbose=1"]):
+        said = log.read_text()
+    for sample in ("1 x 8", "64 x 128"):
+        assert f"running warmup sample '{sample}'" in said
 
 
 @pytest.mark.server

@@ -5,10 +5,10 @@
 Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece (behind the
 tokenizer, as steps of an ensemble), the ensemble from tokens. By Tritons beside it, in the same turns: the repository
 with Triton's default instances and threads, and the repositories of ``--also`` (the same classifier in INT8, say). Then
-random arrivals (Poisson) at 70 % of the ensemble's best throughput. In processes of their own: onnxruntime sorted into
-batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a FastAPI + onnxruntime
-server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is served, if `make demo` was
-run, else a tiny one made on the spot: that measures the serving, not a model.
+random arrivals (Poisson) at 70 % of the ensemble's best throughput. At the end of each turn, outside of Triton:
+onnxruntime sorted into batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a
+FastAPI + onnxruntime server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is
+served, if `make demo` was run, else a tiny one made on the spot: that measures the serving, not a model.
 
 Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Take ratios within one run, not the
 figures of two.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Rates = dict[str, list[float]]
 
@@ -74,8 +74,11 @@ def token_rows(classifier, texts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def in_process(classifiers: Mapping[str, Any], checkpoint: Path | None, texts: Sequence[str], rounds: int) -> Rates:
-    """Texts a second of everything outside of Triton, in turns; of ``classifiers``, by title, the first has none."""
+@contextlib.contextmanager
+def in_process(
+    classifiers: Mapping[str, Any], checkpoint: Path | None, texts: Sequence[str], found: Rates
+) -> Iterator[Callable[[], None]]:
+    """What measures everything outside of Triton once, texts a second into ``found``; of ``classifiers``, by title."""
     import tiny
 
     from tests.benchmarks import serving_contenders as contenders
@@ -88,16 +91,17 @@ def in_process(classifiers: Mapping[str, Any], checkpoint: Path | None, texts: S
     server = contenders.FastApi(first, tiny.free_ports(1)[0]) if contenders.FastApi.available else None
     if server:
         runners[f"FastAPI + onnxruntime, {contenders.CLIENTS} clients"] = server.rate
+
+    def once() -> None:
+        for name, run in runners.items():
+            tell(name)
+            found.setdefault(name, []).append(run(texts))
+
     try:
-        found: Rates = {name: [] for name in runners}
-        for _ in range(rounds):
-            for name, run in runners.items():
-                tell(name)
-                found[name].append(run(texts))
+        yield once
     finally:
         if server:
             server.close()
-    return found
 
 
 def titled(what: str, title: str) -> str:
@@ -105,8 +109,10 @@ def titled(what: str, title: str) -> str:
     return f"{what} ({title})" if title else what
 
 
-def served(classifiers: Mapping[str, Any], texts: Sequence[str], rounds: int, window: float) -> list[Any]:
-    """perf_analyzer over all that Triton serves, in turns, each model under its title."""
+def served(
+    classifiers: Mapping[str, Any], texts: Sequence[str], rounds: int, window: float, after_each: Callable[[], None]
+) -> list[Any]:
+    """perf_analyzer over all that Triton serves, in turns, each model under its title; ``after_each`` ends a turn."""
     from patcher import TritonServer
     from patcher.loadtest import Load, load_test
     from patcher.triton.server import EmbeddedTriton
@@ -125,23 +131,26 @@ def served(classifiers: Mapping[str, Any], texts: Sequence[str], rounds: int, wi
         titles |= {whole: whole, tokens: tokens}
         server = running.enter_context(TritonServer(servers[""].url))
         loads = [Load(concurrency=level) for level in LEVELS]
-        measure = functools.partial(load_test, server, texts=texts, window=window, rounds=rounds, progress=tell)
-        found = measure(list(titles), loads=loads, inputs=rows)
+        measure = functools.partial(load_test, server, texts=texts, window=window, progress=tell)
+        found: list[Any] = []
+        for turn in range(rounds):
+            tell(f"round {turn + 1} of {rounds}")
+            found += measure(list(titles), loads=loads, inputs=rows)
+            after_each()
         best = max(
             statistics.median(each.throughput for each in found if (each.model, each.load) == (first.name, load))
             for load in loads
         )
-        found += measure([first.name], loads=[Load(request_rate=round(RANDOM * best, 1))])
+        found += measure([first.name], loads=[Load(request_rate=round(RANDOM * best, 1))], rounds=rounds)
     return [dataclasses.replace(each, model=titles[each.model]) for each in found]
 
 
 def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str, Any]]:
-    """Medians, spread, and ratios: to the limit, and round by round to the whole graph under the same load."""
+    """Medians, spread, and ratios, all of them round by round: to the limit, and to others under the same load."""
     from patcher.loadtest import compare
     from tests.benchmarks.serving_monolith import WHOLE
 
-    limit = statistics.median(outside[LIMIT])
-    pipeline = statistics.median(outside[PIPELINE]) if PIPELINE in outside else None
+    limit, pipeline = outside[LIMIT], outside.get(PIPELINE, [])
     rows: list[dict[str, Any]] = []
     for what, rates in outside.items():
         rows.append({"what": what, **_rates(rates, limit, pipeline)})
@@ -161,10 +170,13 @@ def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str
     return rows
 
 
-def _rates(rates: Sequence[float], limit: float, pipeline: float | None) -> dict[str, float]:
-    middle = statistics.median(rates)
-    row = {"texts/s": middle, "low": min(rates), "high": max(rates), "of the limit": middle / limit}
-    return {**row, "times the pipeline": middle / pipeline} if pipeline else row
+def _rates(rates: Sequence[float], limit: Sequence[float], pipeline: Sequence[float]) -> dict[str, float]:
+    row = {"texts/s": statistics.median(rates), "low": min(rates), "high": max(rates)}
+    for title, others in (("of the limit", limit), ("times the pipeline", pipeline)):
+        ratios = [rate / other for rate, other in zip(rates, others, strict=False)]
+        if ratios:
+            row |= {title: statistics.median(ratios), f"{title}, low": min(ratios), f"{title}, high": max(ratios)}
+    return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -210,10 +222,11 @@ def main() -> None:
         if arguments.texts:
             texts = list(read_examples(arguments.texts).texts)
         texts = texts[:: -(-len(texts) // MOST_TEXTS)]
-        outside = in_process(classifiers, arguments.checkpoint, texts, arguments.rounds)
         plain = copied(classifiers[""].root, Path(folder) / "defaults")
         with_tritons_defaults(plain)
-        measured = served({**classifiers, DEFAULTS: plain}, texts, arguments.rounds, arguments.window)
+        outside: Rates = {}
+        with in_process(classifiers, arguments.checkpoint, texts, outside) as once:
+            measured = served({**classifiers, DEFAULTS: plain}, texts, arguments.rounds, arguments.window, once)
         name = classifiers[""].name
     rows = summary(outside, measured, name)
     arguments.out.mkdir(parents=True, exist_ok=True)
