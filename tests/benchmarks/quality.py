@@ -48,7 +48,7 @@ DRAWS = 5
 BOUND_PATCHES = 200
 SEQUENCES = 5
 FINETUNED_LABELS = 5
-LIBRARY_BUDGETS = {"adaptive-classifier": (10, 1), "setfit": (3, 1)}
+LIBRARY_BUDGETS = {"adaptive-classifier": (10, 1), "setfit": (10, 1)}
 """Labels and draws: these take from seconds to minutes a patch."""
 
 
