@@ -151,6 +151,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         memory_bytes=made.memory.size if made.memory else 0,
         precision=target.precision,
         device=target.device,
+        unpadded=made.files.unpadded,
         noise=made.parity.noise,
         checked=made.checked,
         seconds=watch.seconds,

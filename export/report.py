@@ -39,6 +39,8 @@ class ExportReport:
     memory_bytes: int = 0
     precision: str = "fp32"
     device: str = "cpu"
+    unpadded: bool = False
+    """Whether the backbone computes nothing for padding but attention."""
     noise: float = 0.0
     """RMS of the change of the logits over the RMS of the logits about their mean, on ``parity_texts`` texts."""
     checked: PrecisionCheck | None = None

@@ -227,11 +227,13 @@ def _bookkeeping() -> list[onnx.NodeProto]:
     A place that is not kept stands for the kept one before it, which is of the same text, as its first place always is
     kept: what masks do not hide can so come from no other text, and no batch is without tokens.
     """
+    constants = {
+        "one": [1], "two": [2], "end": [1 << 62], "all": [-1], "axis": 0, "axes": [0],
+        "front": [0, 1, 0, 0], "before": [0, 0, 1, 0, 0, 0], "yes": 1, "no": 0,
+    }  # fmt: skip
     nodes = [
-        helper.make_node(
-            "Constant", [], [f"{_PREFIX}/{name}"], value=numpy_helper.from_array(np.array(value, np.int64))
-        )
-        for name, value in (("zero", [0]), ("one", [1]), ("two", [2]), ("end", [1 << 62]), ("all", [-1]), ("axis", 0))
+        helper.make_node("Constant", [], [_local(name)], value=numpy_helper.from_array(np.array(value, np.int64)))
+        for name, value in constants.items()
     ]
 
     def step(kind: str, given: str, result: str, **attributes: Any) -> None:
@@ -240,21 +242,17 @@ def _bookkeeping() -> list[onnx.NodeProto]:
     step("Cast", _MASK, "bits", to=onnx.TensorProto.BOOL)
     step("Cast", "bits", "mask", to=onnx.TensorProto.INT64)
     step("Shape", "mask", "size")
-    step("Slice", "mask zero one one", "first")
     step("Slice", "mask one end one", "others")
-    step("Shape", "first", "first_size")
-    step("ConstantOfShape", "first_size", "ones", value=numpy_helper.from_array(np.array([1], np.int64)))
-    step("Concat", "ones others", "kept", axis=1)
+    step("Pad", "others front yes", "kept")
     step("NonZero", "kept", "found")
     step("Transpose", "found", "pairs", perm=[1, 0])
-    step("Unsqueeze", "pairs zero", "places")
+    step("Unsqueeze", "pairs axes", "places")
     step("Reshape", "kept all", "row")
     step("CumSum", "row axis", "count")
     step("Sub", "count one", "rank")
     step("Reshape", "rank size", "table")
     step("Unsqueeze", "table two", "second")
-    step("Sub", "second second", "zeros")
-    step("Concat", "zeros second", "ranks", axis=2)
+    step("Pad", "second before no", "ranks")
     return nodes
 
 

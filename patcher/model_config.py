@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "GPU_ENCODERS",
     "MAX_BATCH_SIZE",
     "PADDING_SLACK",
+    "SLACK",
     "ModelConfig",
-    "Serving",
     "Step",
     "Tensor",
     "any_config",
@@ -30,18 +31,17 @@ __all__ = [
     "features_config",
     "head_config",
     "is_on_gpu",
+    "parameter",
     "parse",
     "pinned_versions",
     "render",
-    "serving_of",
     "share_of",
     "steps_of",
     "store_config",
+    "to_text",
     "tokenizer_config",
     "with_encoding",
     "with_pin",
-    "with_response_cache",
-    "with_serving",
     "with_share",
 ]
 
@@ -50,11 +50,17 @@ MAX_BATCH_SIZE = 64
 
 PADDING_SLACK = 12
 """Tokens of padding that texts of different lengths may cost to share a batch (the encoder's own default)."""
-# Not measured: no GPU was at hand.
-_GPU_ENCODERS, _GPU_SLACK = 2, 512
-_GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
+# MiniLM on two cores: 8 texts of 10 tokens and one of 20 gain by sharing a batch, with one of 64 they lose.
 _PAIR_SLACK = 10_000
-_THREADS, _SLACK, _LARGEST = "intra_op_thread_count", "padding_slack", "largest_batch"
+
+# Not measured: no GPU was at hand.
+GPU_ENCODERS = 2
+"""Encoders before a backbone on a GPU."""
+_GPU_SLACK = 512
+_GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
+
+SLACK = "padding_slack"
+"""The parameter that says how much padding texts of different lengths may cost."""
 _POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
@@ -155,15 +161,15 @@ def encoder_config(
     gpu = _is_gpu(device)
     parameters = {_BACKBONE: backbone, "token_inputs": ",".join(token_inputs)}
     if gpu:
-        parameters[_SLACK] = str(_GPU_SLACK)
+        parameters[SLACK] = str(_GPU_SLACK)
     elif unpadded:
-        parameters |= {_SLACK: str(_PAIR_SLACK), _POWER: "2"}
+        parameters |= {SLACK: str(_PAIR_SLACK), _POWER: "2"}
     return ModelConfig(
         name,
         (_TEXT,),
         (_features(width),),
         backend="python",
-        instances=_GPU_ENCODERS if gpu else 1,
+        instances=GPU_ENCODERS if gpu else 1,
         kind="CPU",
         dynamic_batching=True,
         parameters=parameters,
@@ -270,7 +276,7 @@ def with_encoding(text: str, encoding: Sequence[Step]) -> str:
     steps = [*(_step(each) for each in encoding), last]
     del message.ensemble_scheduling.step[:]
     message.ensemble_scheduling.step.extend(steps)
-    return _text(message)
+    return to_text(message)
 
 
 def is_on_gpu(message: Any) -> bool:
@@ -280,19 +286,19 @@ def is_on_gpu(message: Any) -> bool:
 
 def asked_by(message: Any) -> str:
     """The model that a parsed encoder's configuration says it asks; empty for any other model."""
-    return _parameter(message, _BACKBONE, "")
+    return parameter(message, _BACKBONE, "")
 
 
 def share_of(message: Any) -> float:
     """The share of the requests, in per cent, that a canary's parsed configuration states."""
-    return float(_parameter(message, _SHARE, "0"))
+    return float(parameter(message, _SHARE, "0"))
 
 
 def with_share(text: str, percent: float) -> str:
     """The same configuration with another share."""
     message = parse(text)
     message.parameters[_SHARE].string_value = f"{percent:g}"
-    return _text(message)
+    return to_text(message)
 
 
 def _schedule(message: Any, config: ModelConfig) -> None:
@@ -346,7 +352,8 @@ def _step(step: Step) -> Any:
     )
 
 
-def _text(message: Any) -> str:
+def to_text(message: Any) -> str:
+    """The text of ``config.pbtxt`` from a message."""
     from google.protobuf import text_format
 
     text: str = text_format.MessageToString(message)
@@ -355,7 +362,7 @@ def _text(message: Any) -> str:
 
 def render(config: ModelConfig) -> str:
     """The text of ``config.pbtxt``."""
-    return _text(_message(config))
+    return to_text(_message(config))
 
 
 def parse(text: str, where: str = "config.pbtxt") -> Any:
@@ -379,96 +386,9 @@ def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") ->
     message = parse(text, where)
     message.version_policy.Clear()
     message.version_policy.specific.versions.extend(versions)
-    return _text(message)
+    return to_text(message)
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How a backbone and what is before it are run: what `patcher tune` chooses for a machine.
-
-    ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
-    in front of the encoder for others; ``slack`` the tokens of padding that texts of different lengths may cost
-    to share a batch (0: only equal lengths do), or with a backbone that computes none for padding, pairs of tokens in
-    its attention; ``batch`` the largest batch of the backbone. Exports before 0.4.0 have no encoder: there it is the
-    tokenizer in front of which a text waits.
-    """
-
-    instances: int = 1
-    threads: int = 0
-    delay_us: int = 0
-    slack: int = PADDING_SLACK
-    batch: int = MAX_BATCH_SIZE
-
-
-def serving_of(encoder: Any, backbone: Any) -> Serving:
-    """What two parsed configurations say; RepositoryError where a setting is no whole number."""
-    try:
-        limit = max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size))
-        return Serving(
-            instances=sum(group.count for group in backbone.instance_group) or 1,
-            threads=int(_parameter(backbone, _THREADS, "0")),
-            delay_us=int(encoder.dynamic_batching.max_queue_delay_microseconds),
-            slack=int(_parameter(encoder, _SLACK, str(PADDING_SLACK))),
-            batch=int(_parameter(encoder, _LARGEST, str(limit))),
-        )
-    except ValueError as error:
-        raise RepositoryError(
-            f"{backbone.name} or {encoder.name}: {error}; expected whole numbers in {_THREADS}, {_SLACK} and {_LARGEST}"
-        ) from error
-
-
-def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, str]:
-    """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
-    first, second = parse(encoder), parse(backbone)
-    first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
-    _set_parameter(first, _SLACK, serving.slack, PADDING_SLACK)
-    if serving.instances != serving_of(first, second).instances and asked_by(first):
-        # An encoder asks one backbone at a time.
-        _set_instances(first, max(serving.instances, _GPU_ENCODERS if is_on_gpu(second) else 1))
-    _set_instances(second, serving.instances)
-    _set_parameter(second, _THREADS, serving.threads, 0)
-    if asked_by(first):
-        _set_parameter(first, _LARGEST, serving.batch, second.max_batch_size)
-    else:
-        # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
-        del second.dynamic_batching.preferred_batch_size[:]
-        if serving.batch < second.max_batch_size:
-            second.dynamic_batching.preferred_batch_size.append(serving.batch)
-    return _text(first), _text(second)
-
-
-def _set_instances(message: Any, count: int) -> None:
-    if not message.instance_group:
-        message.instance_group.add()
-    message.instance_group[0].count = count
-
-
-def with_response_cache(text: str, *, enable: bool) -> str:
-    """The same configuration with Triton's response cache on or off, for what gives features.
-
-    Only an encoder or a backbone may have it: its answer depends on its input alone, and its file never changes. Heads
-    and the ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
-    RepositoryError for them.
-    """
-    message = parse(text)
-    if message.ensemble_scheduling.step or [output.name for output in message.output] != ["features"]:
-        raise RepositoryError(
-            f"{message.name} is no encoder or backbone; a cached answer of it could outlive the head that gave it. "
-            "Expected a model whose file never changes: NAME_encoder or NAME_backbone"
-        )
-    if enable:
-        message.response_cache.enable = True
-    else:
-        message.ClearField("response_cache")
-    return _text(message)
-
-
-def _parameter(message: Any, key: str, default: str) -> str:
+def parameter(message: Any, key: str, default: str) -> str:
+    """A parameter of a parsed configuration, or ``default`` where it says none."""
     return str(message.parameters[key].string_value) if key in message.parameters else default
-
-
-def _set_parameter(message: Any, key: str, value: int, default: int) -> None:
-    if value == default:
-        message.parameters.pop(key, None)
-    else:
-        message.parameters[key].string_value = str(value)

@@ -18,17 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import Load, load_test
-from patcher.model_config import (
-    MAX_BATCH_SIZE,
-    PADDING_SLACK,
-    Serving,
-    asked_by,
-    parse,
-    serving_of,
-    with_response_cache,
-    with_serving,
-)
+from patcher.model_config import MAX_BATCH_SIZE, PADDING_SLACK, asked_by, parse
 from patcher.repository import ModelRepository
+from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

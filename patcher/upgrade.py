@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from patcher import model_config
+from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 
 if TYPE_CHECKING:
     from patcher.backbone import Backbone
@@ -23,16 +24,16 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         if backbone.text_model == backbone.encoder_model:
             return ()
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
-        serving = model_config.serving_of(model_config.parse(before), model_config.parse(deep))
+        serving = serving_of(model_config.parse(before), model_config.parse(deep))
         device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
         encoder = model_config.encoder_config(
             backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
         )
-        _, deep = model_config.with_serving(before, deep, model_config.Serving())  # the largest batch moves, too
-        text, deep = model_config.with_serving(model_config.render(encoder), deep, serving)
+        _, deep = with_serving(before, deep, Serving())  # the largest batch moves, too
+        text, deep = with_serving(model_config.render(encoder), deep, serving)
         if model_config.parse(deep).response_cache.enable:
-            deep = model_config.with_response_cache(deep, enable=False)
-            text = model_config.with_response_cache(text, enable=True)
+            deep = with_response_cache(deep, enable=False)
+            text = with_response_cache(text, enable=True)
         features = model_config.features_config(backbone.features_model, backbone.encoder_model, backbone.width())
         if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
             repository.add_encoder(backbone, text)

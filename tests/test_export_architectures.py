@@ -85,6 +85,7 @@ def test_products_with_weights_are_not_computed_for_padding(exported):
     tokens = {each.name: mask.astype(np.int64) for each in session.get_inputs()}
     shapes = {each.shape[:2] for each in session.run(None, tokens)[1:] if each.ndim == 3}
     settings = report.repository.config(classifier.text_model).parameters
+    assert report.to_json()["unpadded"] == (name not in PADDED)
     if name in PADDED:
         assert shapes <= {(3, 20), (20, 3)}
         assert "padding_power" not in settings

@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 
-from patcher import add_label, doctor, history, model_config, rollback
+from patcher import add_label, doctor, history, model_config, rollback, serving
 from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
 
@@ -62,11 +62,11 @@ def test_a_new_backbone_comes_beside_it(older, tmp_path):
 def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     repository = older.repository
     texts = [text for label in tiny.OLD for text in tiny.sentences(label, 2, seed=5)]
-    tuned = model_config.Serving(instances=2, threads=1, delay_us=300, slack=5, batch=16)
+    tuned = serving.Serving(instances=2, threads=1, delay_us=300, slack=5, batch=16)
     models = (older.tokenizer_model, older.backbone_model)
     with repository.lock():
         repository.add_classifier("second", older.head(1), backbone=older.backbone)
-        before = model_config.with_serving(*map(repository.config_text, models), tuned)
+        before = serving.with_serving(*map(repository.config_text, models), tuned)
         repository.write_configs(dict(zip(models, before, strict=True)))
     models = ["intent", "second", "intent_features"]
     with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
@@ -80,7 +80,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     new |= {f"intent_encoder/{name}" for name in ("config.pbtxt", "1/model.py", "1/tokenizer.json")}
     assert {name for name in now if now[name] != kept.get(name)} - new <= {f"{name}/config.pbtxt" for name in changed}
     encoder, backbone = (repository.config(model) for model in (older.text_model, older.backbone_model))
-    assert (encoder.name, model_config.serving_of(encoder, backbone)) == ("intent_encoder", tuned)
+    assert (encoder.name, serving.serving_of(encoder, backbone)) == ("intent_encoder", tuned)
     with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
         for name, answers in zip(models, expected, strict=False):
             for one, other in zip(server.classify(name, texts), answers, strict=True):
@@ -94,7 +94,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
 def test_an_upgrade_moves_the_response_cache(older):
     repository, model = older.repository, older.backbone_model
     with repository.lock():
-        cached = model_config.with_response_cache(repository.config_text(model), enable=True)
+        cached = serving.with_response_cache(repository.config_text(model), enable=True)
         repository.write_configs({model: cached})
     upgrade(older)
     on = [name for name in (older.encoder_model, model) if repository.config(name).response_cache.enable]

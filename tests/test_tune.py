@@ -13,7 +13,8 @@ import tiny
 
 from patcher import model_config
 from patcher.errors import InputError, RepositoryError
-from patcher.model_config import Serving, parse, serving_of, with_response_cache, with_serving
+from patcher.model_config import parse
+from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 from patcher.triton.server import EmbeddedTriton, cache_options
 from patcher.tune import candidates, tune
 

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("torch")
+
+import checkpoints
+
 from export.unpadding import without_padding
+from tests.benchmarks import unpadding as benchmark
 
 VOCABULARY, WIDTH = 50, 8
 RNG = np.random.default_rng(0)
@@ -129,6 +134,17 @@ def test_whatever_is_not_zero_in_a_mask_keeps_a_token():
     tokens = batch((3, 5))
     tripled = {**tokens, "attention_mask": 3 * tokens["attention_mask"]}
     np.testing.assert_array_equal(light.run(None, tripled)[1], tokens["attention_mask"])
+
+
+def test_the_benchmark_compares_the_same_answers(tmp_path):
+    checkpoint = checkpoints.save_checkpoint(tmp_path / "checkpoint")
+    graphs = benchmark.exported(checkpoint, tmp_path)
+    assert [graph.power for graph in graphs.values()] == [1, 1, 2, 2]
+    assert benchmark.difference(graphs, checkpoints.SENTENCES) < 1e-5
+    rows = benchmark.measure(graphs, checkpoints.SENTENCES, rounds=1)
+    assert len(rows) == 2 * (len(benchmark.WAITING) + 1)
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["batches"][1] <= row["batches"][0] for row in rows)
+    assert benchmark.table(rows).count("\n") == len(rows) + 1
 
 
 def test_a_graph_that_reads_the_padding_beside_a_token_is_left_alone():

@@ -1,0 +1,114 @@
+"""How a backbone and what is before it are run: read from their ``config.pbtxt``, and written back to them.
+
+`patcher tune` chooses it for a machine; whatever else somebody tuned in a configuration stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from patcher.errors import RepositoryError
+from patcher.model_config import (
+    GPU_ENCODERS,
+    MAX_BATCH_SIZE,
+    PADDING_SLACK,
+    SLACK,
+    asked_by,
+    is_on_gpu,
+    parameter,
+    parse,
+    to_text,
+)
+
+__all__ = ["Serving", "serving_of", "with_response_cache", "with_serving"]
+
+_THREADS, _LARGEST = "intra_op_thread_count", "largest_batch"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a backbone and what is before it are run: what `patcher tune` chooses for a machine.
+
+    ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
+    in front of the encoder for others; ``slack`` the tokens of padding that texts of different lengths may cost
+    to share a batch (0: only equal lengths do), or with a backbone that computes none for padding, pairs of tokens in
+    its attention; ``batch`` the largest batch of the backbone. Exports before 0.4.0 have no encoder: there it is the
+    tokenizer in front of which a text waits.
+    """
+
+    instances: int = 1
+    threads: int = 0
+    delay_us: int = 0
+    slack: int = PADDING_SLACK
+    batch: int = MAX_BATCH_SIZE
+
+
+def serving_of(encoder: Any, backbone: Any) -> Serving:
+    """What two parsed configurations say; RepositoryError where a setting is no whole number."""
+    try:
+        limit = max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size))
+        return Serving(
+            instances=sum(group.count for group in backbone.instance_group) or 1,
+            threads=int(parameter(backbone, _THREADS, "0")),
+            delay_us=int(encoder.dynamic_batching.max_queue_delay_microseconds),
+            slack=int(parameter(encoder, SLACK, str(PADDING_SLACK))),
+            batch=int(parameter(encoder, _LARGEST, str(limit))),
+        )
+    except ValueError as error:
+        raise RepositoryError(
+            f"{backbone.name} or {encoder.name}: {error}; expected whole numbers in {_THREADS}, {SLACK} and {_LARGEST}"
+        ) from error
+
+
+def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, str]:
+    """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
+    first, second = parse(encoder), parse(backbone)
+    first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
+    _set_parameter(first, SLACK, serving.slack, PADDING_SLACK)
+    if serving.instances != serving_of(first, second).instances and asked_by(first):
+        # An encoder asks one backbone at a time.
+        _set_instances(first, max(serving.instances, GPU_ENCODERS if is_on_gpu(second) else 1))
+    _set_instances(second, serving.instances)
+    _set_parameter(second, _THREADS, serving.threads, 0)
+    if asked_by(first):
+        _set_parameter(first, _LARGEST, serving.batch, second.max_batch_size)
+    else:
+        # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
+        del second.dynamic_batching.preferred_batch_size[:]
+        if serving.batch < second.max_batch_size:
+            second.dynamic_batching.preferred_batch_size.append(serving.batch)
+    return to_text(first), to_text(second)
+
+
+def _set_instances(message: Any, count: int) -> None:
+    if not message.instance_group:
+        message.instance_group.add()
+    message.instance_group[0].count = count
+
+
+def with_response_cache(text: str, *, enable: bool) -> str:
+    """The same configuration with Triton's response cache on or off, for what gives features.
+
+    Only an encoder or a backbone may have it: its answer depends on its input alone, and its file never changes. Heads
+    and the ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
+    RepositoryError for them.
+    """
+    message = parse(text)
+    if message.ensemble_scheduling.step or [output.name for output in message.output] != ["features"]:
+        raise RepositoryError(
+            f"{message.name} is no encoder or backbone; a cached answer of it could outlive the head that gave it. "
+            "Expected a model whose file never changes: NAME_encoder or NAME_backbone"
+        )
+    if enable:
+        message.response_cache.enable = True
+    else:
+        message.ClearField("response_cache")
+    return to_text(message)
+
+
+def _set_parameter(message: Any, key: str, value: int, default: int) -> None:
+    if value == default:
+        message.parameters.pop(key, None)
+    else:
+        message.parameters[key].string_value = str(value)
