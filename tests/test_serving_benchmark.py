@@ -32,6 +32,7 @@ def test_the_merged_graph_answers_as_the_two_halves(classifier):
 @pytest.mark.slow
 def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "LEVELS", (2,))
+    monkeypatch.setattr(serving, "REST", 0)
     plain = serving.copied(classifier.root, tmp_path / "plain")
     with_tritons_defaults(plain)
     assert plain.repository.config("intent_backbone").instance_group[0].count == 2
