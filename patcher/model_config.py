@@ -177,12 +177,19 @@ def encoder_config(
 
 
 def backbone_config(
-    name: str, token_inputs: Sequence[str], width: int, fingerprint: str, device: str = "cpu", tensorrt: str = ""
+    name: str,
+    token_inputs: Sequence[str],
+    width: int,
+    fingerprint: str,
+    device: str = "cpu",
+    tensorrt: str = "",
+    longest: int = 512,
 ) -> ModelConfig:
     """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``.
 
     ``device`` ``gpu`` insists on one, where ``cpu`` leaves the choice to the server; ``tensorrt`` may then be
-    the precision of that provider, which builds an engine for each new range of shapes.
+    the precision of that provider, which builds an engine for each new range of shapes. ``longest`` is the tokens
+    beyond which a text is cut.
     """
     gpu = _is_gpu(device)
     if tensorrt not in ("", "FP16", "FP32") or (tensorrt and not gpu):
@@ -198,7 +205,7 @@ def backbone_config(
         kind="GPU" if gpu else "",
         tensorrt=tensorrt,
         # A GPU's first call loads its kernels, and TensorRT's builds an engine for the range of shapes that it saw.
-        warmup=_GPU_WARMUP if gpu else (),
+        warmup=tuple((batch, min(length, longest)) for batch, length in _GPU_WARMUP) if gpu else (),
         dynamic_batching=True,
         parameters={"fingerprint": fingerprint},
     )

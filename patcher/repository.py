@@ -263,7 +263,13 @@ class ModelRepository:
         configs = (
             model_config.tokenizer_config(base.tokenizer_model, files.token_inputs),
             model_config.backbone_config(
-                base.backbone_model, files.token_inputs, files.width, files.fingerprint, files.device, files.tensorrt
+                base.backbone_model,
+                files.token_inputs,
+                files.width,
+                files.fingerprint,
+                files.device,
+                files.tensorrt,
+                json.loads(files.tokenizer_json)["truncation"]["max_length"],
             ),
             model_config.encoder_config(
                 base.encoder_model,

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import checkpoints  # noqa: E402  needs both
 
 from export import run_export  # noqa: E402
+from patcher import model_config  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
 
 TEXTS = [
@@ -92,6 +93,18 @@ def test_products_with_weights_are_not_computed_for_padding(exported):
     else:
         assert shapes == {(1, 24)}
         assert settings["padding_power"].string_value == "2"
+
+
+def test_the_calls_that_warm_a_gpu_up_are_answered(exported):
+    name, _, report = exported
+    classifier = report.repository.classifier()
+    tokens = [each.name for each in report.repository.config(classifier.backbone_model).input]
+    asked = model_config.backbone_config("b", tokens, report.width, "f", device="gpu", longest=report.max_length)
+    session = open_session(classifier.backbone_path, threads=1)
+    for shape in asked.warmup:
+        assert shape[1] <= report.max_length
+        zeros = dict.fromkeys(tokens, np.zeros(shape, np.int64))
+        assert session.run(["features"], zeros)[0].shape == (shape[0], report.width), name
 
 
 def test_the_file_is_what_old_runtimes_load(exported):
