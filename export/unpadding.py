@@ -89,7 +89,7 @@ class _Tensors:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.runs = [_shapes(model, tokens, shape) for shape in _SHAPES]
-        self.of_mask = _masks(model.graph.node)
+        self.of_mask = _of_mask(model.graph)
 
     def rank(self, name: str) -> int:
         return len(self.runs[0][name])
@@ -260,13 +260,13 @@ def _local(name: str) -> str:
     return name if name == _MASK else f"{_PREFIX}/{name}"
 
 
-def _masks(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+def _of_mask(graph: onnx.GraphProto) -> set[str]:
     """The tensors whose values come from the attention mask and from no other input."""
-    of_mask, of_others = {_MASK}, set[str]()
-    for node in nodes:
-        given = () if node.op_type in ("Shape", "Size") else tuple(node.input)
-        others = {"input_ids", "token_type_ids", *of_others}
-        if others.intersection(given):
+    of_mask = {_MASK}
+    of_others = {each.name for each in graph.input} - of_mask
+    for node in graph.node:
+        given = () if node.op_type in ("Shape", "Size") else node.input
+        if of_others.intersection(given):
             of_others.update(node.output)
         elif of_mask.intersection(given):
             of_mask.update(node.output)

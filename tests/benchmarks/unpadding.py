@@ -39,14 +39,14 @@ class Graph:
     def __init__(self, path: Path, tokenizer_json: str, *, unpadded: bool) -> None:
         from tokenizers import Tokenizer
 
-        from patcher.model_config import encoder_config
+        from patcher.model_config import PADDING_SLACK, SLACK, encoder_config
         from patcher.runtime import open_session
 
         self.session = open_session(path)
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.names = [each.name for each in self.session.get_inputs()]
         settings = encoder_config("e", self.names, "b", 1, unpadded=unpadded).parameters
-        self.slack, self.power = int(settings.get("padding_slack", 12)), int(settings.get("padding_power", 1))
+        self.slack, self.power = int(settings.get(SLACK, PADDING_SLACK)), int(settings.get("padding_power", 1))
 
     def batches(self, texts: Sequence[str], waiting: int) -> list[list[str]]:
         """``waiting`` texts at a time, those of like length together."""
