@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from export.split import rounding
 from export.tokenizer import SAMPLE_TEXTS, embeddings
 from patcher.errors import ParityError, PrecisionError
 from patcher.runtime import open_session
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
     Tokens = Mapping[str, NDArray[np.int64]]
 
-__all__ = ["TOLERANCE", "Parity", "check_parity", "token_batch"]
-
-TOLERANCE = 1e-4
-"""Largest difference of a logit from the checkpoint's, beside the rounding of large ones."""
-_ROUNDING = 1e-5
-"""Of the largest logit: FP32 sums of other orders differ by so much."""
+__all__ = ["Parity", "check_parity", "token_batch"]
 
 # Lengths of the texts of each batch. None of them is the shape that the export was traced with: whatever the tracing
 # froze shows here.
@@ -85,7 +81,7 @@ def check_parity(
     Raises
     ------
     ParityError
-        when a logit differs by more than 1e-4 (and 1e-5 of the largest one), or the best label is another one (ties
+        when a logit differs by more than rounding explains (`rounding`), or the best label is another one (ties
         aside); a PrecisionError when the noise is above ``limits``.
     """
     session = open_session(path)
@@ -100,7 +96,7 @@ def check_parity(
         found = given[:, : split.split] @ split.weight.T + split.bias
         worst = max(worst, float(np.abs(found - expected).max()))
         if limits is None:
-            _compare(found, expected, shape)
+            _compare(found, expected, rounding(given[:, : split.split], split.weight, split.bias), _where(shape))
         features.append(given)
         logits.append((found, expected))
     rows = np.concatenate(features)
@@ -138,16 +134,18 @@ def _refuse_unusable(given: NDArray[np.float32], split: Split, shape: tuple[int,
         )
 
 
-def _compare(logits: NDArray[np.float32], expected: NDArray[np.float32], shape: tuple[int, ...]) -> None:
-    where = _where(shape)
-    gap = float(np.abs(logits - expected).max())
-    allowed = TOLERANCE + _ROUNDING * float(np.abs(expected).max())
-    if gap > allowed:
+def _compare(
+    logits: NDArray[np.float32], expected: NDArray[np.float32], allowed: NDArray[np.float32], where: str
+) -> None:
+    gaps = np.abs(logits - expected)
+    text, label = np.unravel_index(int((gaps - allowed).argmax()), gaps.shape)
+    if gaps[text, label] > allowed[text, label]:
         raise ParityError(
-            f"the exported model's logits differ from the checkpoint's by {gap:.2g} {where}; expected at most "
-            f"{allowed:.2g}: the export froze something that depends on the input"
+            f"the exported model's logits differ from the checkpoint's by {gaps[text, label]:.2g} {where}; expected at "
+            f"most {allowed[text, label]:.2g}: the export froze something that depends on the input"
         )
     rows = np.arange(len(logits))
-    behind = expected.max(axis=1) - expected[rows, logits.argmax(axis=1)]
-    if (behind > 2 * allowed).any():
+    best = logits.argmax(axis=1)
+    behind = expected.max(axis=1) - expected[rows, best]
+    if (behind > 2 * allowed.max(axis=1)).any():
         raise ParityError(f"the exported model prefers another label than the checkpoint {where}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-__all__ = ["Split", "find_split", "without_layer"]
+__all__ = ["Split", "find_split", "rounding", "without_layer"]
 
 _TOKENWISE = 3
 """Dimensions of a tensor with a row for each token: batch, sequence, width."""
 _MATRIX = 2
-_CLOSE = 1e-4
-"""Largest difference between logits that is rounding: a matrix product of another shape adds up in another order."""
+_TOLERANCE = 1e-4
+"""Difference of a logit that counts as rounding whatever it is the sum of."""
+_ROUNDING = 1e-5
+"""Of the terms that a logit is the sum of: FP32 features, and sums in another order, differ by less."""
+
+_Array = TypeVar("_Array", "NDArray[np.float32]", Tensor)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Split:
     def width(self) -> int:
         """Width of all features."""
         return self.split + self.hidden
+
+
+def rounding(features: _Array, weight: _Array, bias: _Array) -> _Array:
+    """Largest difference that rounding makes in each logit of ``features @ weight.T + bias``, ``[batch, labels]``.
+
+    It grows with the terms and not with their sum (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 4.2):
+    where large terms cancel, as in a row fitted with little shrinkage, a small logit is as uncertain as a large one.
+    """
+    return _TOLERANCE + _ROUNDING * (abs(features) @ abs(weight).T + abs(bias))
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         # The same call as at export, with the layer gone: what comes out has to give the logits.
         with without_layer(model, layer):
             features = model(**inputs).logits
-    if features.shape != (len(logits), matrix.shape[1]) or _gap(features @ matrix.T + bias, logits) > _CLOSE:
+    if features.shape != (len(logits), matrix.shape[1]) or not _gives(logits, features, matrix, bias):
         raise SplitError(f"the logits are not made by the layer {layer!r} alone: without it, other features come out")
     hidden = int(states[-1][-1].shape[-1])
     return Split(layer, matrix.numpy().copy(), bias.numpy().copy(), hidden)
@@ -166,7 +179,7 @@ def _linear(module: nn.Module, call: _Call) -> tuple[Tensor, Tensor]:
         rows = matrix.shape[0]
         shift = torch.zeros(rows) if bias is None else bias.detach().float()
         fits = call.given.shape[-1] == matrix.shape[1] and call.result.shape[-1] == rows
-        if fits and _gap(call.given @ matrix.T + shift, call.result) <= _CLOSE:
+        if fits and _gives(call.result, call.given, matrix, shift):
             return matrix.contiguous(), shift
     raise SplitError(
         f"the layer {call.layer!r} ({type(module).__name__}) gives the logits, but is not linear: its output is not "
@@ -183,5 +196,5 @@ def _holds(result: Tensor, logits: Tensor) -> bool:
     return bool((result == logits[:, None, :]).all(dim=2).any(dim=1).all())
 
 
-def _gap(left: Tensor, right: Tensor) -> float:
-    return float((left - right).abs().max())
+def _gives(logits: Tensor, features: Tensor, matrix: Tensor, bias: Tensor) -> bool:
+    return bool(((features @ matrix.T + bias - logits).abs() <= rounding(features, matrix, bias)).all())

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer  # noqa: E402
 import export  # noqa: E402
 import export.classifier  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
+from export.tokenizer import SAMPLE_TEXTS  # noqa: E402
 from patcher import ModelRepository  # noqa: E402
 from patcher.errors import (  # noqa: E402
     CheckpointError,
@@ -511,6 +512,31 @@ def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monk
     with pytest.raises(ParityError, match=reason):
         run_export(bert, tmp_path / "model_repository")
     assert not (tmp_path / "model_repository").exists()
+
+
+def test_a_row_whose_large_terms_cancel_is_no_lie(tmp_path, monkeypatch):
+    """A small logit of large terms is rounded as they are."""
+    tokenizer = checkpoints.make_tokenizer()
+    model = checkpoints.make_model("bert", tokenizer).eval()
+    with torch.no_grad():
+        model.classifier.weight[-1] *= 3000
+        model.classifier.bias[-1] -= model(**tokenizer(SAMPLE_TEXTS[0], return_tensors="pt")).logits[0, -1]
+    honest = export.classifier.export_backbone
+
+    # Another machine's sums, in a backbone: all features a few last bits away.
+    def rounded(model, split, inputs, path, *, unpad):
+        made = honest(model, split, inputs, path, unpad=unpad)
+        graph = onnx.load(path)
+        for tensor in graph.graph.initializer:
+            if "pooler" in tensor.name:
+                array = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array * np.float32(1 + 1e-6), tensor.name))
+        onnx.save(graph, path)
+        return made
+
+    monkeypatch.setattr(export.classifier, "export_backbone", rounded)
+    made = run_export(repository_dir=tmp_path / "model_repository", model=model, tokenizer=tokenizer)
+    assert made.parity > 2e-4
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
