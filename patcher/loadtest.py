@@ -330,7 +330,9 @@ class _Bench:
             after = self._count(model, steps)
             if outcome.returncode == 0:
                 change = {name: _change(before[name], after[name]) for name in after}
-                times = tuple(_step_time(step, change[step]) for step in steps)
+                # An encoder may run its backbone itself: then nobody asked that one.
+                asked = [step for step in steps if change[step]["successes"] or change[step]["failures"]]
+                times = tuple(_step_time(step, change[step]) for step in asked)
                 return Measurement(
                     self.label,
                     load.concurrency,

@@ -203,9 +203,15 @@ class _Search:
     def measure(self, serving: Serving) -> float:
         """Texts a second under these settings."""
         if serving != self.loaded:
-            for model, text in _configs(self.classifier, serving).items():
+            changed = _configs(self.classifier, serving)
+            for model, text in changed.items():
                 (self.classifier.root / model / "config.pbtxt").write_text(text, encoding="utf-8")
+            # An encoder may run its backbone by the backbone's settings: even where its own are the same, it has to
+            # start anew.
+            self.server.unload(self.classifier.text_model)
+            for model in changed:
                 self.server.load(model)
+            self.server.load(self.classifier.ensemble)
             self.loaded = serving
             self.server.classify(self.classifier.address, self.texts[:32])
         (found,) = load_test(

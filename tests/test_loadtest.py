@@ -36,11 +36,9 @@ ROLES = ("intent_encoder", "intent_backbone", "intent_head")
 def client(tiny_original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loadtest")
     shutil.copytree(tiny_original, folder / "model_repository")
-    log = folder / "triton.log"
-    with (
-        EmbeddedTriton(folder / "model_repository", [*MODELS, "intent_backbone"], log_file=log) as server,
-        server.client() as opened,
-    ):
+    models, log = [*MODELS, "intent_backbone"], folder / "triton.log"
+    asking = EmbeddedTriton(folder / "model_repository", models, log_file=log, encoder_runs_backbone=False)
+    with asking as server, server.client() as opened:
         yield opened
 
 
@@ -51,6 +49,15 @@ def texts():
         "",
         *(text for label in tiny.OLD for text in tiny.sentences(label, 5)),
     ]
+
+
+@pytest.mark.server
+def test_a_backbone_that_its_encoder_runs_is_no_step_of_its_own(classifier, texts, tmp_path):
+    models = [*MODELS, "intent_backbone"]
+    with EmbeddedTriton(classifier.root, models, log_file=tmp_path / "log") as server, server.client() as opened:
+        (found,) = load_test(opened, ["intent"], texts, [Load(concurrency=1)], window=0.4)
+    assert [step.model for step in found.steps] == ["intent_encoder", "intent_head"]
+    assert all(step.requests > 5 for step in found.steps)
 
 
 @pytest.mark.server

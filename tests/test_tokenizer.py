@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from patcher import model_config
 from patcher.errors import ServerError, ServerRefused
+from patcher.triton.backends.onnxruntime.model import runner
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
 from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, like_lengths, read_text
@@ -148,7 +149,9 @@ def test_needs_nothing_that_nvidias_container_could_lack():
     allowed = {
         "__future__",
         "contextlib",
+        "importlib.util",
         "json",
+        "os",
         "pathlib",
         "typing",
         "collections.abc",
@@ -223,16 +226,22 @@ def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
     assert "1048577 bytes; expected at most 1048576" in too_long
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny_original, tmp_path_factory):
+@pytest.fixture(scope="module", params=["runs the backbone", "asks for it"])
+def encoder(tiny_original, tmp_path_factory, request):
     """A server that was told of the ensemble alone, and waits long enough for texts to meet."""
+    runs = request.param == "runs the backbone"
     root = shutil.copytree(tiny_original, tmp_path_factory.mktemp("encoder") / "model_repository")
     path = root / "intent_encoder" / "config.pbtxt"
     message = model_config.parse(path.read_text())
     message.dynamic_batching.max_queue_delay_microseconds = 300_000
     message.parameters["largest_batch"].string_value = "4"
     path.write_text(text_format.MessageToString(message))
-    with EmbeddedTriton(root, ["intent_features"], log_file=root.parent / "log") as running, running.client() as client:
+    log = root.parent / "log"
+    with (
+        EmbeddedTriton(root, ["intent_features"], log_file=log, encoder_runs_backbone=runs) as running,
+        running.client() as client,
+    ):
+        client.runs = runs
         yield client
 
 
@@ -243,10 +252,13 @@ def test_the_encoder_gives_what_the_backbone_gives_in_batches_of_like_length(enc
     expected = tiny.encode(tmp_path, [text for request in requests for text in request])
     one = encoder.features("intent_features", requests[0])  # and loads the backbone, which nobody had asked for
     np.testing.assert_allclose(one, expected[:1], atol=1e-6)
-    before = encoder.statistics("intent_backbone")[0]
+    assert encoder.is_ready("intent_backbone") != encoder.runs
+    before = None if encoder.runs else encoder.statistics("intent_backbone")[0]
     with ThreadPoolExecutor(len(requests)) as pool:
         answers = list(pool.map(lambda request: encoder.features("intent_features", request), requests))
     np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-6)
+    if before is None:
+        return
     after = encoder.statistics("intent_backbone")[0]
     assert after.inferences - before.inferences == len(expected)
     assert len(expected) / 4 <= after.executions - before.executions < len(requests)
@@ -270,7 +282,8 @@ def test_a_text_that_cannot_be_tokenized_costs_no_other_its_features(encoder):
 def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path):
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     models = ["intent_features", "intent_backbone"]
-    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
+    asking = EmbeddedTriton(root, models, log_file=tmp_path / "log", encoder_runs_backbone=False)
+    with asking as running, running.client() as client:
         assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
         with triton.InferenceServerClient(running.url) as other:
             other.unload_model("intent_backbone")
@@ -282,6 +295,57 @@ def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path
                 client.features("intent_features", texts)
         client.load("intent_backbone")
         assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
+
+
+@pytest.mark.server
+def test_who_comes_with_tokens_gets_the_features_that_the_encoder_finds(tiny_original, tmp_path):
+    """The backbone's own model gave its session up when the encoder took one, and opens it again."""
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    models = ["intent_features", "intent_backbone"]
+    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
+        expected = client.features("intent_features", ["please tell me"])
+        (statistics,) = client.statistics("intent_backbone")
+        assert statistics.inferences == 0
+        ids = Tokenizer.from_str(tiny.tokenizer_json()).encode("please tell me").ids
+        given = [triton.InferInput(name, [1, len(ids)], "INT64") for name in tiny.TOKEN_INPUTS]
+        given[0].set_data_from_numpy(np.array([ids]))
+        given[1].set_data_from_numpy(np.ones((1, len(ids)), np.int64))
+        with triton.InferenceServerClient(running.url) as other:
+            for _ in range(2):
+                found = other.infer("intent_backbone", given).as_numpy("features")
+                assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('parameters { key: "intra_op_thread_count" value { string_value: "two" } }', "expected a whole number"),
+        ('optimization { execution_accelerators { cpu_execution_accelerator { name: "x" } } }', "Accelerator 'x'"),
+    ],
+)
+def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tmp_path, line, reason):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    with (root / "intent_backbone" / "config.pbtxt").open("a") as file:
+        file.write(line)
+    with pytest.raises(ServerError) as caught:
+        EmbeddedTriton(root, ["intent_features"], log_file=tmp_path / "log").start(timeout=20)
+    assert reason in str(caught.value)
+
+
+def test_runs_only_a_backbone_that_lies_there_for_a_cpu(tiny_original, tmp_path):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
+    names = {name: np.ones((1, 3), np.int64) for name in tiny.TOKEN_INPUTS}
+    (features,) = runner(root)(["features"], names)
+    assert features.shape == (1, tiny.WIDTH)
+    plain = (root / "config.pbtxt").read_text()
+    (root / "config.pbtxt").write_text(plain.replace("count: 1", "count: 1 kind: KIND_GPU"))
+    assert runner(root) is None
+    (root / "config.pbtxt").write_text(plain.replace("count: 1", "count: 1 kind: KIND_CPU"))
+    assert runner(root) is not None
+    (root / "2").mkdir()
+    assert runner(root) is None
+    assert runner(tmp_path / "intent_backbone") is None
 
 
 @pytest.mark.server

@@ -160,7 +160,7 @@ def _assembled(server: Path, stub: Path) -> Path:
 
 
 def _package_folders() -> list[str]:
-    specs = [importlib.util.find_spec(name) for name in ("numpy", "onnxruntime", "tokenizers")]
+    specs = [importlib.util.find_spec(name) for name in ("numpy", "onnxruntime", "tokenizers", "tritonclient")]
     return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
 
 

@@ -68,6 +68,9 @@ class EmbeddedTriton:
     metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
     checks alone; everything else there takes the key, where there is none, one that nobody knows.
 
+    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where both are on a CPU, which saves
+    the way there and back; else it asks Triton for it, as it does on servers that others start.
+
     Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
     """
 
@@ -87,6 +90,7 @@ class EmbeddedTriton:
         exit_timeout: int = 30,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        encoder_runs_backbone: bool = True,
     ) -> None:
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
@@ -111,6 +115,7 @@ class EmbeddedTriton:
         self._admin_key = admin_key
         self._options = tuple(options)
         self._environment = dict(environment or {})
+        self._encoder_runs_backbone = encoder_runs_backbone
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
         self.key_hidden = self._http_key is None
@@ -305,7 +310,11 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        environment = {**self._environment, **os.environ, **find_installation().environment}
+        from patcher.triton.tokenizer.model import BACKEND
+
+        installation = find_installation()
+        runs = str(installation.backends / "onnxruntime" / "model.py") if self._encoder_runs_backbone else ""
+        environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             if self.log_file.is_file():
@@ -316,7 +325,7 @@ class EmbeddedTriton:
         with log:
             self._process = start_with_parent(command, environment, log.fileno())
         if self._http_key is not None:
-            self.key_hidden = hide_argument(self._process, find_installation().binary, self._http_key.encode())
+            self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
 
     def _log_says(self) -> str:
         lines = telling_lines(self.log_file) if self.log_file else []

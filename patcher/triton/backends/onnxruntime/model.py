@@ -11,8 +11,10 @@ The file runs inside Triton's stub process and must import nothing of this packa
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import CoroutineType, ModuleType
@@ -22,7 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 try:
     import triton_python_backend_utils as pb_utils
@@ -52,6 +54,11 @@ _GRAPH_LEVELS = {
 }
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
+
+_ENCODERS_RUN = "PATCHER_ONNXRUNTIME_BACKEND"
+"""Environment variable that is set where encoders run their backbones themselves, with this file."""
+_BACKBONE = "fingerprint"
+"""The parameter that a backbone's configuration has."""
 
 
 class Asyncio(ModuleType):
@@ -91,7 +98,8 @@ class TritonPythonModel:
         try:
             path = model_path(config, args["model_repository"], args["model_version"])
             device = int(args["model_instance_device_id"])
-            self._session = open_session(config, path, args["model_instance_kind"], device)
+            self._open = functools.partial(open_session, config, path, args["model_instance_kind"], device)
+            self._session = self._open()
             check_model(config, self._session)
             self._run_options = _run_options(config)
         except LoadError as error:
@@ -99,9 +107,14 @@ class TritonPythonModel:
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
+        if os.environ.get(_ENCODERS_RUN) and args["model_instance_kind"] == "CPU" and _parameter(config, _BACKBONE):
+            self._session = None  # it can be opened, and that is enough until somebody comes with tokens
+            _give_back()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response for each request; a request that onnxruntime cannot answer gets its error alone."""
+        if self._session is None:
+            self._session = self._open()
         responses: list[Any] = [None] * len(requests)
         feeds: list[dict[str, Any]] = []
         groups: dict[Any, list[int]] = {}
@@ -147,6 +160,37 @@ class TritonPythonModel:
             tensors = [pb_utils.Tensor(name, value) for name, value in own]
             responses[index] = pb_utils.InferenceResponse(output_tensors=tensors)
             start = stop or 0
+
+
+def runner(folder: Path) -> Callable[[list[str], Mapping[str, Any]], list[Any]] | None:
+    """What runs the model in ``folder`` in the process of another one that asks it alone: names and inputs to outputs.
+
+    Its configuration counts as if Triton had loaded it. None where it is not for a CPU alone, or not there: an object
+    store hands each model to Triton for itself. Raises LoadError as :func:`open_session`.
+    """
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    versions = [path for path in folder.glob("[0-9]*") if path.name.isdecimal()]
+    file = folder / "config.pbtxt"
+    if not file.is_file() or len(versions) != 1:
+        return None
+    message = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    config = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    kinds = {group.get("kind", "KIND_AUTO") for group in config.get("instance_group", [])} or {"KIND_AUTO"}
+    if kinds - {"KIND_CPU", "KIND_AUTO"} or ("KIND_AUTO" in kinds and Path("/dev/nvidiactl").exists()):
+        return None
+    session = open_session(config, model_path(config, str(folder), versions[0].name), "CPU", 0)
+    _give_back()
+    options = _run_options(config)
+    return lambda names, inputs: session.run(names, inputs, options)
+
+
+def _give_back() -> None:
+    """Have the C library return to the system what reading a model's file took: as much as the weights."""
+    import ctypes  # here, for no head's start has to wait for it
+
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
