@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 import os
 import re
 import resource
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+from patcher.measurement import Load, Measurement, StepTime
 from patcher.model_config import asked_by, steps_of
 
 if TYPE_CHECKING:
@@ -29,139 +28,13 @@ if TYPE_CHECKING:
     from patcher.triton.client import ModelStatistics, TritonServer
     from patcher.triton.perf_analyzer import PerfAnalyzer
 
-__all__ = [
-    "Load",
-    "Measurement",
-    "Ratio",
-    "StepTime",
-    "compare",
-    "load_test",
-    "parse_loads",
-    "plot",
-    "warnings",
-    "write_csv",
-    "write_json",
-]
+__all__ = ["load_test", "parse_loads"]
 
 _WINDOWS = 3
 """Windows that perf_analyzer measures at each level; what it reports is their mean."""
 _TRIES = 3
 _MOST_TEXTS = 20_000
 _MOST_LEVELS = 100
-_BUSY_CLIENT = 0.5
-"""Share of this machine's cores from which on perf_analyzer itself may be what limits the figures."""
-_KEPT_UP = 0.9
-
-
-@dataclass(frozen=True)
-class Load:
-    """A level of load: so many requests at once, or so many a second at random moments (a Poisson process)."""
-
-    concurrency: int | None = None
-    request_rate: float | None = None
-
-    def __str__(self) -> str:
-        return f"concurrency {self.concurrency}" if self.concurrency else f"{self.request_rate:g} requests/s"
-
-    @property
-    def arguments(self) -> list[str]:
-        """What perf_analyzer takes for it."""
-        if self.concurrency:
-            return [f"--concurrency-range={self.concurrency}"]
-        return [f"--request-rate-range={self.request_rate:g}", "--request-distribution=poisson"]
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Where a request's time goes in one step of the ensemble: means in microseconds over ``requests``.
-
-    ``batch`` is the mean number of texts that the step computed at once.
-    """
-
-    model: str
-    requests: int
-    queue_us: float
-    compute_us: float
-    batch: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one model did under one level of load; ``throughput`` in texts a second, latencies in microseconds."""
-
-    model: str
-    concurrency: int | None
-    request_rate: float | None
-    throughput: float
-    p50_us: float
-    p95_us: float
-    p99_us: float
-    failures: int
-    steps: tuple[StepTime, ...]
-    client_share: float = 0.0
-    """Of this machine's cores, what perf_analyzer took for itself."""
-    delayed: bool = False
-    """Whether perf_analyzer could not send as fast as it was asked to."""
-
-    @property
-    def load(self) -> Load:
-        """The level it was measured under."""
-        return Load(self.concurrency, self.request_rate)
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A model's throughput over another's under one load: median, lowest and highest over the rounds."""
-
-    model: str
-    against: str
-    load: Load
-    ratio: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, the load as loadtest's figures name it."""
-        fields = dataclasses.asdict(self)
-        return {**fields.pop("load"), **fields}
-
-
-def compare(measurements: Sequence[Measurement], against: str) -> list[Ratio]:
-    """Each model's throughput over that of ``against``, round by round: the n-th of one to the n-th of the other."""
-    groups: dict[tuple[str, Load], list[float]] = {}
-    for each in measurements:
-        groups.setdefault((each.model, each.load), []).append(each.throughput)
-    found = []
-    for (model, load), rates in groups.items():
-        others = groups.get((against, load), [])
-        ratios = [rate / other for rate, other in zip(rates, others, strict=False) if other]
-        if model != against and ratios:
-            found.append(Ratio(model, against, load, statistics.median(ratios), min(ratios), max(ratios)))
-    return found
-
-
-def warnings(measurements: Sequence[Measurement]) -> list[str]:
-    """What makes some figures doubtful: a client that is the bottleneck, requests that failed."""
-    said = []
-    for each in measurements:
-        where = f"{each.model} under {each.load}"
-        if each.client_share > _BUSY_CLIENT:
-            said.append(
-                f"{where}: perf_analyzer took {each.client_share:.0%} of this machine's cores; the client may be the "
-                "bottleneck: measure from another machine"
-            )
-        if each.delayed or (each.request_rate and each.throughput < _KEPT_UP * each.request_rate):
-            said.append(
-                f"{where}: only {each.throughput:.1f} texts/s came through; either the server or the client could not "
-                "keep up, and latencies grow with the length of the test"
-            )
-        if each.failures:
-            said.append(f"{where}: {each.failures} requests failed")
-    return list(dict.fromkeys(said))
 
 
 def parse_loads(concurrency: str | None = None, request_rate: str | None = None) -> list[Load]:
@@ -248,58 +121,6 @@ def load_test(
                         progress(f"{model}, {load}" + (f", round {turn + 1} of {rounds}" if rounds > 1 else ""))
                     found.append(bench.measure(name, load, steps))
     return found
-
-
-def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
-    """One line for each measurement, a pair of columns for each step."""
-    rows = []
-    for each in measurements:
-        row = each.to_json()
-        for step in row.pop("steps"):
-            role = str(step["model"]).rpartition("_")[2]
-            row |= {f"{role}_queue_us": step["queue_us"], f"{role}_compute_us": step["compute_us"]}
-        rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_json(measurements: Sequence[Measurement], path: Path) -> None:
-    """A list of all fields."""
-    path.write_text(json.dumps([each.to_json() for each in measurements], indent=2) + "\n", encoding="utf-8")
-
-
-def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """Latency (p50, p95, p99) over throughput, a line for each model, its points marked with the load.
-
-    Raises ToolError where matplotlib is not installed, InputError where there is nothing to draw.
-    """
-    if not measurements:
-        raise InputError("no measurement to plot")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ToolError("a plot needs matplotlib: pip install 'triton-label-patcher[plot]'") from None
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for color, model in enumerate(dict.fromkeys(each.model for each in measurements)):
-        points = [each for each in measurements if each.model == model]
-        throughput = [each.throughput for each in points]
-        for style, percent in (("-o", 50), ("--s", 95), (":^", 99)):
-            latency = [getattr(each, f"p{percent}_us") / 1000 for each in points]
-            axes.plot(throughput, latency, style, color=f"C{color}", markersize=4, label=f"{model} p{percent}")
-        for each in points:
-            mark = f"c{each.concurrency}" if each.concurrency else f"{each.request_rate:g}/s"
-            axes.annotate(
-                mark, (each.throughput, each.p50_us / 1000), xytext=(4, -11), textcoords="offset points", fontsize=8
-            )
-    axes.set(xlabel="throughput (texts/s)", ylabel="latency (ms)", title="Latency over throughput")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ServerError
-from patcher.loadtest import Load, load_test
+from patcher.loadtest import load_test
+from patcher.measurement import Load
 from patcher.model_config import MAX_BATCH_SIZE, PADDING_SLACK, asked_by, parse
 from patcher.repository import ModelRepository
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving

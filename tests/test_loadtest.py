@@ -11,18 +11,8 @@ import pytest
 import tiny
 
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
-from patcher.loadtest import (
-    Load,
-    Measurement,
-    StepTime,
-    compare,
-    load_test,
-    parse_loads,
-    plot,
-    warnings,
-    write_csv,
-    write_json,
-)
+from patcher.loadtest import load_test, parse_loads
+from patcher.measurement import Load, Measurement, StepTime, compare, plot, warnings, write_csv
 from patcher.triton import perf_analyzer
 from patcher.triton.client import TritonServer
 from patcher.triton.perf_analyzer import find_perf_analyzer
@@ -91,9 +81,8 @@ def test_measures_each_model_under_each_load(client, texts, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["throughput"]) for row in rows] == [each.throughput for each in found]
     assert float(rows[0]["head_compute_us"]) == found[0].steps[2].compute_us
-    write_json(found, tmp_path / "load.json")
-    document = json.loads((tmp_path / "load.json").read_text())
-    assert {"model", "concurrency", "throughput", "p50_us", "p95_us", "p99_us", "failures"} <= document[0].keys()
+    document = found[0].to_json()
+    assert {"model", "concurrency", "throughput", "p50_us", "p95_us", "p99_us", "failures"} <= document.keys()
     plot(found, tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 

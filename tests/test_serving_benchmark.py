@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 import tiny
 
-from patcher.loadtest import Measurement
+from patcher.measurement import Measurement
 from patcher.runtime import Encoder, open_session, run_head
 from tests.benchmarks import serving, serving_swaps
 from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged, with_tritons_defaults
@@ -38,18 +38,23 @@ def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, 
     assert plain.repository.config("intent_backbone").instance_group[0].count == 2
     outside = {}
     with serving.in_process({"": classifier}, None, TEXTS, outside) as once:
-        measured = serving.served({"": classifier, serving.DEFAULTS: plain}, TEXTS, 2, 0.2, once)
-    default = serving.titled("intent", serving.DEFAULTS)
-    assert sorted(each.model for each in measured) == sorted(["intent", WHOLE, TOKENS, default] * 2 + ["intent"] * 2)
+        asking = serving.copied(classifier.root, tmp_path / "asking")
+        others = {serving.DEFAULTS: plain, serving.ASKING: asking}
+        measured = serving.served({"": classifier, **others}, TEXTS, 2, 0.2, once)
+    titles = [serving.titled("intent", each) for each in others]
+    assert sorted(each.model for each in measured) == sorted(["intent", WHOLE, TOKENS, *titles] * 2 + ["intent"] * 2)
     assert [each.request_rate for each in measured if each.request_rate] == [measured[-1].request_rate] * 2
     assert not any(each.failures for each in measured)
     assert {step.model for each in measured if each.model == WHOLE for step in each.steps} == {
         "intent_tokenizer", "whole_model"
     }  # fmt: skip
+    steps = {each.model: {step.model for step in each.steps} for each in measured}
+    assert steps["intent"] == {"intent_encoder", "intent_head"}
+    assert all(steps[title] == {"intent_encoder", "intent_backbone", "intent_head"} for title in titles)
     assert len(outside[serving.LIMIT]) == 2
     rows = serving.summary({serving.LIMIT: outside[serving.LIMIT]}, measured, "intent")
-    assert len(rows) == 6
-    for ratio in ("of the whole", "of the defaults", "of the limit"):
+    assert len(rows) == 7
+    for ratio in ("of the whole", "of the defaults", "of asking", "of the limit"):
         assert rows[1][f"{ratio}, low"] <= rows[1][ratio] <= rows[1][f"{ratio}, high"]
     assert rows[-1]["p99 / p50"] >= 1
     assert serving.table(rows).count("\n") == 7

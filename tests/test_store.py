@@ -27,8 +27,9 @@ from patcher import (
 from patcher.errors import InputError, ServerRefused
 from patcher.founding import publish_new
 from patcher.repository import Classifier
+from patcher.serve import served_models
 from patcher.triton.heads import model as store
-from patcher.triton.server import EmbeddedTriton, _served_models
+from patcher.triton.server import EmbeddedTriton
 
 LABELS = (*tiny.OLD, *tiny.NEW)
 IN_STORE = FoundingSettings(in_store=True)
@@ -60,7 +61,7 @@ def triton(stored, tmp_path):
     """A server on a copy of it."""
     root = tmp_path / "model_repository"
     shutil.copytree(stored.root, root)
-    models = _served_models(ModelRepository(root))
+    models = served_models(ModelRepository(root))
     with EmbeddedTriton(root, models, log_file=tmp_path / "log") as server:
         yield server
 
@@ -83,7 +84,7 @@ def test_the_files_of_a_stored_classifier(stored):
     assert (classifier.ensemble, classifier.address, classifier.in_store) == ("intent_any", "intent_any/s3", True)
     assert (classifier.backbone, classifier.features_model) == ("intent", "intent_features")
     assert not (stored.root / "s3").exists()
-    assert _served_models(stored) == ["intent", "intent_features", "intent_backbone", "intent_any"]
+    assert served_models(stored) == ["intent", "intent_features", "intent_backbone", "intent_any"]
     with pytest.raises(InputError, match=r"s3 is in .* already"):
         found(stored, 3)
     with pytest.raises(InputError, match=r"no classifier 's33' in .*; it holds s3, .* 11 in all"):

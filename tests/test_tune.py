@@ -14,8 +14,9 @@ import tiny
 from patcher import model_config
 from patcher.errors import InputError, RepositoryError
 from patcher.model_config import parse
+from patcher.serve import cache_options
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
-from patcher.triton.server import EmbeddedTriton, cache_options
+from patcher.triton.server import EmbeddedTriton
 from patcher.tune import candidates, tune
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]

@@ -13,7 +13,7 @@ from patcher.cli.output import table, tell
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from patcher.loadtest import Measurement
+    from patcher.measurement import Measurement
 
 _OUT = click.Path(path_type=Path, dir_okay=False)
 _TEXTS = (
@@ -59,7 +59,8 @@ def loadtest_command(
     patcher loadtest --concurrency 4 --against intent@other-host:8001 --rounds 5
     """
     from patcher.examples import read_examples
-    from patcher.loadtest import compare, load_test, parse_loads, plot, warnings, write_csv
+    from patcher.loadtest import load_test, parse_loads
+    from patcher.measurement import compare, plot, warnings, write_csv
 
     if concurrency is None and request_rate is None:
         concurrency = "1:8:3"

@@ -64,7 +64,7 @@ def serve_command(
     told otherwise; to listen elsewhere takes an admin key, and should take TLS.
     """
     from patcher.repository import ModelRepository
-    from patcher.triton.server import serve
+    from patcher.serve import serve
     from patcher.triton.tls import ServerTls
 
     tls = None

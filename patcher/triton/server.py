@@ -25,21 +25,19 @@ from patcher.triton.installation import find_installation
 from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from patcher.repository import ModelRepository
     from patcher.triton.tls import ClientTls, ServerTls
 
-__all__ = ["EmbeddedTriton", "cache_options", "serve"]
+__all__ = ["EmbeddedTriton"]
 
 _POLL_SECONDS = 0.02
 _PORT_TRIES = 3
 _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
-_CACHE_BYTES = 64 << 20
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
 _RESTRICTED = "model-repository,trace,logging"
@@ -331,81 +329,6 @@ class EmbeddedTriton:
         lines = telling_lines(self.log_file) if self.log_file else []
         said = "".join(f"\n  {line}" for line in lines) or " It logged nothing."
         return f"{said}\nThe whole log: {self.log_file}"
-
-
-def serve(
-    repository: ModelRepository,
-    *,
-    host: str = "127.0.0.1",
-    grpc_port: int = 8001,
-    http_port: int = 8000,
-    metrics_port: int = 8002,
-    admin_key: str | None = None,
-    tls: ServerTls | None = None,
-    metrics_host: str | None = None,
-    log_file: Path | None = None,
-    say: Callable[[str], object] = print,
-) -> int:
-    """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
-
-    Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
-    itself.
-    """
-    models = _served_models(repository)
-    server = EmbeddedTriton(
-        repository.store.served_from,
-        models,
-        host=host,
-        grpc_port=grpc_port,
-        http_port=http_port,
-        metrics_port=metrics_port,
-        admin_key=admin_key,
-        tls=tls,
-        metrics_host=metrics_host,
-        log_file=log_file,
-        options=cache_options(repository),
-        environment=repository.store.server_environment(),
-    )
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
-        server.start()
-        if not server.key_hidden:
-            say("warning: this system lets other users see the admin key in the list of processes")
-        say(
-            f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-            f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
-            f"log {server.log_file}; Ctrl-C stops it"
-        )
-        server.wait()
-    except KeyboardInterrupt:
-        say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
-    finally:
-        code = server.stop()
-        signal.signal(signal.SIGTERM, previous)
-    return code or 0
-
-
-def cache_options(repository: ModelRepository) -> list[str]:
-    """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
-    classifiers = [repository.classifier(name) for name in repository.classifiers()]
-    models = {model for each in classifiers for model in (each.text_model, each.backbone_model)}
-    asked = any(repository.config(model).response_cache.enable for model in models)
-    return [f"--cache-config=local,size={_CACHE_BYTES}"] if asked else []
-
-
-def _served_models(repository: ModelRepository) -> list[str]:
-    classifiers = [repository.classifier(name) for name in repository.classifiers()]
-    # An encoder asks its backbone by itself, so that no ensemble brings that one.
-    names = [name for each in classifiers for name in (each.ensemble, each.features_model, each.backbone_model)]
-    # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
-    backbones = [repository.backbone(name) for name in repository.backbones()]
-    names += [name for each in backbones for name in (each.features_model, each.backbone_model)]
-    stores = repository.stores()
-    if stores:
-        repository.require_folder()
-    names += [repository.backbone(name).any_model for name in stores]
-    return list(dict.fromkeys(names))
 
 
 def _no_proxy() -> urllib.request.OpenerDirector:

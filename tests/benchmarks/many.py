@@ -40,7 +40,8 @@ from patcher import ModelRepository
 from patcher.fit.softmax import fit_softmax
 from patcher.founding import publish_new
 from patcher.head import Head
-from patcher.loadtest import Load, compare, load_test
+from patcher.loadtest import load_test
+from patcher.measurement import Load, compare
 from patcher.memory import Memory
 from patcher.scope import fit_scope
 from patcher.triton.server import EmbeddedTriton

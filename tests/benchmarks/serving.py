@@ -4,11 +4,12 @@
 
 Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece (behind the
 tokenizer, as steps of an ensemble), the ensemble from tokens. By Tritons beside it, in the same turns: the repository
-with Triton's default instances and threads, and the repositories of ``--also`` (the same classifier in INT8, say). Then
-random arrivals (Poisson) at 70 % of the ensemble's best throughput. At the end of each turn, outside of Triton:
-onnxruntime sorted into batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a
-FastAPI + onnxruntime server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is
-served, if `make demo` was run, else a tiny one made on the spot: that measures the serving, not a model.
+with Triton's default instances and threads, with an encoder that asks Triton for the backbone (as on servers that
+`patcher serve` did not start), and the repositories of ``--also`` (the same classifier in INT8, say). Then random
+arrivals (Poisson) at 70 % of the ensemble's best throughput. At the end of each turn, outside of Triton: onnxruntime
+sorted into batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a FastAPI +
+onnxruntime server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is served, if
+`make demo` was run, else a tiny one made on the spot: that measures the serving, not a model.
 
 Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Take ratios within one run, not the
 figures of two.
@@ -42,6 +43,7 @@ MOST_TEXTS = 600
 LIMIT = "onnxruntime, sorted, batches of 32"
 PIPELINE = "transformers pipeline, one by one"
 DEFAULTS = "Triton's default instances and threads"
+ASKING = "asking Triton for the backbone"
 REST = 3.0
 """Seconds after what ran outside of Triton: its threads still turn on the spot when it has answered."""
 RANDOM = 0.7
@@ -117,7 +119,8 @@ def served(
 ) -> list[Any]:
     """perf_analyzer over all that Triton serves, in turns, each model under its title; ``after_each`` ends a turn."""
     from patcher import TritonServer
-    from patcher.loadtest import Load, load_test
+    from patcher.loadtest import load_test
+    from patcher.measurement import Load
     from patcher.triton.server import EmbeddedTriton
     from tests.benchmarks.serving_monolith import add_contenders
 
@@ -129,7 +132,9 @@ def served(
         for title, each in classifiers.items():
             models = [each.name, each.backbone_model, *((whole, tokens) if each is first else ())]
             log = each.root.parent / "triton.log"
-            servers[title] = running.enter_context(EmbeddedTriton(each.root, models, log_file=log))
+            runs = title not in (DEFAULTS, ASKING)
+            triton = EmbeddedTriton(each.root, models, log_file=log, encoder_runs_backbone=runs)
+            servers[title] = running.enter_context(triton)
             titles[each.name if each is first else f"{each.name}@{servers[title].url}"] = titled(each.name, title)
         titles |= {whole: whole, tokens: tokens}
         server = running.enter_context(TritonServer(servers[""].url))
@@ -152,7 +157,7 @@ def served(
 
 def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str, Any]]:
     """Medians, spread, and ratios, all of them round by round: to the limit, and to others under the same load."""
-    from patcher.loadtest import compare
+    from patcher.measurement import compare
     from tests.benchmarks.serving_monolith import WHOLE
 
     limit, pipeline = outside[LIMIT], outside.get(PIPELINE, [])
@@ -161,6 +166,7 @@ def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str
         rows.append({"what": what, **_rates(rates, limit, pipeline)})
     ratios = {(each.model, each.load): each for each in compare(measured, WHOLE)}
     defaults = {(each.model, each.load): each for each in compare(measured, titled(name, DEFAULTS))}
+    asking = {(each.model, each.load): each for each in compare(measured, titled(name, ASKING))}
     for model, load in dict.fromkeys((each.model, each.load) for each in measured):
         own = [each for each in measured if (each.model, each.load) == (model, load)]
         row = {"what": f"Triton: {model}, {load}", **_rates([each.throughput for each in own], limit, pipeline)}
@@ -168,7 +174,7 @@ def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str
         row |= {"p99 ms": statistics.median(each.p99_us for each in own) / 1000}
         row |= {"p99 / p50": statistics.median(each.p99_us / each.p50_us for each in own)}
         row |= {"failures": sum(each.failures for each in own)}
-        for title, found in (("of the whole", ratios), ("of the defaults", defaults)):
+        for title, found in (("of the whole", ratios), ("of the defaults", defaults), ("of asking", asking)):
             if model == name and (ratio := found.get((model, load))):
                 row |= {title: ratio.ratio, f"{title}, low": ratio.low, f"{title}, high": ratio.high}
         rows.append(row)
@@ -187,7 +193,7 @@ def _rates(rates: Sequence[float], limit: Sequence[float], pipeline: Sequence[fl
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     columns = {"texts/s": ".0f", "low": ".0f", "high": ".0f", "of the limit": ".2f"}
-    columns |= {"times the pipeline": ".1f", "of the whole": ".3f", "of the defaults": ".2f"}
+    columns |= {"times the pipeline": ".1f", "of the whole": ".3f", "of the defaults": ".2f", "of asking": ".2f"}
     columns |= {"p50 ms": ".1f", "p99 ms": ".1f", "p99 / p50": ".1f", "failures": "d"}
     lines = ["| what | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for row in rows:
@@ -209,7 +215,7 @@ def main() -> None:
     import tiny
 
     from patcher import read_examples
-    from patcher.loadtest import plot
+    from patcher.measurement import plot
     from tests.benchmarks.serving_monolith import with_tritons_defaults
 
     if not arguments.repo and (DEMO / "model_repository" / "patcher.json").is_file():
@@ -229,9 +235,10 @@ def main() -> None:
         texts = texts[:: -(-len(texts) // MOST_TEXTS)]
         plain = copied(classifiers[""].root, Path(folder) / "defaults")
         with_tritons_defaults(plain)
+        others = {DEFAULTS: plain, ASKING: copied(classifiers[""].root, Path(folder) / "asking")}
         outside: Rates = {}
         with in_process(classifiers, arguments.checkpoint, texts, outside) as once:
-            measured = served({**classifiers, DEFAULTS: plain}, texts, arguments.rounds, arguments.window, once)
+            measured = served({**classifiers, **others}, texts, arguments.rounds, arguments.window, once)
         name = classifiers[""].name
     rows = summary(outside, measured, name)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,95 @@
+"""All classifiers of a repository on a server of this machine, until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from patcher.triton.server import EmbeddedTriton
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from patcher.repository import ModelRepository
+    from patcher.triton.tls import ServerTls
+
+__all__ = ["cache_options", "serve", "served_models"]
+
+_CACHE_BYTES = 64 << 20
+
+
+def serve(
+    repository: ModelRepository,
+    *,
+    host: str = "127.0.0.1",
+    grpc_port: int = 8001,
+    http_port: int = 8000,
+    metrics_port: int = 8002,
+    admin_key: str | None = None,
+    tls: ServerTls | None = None,
+    metrics_host: str | None = None,
+    log_file: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> int:
+    """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
+
+    Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
+    itself.
+    """
+    models = served_models(repository)
+    server = EmbeddedTriton(
+        repository.store.served_from,
+        models,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        admin_key=admin_key,
+        tls=tls,
+        metrics_host=metrics_host,
+        log_file=log_file,
+        options=cache_options(repository),
+        environment=repository.store.server_environment(),
+    )
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
+        server.start()
+        if not server.key_hidden:
+            say("warning: this system lets other users see the admin key in the list of processes")
+        say(
+            f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
+            f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
+            f"log {server.log_file}; Ctrl-C stops it"
+        )
+        server.wait()
+    except KeyboardInterrupt:
+        say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
+    finally:
+        code = server.stop()
+        signal.signal(signal.SIGTERM, previous)
+    return code or 0
+
+
+def cache_options(repository: ModelRepository) -> list[str]:
+    """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
+    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+    models = {model for each in classifiers for model in (each.text_model, each.backbone_model)}
+    asked = any(repository.config(model).response_cache.enable for model in models)
+    return [f"--cache-config=local,size={_CACHE_BYTES}"] if asked else []
+
+
+def served_models(repository: ModelRepository) -> list[str]:
+    """What a server is told to load for all that the repository holds."""
+    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+    # An encoder asks its backbone by itself, so that no ensemble brings that one.
+    names = [name for each in classifiers for name in (each.ensemble, each.features_model, each.backbone_model)]
+    # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
+    backbones = [repository.backbone(name) for name in repository.backbones()]
+    names += [name for each in backbones for name in (each.features_model, each.backbone_model)]
+    stores = repository.stores()
+    if stores:
+        repository.require_folder()
+    names += [repository.backbone(name).any_model for name in stores]
+    return list(dict.fromkeys(names))
