@@ -297,6 +297,19 @@ class ModelRepository:
         files = _text_files(self.tokenizer_json(backbone.backbone))
         self.store.add({backbone.encoder_model: {**files, _CONFIG: config.encode()}})
 
+    def renew_programs(self, backbone: Backbone) -> tuple[str, ...]:
+        """Put this version's ``model.py`` in the place of an earlier one's; in which models. The lock must be held."""
+        changed = []
+        for model, source in (
+            (backbone.tokenizer_model, "tokenizer"),
+            (backbone.encoder_model, "tokenizer"),
+            (backbone.store_model, "heads"),
+        ):
+            if self.store.find(f"{model}/1/model.py") not in (None, _source(source)):
+                self.store.replace(f"{model}/1/model.py", _source(source))
+                changed.append(model)
+        return tuple(changed)
+
     def _renew_format(self) -> None:
         if self.format < FORMAT:  # older patchers do not know what an encoder is
             self.store.replace(_FORMAT_FILE, _format())

@@ -14,15 +14,17 @@ __all__ = ["upgrade"]
 
 
 def upgrade(backbone: Backbone) -> tuple[str, ...]:
-    """Put an encoder in front of a backbone, as exports since 0.4.0 have it, under the settings that its tokenizer had.
+    """Have a backbone's texts encoded as this version does it.
 
-    Returns the models whose configuration changed, none where the encoder is there already. A server takes it when it
-    is started again. Cut off at any moment, what is there still serves, and the next call goes on from it.
+    Programs of earlier versions that run inside Triton are renewed, and exports before 0.4.0 get an encoder in front of
+    the backbone, under the settings that their tokenizer had. Returns the models that changed. A server takes them when
+    it is started again. Cut off at any moment, what is there still serves, and the next call goes on from it.
     """
     repository = backbone.repository
     with repository.lock():
+        renewed = repository.renew_programs(backbone)
         if backbone.text_model == backbone.encoder_model:
-            return ()
+            return renewed
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
         serving = serving_of(model_config.parse(before), model_config.parse(deep))
         device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
@@ -43,7 +45,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         # Last: it tells whether all of this is done.
         changed[backbone.features_model] = model_config.render(features)
         repository.write_configs(changed)
-    return tuple(changed)
+    return (*renewed, *changed)
 
 
 def _above(backbone: Backbone) -> list[str]:

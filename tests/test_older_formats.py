@@ -73,12 +73,13 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
         expected = [server.classify(name, texts) for name in models[:2]]
     kept = tree(older.root)
     changed = upgrade(older)
-    assert changed == ("intent_backbone", "intent", "second", "intent_features")
+    assert changed == ("intent_tokenizer", "intent_backbone", "intent", "second", "intent_features")
     assert upgrade(older) == ()
     now = tree(older.root)
     new = {"intent_encoder", "intent_encoder/1", "patcher.json"}
     new |= {f"intent_encoder/{name}" for name in ("config.pbtxt", "1/model.py", "1/tokenizer.json")}
-    assert {name for name in now if now[name] != kept.get(name)} - new <= {f"{name}/config.pbtxt" for name in changed}
+    touched = {name for name in now if now[name] != kept.get(name)} - new
+    assert touched <= {"intent_tokenizer/1/model.py", *(f"{name}/config.pbtxt" for name in changed[1:])}
     encoder, backbone = (repository.config(model) for model in (older.text_model, older.backbone_model))
     assert (encoder.name, serving.serving_of(encoder, backbone)) == ("intent_encoder", tuned)
     with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
@@ -89,6 +90,15 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
             add_label(repository, "pizza", tiny.sentences("pizza", 10), server=server, classifier="intent").version == 4
         )
     assert [check for check in doctor.diagnose(older.root, None, "nobody") if check.state == "fault"] == []
+
+
+def test_programs_of_an_earlier_version_are_renewed(classifier, tree):
+    before = tree(classifier.root)
+    for model in ("intent_encoder", "intent_tokenizer"):
+        (classifier.root / model / "1" / "model.py").write_text("# what 0.4 had here\n")
+    assert upgrade(classifier) == ("intent_tokenizer", "intent_encoder")
+    assert tree(classifier.root) == before
+    assert upgrade(classifier) == ()
 
 
 def test_an_upgrade_moves_the_response_cache(older):

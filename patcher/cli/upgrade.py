@@ -10,10 +10,11 @@ from patcher.cli.options import Settings, common_options
 @click.command("upgrade")
 @common_options
 def upgrade_command(settings: Settings) -> None:
-    """Give an export of an earlier version the encoder of this one: texts of different lengths then share batches.
+    """Have an export of an earlier version encode texts as this one does.
 
-    Touches the configurations of the classifier's backbone, and of all classifiers on it; heads, versions, memory and
-    lineage stay as they are. A running server goes on as before, and takes it when it is started again.
+    That is in batches of like length, and on a CPU without a way to another process and back. Renews the programs of the classifier's backbone that run inside Triton; exports before 0.4.0 get an encoder, and
+    the configurations of all classifiers on the backbone name it. The backbone, heads, versions, memory and lineage
+    stay as they are. A running server goes on as before, and takes it when it is started again.
     """
     from patcher.upgrade import upgrade
 
@@ -22,7 +23,7 @@ def upgrade_command(settings: Settings) -> None:
     settings.emit({"backbone": classifier.backbone, "changed": list(changed)})
     if not settings.json:
         settings.say(
-            f"{classifier.encoder_model} stands before {classifier.backbone_model}; a restarted server serves with it"
+            f"{', '.join(changed)}: as this version has them; a server serves with them when it is started again"
             if changed
-            else f"{classifier.encoder_model} is there already: nothing to do"
+            else f"{classifier.encoder_model} is of this version already: nothing to do"
         )
