@@ -12,9 +12,10 @@ from patcher.cli.options import Settings, common_options
 def upgrade_command(settings: Settings) -> None:
     """Have an export of an earlier version encode texts as this one does.
 
-    That is in batches of like length, and on a CPU without a way to another process and back. Renews the programs of the classifier's backbone that run inside Triton; exports before 0.4.0 get an encoder, and
-    the configurations of all classifiers on the backbone name it. The backbone, heads, versions, memory and lineage
-    stay as they are. A running server goes on as before, and takes it when it is started again.
+    That is in batches of like length, and on a CPU without a way to another process and back. Renews the programs of
+    the classifier's backbone that run inside Triton; exports before 0.4.0 get an encoder, and the configurations of all
+    classifiers on the backbone name it. The backbone, heads, versions, memory and lineage stay as they are. A running
+    server goes on as before, and takes it when it is started again.
     """
     from patcher.upgrade import upgrade
 
