@@ -25,8 +25,9 @@ from patcher.errors import InputError
 from patcher.examples import Examples, read_examples
 from patcher.head import Head
 from patcher.head_file import write_head
+from patcher.layout import BackboneFiles
 from patcher.lineage import now
-from patcher.repository import BackboneFiles, ModelRepository, check_name
+from patcher.repository import ModelRepository, check_name
 from patcher.runtime import Encoder, check_head_file
 from patcher.scope import fit_scope
 from patcher.stopwatch import Stopwatch

@@ -66,6 +66,7 @@ class Measurement:
     p99_us: float
     failures: int
     steps: tuple[StepTime, ...]
+    """Those that were asked: a backbone that its encoder runs itself is none."""
     client_share: float = 0.0
     """Of this machine's cores, what perf_analyzer took for itself."""
     delayed: bool = False

@@ -16,25 +16,26 @@ import contextlib
 import difflib
 import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patcher import model_config
+from patcher import layout, model_config
 from patcher.backbone import Backbone
-from patcher.classifier import Classifier, version_files, version_numbers
+from patcher.classifier import Classifier, version_numbers
 from patcher.errors import InputError, RepositoryError
 from patcher.journal import Journal
+from patcher.layout import CONFIG, MODEL, STORE
 from patcher.store import Store, is_url, open_store
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from patcher.head import Head
+    from patcher.layout import BackboneFiles
     from patcher.memory import Memory
 
-__all__ = ["CANARY", "FORMAT", "BackboneFiles", "Classifier", "ModelRepository", "check_name", "holds"]
+__all__ = ["CANARY", "FORMAT", "Classifier", "ModelRepository", "check_name", "holds"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
@@ -48,10 +49,7 @@ CANARY = "_canary"
 _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
-_MODEL = "model.onnx"
 _JOURNAL = ".journal"
-_CONFIG = "config.pbtxt"
-_STORE = "store"
 """Beside the versions of a head that a store serves: the name of the store's backbone."""
 _NAMED_IN_ERRORS = 8
 
@@ -70,28 +68,9 @@ def check_name(name: str) -> str:
 def holds(store: Store, name: str) -> bool:
     """Whether there is a classifier ``name`` in a store, which need hold no repository."""
     head = f"{name}_head"
-    if _NAME.fullmatch(name) is None or not store.has(f"{head}/{_CONFIG}"):
+    if _NAME.fullmatch(name) is None or not store.has(f"{head}/{CONFIG}"):
         return False
-    return store.has(f"{name}/{_CONFIG}") or store.has(f"{head}/{_STORE}")
-
-
-@dataclass(frozen=True)
-class BackboneFiles:
-    """What an export hands over: the ONNX file of the backbone, and the tokenizer before it."""
-
-    model: Path
-    fingerprint: str
-    """SHA-256 of the file."""
-    tokenizer_json: str
-    """A Rust tokenizer with padding and truncation switched on."""
-    token_inputs: tuple[str, ...]
-    width: int
-    device: str = "cpu"
-    """``gpu`` places the backbone there, and all else on the CPU; ``cpu`` leaves it to Triton."""
-    tensorrt: str = ""
-    """Precision in which TensorRT runs the backbone on a GPU; empty leaves it to CUDA."""
-    unpadded: bool = False
-    """Whether the file computes nothing for padding but attention."""
+    return store.has(f"{name}/{CONFIG}") or store.has(f"{head}/{STORE}")
 
 
 class ModelRepository:
@@ -166,8 +145,8 @@ class ModelRepository:
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        models = {name.split("/")[0] for name in self.store.glob(f"*/{_CONFIG}")}
-        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{_STORE}")}
+        models = {name.split("/")[0] for name in self.store.glob(f"*/{CONFIG}")}
+        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{STORE}")}
         names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
         own = {name for name in names if name in models or f"{name}_head" in stored}
         return tuple(sorted(filter(_NAME.fullmatch, own)))
@@ -177,7 +156,7 @@ class ModelRepository:
 
         Raises InputError where the repository lies where no head store can read its heads.
         """
-        mark = self.store.find(f"{name}_head/{_STORE}")
+        mark = self.store.find(f"{name}_head/{STORE}")
         if mark is None:
             return None
         self.require_folder()
@@ -209,7 +188,7 @@ class ModelRepository:
 
     def backbones(self) -> tuple[str, ...]:
         """Names of the backbones, sorted."""
-        found = self.store.glob(f"*_features/{_CONFIG}")
+        found = self.store.glob(f"*_features/{CONFIG}")
         return tuple(sorted(name.split("/")[0].removesuffix("_features") for name in found))
 
     def backbone(self, name: str | None = None) -> Backbone:
@@ -245,12 +224,12 @@ class ModelRepository:
 
     def _fence(self, name: str, holder: str) -> None:
         """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
-        self.store.amend(f"{name}_head/{_CONFIG}", lambda data: data + self.store.stamp().encode())
+        self.store.amend(f"{name}_head/{CONFIG}", lambda data: data + self.store.stamp().encode())
         Journal(self.store, f"{name}{_JOURNAL}").insist("lock taken over", holder=holder)
 
     def _sweep(self, name: str) -> None:
         """Take away what is left of versions whose upload or removal was cut off."""
-        complete = version_numbers(self.store.glob(f"{name}_head/*/{_MODEL}"))
+        complete = version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
         parts = set(version_numbers(self.store.glob(f"{name}_head/*/*"))) - set(complete)
         if parts:
             self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
@@ -260,53 +239,20 @@ class ModelRepository:
         check_name(name)
         base = Backbone(self, name)
         self.refuse_existing(base.features_model)
-        configs = (
-            model_config.tokenizer_config(base.tokenizer_model, files.token_inputs),
-            model_config.backbone_config(
-                base.backbone_model,
-                files.token_inputs,
-                files.width,
-                files.fingerprint,
-                files.device,
-                files.tensorrt,
-                json.loads(files.tokenizer_json)["truncation"]["max_length"],
-            ),
-            model_config.encoder_config(
-                base.encoder_model,
-                files.token_inputs,
-                base.backbone_model,
-                files.width,
-                files.device,
-                unpadded=files.unpadded,
-            ),
-            model_config.features_config(base.features_model, base.encoder_model, files.width),
-        )
-        texts = _text_files(files.tokenizer_json)
-        contents: dict[str, dict[str, bytes | Path]] = {
-            base.tokenizer_model: texts,
-            base.backbone_model: {f"1/{_MODEL}": files.model},
-            base.encoder_model: texts,
-            base.features_model: {},
-        }
         self._renew_format()
-        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
+        self.store.add(layout.backbone_folders(base, files))
 
     def add_encoder(self, backbone: Backbone, config: str) -> None:
         """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
         self._renew_format()
-        files = _text_files(self.tokenizer_json(backbone.backbone))
-        self.store.add({backbone.encoder_model: {**files, _CONFIG: config.encode()}})
+        self.store.add(layout.encoder_folder(backbone, config, self.tokenizer_json(backbone.backbone)))
 
     def renew_programs(self, backbone: Backbone) -> tuple[str, ...]:
         """Put this version's ``model.py`` in the place of an earlier one's; in which models. The lock must be held."""
         changed = []
-        for model, source in (
-            (backbone.tokenizer_model, "tokenizer"),
-            (backbone.encoder_model, "tokenizer"),
-            (backbone.store_model, "heads"),
-        ):
-            if self.store.find(f"{model}/1/model.py") not in (None, _source(source)):
-                self.store.replace(f"{model}/1/model.py", _source(source))
+        for model, program in layout.programs(backbone).items():
+            if self.store.find(f"{model}/1/model.py") not in (None, program):
+                self.store.replace(f"{model}/1/model.py", program)
                 changed.append(model)
         return tuple(changed)
 
@@ -321,15 +267,7 @@ class ModelRepository:
         Raises InputError for a repository that is no folder.
         """
         self.require_folder()
-        configs = (
-            model_config.store_config(backbone.store_model, backbone.width(), backbone.backbone),
-            model_config.any_config(backbone.any_model, backbone.encoding(), backbone.store_model),
-        )
-        contents: dict[str, dict[str, bytes | Path]] = {
-            backbone.store_model: {"1/model.py": _source("heads")},
-            backbone.any_model: {},
-        }
-        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
+        self.store.add(layout.store_folders(backbone))
 
     def stores(self) -> tuple[str, ...]:
         """Names of the backbones that have a head store, sorted."""
@@ -337,7 +275,7 @@ class ModelRepository:
 
     def has_store(self, backbone: str) -> bool:
         """Whether a backbone has a complete head store (its ensemble is moved in last)."""
-        return self.store.has(f"{backbone}_any/{_CONFIG}")
+        return self.store.has(f"{backbone}_any/{CONFIG}")
 
     def remove_store(self, backbone: Backbone) -> None:
         """Take a head store's models out again."""
@@ -360,9 +298,9 @@ class ModelRepository:
         """
         check_name(name if share is None else name.removesuffix(CANARY))
         self.refuse_existing(name)
-        if len(version_numbers(self.store.glob(f"{name}_head/*/{_MODEL}"))) > 1:
+        if len(version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))) > 1:
             raise RepositoryError(
-                f"{self.location}/{name}_head holds patched versions, but {name}/{_CONFIG} is missing: restore that "
+                f"{self.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore that "
                 "file, or move the folder away first"
             )
         base = self.backbone(backbone)
@@ -374,14 +312,7 @@ class ModelRepository:
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
-        version = head.lineage.version
-        configs = [model_config.head_config(f"{name}_head", head.width, version)]
-        mark = {_STORE: f"{backbone}\n".encode()} if in_store else {}
-        if not in_store:
-            configs.append(model_config.classifier_config(name, base.encoding(), f"{name}_head", share))
-        versions = {f"{version}/{file}": data for file, data in version_files(head, memory).items()}
-        contents: dict[str, dict[str, bytes | Path]] = {f"{name}_head": {**mark, **versions}, name: {}}
-        self.store.add({config.name: contents[config.name] | _config_files(config) for config in configs})
+        self.store.add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
         # Of a classifier that was here before under this name, and whose folders somebody took away.
         self.store.remove(f"{name}{_JOURNAL}")
         classifier = Classifier(self, name)
@@ -398,15 +329,15 @@ class ModelRepository:
 
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
-        return self.store.has(f"{name}_features/{_CONFIG}")
+        return self.store.has(f"{name}_features/{CONFIG}")
 
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
-        return model_config.parse(self.config_text(model), f"{self.location}/{model}/{_CONFIG}")
+        return model_config.parse(self.config_text(model), f"{self.location}/{model}/{CONFIG}")
 
     def config_text(self, model: str) -> str:
         """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
-        name = f"{model}/{_CONFIG}"
+        name = f"{model}/{CONFIG}"
         try:
             return self.store.read(name).decode()
         except UnicodeDecodeError as error:
@@ -418,18 +349,18 @@ class ModelRepository:
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: self.store.read(f"{model}/{_CONFIG}") for model in configs}
+        before = {model: self.store.read(f"{model}/{CONFIG}") for model in configs}
         try:
             for model, text in configs.items():
-                self.store.replace(f"{model}/{_CONFIG}", text.encode())
+                self.store.replace(f"{model}/{CONFIG}", text.encode())
         except BaseException:
             for model, data in before.items():
-                self.store.replace(f"{model}/{_CONFIG}", data)
+                self.store.replace(f"{model}/{CONFIG}", data)
             raise
 
     def refuse_existing(self, name: str) -> None:
         """InputError where ``name`` is taken."""
-        if self.store.has(f"{name}/{_CONFIG}") or self.store.has(f"{name}_head/{_STORE}"):
+        if self.store.has(f"{name}/{CONFIG}") or self.store.has(f"{name}_head/{STORE}"):
             raise InputError(f"{name} is in {self.location} already; choose another name, or remove its folders first")
 
 
@@ -443,17 +374,3 @@ def _some(names: Sequence[str], wanted: str | None = None) -> str:
 
 def _format() -> bytes:
     return (json.dumps({"format": FORMAT}) + "\n").encode()
-
-
-def _config_files(config: model_config.ModelConfig) -> dict[str, bytes | Path]:
-    # An object store has no empty folders, and an ensemble without its version folder does not load.
-    keep: dict[str, bytes | Path] = {"1/.keep": b""} if config.steps else {}
-    return {**keep, _CONFIG: model_config.render(config).encode()}
-
-
-def _text_files(tokenizer_json: str) -> dict[str, bytes | Path]:
-    return {"1/model.py": _source("tokenizer"), "1/tokenizer.json": tokenizer_json.encode()}
-
-
-def _source(model: str) -> bytes:
-    return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()

@@ -16,8 +16,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from patcher.head import SINGLE_LABEL, Head
+from patcher.layout import BackboneFiles
 from patcher.memory import Memory
-from patcher.repository import BackboneFiles, Classifier, ModelRepository
+from patcher.repository import Classifier, ModelRepository
 from patcher.runtime import Encoder
 
 if TYPE_CHECKING:
