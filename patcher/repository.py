@@ -50,7 +50,6 @@ _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
 _JOURNAL = ".journal"
-"""Beside the versions of a head that a store serves: the name of the store's backbone."""
 _NAMED_IN_ERRORS = 8
 
 

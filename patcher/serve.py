@@ -30,6 +30,7 @@ def serve(
     tls: ServerTls | None = None,
     metrics_host: str | None = None,
     log_file: Path | None = None,
+    encoder_runs_backbone: bool = True,
     say: Callable[[str], object] = print,
 ) -> int:
     """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
@@ -51,6 +52,7 @@ def serve(
         log_file=log_file,
         options=cache_options(repository),
         environment=repository.store.server_environment(),
+        encoder_runs_backbone=encoder_runs_backbone,
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

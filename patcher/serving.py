@@ -67,8 +67,7 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
     first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
     _set_parameter(first, SLACK, serving.slack, PADDING_SLACK)
     if serving.instances != serving_of(first, second).instances and asked_by(first):
-        # An encoder asks one backbone at a time.
-        _set_instances(first, max(serving.instances, GPU_ENCODERS if is_on_gpu(second) else 1))
+        _set_encoders(first, second, serving.instances)
     _set_instances(second, serving.instances)
     _set_parameter(second, _THREADS, serving.threads, 0)
     if asked_by(first):
@@ -79,6 +78,17 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
         if serving.batch < second.max_batch_size:
             second.dynamic_batching.preferred_batch_size.append(serving.batch)
     return to_text(first), to_text(second)
+
+
+def with_encoders(encoder: str, backbone: str) -> str:
+    """An encoder's ``config.pbtxt`` with as many instances as the backbone's: each asks, or runs, one at a time."""
+    first, second = parse(encoder), parse(backbone)
+    _set_encoders(first, second, serving_of(first, second).instances)
+    return to_text(first)
+
+
+def _set_encoders(encoder: Any, backbone: Any, instances: int) -> None:
+    _set_instances(encoder, max(instances, GPU_ENCODERS if is_on_gpu(backbone) else 1))
 
 
 def _set_instances(message: Any, count: int) -> None:

@@ -204,6 +204,7 @@ class _Search:
     def measure(self, serving: Serving) -> float:
         """Texts a second under these settings."""
         if serving != self.loaded:
+            self.loaded = None  # until all is up: a setting that does not load takes the encoder down
             changed = _configs(self.classifier, serving)
             for model, text in changed.items():
                 (self.classifier.root / model / "config.pbtxt").write_text(text, encoding="utf-8")

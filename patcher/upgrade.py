@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from patcher import model_config
-from patcher.serving import Serving, serving_of, with_response_cache, with_serving
+from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
 
 if TYPE_CHECKING:
     from patcher.backbone import Backbone
@@ -24,6 +24,9 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
     with repository.lock():
         renewed = repository.renew_programs(backbone)
         if backbone.text_model == backbone.encoder_model:
+            if renewed:
+                configs = map(repository.config_text, (backbone.encoder_model, backbone.backbone_model))
+                repository.write_configs({backbone.encoder_model: with_encoders(*configs)})
             return renewed
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
         serving = serving_of(model_config.parse(before), model_config.parse(deep))
@@ -45,7 +48,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         # Last: it tells whether all of this is done.
         changed[backbone.features_model] = model_config.render(features)
         repository.write_configs(changed)
-    return (*renewed, *changed)
+    return (*renewed, backbone.encoder_model, *changed)
 
 
 def _above(backbone: Backbone) -> list[str]:

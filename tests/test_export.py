@@ -514,7 +514,8 @@ def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monk
     assert not (tmp_path / "model_repository").exists()
 
 
-def test_a_row_whose_large_terms_cancel_is_no_lie(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change, lies", [(1e-6, False), (1e-3, True)])
+def test_a_row_whose_large_terms_cancel_is_judged_by_them(tmp_path, monkeypatch, change, lies):
     """A small logit of large terms is rounded as they are."""
     tokenizer = checkpoints.make_tokenizer()
     model = checkpoints.make_model("bert", tokenizer).eval()
@@ -530,13 +531,17 @@ def test_a_row_whose_large_terms_cancel_is_no_lie(tmp_path, monkeypatch):
         for tensor in graph.graph.initializer:
             if "pooler" in tensor.name:
                 array = onnx.numpy_helper.to_array(tensor)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array * np.float32(1 + 1e-6), tensor.name))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array * np.float32(1 + change), tensor.name))
         onnx.save(graph, path)
         return made
 
     monkeypatch.setattr(export.classifier, "export_backbone", rounded)
-    made = run_export(repository_dir=tmp_path / "model_repository", model=model, tokenizer=tokenizer)
-    assert made.parity > 2e-4
+    given = {"repository_dir": tmp_path / "model_repository", "model": model, "tokenizer": tokenizer}
+    if lies:
+        with pytest.raises(ParityError, match="logits differ from the checkpoint's by"):
+            run_export(**given)
+    else:
+        assert run_export(**given).parity > 2e-4
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------

@@ -148,6 +148,20 @@ def test_a_version_is_there_whole_before_it_is_pinned_and_is_never_written_again
 
 
 @pytest.mark.server
+def test_an_encoder_runs_nothing_that_somebody_put_beside_it(remote, tmp_path):
+    """Triton fetches each model into a folder of its own, by default under /tmp."""
+    decoy = tmp_path / "fetched" / "intent_backbone"
+    (decoy / "1").mkdir(parents=True)
+    (decoy / "config.pbtxt").write_text("no configuration")
+    where = {"TRITON_AWS_MOUNT_DIRECTORY": str(decoy.parent)}
+    with triton(remote, tmp_path, environment=where) as server, server.client() as client:
+        assert any(path.is_dir() for path in decoy.parent.iterdir() if path != decoy)
+        assert not server.encoder_runs_backbone
+        assert client.classify("intent", TEN)[0].head_version == 1
+        assert client.statistics("intent_backbone")[0].inferences == len(TEN)
+
+
+@pytest.mark.server
 @pytest.mark.slow
 def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
     replicas = [triton(remote, tmp_path, number) for number in range(3)]

@@ -73,7 +73,9 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
         expected = [server.classify(name, texts) for name in models[:2]]
     kept = tree(older.root)
     changed = upgrade(older)
-    assert changed == ("intent_tokenizer", "intent_backbone", "intent", "second", "intent_features")
+    assert changed == (
+        "intent_tokenizer", "intent_encoder", "intent_backbone", "intent", "second", "intent_features"
+    )  # fmt: skip
     assert upgrade(older) == ()
     now = tree(older.root)
     new = {"intent_encoder", "intent_encoder/1", "patcher.json"}
@@ -93,7 +95,15 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
 
 
 def test_programs_of_an_earlier_version_are_renewed(classifier, tree):
+    repository, models = classifier.repository, ("intent_encoder", "intent_backbone")
+    with repository.lock():
+        configs = map(repository.config_text, models)
+        tuned = serving.with_serving(*configs, serving.Serving(instances=2, threads=1))
+        repository.write_configs(dict(zip(models, tuned, strict=True)))
     before = tree(classifier.root)
+    with repository.lock():  # 0.5 left one encoder before any number of sessions
+        repository.write_configs({"intent_encoder": tuned[0].replace("count: 2", "count: 1")})
+    assert tree(classifier.root) != before
     for model in ("intent_encoder", "intent_tokenizer"):
         (classifier.root / model / "1" / "model.py").write_text("# what 0.4 had here\n")
     assert upgrade(classifier) == ("intent_tokenizer", "intent_encoder")

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from patcher import model_config
 from patcher.errors import ServerError, ServerRefused
-from patcher.triton.backends.onnxruntime.model import runner
+from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
 from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, like_lengths, read_text
@@ -333,19 +333,69 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
     assert reason in str(caught.value)
 
 
-def test_runs_only_a_backbone_that_lies_there_for_a_cpu(tiny_original, tmp_path):
-    root = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
-    names = {name: np.ones((1, 3), np.int64) for name in tiny.TOKEN_INPUTS}
-    (features,) = runner(root)(["features"], names)
-    assert features.shape == (1, tiny.WIDTH)
-    plain = (root / "config.pbtxt").read_text()
-    (root / "config.pbtxt").write_text(plain.replace("count: 1", "count: 1 kind: KIND_GPU"))
-    assert runner(root) is None
-    (root / "config.pbtxt").write_text(plain.replace("count: 1", "count: 1 kind: KIND_CPU"))
-    assert runner(root) is not None
-    (root / "2").mkdir()
-    assert runner(root) is None
-    assert runner(tmp_path / "intent_backbone") is None
+@pytest.mark.parametrize(
+    "before, after, gpu, instances, runs",
+    [
+        ("count: 1", "count: 1", False, 1, True),
+        ("count: 1", "count: 1", True, 1, False),  # Triton may have it on the GPU
+        ("count: 1", "count: 1 kind: KIND_CPU", True, 1, True),
+        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),
+        ("count: 1", "count: 1", False, 2, False),  # two encoders would be two sessions
+        ("count: 1", "count: 2", False, 2, True),
+    ],
+)
+def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch, before, after, gpu, instances, runs):
+    (tmp_path / "gpu").touch()
+    monkeypatch.setattr(backend, "GPUS", (str(tmp_path / "gpu"),) if gpu else ())
+    folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace(before, after))
+    found = backend.runner(folder, instances)
+    assert (found is not None) == runs
+    if found:
+        (features,) = found(["features"], {name: np.ones((1, 3), np.int64) for name in tiny.TOKEN_INPUTS})
+        assert features.shape == (1, tiny.WIDTH)
+    (folder / "2").mkdir()
+    assert backend.runner(folder, instances) is None
+    assert backend.runner(tmp_path / "intent_backbone") is None
+
+
+def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "GPUS", ())
+    folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace(f"dims: {tiny.WIDTH}", "dims: 7"))
+    with pytest.raises(backend.LoadError, match="the configuration specifies"):
+        backend.runner(folder)
+
+
+@pytest.mark.server
+def test_a_backbone_whose_encoder_does_not_run_it_keeps_its_session(tiny_original, tmp_path, monkeypatch):
+    """An encoder of 0.5 asks, and the first answer does not wait for the file."""
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    program = root / "intent_encoder" / "1" / "model.py"
+    program.write_text(program.read_text().replace(backend.ENCODERS_RUN, "NOT_KNOWN_THEN"))
+    models = ["intent_features", "intent_backbone"]
+    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
+        (root / "intent_backbone" / "1" / "model.onnx").unlink()
+        assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
+        assert client.statistics("intent_backbone")[0].inferences == 1
+
+
+@pytest.mark.server
+def test_a_backbone_that_cannot_be_opened_again_says_so(tiny_original, tmp_path):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    models = ["intent_features", "intent_backbone"]
+    with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
+        (root / "intent_backbone" / "1" / "model.onnx").write_bytes(b"other")
+        given = [triton.InferInput(name, [1, 2], "INT64") for name in tiny.TOKEN_INPUTS]
+        for each in given:
+            each.set_data_from_numpy(np.ones((1, 2), np.int64))
+        with triton.InferenceServerClient(running.url) as other:
+            for _ in range(2):
+                with pytest.raises(InferenceServerException, match="cannot read"):
+                    other.infer("intent_backbone", given)
+        assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
 
 
 @pytest.mark.server

@@ -12,10 +12,11 @@ import pytest
 import tiny
 
 from patcher import model_config
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import InputError, RepositoryError, ServerError
 from patcher.model_config import parse
 from patcher.serve import cache_options
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
+from patcher.triton.client import TritonServer
 from patcher.triton.server import EmbeddedTriton
 from patcher.tune import candidates, tune
 
@@ -93,6 +94,35 @@ def test_tunes_within_its_time_and_writes_only_what_won(classifier, tree):
         assert changed <= {f"{model}/config.pbtxt" for model in MODELS}
         assert found.written
         assert serving_of(*map(parse, configs(classifier))) == found.best
+
+
+@pytest.mark.server
+def test_a_setting_that_does_not_load_is_passed_over(classifier, tree, monkeypatch):
+    from patcher import tune as module
+
+    bad, good = Serving(threads=1, slack=77), Serving(threads=1, delay_us=100)
+    configs, load, tried = module._configs, TritonServer.load, []
+
+    def remembered(found, serving, response_cache=None):
+        tried.append(serving)
+        return configs(found, serving, response_cache)
+
+    def loaded(server, model):
+        if tried[-1] == bad:
+            raise ServerError("no memory left")
+        load(server, model)
+
+    def both(best, cores):
+        yield "two", [bad, good]
+
+    monkeypatch.setattr(module, "_configs", remembered)
+    monkeypatch.setattr(TritonServer, "load", loaded)
+    monkeypatch.setattr(module, "candidates", both)
+    before = tree(classifier.root)
+    found = tune(classifier, TEXTS, seconds=30, concurrency=2, write=False)
+    assert [trial.ratio is None for trial in found.trials] == [True, False]
+    assert found.throughput > 1
+    assert tree(classifier.root) == before
 
 
 @pytest.mark.server

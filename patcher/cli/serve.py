@@ -45,6 +45,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--metrics-host", help="Address of the metrics, which know no TLS.  [default: --host; with TLS, loopback]"
 )
 @click.option("--log-file", type=_FILE, help="Where Triton writes its log.")
+@click.option(
+    "--ask-backbone",
+    is_flag=True,
+    help="Have encoders ask the backbone's own model, as on servers that others start, where they would run a backbone "
+    "that is for a CPU in their own process.",
+)
 def serve_command(
     repo: Path | str,
     host: str,
@@ -57,6 +63,7 @@ def serve_command(
     tls_client_ca: Path | None,
     metrics_host: str | None,
     log_file: Path | None,
+    ask_backbone: bool,
 ) -> None:
     """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C or SIGTERM.
 
@@ -84,5 +91,6 @@ def serve_command(
         tls=tls,
         metrics_host=metrics_host,
         log_file=log_file,
+        encoder_runs_backbone=not ask_backbone,
         say=tell,
     )

@@ -66,8 +66,8 @@ class EmbeddedTriton:
     metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
     checks alone; everything else there takes the key, where there is none, one that nobody knows.
 
-    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where both are on a CPU, which saves
-    the way there and back; else it asks Triton for it, as it does on servers that others start.
+    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where both are on a CPU and in a
+    folder, which saves the way there and back; else it asks Triton for it, as it does on servers that others start.
 
     Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
     """
@@ -113,7 +113,8 @@ class EmbeddedTriton:
         self._admin_key = admin_key
         self._options = tuple(options)
         self._environment = dict(environment or {})
-        self._encoder_runs_backbone = encoder_runs_backbone
+        # From an object store each model comes into a folder of its own under /tmp, where anybody can put others.
+        self.encoder_runs_backbone = encoder_runs_backbone and not is_url(repository)
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
         self.key_hidden = self._http_key is None
@@ -311,7 +312,7 @@ class EmbeddedTriton:
         from patcher.triton.tokenizer.model import BACKEND
 
         installation = find_installation()
-        runs = str(installation.backends / "onnxruntime" / "model.py") if self._encoder_runs_backbone else ""
+        runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)

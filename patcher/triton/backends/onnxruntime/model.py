@@ -11,8 +11,10 @@ The file runs inside Triton's stub process and must import nothing of this packa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -55,10 +57,10 @@ _GRAPH_LEVELS = {
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
 
-_ENCODERS_RUN = "PATCHER_ONNXRUNTIME_BACKEND"
+ENCODERS_RUN = "PATCHER_ONNXRUNTIME_BACKEND"
 """Environment variable that is set where encoders run their backbones themselves, with this file."""
-_BACKBONE = "fingerprint"
-"""The parameter that a backbone's configuration has."""
+GPUS = ("/dev/nvidiactl", "/dev/dxg")
+"""One of these is there where Triton may find a GPU."""
 
 
 class Asyncio(ModuleType):
@@ -107,14 +109,18 @@ class TritonPythonModel:
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
-        if os.environ.get(_ENCODERS_RUN) and args["model_instance_kind"] == "CPU" and _parameter(config, _BACKBONE):
+        if os.environ.get(ENCODERS_RUN) and not _has_gpu() and _encoder_runs(Path(args["model_repository"])):
             self._session = None  # it can be opened, and that is enough until somebody comes with tokens
             _give_back()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response for each request; a request that onnxruntime cannot answer gets its error alone."""
         if self._session is None:
-            self._session = self._open()
+            try:
+                self._session = self._open()
+            except LoadError as error:
+                failed = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+                return [failed] * len(requests)
         responses: list[Any] = [None] * len(requests)
         feeds: list[dict[str, Any]] = []
         groups: dict[Any, list[int]] = {}
@@ -162,35 +168,64 @@ class TritonPythonModel:
             start = stop or 0
 
 
-def runner(folder: Path) -> Callable[[list[str], Mapping[str, Any]], list[Any]] | None:
+def runner(folder: Path, instances: int = 1) -> Callable[[list[str], Mapping[str, Any]], list[Any]] | None:
     """What runs the model in ``folder`` in the process of another one that asks it alone: names and inputs to outputs.
 
-    Its configuration counts as if Triton had loaded it. None where it is not for a CPU alone, or not there: an object
-    store hands each model to Triton for itself. Raises LoadError as :func:`open_session`.
+    The model's own configuration counts, as if Triton had loaded it. None where it may run on a GPU, has fewer
+    instances than the one that asks, which has ``instances``, or is not there. Raises LoadError where Triton would
+    refuse it.
     """
     from google.protobuf import json_format, text_format
-    from tritonclient.grpc import model_config_pb2
 
     versions = [path for path in folder.glob("[0-9]*") if path.name.isdecimal()]
     file = folder / "config.pbtxt"
     if not file.is_file() or len(versions) != 1:
         return None
-    message = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    message = text_format.Parse(file.read_text(encoding="utf-8"), _model_config())
     config = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    kinds = {group.get("kind", "KIND_AUTO") for group in config.get("instance_group", [])} or {"KIND_AUTO"}
-    if kinds - {"KIND_CPU", "KIND_AUTO"} or ("KIND_AUTO" in kinds and Path("/dev/nvidiactl").exists()):
+    groups = config.get("instance_group", [{}])
+    kinds = {group.get("kind", "KIND_AUTO") for group in groups}
+    if kinds - {"KIND_CPU", "KIND_AUTO"} or ("KIND_AUTO" in kinds and _has_gpu()):
+        return None
+    if instances > sum(int(group.get("count", 1)) for group in groups):
         return None
     session = open_session(config, model_path(config, str(folder), versions[0].name), "CPU", 0)
+    check_model(config, session)
     _give_back()
     options = _run_options(config)
     return lambda names, inputs: session.run(names, inputs, options)
+
+
+def _model_config() -> Any:
+    """Triton's message, from the client's generated file alone: its package brings grpc, which nothing here needs."""
+    package = importlib.util.find_spec("tritonclient")
+    folders = package.submodule_search_locations if package else None
+    file = Path(next(iter(folders or ["tritonclient"])), "grpc", "model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"cannot read a configuration: no {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ModelConfig()
+
+
+def _has_gpu() -> bool:
+    return any(Path(device).exists() for device in GPUS)
+
+
+def _encoder_runs(folder: Path) -> bool:
+    """Whether the model in ``folder`` is a backbone whose encoder, beside it, knows how to run it."""
+    name, _, role = folder.name.rpartition("_")
+    program = folder.with_name(f"{name}_encoder") / "1" / "model.py"
+    return role == "backbone" and program.is_file() and ENCODERS_RUN in program.read_text(encoding="utf-8")
 
 
 def _give_back() -> None:
     """Have the C library return to the system what reading a model's file took: as much as the weights."""
     import ctypes  # here, for no head's start has to wait for it
 
-    ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError):  # another C library than Triton's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
