@@ -57,7 +57,7 @@ def test_every_contender_is_served_in_turns_and_summed_up(classifier, tmp_path, 
     for ratio in ("of the whole", "of the defaults", "of asking", "of the limit"):
         assert rows[1][f"{ratio}, low"] <= rows[1][ratio] <= rows[1][f"{ratio}, high"]
     assert rows[-1]["p99 / p50"] >= 1
-    assert serving.table(rows).count("\n") == 7
+    assert serving.table(rows).count("\n") == 8
 
 
 def test_ratios_are_taken_round_by_round():
