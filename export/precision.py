@@ -111,12 +111,25 @@ def _quantized(source: Path, path: Path) -> onnx.ModelProto:
     model = onnx.load(path)
     if not any(node.op_type == "MatMulInteger" for node in model.graph.node):
         raise ValueError("it has no matrix product by a constant")
+    _keep_apart(model.graph)
     # The converter adds the domains of all that it may have used; old runtimes refuse those that they do not know.
     used = {node.domain for node in model.graph.node}
     kept = [each for each in model.opset_import if each.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(kept)
     return model
+
+
+def _keep_apart(graph: onnx.GraphProto) -> None:
+    """Write the sums that layer normalisations take as ``Sum``, which ONNX Runtime leaves as it is.
+
+    It fuses ``Add`` and ``LayerNormalization`` into ``SkipLayerNormalization``, whose kernel for CPUs takes 2.6 times
+    as long as the two one after the other (MiniLM, two cores).
+    """
+    adding = {name: node for node in graph.node if node.op_type == "Add" for name in node.output}
+    for node in graph.node:
+        if node.op_type == "LayerNormalization" and node.input[0] in adding:
+            adding[node.input[0]].op_type = "Sum"
 
 
 def _halved(source: Path) -> onnx.ModelProto:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 import checkpoints  # noqa: E402  needs both
 
 import export.classifier  # noqa: E402
+import export.precision  # noqa: E402
 from export import run_export  # noqa: E402
 from export.precision import LIMITS, Limits, check_precision, sample  # noqa: E402
 from patcher.cli import main  # noqa: E402
@@ -93,6 +95,21 @@ def test_what_is_converted_and_what_is_not(exported):
     embeddings = [name for name in kinds if "word_embeddings" in name]
     expected = onnx.TensorProto.FLOAT if precision == "int8" else onnx.TensorProto.FLOAT16
     assert [kinds[name] for name in embeddings] == [expected]
+
+
+def test_int8_keeps_onnxruntime_from_its_slow_kernel(bert, train, tmp_path, monkeypatch):
+    def fused(name):
+        report = run_export(bert, tmp_path / name, precision="int8", train=train)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(report.repository.classifier().backbone_path, options)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        return kinds.count("SkipLayerNormalization"), kinds.count("LayerNormalization")
+
+    assert fused("ours") == (0, 5)  # two a layer, and the embeddings'
+    monkeypatch.setattr(export.precision, "_keep_apart", lambda graph: None)
+    assert fused("plain") == (4, 1)
 
 
 def test_a_long_text_does_not_lift_the_mean_out_of_half_precision(exported):
