@@ -246,14 +246,15 @@ class ModelRepository:
         self._renew_format()
         self.store.add(layout.encoder_folder(backbone, config, self.tokenizer_json(backbone.backbone)))
 
-    def renew_programs(self, backbone: Backbone) -> tuple[str, ...]:
-        """Put this version's ``model.py`` in the place of an earlier one's; in which models. The lock must be held."""
-        changed = []
-        for model, program in layout.programs(backbone).items():
-            if self.store.find(f"{model}/1/model.py") not in (None, program):
-                self.store.replace(f"{model}/1/model.py", program)
-                changed.append(model)
-        return tuple(changed)
+    def outdated(self, backbone: Backbone) -> dict[str, bytes]:
+        """Models of a backbone whose ``model.py`` is not this version's, and what that is."""
+        programs = layout.programs(backbone)
+        return {name: new for name, new in programs.items() if self.store.find(f"{name}/1/model.py") not in (None, new)}
+
+    def renew(self, programs: Mapping[str, bytes]) -> None:
+        """Put other programs in the place of those that are there; the lock must be held."""
+        for model, program in programs.items():
+            self.store.replace(f"{model}/1/model.py", program)
 
     def _renew_format(self) -> None:
         if self.format < FORMAT:  # older patchers do not know what an encoder is

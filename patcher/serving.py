@@ -81,9 +81,10 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
 
 
 def with_encoders(encoder: str, backbone: str) -> str:
-    """An encoder's ``config.pbtxt`` with as many instances as the backbone's: each asks, or runs, one at a time."""
+    """An encoder's ``config.pbtxt`` with no fewer instances than the backbone's: each asks, or runs, one at a time."""
     first, second = parse(encoder), parse(backbone)
-    _set_encoders(first, second, serving_of(first, second).instances)
+    there = sum(group.count for group in first.instance_group)
+    _set_encoders(first, second, max(there, serving_of(first, second).instances))
     return to_text(first)
 
 

@@ -22,12 +22,14 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
     """
     repository = backbone.repository
     with repository.lock():
-        renewed = repository.renew_programs(backbone)
+        outdated = repository.outdated(backbone)
         if backbone.text_model == backbone.encoder_model:
-            if renewed:
+            if backbone.encoder_model in outdated:
                 configs = map(repository.config_text, (backbone.encoder_model, backbone.backbone_model))
                 repository.write_configs({backbone.encoder_model: with_encoders(*configs)})
-            return renewed
+            repository.renew(outdated)  # last: it tells whether all of this is done
+            return tuple(outdated)
+        repository.renew(outdated)
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
         serving = serving_of(model_config.parse(before), model_config.parse(deep))
         device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
@@ -48,7 +50,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         # Last: it tells whether all of this is done.
         changed[backbone.features_model] = model_config.render(features)
         repository.write_configs(changed)
-    return (*renewed, backbone.encoder_model, *changed)
+    return (*outdated, backbone.encoder_model, *changed)
 
 
 def _above(backbone: Backbone) -> list[str]:

@@ -94,7 +94,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     assert [check for check in doctor.diagnose(older.root, None, "nobody") if check.state == "fault"] == []
 
 
-def test_programs_of_an_earlier_version_are_renewed(classifier, tree):
+def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatch):
     repository, models = classifier.repository, ("intent_encoder", "intent_backbone")
     with repository.lock():
         configs = map(repository.config_text, models)
@@ -106,6 +106,14 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree):
     assert tree(classifier.root) != before
     for model in ("intent_encoder", "intent_tokenizer"):
         (classifier.root / model / "1" / "model.py").write_text("# what 0.4 had here\n")
+
+    def cut(programs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "renew", cut)
+        with pytest.raises(KeyboardInterrupt):
+            upgrade(classifier)
     assert upgrade(classifier) == ("intent_tokenizer", "intent_encoder")
     assert tree(classifier.root) == before
     assert upgrade(classifier) == ()

@@ -119,8 +119,8 @@ class TritonPythonModel:
             try:
                 self._session = self._open()
             except LoadError as error:
-                failed = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
-                return [failed] * len(requests)
+                message = str(error)
+                return [pb_utils.InferenceResponse(error=pb_utils.TritonError(message)) for _ in requests]
         responses: list[Any] = [None] * len(requests)
         feeds: list[dict[str, Any]] = []
         groups: dict[Any, list[int]] = {}
