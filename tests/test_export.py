@@ -492,23 +492,28 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
     assert tree(kept.repository.root) == before
 
 
+def alter(monkeypatch, part, change):
+    """Have exports write backbones whose weights of that name are changed."""
+    honest = export.classifier.export_backbone
+
+    def altered(model, split, inputs, path, *, unpad):
+        made = honest(model, split, inputs, path, unpad=unpad)
+        graph = onnx.load(path)
+        for tensor in graph.graph.initializer:
+            if part in tensor.name:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(tensor)), tensor.name))
+        onnx.save(graph, path)
+        return made
+
+    monkeypatch.setattr(export.classifier, "export_backbone", altered)
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [(lambda w: w * 1.5, "logits differ from the checkpoint's by"), (lambda w: w * np.nan, "values not finite")],
 )
 def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monkeypatch, damage, reason):
-    honest = export.classifier.export_backbone
-
-    def lying(model, split, inputs, path, *, unpad):
-        made = honest(model, split, inputs, path, unpad=unpad)
-        graph = onnx.load(path)
-        for tensor in graph.graph.initializer:
-            if "word_embeddings" in tensor.name:
-                tensor.CopyFrom(onnx.numpy_helper.from_array(damage(onnx.numpy_helper.to_array(tensor)), tensor.name))
-        onnx.save(graph, path)
-        return made
-
-    monkeypatch.setattr(export.classifier, "export_backbone", lying)
+    alter(monkeypatch, "word_embeddings", damage)
     with pytest.raises(ParityError, match=reason):
         run_export(bert, tmp_path / "model_repository")
     assert not (tmp_path / "model_repository").exists()
@@ -522,20 +527,8 @@ def test_a_row_whose_large_terms_cancel_is_judged_by_them(tmp_path, monkeypatch,
     with torch.no_grad():
         model.classifier.weight[-1] *= 3000
         model.classifier.bias[-1] -= model(**tokenizer(SAMPLE_TEXTS[0], return_tensors="pt")).logits[0, -1]
-    honest = export.classifier.export_backbone
-
-    # Another machine's sums, in a backbone: all features a few last bits away.
-    def rounded(model, split, inputs, path, *, unpad):
-        made = honest(model, split, inputs, path, unpad=unpad)
-        graph = onnx.load(path)
-        for tensor in graph.graph.initializer:
-            if "pooler" in tensor.name:
-                array = onnx.numpy_helper.to_array(tensor)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array * np.float32(1 + change), tensor.name))
-        onnx.save(graph, path)
-        return made
-
-    monkeypatch.setattr(export.classifier, "export_backbone", rounded)
+    # All features a few last bits away, as the sums of another machine are; or by what no rounding is.
+    alter(monkeypatch, "pooler", lambda w: w * np.float32(1 + change))
     given = {"repository_dir": tmp_path / "model_repository", "model": model, "tokenizer": tokenizer}
     if lies:
         with pytest.raises(ParityError, match="logits differ from the checkpoint's by"):
