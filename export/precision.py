@@ -123,8 +123,8 @@ def _quantized(source: Path, path: Path) -> onnx.ModelProto:
 def _keep_apart(graph: onnx.GraphProto) -> None:
     """Write the sums that layer normalisations take as ``Sum``, which ONNX Runtime leaves as it is.
 
-    It fuses ``Add`` and ``LayerNormalization`` into ``SkipLayerNormalization``, whose kernel for CPUs takes 2.6 times
-    as long as the two one after the other (MiniLM, two cores).
+    It fuses ``Add`` and ``LayerNormalization`` into ``SkipLayerNormalization``, whose kernel for CPUs takes longer than
+    the two one after the other.
     """
     adding = {name: node for node in graph.node if node.op_type == "Add" for name in node.output}
     for node in graph.node:

@@ -374,7 +374,8 @@ def test_a_backbone_whose_encoder_does_not_run_it_keeps_its_session(tiny_origina
     """An encoder of 0.5 asks, and the first answer does not wait for the file."""
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     program = root / "intent_encoder" / "1" / "model.py"
-    program.write_text(program.read_text().replace(backend.ENCODERS_RUN, "NOT_KNOWN_THEN"))
+    assert backend.BACKEND == tokenizer_model.BACKEND
+    program.write_text(program.read_text().replace(backend.BACKEND, "NOT_KNOWN_THEN"))
     models = ["intent_features", "intent_backbone"]
     with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
         (root / "intent_backbone" / "1" / "model.onnx").unlink()

@@ -160,8 +160,10 @@ def _assembled(server: Path, stub: Path) -> Path:
 
 
 def _package_folders() -> list[str]:
-    specs = [importlib.util.find_spec(name) for name in ("numpy", "onnxruntime", "tokenizers", "tritonclient")]
-    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
+    names = ("numpy", "onnxruntime", "tokenizers", "tritonclient", "google.protobuf")
+    specs = [importlib.util.find_spec(name) for name in names]
+    found = (Path(spec.origin).parents[1 + spec.name.count(".")] for spec in specs if spec and spec.origin)
+    return list(dict.fromkeys(map(str, found)))
 
 
 def _build(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:

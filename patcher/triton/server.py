@@ -299,6 +299,8 @@ class EmbeddedTriton:
         return [*command, *(self.tls.options() if self.tls else ()), *self._options]
 
     def _launch(self) -> None:
+        from patcher.triton.tokenizer.model import BACKEND  # here, for it brings the tokenizers
+
         hosts = (self.host, self.http_host, self.metrics_host)
         self.grpc_port, self.http_port, self.metrics_port = free_ports(hosts, self._wanted_ports)
         if self.log_file is None:
@@ -309,8 +311,6 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        from patcher.triton.tokenizer.model import BACKEND
-
         installation = find_installation()
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}

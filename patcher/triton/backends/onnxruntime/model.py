@@ -57,8 +57,8 @@ _GRAPH_LEVELS = {
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
 
-ENCODERS_RUN = "PATCHER_ONNXRUNTIME_BACKEND"
-"""Environment variable that is set where encoders run their backbones themselves, with this file."""
+BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
+"""Environment variable, the encoder's own: set where encoders run their backbones themselves, with this file."""
 GPUS = ("/dev/nvidiactl", "/dev/dxg")
 """One of these is there where Triton may find a GPU."""
 
@@ -109,7 +109,7 @@ class TritonPythonModel:
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
-        if os.environ.get(ENCODERS_RUN) and not _has_gpu() and _encoder_runs(Path(args["model_repository"])):
+        if os.environ.get(BACKEND) and not _has_gpu() and _encoder_runs(Path(args["model_repository"])):
             self._session = None  # it can be opened, and that is enough until somebody comes with tokens
             _give_back()
 
@@ -217,7 +217,7 @@ def _encoder_runs(folder: Path) -> bool:
     """Whether the model in ``folder`` is a backbone whose encoder, beside it, knows how to run it."""
     name, _, role = folder.name.rpartition("_")
     program = folder.with_name(f"{name}_encoder") / "1" / "model.py"
-    return role == "backbone" and program.is_file() and ENCODERS_RUN in program.read_text(encoding="utf-8")
+    return role == "backbone" and program.is_file() and BACKEND in program.read_text(encoding="utf-8")
 
 
 def _give_back() -> None:
