@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patcher.canary import SplitClient
+    from patcher.dropping import drop_classifier
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from patcher.triton.client import Answer, TritonServer
     from patcher.triton.tls import ClientTls
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 # Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "add_label": "patcher.labelling",
     "add_labels": "patcher.labelling",
     "diff": "patcher.lifecycle",
+    "drop_classifier": "patcher.dropping",
     "evaluate": "patcher.lifecycle",
     "history": "patcher.lifecycle",
     "merge_labels": "patcher.relabelling",
@@ -84,6 +86,7 @@ __all__ = [
     "add_label",
     "add_labels",
     "diff",
+    "drop_classifier",
     "evaluate",
     "history",
     "merge_labels",

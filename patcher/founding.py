@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher import __version__, audit
+from patcher.dropping import take_out
 from patcher.errors import ExamplesError, GateRefused, InputError, LabelError, NotServed, PatcherError, ServerError
 from patcher.evaluation import Evaluation, evaluate_head
 from patcher.examples import check_label, check_text
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
 
-__all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
+__all__ = ["STORED_CLUSTERS", "FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
+
+STORED_CLUSTERS = 1
+"""Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
 
 _WEAK_RECALL = 0.75
 """Labels that are found less often than this among the held-out texts are named."""
@@ -171,7 +175,8 @@ def new_classifier(
         report.seconds = watch.stop()
         raise GateRefused(_refusal(report, settings), report.to_json())
     with watch("scope"):
-        memory = Memory.build(features, ids, labels, features.shape[1], per_label=settings.per_label)
+        kept = {"per_label": settings.per_label} | ({"most_clusters": STORED_CLUSTERS} if settings.in_store else {})
+        memory = Memory.build(features, ids, labels, features.shape[1], **kept)
         head = _head(base, labels, made, memory, report, examples)
     with watch("publish"):
         data = write_head(head)
@@ -307,7 +312,7 @@ def publish_new(
             repository.add_store(base)
             undo.callback(_take_out_store, base, server)
         classifier = repository.add_classifier(name, head, memory, backbone=base.backbone, in_store=in_store)
-        undo.callback(_take_out, classifier, server)
+        undo.callback(take_out, classifier, server)
         try:
             each(present(server), lambda replica: serve(classifier, head, replica))
         except PatcherError as error:
@@ -319,18 +324,6 @@ def publish_new(
             ) from error
         undo.pop_all()
     return classifier
-
-
-def _take_out(classifier: Classifier, server: TritonServer | None) -> None:
-    classifier.repository.remove_classifier(classifier.name)
-    for replica in present(server):
-        # A server that never got so far has nothing to forget, and says so.
-        with contextlib.suppress(ServerError):
-            if classifier.in_store:
-                replica.refresh(classifier.store_model, classifier.name, classifier.width())
-            else:
-                replica.unload(classifier.name)
-                replica.unload(classifier.head_model)
 
 
 def _take_out_store(base: Backbone, server: TritonServer | None) -> None:

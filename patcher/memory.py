@@ -2,7 +2,9 @@
 
 Per label a count and a sum, over all labels one second moment, and a small random sample of real features: enough for
 each label's mean, the covariance inside labels, and a calibration of the flips on real inputs. Everything that is added
-up is float64, so that a label can be taken out again to within rounding.
+up is float64, so that a label can be taken out again to within rounding. And where real features are kept, the means of
+the clusters that each label's sentences fall into: they tell whether an input is one of these labels' at all
+(``patcher.scope``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.clustering import HALF_MAX, Clusters
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
@@ -27,14 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory"]
 
-_FORMAT = 1
-_HALF_MAX = 60000.0
+_FORMAT = 2
+"""1 knew no clusters."""
 _ARRAYS = {
     "counts": np.dtype(np.int64),
     "sums": np.dtype(np.float64),
     "second_moment": np.dtype(np.float64),
     "sample": np.dtype(np.float16),
     "sample_labels": np.dtype(np.int64),
+}
+_CLUSTERS = {
+    "cluster_means": np.dtype(np.float16),
+    "cluster_counts": np.dtype(np.int64),
+    "cluster_labels": np.dtype(np.int64),
 }
 
 
@@ -52,10 +60,14 @@ class Memory:
         Sum over all sentences of ``x x'``, float64 ``[width, width]``.
     sample, sample_labels
         Real features, float16 ``[m, width]``, and which label each belongs to, INT64 ``[m]``; m = 0: statistics only.
+    clusters
+        What the labels' sentences fall into. None with statistics only: a cluster may be one sentence.
     split
         Where the classifier features end.
     per_label, seed
         At most so many real features are kept a label, chosen at random with this seed.
+    most_clusters
+        Of a label; ten by ``tests/benchmarks/tune_fit.py``.
     """
 
     labels: tuple[str, ...]
@@ -64,9 +76,11 @@ class Memory:
     second_moment: Doubles
     sample: NDArray[np.float16]
     sample_labels: Ints
+    clusters: Clusters
     split: int
     per_label: int = 20
     seed: int = 0
+    most_clusters: int = 10
 
     def __post_init__(self) -> None:
         count, width = len(self.labels), self.second_moment.shape[-1]
@@ -77,21 +91,23 @@ class Memory:
             (self.second_moment.shape == (width, width), f"second moment {self.second_moment.shape}"),
             (self.sample.shape == (len(self.sample_labels), width), f"sample {self.sample.shape}"),
             (self.sample_labels.ndim == 1, f"sample labels {self.sample_labels.shape}"),
+            (self.clusters.flaw is None, self.clusters.flaw),
+            (self.clusters.means.shape[-1] == width, f"clusters {self.clusters.means.shape}"),
             (0 < self.split <= width, f"split {self.split} outside of 1..{width}"),
             (self.per_label >= 0, f"{self.per_label} features a label"),
+            (self.most_clusters >= 1, f"{self.most_clusters} clusters a label"),
         ]
         for holds, what in checks:
             if not holds:
                 raise RepositoryError(f"this is no consistent memory: {what}")
-        for name, dtype in _ARRAYS.items():
-            if getattr(self, name).dtype != dtype:
-                raise RepositoryError(
-                    f"this is no consistent memory: {name} is {getattr(self, name).dtype}, not {dtype}"
-                )
-        if self.counts.size and self.counts.min() < 1:
+        for name, dtype in (_ARRAYS | _CLUSTERS).items():
+            if self._array(name).dtype != dtype:
+                raise RepositoryError(f"this is no consistent memory: {name} is {self._array(name).dtype}, not {dtype}")
+        if self.counts.min(initial=1) < 1:
             raise RepositoryError("this is no consistent memory: a label without a sentence")
-        if self.sample_labels.size and not 0 <= self.sample_labels.min() <= self.sample_labels.max() < count:
-            raise RepositoryError("this is no consistent memory: its sample names labels that are not there")
+        for name, ids in (("sample", self.sample_labels), ("clusters", self.clusters.labels)):
+            if ids.size and not 0 <= ids.min() <= ids.max() < count:
+                raise RepositoryError(f"this is no consistent memory: its {name} names labels that are not there")
 
     @classmethod
     def build(
@@ -103,6 +119,7 @@ class Memory:
         *,
         per_label: int = 20,
         seed: int = 0,
+        most_clusters: int = 10,
     ) -> Memory:
         """Memory of labelled features.
 
@@ -116,6 +133,8 @@ class Memory:
             Where the classifier features end.
         per_label
             Real features kept a label, chosen at random; 0 keeps statistics only.
+        most_clusters
+            Clusters that a label's sentences may fall into.
 
         Raises
         ------
@@ -131,9 +150,11 @@ class Memory:
             second_moment=np.zeros((width, width)),
             sample=np.zeros((0, width), np.float16),
             sample_labels=np.zeros(0, np.int64),
+            clusters=Clusters.of_means(np.zeros((0, width)), np.zeros(0, np.int64)),
             split=split,
             per_label=per_label,
             seed=seed,
+            most_clusters=most_clusters,
         )
         return empty.add(labels, rows, label_ids)
 
@@ -145,7 +166,7 @@ class Memory:
     @property
     def size(self) -> int:
         """Bytes of everything that is kept."""
-        return sum(int(getattr(self, name).nbytes) for name in _ARRAYS)
+        return sum(int(self._array(name).nbytes) for name in _ARRAYS | _CLUSTERS)
 
     def means(self) -> Doubles:
         """Each label's mean features, float64 ``[C, width]``."""
@@ -163,6 +184,13 @@ class Memory:
         roots = self.sums / np.sqrt(self.counts)[:, None]
         within: Doubles = (self.second_moment - roots.T @ roots) / self.freedom
         return within
+
+    def spread(self) -> Doubles:
+        """Standard deviation of each feature inside labels, float64 ``[width]``."""
+        roots = self.sums / np.sqrt(self.counts)[:, None]
+        inside = np.diag(self.second_moment) - (roots * roots).sum(axis=0)
+        spread: Doubles = np.sqrt(np.maximum(inside, 0.0) / self.freedom)
+        return spread
 
     def add(self, labels: Sequence[str], features: ArrayLike, label_ids: ArrayLike) -> Memory:
         """The memory with more sentences, of labels it knows or of new ones (``label_ids`` index ``labels``)."""
@@ -186,7 +214,7 @@ class Memory:
         counts += np.bincount(mine, minlength=len(every))
         np.add.at(sums, mine, rows.astype(np.float64))
         sample, sample_labels = self._sampled(rows, mine, counts)
-        return dataclasses.replace(
+        grown = dataclasses.replace(
             self,
             labels=every,
             counts=counts,
@@ -195,6 +223,11 @@ class Memory:
             sample=sample,
             sample_labels=sample_labels,
         )
+        if not self.per_label:
+            return grown
+        rng = np.random.default_rng([self.seed, int(counts.sum())])
+        clusters = self.clusters.add(rows, mine, grown.spread(), self.most_clusters, rng)
+        return dataclasses.replace(grown, clusters=clusters)
 
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
         """The memory without a label.
@@ -215,6 +248,7 @@ class Memory:
             leaving = self.counts[place] * np.outer(mean, mean) + (self.counts[place] - 1) * self.within()
         keep = self.sample_labels != place
         ids = self.sample_labels[keep]
+        rest = [i for i in range(len(self.labels)) if i != place]
         return dataclasses.replace(
             self,
             labels=(*self.labels[:place], *self.labels[place + 1 :]),
@@ -223,6 +257,7 @@ class Memory:
             second_moment=self.second_moment - leaving,
             sample=self.sample[keep],
             sample_labels=np.where(ids > place, ids - 1, ids),
+            clusters=self.clusters.relabelled({old: new for new, old in enumerate(rest)}),
         )
 
     def rename(self, old: str, new: str) -> Memory:
@@ -251,6 +286,7 @@ class Memory:
             sums=sums[keep],
             sample=self.sample[chosen],
             sample_labels=ids[chosen],
+            clusters=self.clusters.relabelled(goes_to),
         )
 
     def to_bytes(self) -> bytes:
@@ -263,8 +299,9 @@ class Memory:
             "split": self.split,
             "per_label": self.per_label,
             "seed": self.seed,
+            "most_clusters": self.most_clusters,
         }
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        tensors = {name: np.ascontiguousarray(self._array(name)) for name in _ARRAYS | _CLUSTERS}
         data: bytes = save(tensors, metadata={"patcher": json.dumps(about, ensure_ascii=False)})
         return data
 
@@ -277,13 +314,23 @@ class Memory:
                 raise RepositoryError(
                     f"this memory has format {about['format']}, and this patcher reads up to {_FORMAT}; update patcher"
                 )
-            settings: dict[str, Any] = {name: int(about[name]) for name in ("split", "per_label", "seed")}
-            memory = cls(labels=tuple(str(label) for label in about["labels"]), **{**arrays, **settings})
+            names = ("split", "per_label", "seed", *(["most_clusters"] if about["format"] > 1 else []))
+            settings: dict[str, Any] = {name: int(about[name]) for name in names}
+            clusters = _clusters(arrays)
+            kept = {name: arrays[name] for name in _ARRAYS}
+            memory = cls(
+                labels=tuple(str(label) for label in about["labels"]), clusters=clusters, **{**kept, **settings}
+            )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-        if not all(np.isfinite(arrays[name]).all() for name in ("sums", "second_moment", "sample")):
+        if not all(np.isfinite(array).all() for array in arrays.values()):
             raise RepositoryError("this memory is damaged: it holds values that are not finite")
         return memory
+
+    def _array(self, name: str) -> NDArray[Any]:
+        owner = self.clusters if name in _CLUSTERS else self
+        array: NDArray[Any] = getattr(owner, name.removeprefix("cluster_"))
+        return array
 
     def _place(self, label: str) -> int:
         try:
@@ -327,6 +374,14 @@ def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Gen
     return kept
 
 
+def _clusters(arrays: Mapping[str, NDArray[Any]]) -> Clusters:
+    """Those of the file; of a format that knew none, one for each label where real features are kept."""
+    if set(_CLUSTERS) <= set(arrays):
+        return Clusters(*(arrays[name] for name in _CLUSTERS))
+    counts = arrays["counts"] if len(arrays["sample"]) else arrays["counts"][:0]
+    return Clusters.of_means(arrays["sums"][: len(counts)] / np.maximum(counts, 1)[:, None], counts)
+
+
 def _rows(features: ArrayLike) -> Floats:
     rows = np.asarray(features, np.float32)
     if rows.ndim != 2:  # noqa: PLR2004  a matrix
@@ -337,7 +392,7 @@ def _rows(features: ArrayLike) -> Floats:
 
 
 def _half(rows: Floats) -> NDArray[np.float16]:
-    return np.clip(rows, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+    return np.clip(rows, -HALF_MAX, HALF_MAX).astype(np.float16)
 
 
 def _moment(rows: Floats) -> Doubles:
@@ -361,6 +416,7 @@ def _read(data: bytes) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
         arrays = load(data)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-    if not isinstance(about, dict) or set(arrays) != set(_ARRAYS):
+    first = isinstance(about, dict) and about.get("format") == 1
+    if not isinstance(about, dict) or set(arrays) != set(_ARRAYS if first else _ARRAYS | _CLUSTERS):
         raise RepositoryError(f"this file is no memory of ours: it holds {', '.join(sorted(arrays))}")
     return about, arrays

@@ -1,13 +1,14 @@
 """How much an input looks like any of the known labels: one number, in numpy and inside the head's graph.
 
-With a memory of real features it comes from the distance to the nearest label's mean in whitened features (Mahalanobis;
-Lee et al. 2018, arXiv 1807.03888), in the directions in which the means differ: few enough to keep the head's file
-small. What lies beside those directions, added, finds far topics better and near ones worse
-(``tests/benchmarks/tune_fit.py``). The score is ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a stated
-share of known inputs exceeds. The remembered ones took part in the fine-tuning, and fresh ones lie further out: where
-fresh ones are given (``--eval``) the limit is theirs, and by how much it was wider than that of the remembered ones is
-kept for the versions to come. Without such a memory the score is the largest probability, for which no limit can be
-given.
+With a memory of real features it comes from the distance to the nearest mean in whitened features (Mahalanobis; Lee et
+al. 2018, arXiv 1807.03888), in the directions in which the labels' means differ: few enough to keep the head's file
+small. The means are those of the clusters that each label's sentences fall into, for a label that people word in
+several ways leaves room in between. What lies beside those directions, added, finds far topics better and near ones
+worse (``tests/benchmarks/tune_fit.py``). The score is ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a
+stated share of known inputs exceeds. The remembered ones took part in the fine-tuning, and fresh ones lie further out:
+where fresh ones are given (``--eval``) the limit is theirs, and by how much it was wider than that of the remembered
+ones is kept for the versions to come. Without such a memory the score is the largest probability, for which no limit
+can be given.
 """
 
 from __future__ import annotations
@@ -33,19 +34,23 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Halves = NDArray[np.float16]
+    Ints = NDArray[np.int64]
 
 __all__ = ["Distance", "Scope", "fit_scope", "scope_graph", "stretch_of"]
 
-_RANK = 96
-"""Directions kept: with 135 labels and 768 features they cost 150 KB in the head's file."""
+_RANK = 128
+"""Directions kept: with 135 labels and 768 features they and the clusters cost half a megabyte in the head's file."""
 
-_MOST = 20_000
-"""Remembered inputs that the limit is set on: with thousands of labels there are more than a quantile needs."""
+_MOST = 2_000
+"""Remembered inputs that the limit is set on: with many labels there are more than a quantile needs."""
+
+_MOST_CLUSTERS = 10_000
+"""Above this the labels' own means do: they lie close enough, and a head's file need not grow tenfold."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The geometry: ``x @ projection - center`` is compared with ``means``; FP16 where it is only stored.
+    """The geometry: ``x @ projection - center`` is compared with the clusters' ``means``; FP16 where it is only stored.
 
     ``projection`` ``[width, r]``, ``center`` FP32 ``[r]``, ``means`` ``[M, r]``; ``limit`` FP32 ``[1]`` is the squared
     distance that scores 0.5.
@@ -57,12 +62,12 @@ class Distance:
     limit: Floats
 
     def squared(self, features: Floats) -> Floats:
-        """Squared distance to the nearest mean, FP32 ``[n]``."""
+        """Squared distances to the ``means``, FP32 ``[n, M]``."""
         points = features @ self.projection.astype(np.float32) - self.center
         means = self.means.astype(np.float32)
-        gaps = (points * points).sum(axis=1, keepdims=True) - 2.0 * points @ means.T + (means * means).sum(axis=1)
-        nearest: Floats = gaps.min(axis=1)
-        return nearest
+        lengths = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
+        gaps: Floats = lengths - 2.0 * points @ means.T
+        return gaps
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Scope:
         """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
         if self.distance is None:
             return _largest_probability(logits, self.problem)
-        ratio = self.distance.squared(features) / self.distance.limit
+        ratio = self.distance.squared(features).min(axis=1) / self.distance.limit
         scores: Floats = (1.0 / (1.0 + ratio * ratio)).astype(np.float32)
         return scores
 
@@ -136,17 +141,43 @@ def fit_scope(
     if memory is None or not len(memory.sample):
         return Scope(head.problem)
     old = from_memory(memory, head, settings, white)
-    means = old.points.astype(np.float32)
-    axes = _principal_axes(means - means.mean(axis=0))
+    axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
     projection = (old.whitening.points @ axes).astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
-    distance = Distance(projection, center, (means @ axes).astype(np.float16), np.ones(1, np.float32))
-    known = distance.squared(memory.sample[:: 1 + len(memory.sample) // _MOST].astype(np.float32))
-    remembered = max(float(np.quantile(known, 1.0 - false_alarms)), 1e-6)
+    means, counts = _clusters(memory, head)
+    places = (means - old.whitening.center).astype(np.float32) @ projection.astype(np.float32)
+    distance = Distance(projection, center, places.astype(np.float16), np.ones(1, np.float32))
+    inputs = memory.sample[:: 1 + len(memory.sample) // _MOST].astype(np.float32)
+    gaps = _without_themselves(distance.squared(inputs), counts)
+    remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6)
     if fresh is not None and len(fresh):
-        stretch = float(np.quantile(distance.squared(fresh), 1.0 - false_alarms)) / remembered
+        stretch = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms)) / remembered
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
+
+
+def _clusters(memory: Memory, head: HeadLike) -> tuple[NDArray[np.floating[Any]], Ints]:
+    """Means of the clusters of the head's labels, ``[M, width]``, and how many inputs each stands for, ``[M]``."""
+    there = set(head.labels)
+    known = np.array([label in there for label in memory.labels])
+    inside = known[memory.clusters.labels]
+    if inside.sum() <= _MOST_CLUSTERS:
+        return memory.clusters.means[inside], memory.clusters.counts[inside]
+    return memory.means()[known], memory.counts[known]
+
+
+def _without_themselves(gaps: Floats, counts: Ints) -> Floats:
+    """How far remembered inputs would lie from the nearest mean if none had drawn its own towards itself.
+
+    ``gaps`` ``[n, M]`` are squared and used up; ``counts`` inputs stand behind the means. Without one of ``n`` a mean
+    lies ``n / (n - 1)`` times as far from it; the only one of a cluster has the next cluster.
+    """
+    rows, own = np.arange(len(gaps)), gaps.argmin(axis=1)
+    near = gaps[rows, own] * (counts[own] / np.maximum(counts[own] - 1, 1)) ** 2
+    near[counts[own] == 1] = np.inf
+    gaps[rows, own] = np.inf
+    without: Floats = np.minimum(near, gaps.min(axis=1))
+    return without
 
 
 def _principal_axes(gaps: Floats) -> Floats:

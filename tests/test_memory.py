@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.memory import Memory
@@ -39,7 +42,8 @@ def test_statistics_are_those_of_the_features() -> None:
 def test_statistics_only_keeps_no_single_sentence() -> None:
     memory = some_memory(per_label=0)
     assert memory.sample.shape == (0, 6)
-    assert memory.add(["dial"], np.ones((3, 6)), [0, 0, 0]).sample.shape == (0, 6)
+    grown = memory.add(["dial"], np.ones((3, 6)), [0, 0, 0])
+    assert grown.sample.shape == grown.clusters.means.shape == (0, 6)
 
 
 def test_labels_without_a_sentence_stay_out() -> None:
@@ -79,6 +83,58 @@ def test_the_sample_is_fair_however_the_sentences_came() -> None:
         kept[memory.sample[:, 0].astype(int)] += 1
     assert len(memory.sample) == 8
     assert abs(kept[:25].mean() - 80) < 8 and abs(kept[25:].mean() - 80) < 8
+
+
+def two_ways(n: int = 30) -> np.ndarray:
+    sides = np.array([[8.0] * 6, [-8.0] * 6])
+    return (np.repeat(sides, n, axis=0) + np.random.default_rng(1).normal(size=(2 * n, 6))).astype(np.float32)
+
+
+def test_clusters_are_the_ways_in_which_a_label_is_worded() -> None:
+    memory = some_memory().add(["dial"], two_ways(), np.zeros(60, int))
+    mine = memory.clusters.labels == 3
+    means, counts = memory.clusters.means[mine].astype(float), memory.clusters.counts[mine]
+    assert 2 <= len(means) <= 10 and counts.sum() == 60
+    sides = np.sign(means)
+    assert (sides == sides[:, :1]).all() and counts[sides[:, 0] > 0].sum() == 30  # no cluster lies across
+    assert np.allclose(counts @ means, two_ways().sum(axis=0), atol=1.0)
+    assert np.bincount(memory.clusters.labels, memory.clusters.counts).tolist() == memory.counts.tolist()
+
+
+def test_few_sentences_are_one_cluster() -> None:
+    memory = some_memory().add(["dial"], two_ways(5), np.zeros(10, int))
+    assert (memory.clusters.labels == 3).sum() == 1
+
+
+def test_clusters_follow_the_labels_life() -> None:
+    memory = some_memory().add(["dial"], two_ways(), np.zeros(60, int))
+    more = memory.add(["dial"], two_ways() + 20, np.zeros(60, int))
+    assert more.clusters.counts[more.clusters.labels == 3].sum() == 120
+    assert np.array_equal(
+        more.clusters.means[more.clusters.labels < 3], memory.clusters.means[memory.clusters.labels < 3]
+    )
+    merged = memory.merge(["ask", "dial"], "talk")
+    assert merged.clusters.counts[merged.clusters.labels == 0].sum() == 80
+    left = memory.remove("ask")
+    assert np.array_equal(np.bincount(left.clusters.labels, left.clusters.counts), left.counts)
+    assert memory.rename("dial", "ring").clusters is memory.clusters
+
+
+def test_a_memory_of_format_1_has_each_label_as_one_cluster() -> None:
+    memory = some_memory()
+    again = Memory.from_bytes(as_format_1(memory))
+    assert again.clusters.labels.tolist() == [0, 1, 2] and again.clusters.counts.tolist() == [20, 20, 20]
+    assert np.allclose(again.clusters.means.astype(float), memory.means(), atol=2e-3)
+    assert np.array_equal(again.sample, memory.sample)
+    assert not len(Memory.from_bytes(as_format_1(some_memory(per_label=0))).clusters.means)
+
+
+def as_format_1(memory: Memory) -> bytes:
+    """The bytes that version 0.6 wrote."""
+    tensors = load(memory.to_bytes())
+    kept = {name: array for name, array in tensors.items() if not name.startswith("cluster_")}
+    about = {"format": 1, "labels": memory.labels, "split": memory.split, "per_label": memory.per_label, "seed": 0}
+    return save(kept, metadata={"patcher": json.dumps(about)})
 
 
 def test_removing_without_features_keeps_the_spread() -> None:
@@ -139,8 +195,8 @@ def test_damaged_bytes_are_refused() -> None:
 
 
 def test_a_newer_format_says_so() -> None:
-    data = some_memory().to_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 2')
-    with pytest.raises(RepositoryError, match=r"format 2.*update patcher"):
+    data = some_memory().to_bytes().replace(b'\\"format\\": 2', b'\\"format\\": 3')
+    with pytest.raises(RepositoryError, match=r"format 3.*update patcher"):
         Memory.from_bytes(data)
 
 

@@ -17,11 +17,12 @@ from patcher import (
     NotServed,
     TritonServer,
     add_label,
+    drop_classifier,
     new_classifier,
     rollback,
 )
 from patcher.cli import main
-from patcher.errors import ExamplesError, InputError, LabelError
+from patcher.errors import ExamplesError, InputError, LabelError, ServerRefused
 from patcher.fit.softmax import fit_softmax, hold_out
 from patcher.lifecycle import evaluate, history
 from patcher.repository import Classifier
@@ -205,6 +206,44 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, pla
         patcher("loadtest", "--classifier", name, "--concurrency", "2", "--window", "0.5", "--json")
     )
     assert measured["throughput"] > 0
+    assert main(["drop-classifier", name]) == 2  # nobody there to be asked
+    assert "deletes" in capsys.readouterr().err
+    if not place:
+        patcher("canary", "--classifier", name, "--version", "2", "--percent", "10")
+        assert main(["drop-classifier", name, "--yes"]) == 2
+        assert "on trial" in capsys.readouterr().err
+        patcher("canary", "--classifier", name, "--discard")
+    assert json.loads(patcher("drop-classifier", name, "--yes", "--json"))["dropped"] == [1, 2, 3]
+    assert name not in ModelRepository(triton.repository).classifiers()
+    assert not list(triton.repository.glob(f"{name}*"))
+    assert main(["classify", question, "--classifier", f"intent_any/{name}" if place else name]) == 1
+    assert name in capsys.readouterr().err
+    assert json.loads(patcher("classify", question, "--classifier", "intent", "--json"))[0]["head_version"] == 1
+    patcher("doctor")
+    patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)  # the name is free again
+    (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
+    assert answer["head_version"] == 1
+
+
+@pytest.mark.server
+def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch):
+    repository = ModelRepository(triton.repository)
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "kept", examples(), server=server)
+        before = tree(repository.root)
+
+        def refuse(self, model):
+            raise ServerRefused(f"unload {model}: no")
+
+        monkeypatch.setattr(TritonServer, "unload", refuse)
+        with pytest.raises(ServerRefused):
+            drop_classifier(repository.classifier("kept"), server)
+        assert tree(repository.root) == before
+        monkeypatch.undo()
+        server.unload("kept")  # as a patcher that was killed after that
+        server.unload("kept_head")
+        assert drop_classifier(repository.classifier("kept"), server) == (1,)
+        assert "kept" not in repository.classifiers()
 
 
 @pytest.mark.server

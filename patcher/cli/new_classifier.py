@@ -1,13 +1,15 @@
-"""``patcher new-classifier``."""
+"""``patcher new-classifier`` and ``drop-classifier``."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from patcher import audit
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, seconds
 
@@ -118,3 +120,35 @@ def _render(report: NewClassifierReport, settings: Settings) -> None:
     settings.say(
         f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB, memory {report.memory_bytes / 1e6:.1f} MB"
     )
+
+
+@click.command("drop-classifier")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--no-load", is_flag=True, help="Delete the files without touching a server.")
+@common_options
+def drop_classifier_command(name: str, yes: bool, no_load: bool, settings: Settings) -> None:
+    """Take the classifier NAME off the servers and delete it with all its versions; there is no way back.
+
+    Its backbone stays, and so does every other classifier on it.
+
+    \b
+    patcher drop-classifier customer-17
+    """
+    from patcher.dropping import drop_classifier
+
+    if settings.classifier_name is not None:
+        raise click.UsageError("the classifier to drop is the argument NAME; leave --classifier out")
+    classifier = settings.repository.classifier(name)
+    count = len(classifier.versions())
+    versions = "its only version" if count == 1 else f"its {count} versions"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError(f"this deletes {name} with {versions} for good; expected --yes")
+        click.confirm(f"Delete {name} with {versions} for good?", abort=True, err=True)
+    with nullcontext() if no_load else settings.server() as server:
+        dropped = drop_classifier(classifier, server)
+    audit.note(classifier=name, versions=list(dropped))
+    settings.emit({"classifier": name, "dropped": list(dropped), "backbone": classifier.backbone})
+    if not settings.json:
+        settings.say(f"{name} is gone, with {versions}; the backbone {classifier.backbone} stays")

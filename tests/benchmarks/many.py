@@ -38,7 +38,7 @@ import tiny
 
 from patcher import ModelRepository
 from patcher.fit.softmax import fit_softmax
-from patcher.founding import publish_new
+from patcher.founding import STORED_CLUSTERS, publish_new
 from patcher.head import Head
 from patcher.loadtest import load_test
 from patcher.measurement import Load, compare
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from patcher.triton.client import TritonServer
 
 LABELS = 150
-PER_LABEL = 5
+PER_LABEL = 60
+"""Enough to fall into ten clusters, where a head may have so many."""
 LEVELS = (1, 4, 16)
 FEW = 9
 
@@ -87,7 +88,8 @@ def heads(base: Backbone, seed: int = 0) -> Iterator[tuple[Head, Memory]]:
     width, labels = base.width(), [f"label_{number:03d}" for number in range(LABELS)]
     centers = rng.standard_normal((LABELS, width))
     rows = (centers.repeat(PER_LABEL, axis=0) + rng.standard_normal((LABELS * PER_LABEL, width))).astype(np.float32)
-    memory = Memory.build(rows, np.arange(LABELS).repeat(PER_LABEL), labels, width, per_label=PER_LABEL)
+    ids = np.arange(LABELS).repeat(PER_LABEL)
+    memory = Memory.build(rows, ids, labels, width, per_label=5, most_clusters=STORED_CLUSTERS)
     first = Head.from_linear(
         labels, centers.astype(np.float32), np.zeros(LABELS, np.float32), width, base.fingerprint()
     )

@@ -17,9 +17,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
+import patcher.scope
 from patcher.fit import fit
 from patcher.fit.settings import SETTINGS
 from patcher.head import Head
@@ -61,6 +63,10 @@ SCOPES: tuple[dict[str, float], ...] = (
     {"ridge_classifier": 0.3},
     {"ridge_hidden": 0.3},
 )
+CLUSTERS = (1, 3, 5)
+"""Of a label, at most."""
+DIRECTIONS = (32, 64)
+"""In which the out-of-scope score compares."""
 PRIORS = tuple((prior, penalty) for prior in ("imprint", "lda") for penalty in (1e-3, 1e-2, 1e-1))
 CHANGES: dict[str, tuple[float, ...]] = {
     "ridge_classifier": (0.5, 2.0),
@@ -90,8 +96,8 @@ class Tuning:
     train: tuple[Floats, Ints]
 
 
-def load(folder: Path, parts: Sequence[str]) -> Tuning:
-    """Features of one folder that ``tune_backbone.py`` wrote."""
+def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
+    """Features of one folder that ``tune_backbone.py`` wrote; ``memory``: what its memory is built with."""
     files = {name: np.load(folder / f"{name}.npz") for name in ("train", "fresh", "pose", "names", "oos", "head")}
     rows = {
         name: np.concatenate([file[part] for part in parts], axis=1).astype(np.float32)
@@ -103,12 +109,12 @@ def load(folder: Path, parts: Sequence[str]) -> Tuning:
     place = {label: i for i, label in enumerate(labels)}
     ids = {name: np.array([place[label] for label in files[name]["labels"]], np.int64) for name in ("train", "fresh")}
     head = Head.from_linear(labels, layer["W"], layer["b"], rows["train"].shape[1], "tuning")
-    memory = Memory.build(rows["train"], ids["train"], labels, head.split)
+    built = Memory.build(rows["train"], ids["train"], labels, head.split, **memory)
     names = dict(zip(files["names"]["labels"].tolist(), rows["names"], strict=True))
     pose = files["pose"]
     return Tuning(
         head=head,
-        memory=memory,
+        memory=built,
         fresh=rows["fresh"],
         fresh_ids=ids["fresh"],
         pose=rows["pose"],
@@ -187,10 +193,10 @@ def _changed(changes: dict[str, Any], method: str = "auto") -> tuple[str, Sequen
 def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
     """How well fresh texts are told from those of the posing labels, and from those of no label at all."""
 
-    def row(title: str, parts: Sequence[str], settings: Settings) -> list[str]:
+    def row(title: str, parts: Sequence[str], settings: Settings, **memory: int) -> list[str]:
         cells = []
         for folder in folders:
-            tuning = load(folder, parts)
+            tuning = load(folder, parts, **memory)
             scope = fit_scope(tuning.memory, tuning.head, settings=settings)
             inside, near, far = (
                 scope.score(rows, tuning.head.logits(rows)) for rows in (tuning.fresh, tuning.pose, tuning.outside)
@@ -204,6 +210,11 @@ def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
     for changes in SCOPES:
         title = ", ".join(f"{name} {value}" for name, value in changes.items())
         yield row(title, EXPORTED, dataclasses.replace(SETTINGS, **changes))
+    for count in CLUSTERS:
+        yield row(f"at most {count} cluster{'s' * (count > 1)} a label", EXPORTED, SETTINGS, most_clusters=count)
+    for count in DIRECTIONS:
+        with mock.patch.object(patcher.scope, "_RANK", count):
+            yield row(f"{count} directions", EXPORTED, SETTINGS)
 
 
 SEQUENCES: tuple[tuple[str, dict[str, float]], ...] = (

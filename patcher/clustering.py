@@ -1,0 +1,124 @@
+"""Where the sentences of a label lie, when one mean says too little: k-means, and what is kept of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Halves = NDArray[np.float16]
+    Doubles = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["HALF_MAX", "Clusters", "k_means"]
+
+HALF_MAX = 60000.0
+"""What is stored as float16 is held below this."""
+_STEPS = 20
+_SIZE = 6
+"""Sentences of a cluster, on average, at the least."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The clusters of all labels.
+
+    ``means`` float16 ``[k, width]``, ``counts`` INT64 ``[k]`` the sentences in each, ``labels`` INT64 ``[k]`` the label
+    that each belongs to.
+    """
+
+    means: Halves
+    counts: Ints
+    labels: Ints
+
+    @classmethod
+    def of_means(cls, means: Floats | Doubles, counts: Ints) -> Clusters:
+        """One cluster for each label; ``means`` ``[C, width]``, ``counts`` ``[C]``."""
+        return cls(_half(means), counts, np.arange(len(counts), dtype=np.int64))
+
+    @property
+    def flaw(self) -> str | None:
+        """What does not fit together; None where nothing is wrong."""
+        if self.means.ndim != 2 or not len(self.means) == len(self.counts) == len(self.labels):  # noqa: PLR2004
+            return f"clusters {self.means.shape} with counts {self.counts.shape} and labels {self.labels.shape}"
+        return "a cluster without a sentence" if self.counts.min(initial=1) < 1 else None
+
+    def add(self, rows: Floats, ids: Ints, spread: Doubles, most: int, rng: np.random.Generator) -> Clusters:
+        """With new clusters for the labels that rows came to: of the rows, and of the clusters that were there.
+
+        ``rows`` float32 ``[n, width]`` of the labels ``ids`` ``[n]``; features count in units of their
+        ``spread`` ``[width]``; a label gets at most ``most``.
+        """
+        scale = (1.0 / np.maximum(spread, max(1e-6 * float(spread.max()), 1e-12))).astype(np.float32)
+        touched = np.unique(ids)
+        parts = [self._part(~np.isin(self.labels, touched))]
+        for label in touched.tolist():
+            there, arrived = self._part(self.labels == label), rows[ids == label]
+            points = np.concatenate([there.means.astype(np.float32), arrived])
+            counts = np.concatenate([there.counts, np.ones(len(arrived), np.int64)])
+            owner = k_means(points * scale, counts.astype(np.float64), min(most, int(counts.sum()) // _SIZE), rng)
+            shares = (owner == np.arange(owner.max() + 1)[:, None]) * counts
+            totals = shares.sum(axis=1)
+            means = _half((shares / totals[:, None]) @ points)
+            parts.append(Clusters(means, totals, np.full(len(totals), label, np.int64)))
+        return Clusters(
+            np.concatenate([part.means for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+    def relabelled(self, goes_to: Mapping[int, int]) -> Clusters:
+        """Under other labels; those of labels that go nowhere are left out."""
+        kept = self._part(np.isin(self.labels, list(goes_to)))
+        return Clusters(kept.means, kept.counts, np.array([goes_to[i] for i in kept.labels.tolist()], np.int64))
+
+    def _part(self, keep: NDArray[np.bool_]) -> Clusters:
+        return Clusters(self.means[keep], self.counts[keep], self.labels[keep])
+
+
+def k_means(points: Floats, weights: Doubles, count: int, rng: np.random.Generator) -> Ints:
+    """Which of at most ``count`` clusters each point belongs to, INT64 ``[n]``, numbered from 0 without a gap.
+
+    ``points`` float32 ``[n, d]``, ``weights`` float64 ``[n]``, above 0. Lloyd's iteration from a k-means++ start
+    (Arthur and Vassilvitskii 2007).
+    """
+    if count <= 1 or len(points) <= 1:
+        return np.zeros(len(points), np.int64)
+    centres = points[_start(points, weights, count, rng)]
+    owner = np.full(len(points), -1, np.int64)
+    for _ in range(_STEPS):
+        nearest = _squared(points, centres).argmin(axis=1)
+        if np.array_equal(nearest, owner):
+            break
+        found, owner = np.unique(nearest, return_inverse=True)
+        share = (owner == np.arange(len(found))[:, None]) * weights
+        centres = (share / share.sum(axis=1, keepdims=True)).astype(np.float32) @ points
+    return owner
+
+
+def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generator) -> list[int]:
+    """Positions of points far from each other: each with a chance by its squared distance to those before it."""
+    chosen = [int(rng.choice(len(points), p=weights / weights.sum()))]
+    gaps = _squared(points, points[chosen])[:, 0]
+    while len(chosen) < count and (chances := weights * gaps).sum() > 0:
+        chosen.append(int(rng.choice(len(points), p=chances / chances.sum())))
+        gaps = np.minimum(gaps, _squared(points, points[chosen[-1:]])[:, 0])
+    return chosen
+
+
+def _half(rows: Floats | Doubles) -> Halves:
+    return np.clip(rows, -HALF_MAX, HALF_MAX).astype(np.float16)
+
+
+def _squared(points: Floats, centres: Floats) -> Doubles:
+    """Squared distances, float64 ``[n, k]``."""
+    lengths = (points * points).sum(axis=1)[:, None] + (centres * centres).sum(axis=1)
+    gaps: Doubles = np.maximum(lengths - 2.0 * points @ centres.T, 0.0).astype(np.float64)
+    return gaps
