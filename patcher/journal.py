@@ -49,6 +49,8 @@ class Journal:
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
+        # A change reads the journal some ten times, and a long life makes it long: what was read is not read again.
+        self._read: tuple[list[bytes], list[dict[str, Any]]] = ([], [])
 
     @property
     def path(self) -> Path:
@@ -64,9 +66,11 @@ class Journal:
 
         Raises RepositoryError where an entry cannot be read, or does not follow from the one before it.
         """
-        found: list[dict[str, Any]] = []
-        previous = ""
-        for number, line in enumerate(self._lines(), 1):
+        lines, (known, found) = self._lines(), self._read
+        if lines[: len(known)] != known:
+            known, found = [], []
+        found, previous = list(found), _sha256(known[-1]) if known else ""
+        for number, line in enumerate(lines[len(known) :], len(known) + 1):
             try:
                 entry = json.loads(line)
                 if not isinstance(entry, dict) or not isinstance(entry["event"], str):
@@ -85,7 +89,8 @@ class Journal:
                 )
             previous = _sha256(line)
             found.append(entry)
-        return found
+        self._read = (lines, found)
+        return list(found)
 
     def pending(self) -> Pending | None:
         """The change that was interrupted, if one was."""

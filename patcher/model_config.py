@@ -7,6 +7,8 @@ backends is compared with the declaration at load).
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -375,12 +377,20 @@ def render(config: ModelConfig) -> str:
 def parse(text: str, where: str = "config.pbtxt") -> Any:
     """A ``config.pbtxt`` as a ``ModelConfig`` message; RepositoryError with ``where`` if it does not parse."""
     from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2 as pb
 
     try:
-        return text_format.Parse(text, pb.ModelConfig())
+        return copy.deepcopy(_parsed(text))
     except text_format.ParseError as error:
         raise RepositoryError(f"{where} is no readable Triton model configuration: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Parsing takes milliseconds, a copy some microseconds, and a change asks for the same texts again and again."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    return text_format.Parse(text, pb.ModelConfig())
 
 
 def pinned_versions(message: Any) -> tuple[int, ...]:

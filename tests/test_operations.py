@@ -26,6 +26,7 @@ from patcher.cli import main
 from patcher.errors import Busy, RepositoryError, ServerError, ServerUnreachable, StorageError, VersionError
 from patcher.fleet import addresses, waves
 from patcher.lifecycle import history
+from patcher.repository import Classifier
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
 
@@ -51,6 +52,24 @@ class TestJournal:
         path.write_bytes(data)
         (fault,) = [check for check in faults(classifier) if "changed after it was published" in check.finding]
         assert f"version {version}" in fault.what and "memory.safetensors" in fault.finding
+
+    def test_what_was_read_once_is_read_again_where_it_changed(self, classifier):
+        patched(classifier)
+        before = classifier.journal.entries()
+        before.clear()  # the caller's own list
+        known = classifier.journal.entries()
+        path = classifier.journal.path
+        text = path.read_text()
+        other = Classifier(classifier.repository, classifier.name)
+        other.note("done", serving=2)
+        assert classifier.journal.entries()[:-1] == known
+        path.write_text(text)
+        assert classifier.journal.entries() == known
+        path.write_text(text.replace('"parent": 1', '"parent": 0'))
+        with pytest.raises(RepositoryError, match="does not follow from the line before it"):
+            classifier.journal.entries()
+        path.unlink()
+        assert classifier.journal.entries() == []
 
     def test_a_changed_line_shows_and_repair_begins_anew(self, classifier):
         patched(classifier)
