@@ -1,7 +1,7 @@
 """Exit 0 when every classifier that this container serves is ready, not merely the server around them.
 
-Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down. With --live it is
-enough that the server answers at all.
+Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
+`patcher drop-classifier` took out of the repository since. With --live it is enough that the server answers at all.
 """
 
 import os
@@ -13,6 +13,7 @@ import urllib.request
 LIVE = "--live" in sys.argv[1:]
 ADDRESS = next((word for word in sys.argv[1:] if word != "--live"), "127.0.0.1:8000")
 SERVED = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "classifiers"  # noqa: S108 - a tmpfs of the container's own
+REPOSITORY = pathlib.Path(os.environ.get("TRITON_MODEL_REPO", "/models"))
 
 
 def trouble(what: str) -> str:
@@ -35,6 +36,8 @@ def main() -> int:
     except OSError as error:
         print(f"entrypoint.sh has not got that far: {error}")
         return 1
+    if REPOSITORY.is_dir():
+        names = [name for name in names if (REPOSITORY / name / "config.pbtxt").is_file()]
     found = [text for name in names if (text := trouble(f"models/{name}/ready"))]
     print("\n".join(found) or f"ready: {', '.join(names)}")
     return 1 if found or not names else 0

@@ -19,6 +19,7 @@ CHANGES = frozenset(
     [
         "export",
         "new-classifier",
+        "drop-classifier",
         "add-label",
         "rollback",
         "canary",

@@ -22,6 +22,8 @@ __all__ = ["HALF_MAX", "Clusters", "k_means"]
 HALF_MAX = 60000.0
 """What is stored as float16 is held below this."""
 _STEPS = 20
+_LEAST_SPREAD = 1e-3
+"""Of a feature, next to the widest: less is rounding."""
 _SIZE = 6
 """Sentences of a cluster, on average, at the least."""
 
@@ -46,7 +48,7 @@ class Clusters:
     @property
     def flaw(self) -> str | None:
         """What does not fit together; None where nothing is wrong."""
-        if self.means.ndim != 2 or not len(self.means) == len(self.counts) == len(self.labels):  # noqa: PLR2004
+        if self.means.ndim != 2 or not self.means.shape[:1] == self.counts.shape == self.labels.shape:  # noqa: PLR2004
             return f"clusters {self.means.shape} with counts {self.counts.shape} and labels {self.labels.shape}"
         return "a cluster without a sentence" if self.counts.min(initial=1) < 1 else None
 
@@ -56,14 +58,16 @@ class Clusters:
         ``rows`` float32 ``[n, width]`` of the labels ``ids`` ``[n]``; features count in units of their
         ``spread`` ``[width]``; a label gets at most ``most``.
         """
-        scale = (1.0 / np.maximum(spread, max(1e-6 * float(spread.max()), 1e-12))).astype(np.float32)
+        scale = (1.0 / np.maximum(spread, max(_LEAST_SPREAD * float(spread.max()), 1e-12))).astype(np.float32)
         touched = np.unique(ids)
         parts = [self._part(~np.isin(self.labels, touched))]
         for label in touched.tolist():
             there, arrived = self._part(self.labels == label), rows[ids == label]
             points = np.concatenate([there.means.astype(np.float32), arrived])
             counts = np.concatenate([there.counts, np.ones(len(arrived), np.int64)])
-            owner = k_means(points * scale, counts.astype(np.float64), min(most, int(counts.sum()) // _SIZE), rng)
+            # Centred, for a feature that hardly varies would else swallow all others in the squares.
+            near = (points - np.average(points, axis=0, weights=counts).astype(np.float32)) * scale
+            owner = k_means(near, counts.astype(np.float64), min(most, int(counts.sum()) // _SIZE), rng)
             shares = (owner == np.arange(owner.max() + 1)[:, None]) * counts
             totals = shares.sum(axis=1)
             means = _half((shares / totals[:, None]) @ points)

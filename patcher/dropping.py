@@ -6,53 +6,89 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from patcher.canary import require_free
-from patcher.errors import ServerError
-from patcher.fleet import present
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
+from patcher.fleet import Fleet, present
+from patcher.repository import CANARY, check_name
 from patcher.rollout import require_live
 
 if TYPE_CHECKING:
-    from patcher.repository import Classifier
+    from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
 
 __all__ = ["drop_classifier", "take_out"]
 
 
-def drop_classifier(classifier: Classifier, server: TritonServer | None = None) -> tuple[int, ...]:
+def drop_classifier(repository: ModelRepository, name: str, server: TritonServer | None = None) -> tuple[int, ...]:
     """Take a classifier off the servers and delete it with all its versions, which are returned; its backbone stays.
+
+    One that was interrupted is finished by the next call: then there are only remains, on disk or on a server.
 
     Raises
     ------
     InputError
-        where a version of it is on trial.
+        where there is none of that name, or a version of it is on trial.
     ServerError
-        where no server answers, or one would not let go of it: then the files are as they were, and a server that did
-        let go serves it again after ``patcher sync``.
+        where a server does not answer, or would not let go of a classifier with an ensemble of its own: then the files
+        are as they were. A head store forgets a classifier when its files are gone, so that there the files are deleted
+        although a store would not hear of it.
     """
+    if check_name(name).endswith(CANARY):
+        raise InputError(f"{name} is a version on trial; `patcher canary --discard` ends that")
     require_live(server)
-    with classifier.repository.lock():
-        if not classifier.in_store:
+    if isinstance(server, Fleet) and server.away:
+        raise ServerUnreachable(
+            f"{', '.join(server.away)} does not answer and would go on serving {name}; nothing was changed. "
+            "Start it, or leave it out of --url"
+        )
+    with repository.lock():
+        classifier = repository.classifier(name) if name in repository.classifiers() else None
+        versions = repository.versions_of(name)
+        if classifier is not None and not classifier.in_store:
             require_free(classifier)
-        versions = classifier.versions()
-        if classifier.in_store:
-            take_out(classifier, server)
-        else:
-            for replica in present(server):
-                _take_off(classifier, replica)
-            classifier.repository.remove_classifier(classifier.name)
+        held = _unload(name, server)
+        there = repository.has_remains(name)
+        repository.remove_classifier(name)
+        _forget(repository, name, server)
+        if not held and not there:
+            repository.classifier(name)  # which says what there is instead
     return versions
 
 
 def take_out(classifier: Classifier, server: TritonServer | None) -> None:
-    """The files go first, so that a server that starts meanwhile knows nothing of it; then what the servers hold."""
+    """The way back of what no server came to serve; what a server never had it cannot forget, and says so."""
     classifier.repository.remove_classifier(classifier.name)
+    with contextlib.suppress(ServerError):
+        _unload(classifier.name, server)
+    with contextlib.suppress(ServerError):
+        _forget(classifier.repository, classifier.name, server)
+
+
+def _unload(name: str, server: TritonServer | None) -> bool:
+    """Have the servers let go of an ensemble and a head; whether one held them."""
+    held = False
     for replica in present(server):
-        with contextlib.suppress(ServerError):  # what a server never had it cannot forget, and says so
-            _take_off(classifier, replica)
+        for model in (name, f"{name}_head"):
+            if replica.is_ready(model):
+                replica.unload(model)
+                held = True
+    return held
 
 
-def _take_off(classifier: Classifier, replica: TritonServer) -> None:
-    if classifier.in_store:  # which forgets a head whose files are gone
-        replica.refresh(classifier.store_model, classifier.name, classifier.width())
-    else:
-        replica.unload(classifier.name)
-        replica.unload(classifier.head_model)
+def _forget(repository: ModelRepository, name: str, server: TritonServer | None) -> None:
+    """Have the head stores look for files that are gone; what is wrong with one is said when all were asked."""
+    failed = []
+    for backbone in map(repository.backbone, repository.stores()):
+        for replica in present(server):
+            try:
+                if replica.is_ready(backbone.store_model):
+                    replica.refresh(backbone.store_model, name, backbone.width())
+            except ServerRefused as error:
+                if "no classifier" not in str(error):  # the answer that is wanted
+                    failed.append(f"{replica.url}: {error}")
+            except ServerError as error:
+                failed.append(f"{replica.url}: {error}")
+    if failed:
+        raise ServerError(
+            f"{name} is deleted, but may still be answered for by {'; '.join(failed)}. "
+            f"`patcher drop-classifier {name}` once more asks again"
+        )

@@ -22,7 +22,7 @@ from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.lineage import author, now
 from patcher.memory import Memory
-from patcher.remembering import FEATURES_A_LABEL
+from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
 from patcher.repository import check_name
 from patcher.rollout import require_live, serve, validate
 from patcher.scope import fit_scope
@@ -39,10 +39,7 @@ if TYPE_CHECKING:
     from patcher.repository import Classifier, ModelRepository
     from patcher.triton.client import TritonServer
 
-__all__ = ["STORED_CLUSTERS", "FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
-
-STORED_CLUSTERS = 1
-"""Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
+__all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
 
 _WEAK_RECALL = 0.75
 """Labels that are found less often than this among the held-out texts are named."""

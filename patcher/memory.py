@@ -310,10 +310,6 @@ class Memory:
         """Read a memory back; RepositoryError where the bytes are not one of ours."""
         about, arrays = _read(data)
         try:
-            if about["format"] > _FORMAT:
-                raise RepositoryError(
-                    f"this memory has format {about['format']}, and this patcher reads up to {_FORMAT}; update patcher"
-                )
             names = ("split", "per_label", "seed", *(["most_clusters"] if about["format"] > 1 else []))
             settings: dict[str, Any] = {name: int(about[name]) for name in names}
             clusters = _clusters(arrays)
@@ -416,7 +412,11 @@ def _read(data: bytes) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
         arrays = load(data)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-    first = isinstance(about, dict) and about.get("format") == 1
-    if not isinstance(about, dict) or set(arrays) != set(_ARRAYS if first else _ARRAYS | _CLUSTERS):
+    number = about.get("format") if isinstance(about, dict) else None
+    if isinstance(number, int) and number > _FORMAT:
+        raise RepositoryError(
+            f"this memory has format {number}, and this patcher reads up to {_FORMAT}; update patcher"
+        )
+    if number is None or set(arrays) != set(_ARRAYS if number == 1 else _ARRAYS | _CLUSTERS):
         raise RepositoryError(f"this file is no memory of ours: it holds {', '.join(sorted(arrays))}")
     return about, arrays

@@ -93,7 +93,11 @@ def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[s
 def _probes(targets: Targets) -> list[Probe]:
     jobs = []
     repository = targets.repository
-    names = [(name, repository.classifier(name).address if repository else name) for name in targets.classifiers]
+    asked = targets.classifiers
+    if repository is not None:  # one that was dropped since is no fault
+        here = repository.classifiers()
+        asked = tuple(name for name in asked if name in here)
+    names = [(name, repository.classifier(name).address if repository else name) for name in asked]
     for url in targets.urls:
         tls = targets.tls
         if tls is not None and tls.server_name is None:

@@ -30,6 +30,9 @@ __all__ = ["build_memory", "label_ids", "remember"]
 FEATURES_A_LABEL = 20
 """Real features kept of each label: enough to see a flip rate of 1 / (20 labels) with confidence."""
 
+STORED_CLUSTERS = 1
+"""Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
+
 
 def label_ids(head: Head, examples: Examples) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which text has which label: indices into ``examples`` and into the head's labels, one pair a text and label.
@@ -48,16 +51,18 @@ def label_ids(head: Head, examples: Examples) -> tuple[NDArray[np.int64], NDArra
 
 
 def build_memory(
-    head: Head, examples: Examples, features: NDArray[np.float32], *, per_label: int = FEATURES_A_LABEL
+    head: Head, examples: Examples, features: NDArray[np.float32], *, per_label: int = FEATURES_A_LABEL, **limits: int
 ) -> Memory:
     """The memory of labelled texts with features FP32 ``[n, width]``; ``per_label`` 0 keeps statistics alone.
+
+    ``limits`` are further ones of ``Memory.build``.
 
     Raises LabelError for labels that the head lacks, ExamplesError where no text has a label.
     """
     rows, ids = label_ids(head, examples)
     if not len(rows):
         raise ExamplesError(f"{examples.source}: no text has a label; expected labelled texts")
-    return Memory.build(features[rows], ids, head.labels, head.split, per_label=per_label)
+    return Memory.build(features[rows], ids, head.labels, head.split, per_label=per_label, **limits)
 
 
 def remember(
@@ -81,7 +86,8 @@ def remember(
         parent = classifier.head()
         label_ids(parent, examples)  # before minutes go into features
         features = extract_features(classifier, examples.texts, None, progress)
-        memory = build_memory(parent, examples, features, per_label=per_label)
+        limits = {"most_clusters": STORED_CLUSTERS} if classifier.in_store else {}
+        memory = build_memory(parent, examples, features, per_label=per_label, **limits)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)

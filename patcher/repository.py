@@ -298,10 +298,10 @@ class ModelRepository:
         """
         check_name(name if share is None else name.removesuffix(CANARY))
         self.refuse_existing(name)
-        if len(version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))) > 1:
+        if len(self.versions_of(name)) > 1:
             raise RepositoryError(
                 f"{self.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore that "
-                "file, or move the folder away first"
+                f"file, or delete what is left by `patcher drop-classifier {name}`"
             )
         base = self.backbone(backbone)
         width, fingerprint = base.width(), base.fingerprint()
@@ -326,6 +326,14 @@ class ModelRepository:
     def remove_classifier(self, name: str) -> None:
         """Take a classifier's models out again, its backbone not."""
         self.store.take_away([name, f"{name}_head", f"{name}{_JOURNAL}"])
+
+    def has_remains(self, name: str) -> bool:
+        """Whether there is anything of a classifier, whole or half deleted (its journal goes last)."""
+        return any(self.store.has(part) for part in (f"{name}/{CONFIG}", f"{name}_head/{CONFIG}", f"{name}{_JOURNAL}"))
+
+    def versions_of(self, name: str) -> tuple[int, ...]:
+        """Head versions under a name, whether or not the classifier is whole."""
+        return version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
 
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""

@@ -174,9 +174,11 @@ def _without_themselves(gaps: Floats, counts: Ints) -> Floats:
     """
     rows, own = np.arange(len(gaps)), gaps.argmin(axis=1)
     near = gaps[rows, own] * (counts[own] / np.maximum(counts[own] - 1, 1)) ** 2
-    near[counts[own] == 1] = np.inf
-    gaps[rows, own] = np.inf
-    without: Floats = np.minimum(near, gaps.min(axis=1))
+    if gaps.shape[1] > 1:
+        near[counts[own] == 1] = np.inf
+        gaps[rows, own] = np.inf
+        near = np.minimum(near, gaps.min(axis=1))
+    without: Floats = near
     return without
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -199,10 +200,28 @@ def test_health_is_the_readiness_of_every_classifier(tmp_path: Path, served: str
     with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
-        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(tmp_path / "nowhere")}
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         server.shutdown()
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
+
+
+def test_a_classifier_that_was_dropped_makes_nothing_unready(tmp_path: Path) -> None:
+    (tmp_path / "classifiers").write_text("intent\ndropped")
+    repository = tmp_path / "models"
+    for name in ("intent", "dropped"):
+        (repository / name).mkdir(parents=True)
+        (repository / name / "config.pbtxt").touch()
+    codes = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(repository)}
+        for name in ("none", "dropped", "intent"):
+            shutil.rmtree(repository / name, ignore_errors=True)
+            codes.append(subprocess.run(command, env=environment, capture_output=True, check=False).returncode)
+        server.shutdown()
+    assert codes == [1, 0, 1]
 
 
 def test_monitoring_scrapes_what_compose_runs() -> None:

@@ -101,6 +101,16 @@ def test_clusters_are_the_ways_in_which_a_label_is_worded() -> None:
     assert np.bincount(memory.clusters.labels, memory.clusters.counts).tolist() == memory.counts.tolist()
 
 
+@pytest.mark.parametrize("constant", [0.0, 10.0])
+def test_a_feature_that_never_varies_hides_no_cluster(constant: float) -> None:
+    rows = np.column_stack([two_ways(), np.full(60, constant)]).astype(np.float32)
+    memory = Memory.build(rows, np.zeros(60, int), ["dial"], split=4)
+    more = memory.add(["dial"], rows + np.array([1, 1, 1, 1, 1, 1, 0]), np.zeros(60, int))
+    for found in (memory, more):
+        sides = np.sign(found.clusters.means[:, :6].astype(float))
+        assert len(sides) >= 2 and (sides == sides[:, :1]).all()
+
+
 def test_few_sentences_are_one_cluster() -> None:
     memory = some_memory().add(["dial"], two_ways(5), np.zeros(10, int))
     assert (memory.clusters.labels == 3).sum() == 1
@@ -195,9 +205,9 @@ def test_damaged_bytes_are_refused() -> None:
 
 
 def test_a_newer_format_says_so() -> None:
-    data = some_memory().to_bytes().replace(b'\\"format\\": 2', b'\\"format\\": 3')
+    tensors = {**load(some_memory().to_bytes()), "of_tomorrow": np.zeros(3)}
     with pytest.raises(RepositoryError, match=r"format 3.*update patcher"):
-        Memory.from_bytes(data)
+        Memory.from_bytes(save(tensors, metadata={"patcher": json.dumps({"format": 3})}))
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

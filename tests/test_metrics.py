@@ -63,9 +63,8 @@ def exported(two, tmp_path_factory):
         assert main(["rollback", "--to", "9"]) == 2
         assert main(["labels"]) == 0
     texts = tuple(tiny.sentences("weather", 5))
-    targets = Targets(
-        (one.url, other.url, "127.0.0.1:1"), ("intent",), ModelRepository(one.repository), folder / "audit.jsonl", texts
-    )
+    urls, names = (one.url, other.url, "127.0.0.1:1"), ("intent", "dropped-since")
+    targets = Targets(urls, names, ModelRepository(one.repository), folder / "audit.jsonl", texts)
     server, _ = expose(targets, "127.0.0.1", 0)
     yield scrape(f"127.0.0.1:{server.server_port}"), folder / "audit.jsonl"
     server.shutdown()
@@ -83,6 +82,12 @@ def test_each_replica_is_told_apart(exported, two):
     assert sample(text, "patcher_pinned_version", classifier="intent") == 2
     assert 0 < sample(text, "patcher_sample_score", replica=one.url, quantile="0.5") <= 1
     assert 0 <= sample(text, "patcher_sample_in_scope", replica=other.url, quantile="0.05") <= 1
+
+
+@pytest.mark.server
+def test_a_classifier_that_was_dropped_is_no_fault(exported):
+    assert 'classifier="intent"' in exported[0]
+    assert 'classifier="dropped-since"' not in exported[0]
 
 
 @pytest.mark.server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny
 
 from patcher import (
     Examples,
+    Fleet,
     FoundingSettings,
     GateRefused,
     ModelRepository,
@@ -22,7 +24,7 @@ from patcher import (
     rollback,
 )
 from patcher.cli import main
-from patcher.errors import ExamplesError, InputError, LabelError, ServerRefused
+from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fit.softmax import fit_softmax, hold_out
 from patcher.lifecycle import evaluate, history
 from patcher.repository import Classifier
@@ -237,13 +239,91 @@ def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch
 
         monkeypatch.setattr(TritonServer, "unload", refuse)
         with pytest.raises(ServerRefused):
-            drop_classifier(repository.classifier("kept"), server)
+            drop_classifier(repository, "kept", server)
         assert tree(repository.root) == before
         monkeypatch.undo()
         server.unload("kept")  # as a patcher that was killed after that
         server.unload("kept_head")
-        assert drop_classifier(repository.classifier("kept"), server) == (1,)
-        assert "kept" not in repository.classifiers()
+        assert drop_classifier(repository, "kept", server) == (1,)
+        with pytest.raises(InputError, match="no classifier 'kept'"):
+            drop_classifier(repository, "kept", server)
+
+
+@pytest.mark.server
+def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
+    repository = ModelRepository(triton.repository)
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "unheard", examples(), server=server, settings=FoundingSettings(in_store=True))
+
+        def away(self, *_):
+            raise ServerUnreachable("nobody answers")
+
+        monkeypatch.setattr(TritonServer, "refresh", away)
+        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* once more"):
+            drop_classifier(repository, "unheard", server)
+        monkeypatch.undo()
+        assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1
+        with pytest.raises(InputError, match="no classifier 'unheard'"):  # and yet the store was told
+            drop_classifier(repository, "unheard", server)
+        with pytest.raises(ServerError, match="no classifier 'unheard'"):
+            server.classify("intent_any/unheard", ["hello"])
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path, monkeypatch, capsys, tree, in_store):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    repository = ModelRepository(tmp_path / "model_repository")
+    before = tree(repository.root)
+    new_classifier(repository, "half", examples(), settings=FoundingSettings(in_store=in_store))
+    add_label(repository, "music", tiny.sentences("music", 10), classifier="half")
+    rename, left = Path.rename, [1]
+
+    def killed(self, target):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        drop_classifier(repository, "half")
+    monkeypatch.undo()
+    assert "half" not in repository.classifiers()
+    assert repository.has_remains("half")
+    assert main(["drop-classifier", "half", "--yes", "--no-load", "--repo", str(repository.root)]) == 0
+    assert capsys.readouterr().out.startswith("half is gone")
+    kept = {
+        name: data for name, data in tree(repository.root).items() if not name.startswith("intent_") or name in before
+    }
+    assert kept == before
+    new_classifier(repository, "half", examples())
+
+
+def test_a_drop_leaves_a_line_for_the_auditors(tiny_original, tmp_path, monkeypatch):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(tmp_path / "model_repository"))
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
+    new_classifier(ModelRepository(tmp_path / "model_repository"), "topics", examples())
+    assert main(["drop-classifier", "topics", "--yes", "--no-load"]) == 0
+    assert main(["drop-classifier", "topics", "--yes", "--no-load"]) == 2
+    assert main(["drop-classifier", "intent_canary", "--yes", "--no-load"]) == 2
+    events = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(each["verb"], each["classifier"], each["outcome"]) for each in events] == [
+        ("drop-classifier", "topics", "done"),
+        ("drop-classifier", "topics", "bad_input"),
+        ("drop-classifier", "intent_canary", "bad_input"),
+    ]
+    assert events[0]["versions"] == [1]
+
+
+def test_with_a_replica_away_nothing_is_dropped(tiny_original, tmp_path, monkeypatch):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    repository = ModelRepository(tmp_path / "model_repository")
+    new_classifier(repository, "topics", examples())
+    monkeypatch.setattr(TritonServer, "is_live", lambda self: self.url.endswith(":1"))
+    with Fleet(["localhost:1", "localhost:2"]) as fleet, pytest.raises(ServerUnreachable, match="localhost:2 does not"):
+        drop_classifier(repository, "topics", fleet)
+    assert "topics" in repository.classifiers()
 
 
 @pytest.mark.server

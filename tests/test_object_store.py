@@ -30,6 +30,7 @@ from patcher import (
     add_label,
     canary,
     doctor,
+    drop_classifier,
     history,
     lease,
     new_classifier,
@@ -618,11 +619,15 @@ class TestNewClassifier:
 
     @pytest.mark.server
     def test_with_an_ensemble_of_its_own(self, remote, tmp_path):
+        before = objects()
         with triton(remote, tmp_path) as replica, replica.client() as client:
             assert new_classifier(remote.repository, "topics", self.examples(), server=client).served
             assert client.classify("topics", TEN)[0].head_version == 1
-        assert ModelRepository(URL).classifiers() == ("intent", "topics")
-        assert faults() == []
+            assert ModelRepository(URL).classifiers() == ("intent", "topics")
+            assert faults() == []
+            assert drop_classifier(ModelRepository(URL), "topics", client) == (1,)
+            assert not client.is_ready("topics") and not client.is_ready("topics_head")
+        assert objects() == before
 
     def test_in_a_head_store_is_refused(self, remote, tmp_path, capsys):
         before = objects()

@@ -97,3 +97,9 @@ def test_with_too_many_clusters_the_labels_means_do(monkeypatch):
     assert len(fit_scope(memory, make_head()).distance.means) == len(memory.clusters.means) > 6
     monkeypatch.setattr("patcher.scope._MOST_CLUSTERS", 10)
     assert len(fit_scope(memory, make_head()).distance.means) == 6
+
+
+def test_one_remembered_text_has_a_limit():
+    head = Head.from_linear(LABELS[:1], CENTRES[:1, :10], np.zeros(1, np.float32), 20, "f" * 64)
+    scope = fit_scope(Memory.build(FEATURES[:1], IDS[:1], LABELS[:1], 10), head)
+    assert np.isfinite(scope.distance.limit).all()

@@ -12,6 +12,7 @@ import click
 from patcher import audit
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, seconds
+from patcher.repository import check_name
 
 if TYPE_CHECKING:
     from patcher.founding import NewClassifierReport
@@ -139,16 +140,21 @@ def drop_classifier_command(name: str, yes: bool, no_load: bool, settings: Setti
 
     if settings.classifier_name is not None:
         raise click.UsageError("the classifier to drop is the argument NAME; leave --classifier out")
-    classifier = settings.repository.classifier(name)
-    count = len(classifier.versions())
+    audit.note(classifier=name)
+    count = len(settings.repository.versions_of(check_name(name)))
     versions = "its only version" if count == 1 else f"its {count} versions"
-    if not yes:
+    if count and not yes:
         if not sys.stdin.isatty():
             raise click.UsageError(f"this deletes {name} with {versions} for good; expected --yes")
-        click.confirm(f"Delete {name} with {versions} for good?", abort=True, err=True)
+        if not click.confirm(f"Delete {name} with {versions} for good?", err=True):
+            settings.say(f"{name} was not touched")
+            return
     with nullcontext() if no_load else settings.server() as server:
-        dropped = drop_classifier(classifier, server)
-    audit.note(classifier=name, versions=list(dropped))
-    settings.emit({"classifier": name, "dropped": list(dropped), "backbone": classifier.backbone})
+        dropped = drop_classifier(settings.repository, name, server)
+    audit.note(versions=list(dropped))
+    settings.emit({"classifier": name, "dropped": list(dropped)})
     if not settings.json:
-        settings.say(f"{name} is gone, with {versions}; the backbone {classifier.backbone} stays")
+        which = (
+            f", with {'version' if len(dropped) == 1 else 'versions'} {', '.join(map(str, dropped))}" if dropped else ""
+        )
+        settings.say(f"{name} is gone{which}; its backbone stays")

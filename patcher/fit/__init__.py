@@ -132,7 +132,7 @@ def fit(
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     examples = _checked(examples, head)
     if memory is None and replay is not None:
-        memory = Memory.build(replay[0], replay[1], head.labels, head.split)
+        memory = Memory.build(replay[0], replay[1], head.labels, head.split, most_clusters=1)
     old = (
         from_rows(head, np.concatenate(list(examples.values())))
         if memory is None

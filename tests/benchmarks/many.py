@@ -38,11 +38,12 @@ import tiny
 
 from patcher import ModelRepository
 from patcher.fit.softmax import fit_softmax
-from patcher.founding import STORED_CLUSTERS, publish_new
+from patcher.founding import publish_new
 from patcher.head import Head
 from patcher.loadtest import load_test
 from patcher.measurement import Load, compare
 from patcher.memory import Memory
+from patcher.remembering import STORED_CLUSTERS
 from patcher.scope import fit_scope
 from patcher.triton.server import EmbeddedTriton
 
