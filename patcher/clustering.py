@@ -24,8 +24,6 @@ HALF_MAX = 60000.0
 _STEPS = 20
 _LEAST_SPREAD = 1e-3
 """Of a feature, next to the widest: less is rounding."""
-_SIZE = 6
-"""Sentences of a cluster, on average, at the least."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Clusters:
             counts = np.concatenate([there.counts, np.ones(len(arrived), np.int64)])
             # Centred, for a feature that hardly varies would else swallow all others in the squares.
             near = (points - np.average(points, axis=0, weights=counts).astype(np.float32)) * scale
-            owner = k_means(near, counts.astype(np.float64), min(most, int(counts.sum()) // _SIZE), rng)
+            owner = k_means(near, counts.astype(np.float64), min(most, len(points)), rng)
             shares = (owner == np.arange(owner.max() + 1)[:, None]) * counts
             totals = shares.sum(axis=1)
             means = _half((shares / totals[:, None]) @ points)

@@ -44,6 +44,9 @@ _RANK = 128
 _MOST = 2_000
 """Remembered inputs that the limit is set on: with many labels there are more than a quantile needs."""
 
+_FRESHER = 2.0
+"""So many times as far (squared) lie fresh texts as those that took part in the fine-tuning."""
+
 _MOST_CLUSTERS = 10_000
 """Above this the labels' own means do: they lie close enough, and a head's file need not grow tenfold."""
 
@@ -53,20 +56,21 @@ class Distance:
     """The geometry: ``x @ projection - center`` is compared with the clusters' ``means``; FP16 where it is only stored.
 
     ``projection`` ``[width, r]``, ``center`` FP32 ``[r]``, ``means`` ``[M, r]``; ``limit`` FP32 ``[1]`` is the squared
-    distance that scores 0.5.
+    distance that scores 0.5; ``scale`` FP32 ``[M]`` is what the squared distance to each mean counts for.
     """
 
     projection: Halves
     center: Floats
     means: Halves
     limit: Floats
+    scale: Floats
 
     def squared(self, features: Floats) -> Floats:
-        """Squared distances to the ``means``, FP32 ``[n, M]``."""
+        """Squared distances to the ``means`` as far as they count, FP32 ``[n, M]``."""
         points = features @ self.projection.astype(np.float32) - self.center
         means = self.means.astype(np.float32)
         lengths = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
-        gaps: Floats = lengths - 2.0 * points @ means.T
+        gaps: Floats = (lengths - 2.0 * points @ means.T) * self.scale
         return gaps
 
 
@@ -112,7 +116,9 @@ class Scope:
         try:
             distance = None
             if settings["kind"] != "softmax":
-                distance = Distance(*(arrays[f"scope_{field.name}"] for field in dataclasses.fields(Distance)))
+                ones = np.ones(len(arrays["scope_means"]), np.float32)
+                known = {"scope_scale": ones} | dict(arrays)  # version 0.6 knew no scale
+                distance = Distance(*(known[f"scope_{field.name}"] for field in dataclasses.fields(Distance)))
             alarms = settings["false_alarms"]
             stretch = float(settings.get("stretch", 1.0))  # version 0.2 knew none
             return cls(settings["problem"], distance, None if alarms is None else float(alarms), stretch)
@@ -144,10 +150,13 @@ def fit_scope(
     axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
     projection = (old.whitening.points @ axes).astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
-    means, counts = _clusters(memory, head)
+    means, counts, owners = _clusters(memory, head)
     places = (means - old.whitening.center).astype(np.float32) @ projection.astype(np.float32)
-    distance = Distance(projection, center, places.astype(np.float16), np.ones(1, np.float32))
-    inputs = memory.sample[:: 1 + len(memory.sample) // _MOST].astype(np.float32)
+    ones = np.ones(len(places), np.float32)
+    distance = Distance(projection, center, places.astype(np.float16), ones[:1], ones)
+    some = slice(None, None, 1 + len(memory.sample) // _MOST)
+    inputs, theirs = memory.sample[some].astype(np.float32), memory.sample_labels[some]
+    distance = dataclasses.replace(distance, scale=_scale(distance.squared(inputs), theirs, counts, owners))
     gaps = _without_themselves(distance.squared(inputs), counts)
     remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6)
     if fresh is not None and len(fresh):
@@ -156,14 +165,33 @@ def fit_scope(
     return Scope(head.problem, distance, false_alarms, stretch)
 
 
-def _clusters(memory: Memory, head: HeadLike) -> tuple[NDArray[np.floating[Any]], Ints]:
-    """Means of the clusters of the head's labels, ``[M, width]``, and how many inputs each stands for, ``[M]``."""
+def _clusters(memory: Memory, head: HeadLike) -> tuple[NDArray[np.floating[Any]], Ints, Ints]:
+    """Of the head's labels: the clusters' means ``[M, width]``, how many inputs each stands for, whose each is."""
     there = set(head.labels)
     known = np.array([label in there for label in memory.labels])
     inside = known[memory.clusters.labels]
     if inside.sum() <= _MOST_CLUSTERS:
-        return memory.clusters.means[inside], memory.clusters.counts[inside]
-    return memory.means()[known], memory.counts[known]
+        return memory.clusters.means[inside], memory.clusters.counts[inside], memory.clusters.labels[inside]
+    return memory.means()[known], memory.counts[known], np.flatnonzero(known)
+
+
+def _scale(gaps: Floats, labels: Ints, counts: Ints, owners: Ints) -> Floats:
+    """What the distance to each mean counts for, FP32 ``[M]``: less where a label's inputs lie far from each other.
+
+    Fine-tuning drew the texts of the labels that it saw together; those of a label that was added later lie three to
+    four times as far apart, and most would be called out of scope. ``gaps`` ``[n, M]`` are those of remembered inputs
+    of ``labels`` ``[n]``, ``owners`` ``[M]`` whose each mean is.
+    """
+    own = np.where(labels[:, None] == owners, gaps, np.inf)
+    apart = _without_themselves(own, counts)
+    found = np.isfinite(apart)
+    each = np.full(int(owners.max()) + 1, np.nan)
+    for label in np.unique(labels[found]).tolist():
+        each[label] = apart[found & (labels == label)].mean()
+    typical = float(np.nanmedian(each)) if found.any() else 1.0
+    scale = np.clip(_FRESHER * typical / np.maximum(each, 1e-12), 1.0 / _FRESHER, 1.0)
+    # Of a label with one text nothing is known but that it was added.
+    return np.where(np.isnan(scale), 1.0 / _FRESHER, scale)[owners].astype(np.float32)
 
 
 def _without_themselves(gaps: Floats, counts: Ints) -> Floats:
@@ -228,11 +256,12 @@ def scope_graph(
         node("Transpose", ["scope_places"], ["scope_columns"], perm=[1, 0]),
         node("MatMul", ["scope_points", "scope_columns"], ["scope_dots"]),
         node("Mul", ["scope_dots", "scope_minus_two"], ["scope_cross"]),
-        node("Add", ["scope_cross", "scope_lengths"], ["scope_gaps"]),
-        node("ReduceMin", ["scope_gaps"], ["scope_least"], axes=[1], keepdims=1),
+        node("Add", ["scope_cross", "scope_lengths"], ["scope_partly"]),
         node("Mul", ["scope_points", "scope_points"], ["scope_squares"]),
         node("ReduceSum", ["scope_squares", "scope_axis"], ["scope_length"], keepdims=1),
-        node("Add", ["scope_least", "scope_length"], ["scope_distance"]),
+        node("Add", ["scope_partly", "scope_length"], ["scope_gaps"]),
+        node("Mul", ["scope_gaps", "scope_scale"], ["scope_scaled"]),
+        node("ReduceMin", ["scope_scaled"], ["scope_distance"], axes=[1], keepdims=1),
         node("Div", ["scope_distance", "scope_limit"], ["scope_ratio"]),
         node("Mul", ["scope_ratio", "scope_ratio"], ["scope_ratios"]),
         node("Add", ["scope_ratios", "scope_one"], ["scope_sum"]),

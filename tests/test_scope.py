@@ -77,6 +77,8 @@ def test_a_scorer_of_version_0_2_has_no_stretch():
     arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
     settings = {"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": 0.05}
     assert Scope.from_arrays(settings, arrays).stretch == 1.0
+    del arrays["scope_scale"]  # which came with version 0.7
+    assert (Scope.from_arrays(settings, arrays).distance.scale == 1.0).all()
 
 
 def test_a_label_worded_in_two_ways_leaves_room_in_between(monkeypatch):
@@ -103,3 +105,20 @@ def test_one_remembered_text_has_a_limit():
     head = Head.from_linear(LABELS[:1], CENTRES[:1, :10], np.zeros(1, np.float32), 20, "f" * 64)
     scope = fit_scope(Memory.build(FEATURES[:1], IDS[:1], LABELS[:1], 10), head)
     assert np.isfinite(scope.distance.limit).all()
+
+
+def test_a_label_that_was_added_later_may_lie_wider():
+    wide = (CENTRES[:1] - CENTRES[3:4] + 2 * np.random.default_rng(1).standard_normal((400, 20))).astype(np.float32)
+    memory = Memory.build(FEATURES, IDS, LABELS, 10).add(["added"], wide[:10], np.zeros(10, int))
+    head = Head.from_linear([*LABELS, "added"], np.ones((7, 10), np.float32), np.zeros(7, np.float32), 20, "f" * 64)
+    scope = fit_scope(memory, head)
+    added = memory.clusters.labels == memory.labels.index("added")
+    assert (scope.distance.scale[~added] == 1.0).all() and (scope.distance.scale[added] >= 0.5).all()
+    strict = dataclasses.replace(scope.distance, scale=np.ones_like(scope.distance.scale))
+    logits = np.zeros((390, 7), np.float32)
+    called = [
+        np.mean(each.score(wide[10:], logits) < 0.5) for each in (scope, dataclasses.replace(scope, distance=strict))
+    ]
+    assert called[0] < called[1]
+    alone = Memory.build(FEATURES, IDS, LABELS, 10).add(["added"], wide[:1], np.zeros(1, int))
+    assert fit_scope(alone, head).distance.scale[-1] == 0.5

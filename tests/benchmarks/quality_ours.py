@@ -302,11 +302,13 @@ def _scope_figures(setting: Setting, head: Head, memory: Memory, stretch: float)
         return scorer.score(rows, head.logits(rows))
 
     inside, outside = score(setting.test), score(setting.outside)
+    added = [score(new.test) for label, new in setting.new.items() if label in head.labels]
     threshold = getattr(scorer, "threshold", IN_SCOPE)
     return {
         "auroc": auroc(inside, outside),
         "false alarms stated": scorer.false_alarms,
         "false alarms on test": float((inside < threshold).mean()),
+        "new labels' texts below": float((np.concatenate(added) < threshold).mean()) if added else None,
         "found outside": float((outside < threshold).mean()),
         "seconds": seconds,
     }

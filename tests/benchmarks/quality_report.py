@@ -196,10 +196,12 @@ def _scope(results: Mapping[str, Any]) -> list[str]:
         stated = row["false alarms stated"]
         promised = "none" if stated is None else f"{100 * stated:.1f} %"
         alarms = f"{100 * row['false alarms on test']:.1f} % (stated {promised})"
-        rows.append(
-            [name, f"{row['auroc']:.4f}", alarms, f"{100 * row['found outside']:.1f} %", f"{row['seconds']:.3f}"]
-        )
-    heads = ["when", "AUROC", "old test texts called out of scope", "texts of no label found", "seconds to fit"]
+        new = row.get("new labels' texts below")
+        added = "" if new is None else f"{100 * new:.1f} %"
+        found = f"{100 * row['found outside']:.1f} %"
+        rows.append([name, f"{row['auroc']:.4f}", alarms, added, found, f"{row['seconds']:.3f}"])
+    called = "test texts called out of scope"
+    heads = ["when", "AUROC", f"old {called}", f"new labels' {called}", "texts of no label found", "seconds to fit"]
     return ["## Out of scope", "", *table(heads, rows)]
 
 
