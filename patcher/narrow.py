@@ -30,6 +30,7 @@ def narrow_memory(memory: Memory) -> Memory:
         sums=memory.sums[:, :split],
         second_moment=memory.second_moment[:split, :split],
         sample=memory.sample[:, :split],
+        clusters=dataclasses.replace(memory.clusters, means=memory.clusters.means[:, :split]),
     )
 
 
