@@ -47,7 +47,8 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
             require_free(classifier)
         held = _unload(name, server)
         there = repository.has_remains(name)
-        repository.remove_classifier(name)
+        if there:
+            repository.remove_classifier(name)
         _forget(repository, name, server)
         if not held and not there:
             repository.classifier(name)  # which says what there is instead
@@ -64,13 +65,16 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
 
 
 def _unload(name: str, server: TritonServer | None) -> bool:
-    """Have the servers let go of an ensemble and a head; whether one held them."""
+    """Have the servers let go of a head and the ensemble above it; whether one held them.
+
+    Without a head it is no classifier: a model ``name`` alone may be somebody else's.
+    """
     held = False
     for replica in present(server):
-        for model in (name, f"{name}_head"):
-            if replica.is_ready(model):
-                replica.unload(model)
-                held = True
+        if replica.is_ready(f"{name}_head"):
+            replica.unload(name)
+            replica.unload(f"{name}_head")
+            held = True
     return held
 
 

@@ -328,8 +328,11 @@ class ModelRepository:
         self.store.take_away([name, f"{name}_head", f"{name}{_JOURNAL}"])
 
     def has_remains(self, name: str) -> bool:
-        """Whether there is anything of a classifier, whole or half deleted (its journal goes last)."""
-        return any(self.store.has(part) for part in (f"{name}/{CONFIG}", f"{name}_head/{CONFIG}", f"{name}{_JOURNAL}"))
+        """Whether there is anything of a classifier, whole or half deleted: a head, or the journal, which goes last.
+
+        A folder ``name`` alone may be somebody else's model.
+        """
+        return any(self.store.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{_JOURNAL}"))
 
     def versions_of(self, name: str) -> tuple[int, ...]:
         """Head versions under a name, whether or not the classifier is whole."""

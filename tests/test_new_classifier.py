@@ -250,6 +250,28 @@ def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch
 
 
 @pytest.mark.server
+def test_what_is_no_classifier_is_left_alone(triton, tree):
+    repository = ModelRepository(triton.repository)
+    theirs = repository.root / "theirs"
+    shutil.copytree(repository.root / "intent_tokenizer", theirs)
+    config = theirs / "config.pbtxt"
+    config.write_text(config.read_text().replace('"intent_tokenizer"', '"theirs"'))
+    before = tree(repository.root)
+    try:
+        with TritonServer(triton.url) as server:
+            server.load("theirs")
+            with pytest.raises(InputError, match="no classifier 'theirs'"):
+                drop_classifier(repository, "theirs", server)
+            assert server.is_ready("theirs")
+            with pytest.raises(InputError, match="cannot name a classifier"):
+                drop_classifier(repository, "intent_backbone", server)
+            assert tree(repository.root) == before
+            server.unload("theirs")
+    finally:
+        shutil.rmtree(theirs)
+
+
+@pytest.mark.server
 def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
     repository = ModelRepository(triton.repository)
     with TritonServer(triton.url) as server:
