@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["HALF_MAX", "Clusters", "k_means"]
+__all__ = ["Clusters", "half", "k_means"]
 
-HALF_MAX = 60000.0
-"""What is stored as float16 is held below this."""
+_HALF_MAX = 60000.0
 _STEPS = 20
 _LEAST_SPREAD = 1e-3
 """Of a feature, next to the widest: less is rounding."""
@@ -41,7 +40,7 @@ class Clusters:
     @classmethod
     def of_means(cls, means: Floats | Doubles, counts: Ints) -> Clusters:
         """One cluster for each label; ``means`` ``[C, width]``, ``counts`` ``[C]``."""
-        return cls(_half(means), counts, np.arange(len(counts), dtype=np.int64))
+        return cls(half(means), counts, np.arange(len(counts), dtype=np.int64))
 
     @property
     def flaw(self) -> str | None:
@@ -68,7 +67,7 @@ class Clusters:
             owner = k_means(near, counts.astype(np.float64), min(most, len(points)), rng)
             shares = (owner == np.arange(owner.max() + 1)[:, None]) * counts
             totals = shares.sum(axis=1)
-            means = _half((shares / totals[:, None]) @ points)
+            means = half((shares / totals[:, None]) @ points)
             parts.append(Clusters(means, totals, np.full(len(totals), label, np.int64)))
         return Clusters(
             np.concatenate([part.means for part in parts]),
@@ -115,8 +114,9 @@ def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generato
     return chosen
 
 
-def _half(rows: Floats | Doubles) -> Halves:
-    return np.clip(rows, -HALF_MAX, HALF_MAX).astype(np.float16)
+def half(rows: Floats | Doubles) -> Halves:
+    """Features as they are stored: float16, held to what that can hold."""
+    return np.clip(rows, -_HALF_MAX, _HALF_MAX).astype(np.float16)
 
 
 def _squared(points: Floats, centres: Floats) -> Doubles:

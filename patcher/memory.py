@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.clustering import HALF_MAX, Clusters
+from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class Memory:
             held = np.flatnonzero(self.sample_labels == place)
             kept = _reservoir(len(held), int(counts[place]) - len(arrived), len(arrived), self.per_label, rng)
             old, new = held[kept[kept < len(held)]], arrived[kept[kept >= len(held)] - len(held)]
-            parts += [self.sample[old], _half(rows[new])]
+            parts += [self.sample[old], half(rows[new])]
             owners.append(np.full(len(kept), place, np.int64))
         return np.concatenate(parts), np.concatenate(owners)
 
@@ -385,10 +385,6 @@ def _rows(features: ArrayLike) -> Floats:
     if not np.isfinite(rows).all():
         raise InputError("features hold values that are not finite: the backbone overflowed or its file is damaged")
     return rows
-
-
-def _half(rows: Floats) -> NDArray[np.float16]:
-    return np.clip(rows, -HALF_MAX, HALF_MAX).astype(np.float16)
 
 
 def _moment(rows: Floats) -> Doubles:
