@@ -14,6 +14,7 @@ from torch import nn
 
 from export.backbone import export_backbone
 from export.checkpoint import Checkpoint, from_objects, load_checkpoint
+from export.fusion import fuse
 from export.parity import check_parity, token_batch
 from export.precision import LIMITS, PRECISIONS, check_precision, convert, sample
 from export.report import ExportReport
@@ -21,7 +22,7 @@ from export.split import find_split
 from export.tokenizer import embeddings, prepare_tokenizer
 from export.training import accuracy, build_memory, counter, label_ids
 from patcher import __version__
-from patcher.errors import InputError
+from patcher.errors import InputError, ParityError
 from patcher.examples import Examples, read_examples
 from patcher.head import Head
 from patcher.head_file import write_head
@@ -178,8 +179,13 @@ class _Target:
 
     @property
     def unpads(self) -> bool:
-        """Whether to leave out the work on padding: not on GPUs, where it was never measured."""
+        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it does."""
         return self.device == "cpu" and self.precision != "fp16"
+
+    @property
+    def fuses(self) -> bool:
+        """Whether to write ONNX Runtime's fused operators."""
+        return self.device == "gpu" and not self.tensorrt
 
 
 def _target(options: ExportOptions) -> _Target:
@@ -256,16 +262,20 @@ class _Making:
             parity = check_parity(model, split, self.encoder, backbone.path, texts)
             self.tell(f"logits within {parity.difference:.1g} of the checkpoint's on {parity.texts} texts")
         plain = backbone
+        if self.target.fuses:
+            with self.watch("fuse"):
+                backbone, parity = self._fused(split, plain, parity, texts)
+        exact = backbone
         if self.target.precision != "fp32":
             with self.watch("convert"):
-                backbone = convert(plain, self.target.precision, self.folder / f"{self.target.precision}.onnx")
+                backbone = convert(exact, self.target.precision, self.folder / f"{self.target.precision}.onnx")
                 limits = LIMITS[self.target.precision]
                 parity = check_parity(model, split, self.encoder, backbone.path, texts, limits)
                 self.tell(f"{self.target.precision}: logits {parity.noise:.1%} of their spread off the checkpoint's")
         features = None if train is None else self._features(backbone, train.texts, "features")
         fresh = self._features(backbone, held_out.texts, "check") if held_out else None
         checked = None
-        if plain is not backbone:
+        if exact is not backbone:
             if held_out and fresh is not None:
                 checked = self._checked(split, plain, fresh, held_out.texts, held_out_ids, held_out.source)
             elif train and features is not None:
@@ -292,6 +302,23 @@ class _Making:
             accuracy=None if features is None else accuracy(head, features, ids),
             checked=checked,
         )
+
+    def _fused(
+        self, split: Split, plain: BackboneFile, parity: Parity, texts: Sequence[str]
+    ) -> tuple[BackboneFile, Parity]:
+        """The backbone in fused operators and its parity; as it is where they are not for it."""
+        model = self.checkpoint.model
+        fused = fuse(plain, model.config, self.folder / "fused.onnx", left=self.encoder.left)
+        if fused is None:
+            self.tell("ONNX Runtime has no fused attention for its graph: each operator is a kernel of its own")
+            return plain, parity
+        try:
+            found = check_parity(model, split, self.encoder, fused.path, texts)
+        except ParityError as error:
+            self.tell(f"fused operators are left out, they answer otherwise: {error}")
+            return plain, parity
+        self.tell(f"in fused operators: logits within {found.difference:.1g} of the checkpoint's")
+        return fused, found
 
     def _checked(
         self,

@@ -10,13 +10,13 @@ whose sum a long text could lift above what FP16 holds; token ids and features k
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from export.backbone import BackboneFile, tidy_nodes
+from export.fusion import FUSED, quiet
 from export.training import accuracy
 from patcher.errors import ExportError, PrecisionError
 from patcher.evaluation import answers
@@ -102,12 +102,8 @@ def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
 def _quantized(source: Path, path: Path) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it recommends what was tried and gained nothing
-    try:
+    with quiet():  # it recommends what was tried and gained nothing
         quantize_dynamic(source, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
-    finally:
-        logging.root.setLevel(level)
     model = onnx.load(path)
     if not any(node.op_type == "MatMulInteger" for node in model.graph.node):
         raise ValueError("it has no matrix product by a constant")
@@ -134,12 +130,22 @@ def _keep_apart(graph: onnx.GraphProto) -> None:
 
 def _halved(source: Path) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load(source)
     blocked = [
-        node.name for node in model.graph.node if node.op_type != "Constant" and not node.name.startswith(_MODEL_SCOPE)
+        node.name
+        for node in model.graph.node
+        if node.op_type != "Constant" and not node.name.startswith(_MODEL_SCOPE) and node.domain != FUSED
     ]
-    halved: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, node_block_list=blocked)
+    halved: onnx.ModelProto
+    if any(node.domain == FUSED for node in model.graph.node):
+        whole = OnnxModel(model)  # knows the shapes of fused operators, where ONNX's own inference ends
+        with quiet():
+            whole.convert_float_to_float16(keep_io_types=True, node_block_list=blocked, use_symbolic_shape_infer=True)
+        halved = whole.model
+    else:
+        halved = convert_float_to_float16(model, keep_io_types=True, node_block_list=blocked)
     # A value that several blocked nodes read is cast back once for each of them, behind them and under one name.
     known = {each.name for each in halved.graph.input} | {each.name for each in halved.graph.initializer}
     ordered = _ordered({node.output[0]: node for node in reversed(halved.graph.node)}.values(), known)

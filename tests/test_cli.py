@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from patcher.cli import main
+from patcher.cli.output import not_installed
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -247,3 +248,22 @@ def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
     monkeypatch.setenv("PATCHER_DEBUG", "1")
     with pytest.raises(PatcherError):
         patcher("labels", "--version", "7")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            "needs torch, which is not installed: pip install",
+        ),
+        (
+            ModuleNotFoundError("Could not import module 'Bert'"),
+            "do not load (Could not import module 'Bert'): pip install",
+        ),
+    ],
+)
+def test_an_export_without_its_packages_says_what_to_install(error, said):
+    message = str(not_installed("export", error))
+    assert said in message
+    assert "triton-label-patcher[export]" in message

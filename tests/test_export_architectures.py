@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
 
+import export.classifier  # noqa: E402
 from export import run_export  # noqa: E402
 from patcher import model_config  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
@@ -105,6 +106,68 @@ def test_the_calls_that_warm_a_gpu_up_are_answered(exported):
         assert shape[1] <= report.max_length
         zeros = dict.fromkeys(tokens, np.zeros(shape, np.int64))
         assert session.run(["features"], zeros)[0].shape == (shape[0], report.width), name
+
+
+ATTENTIONS = {"bert": 2, "roberta": 2, "distilbert": 2, "electra": 2, "albert": 1, "mpnet": 0, "gpt2": 0, "llama": 0}
+"""Fused ones, of two layers; ALBERT's share their weights, and only the first is recognised."""
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_gpu_gets_fused_operators_that_answer_alike(name, tmp_path):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", name)
+    told: list[str] = []
+    report = run_export(folder, tmp_path / "gpu", device="gpu", precision="fp32", progress=told.append)
+    path = report.repository.classifier().backbone_path
+    model = onnx.load(path)
+    ours = [node.op_type for node in model.graph.node if node.domain == "com.microsoft"]
+    assert ours.count("Attention") == ATTENTIONS[name]
+    assert bool(ours) == any("in fused operators" in line for line in told) == bool(ATTENTIONS[name])
+    assert bool(ours) != any("no fused attention" in line for line in told)
+    assert {(each.domain, each.version) for each in model.opset_import} <= {("", 17), ("com.microsoft", 1)}
+
+    plain = run_export(folder, tmp_path / "cpu").repository.classifier()
+    features = [
+        Encoder(each, plain.tokenizer_path, threads=1).encode([*TEXTS, ""]) for each in (path, plain.backbone_path)
+    ]
+    np.testing.assert_allclose(*features, atol=1e-4)
+    half, again = (run_export(folder, tmp_path / each, device="gpu") for each in ("half", "again"))
+    assert half.fingerprint == again.fingerprint != report.fingerprint
+    assert half.noise < 0.01
+    halved = [node.op_type for node in onnx.load(half.repository.classifier().backbone_path).graph.node if node.domain]
+    assert halved == ours
+
+
+def test_fused_attention_sees_padding_that_comes_first(tmp_path):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "bert")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    options = {"tokenizer": tokenizer, "precision": "fp32"}
+    fused = run_export(model, tmp_path / "gpu", device="gpu", **options).repository.classifier()
+    assert "Attention" in {node.op_type for node in onnx.load(fused.backbone_path).graph.node}
+    plain = run_export(model, tmp_path / "cpu", **options).repository.classifier()
+    features = [Encoder(each.backbone_path, each.tokenizer_path, threads=1).encode(TEXTS) for each in (fused, plain)]
+    np.testing.assert_allclose(*features, atol=1e-4)
+
+
+def test_fused_operators_that_answer_otherwise_are_left_out(tmp_path, monkeypatch):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "bert")
+    honest = export.classifier.fuse
+
+    def wrong(backbone, config, path, *, left):
+        """Attention that takes padding for the text, as the one for padding behind it does with padding before it."""
+        made = honest(backbone, config, path, left=left)
+        model = onnx.load(path)
+        for node in model.graph.node:
+            if node.op_type == "Attention":
+                node.input[3] = ""
+        onnx.save(model, path)
+        return made
+
+    monkeypatch.setattr(export.classifier, "fuse", wrong)
+    told: list[str] = []
+    report = run_export(folder, tmp_path / "r", device="gpu", progress=told.append)
+    assert any("fused operators are left out, they answer otherwise" in line for line in told)
+    assert {node.domain for node in onnx.load(report.repository.classifier().backbone_path).graph.node} == {""}
 
 
 def test_the_file_is_what_old_runtimes_load(exported):

@@ -9,7 +9,7 @@ import tiny
 
 from patcher.measurement import Measurement
 from patcher.runtime import Encoder, open_session, run_head
-from tests.benchmarks import serving, serving_swaps
+from tests.benchmarks import gpu, serving, serving_swaps
 from tests.benchmarks.serving_monolith import TOKENS, WHOLE, add_contenders, merged, with_tritons_defaults
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
@@ -85,3 +85,23 @@ def test_add_contenders_leaves_the_classifier_alone(classifier, tree):
     add_contenders(classifier)
     after = tree(classifier.root)
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_gpus_benchmark_runs_where_there_is_none(tmp_path):
+    pytest.importorskip("transformers")
+    import checkpoints
+
+    checkpoint = checkpoints.save_checkpoint(tmp_path / "checkpoint", "bert")
+    classifier, graphs = gpu.exported(checkpoint, tmp_path, "KIND_CPU")
+    (plain, _), (fused, fast) = graphs.items()
+    assert plain == "plain operators"
+    assert all(each > 0 for each in gpu.stream(fast, "KIND_CPU", shapes=3).values())
+    (row, other) = gpu.streams({fused: fast}, "KIND_CPU")
+    assert (row["what"], other["what"]) == ("fused operators", "fused operators, cuDNN's attention")
+    found = gpu.served(classifier, TEXTS, 1, 0.2, [2])
+    assert [each["what"] for each in found["rows"]] == ["intent, concurrency 2", "whole, concurrency 2"]
+    assert not any(each["failures"] for each in found["rows"])
+    assert "| intent, concurrency 2 |" in gpu.table(found["rows"])
+    assert found["of the whole"][0]["ratio"] > 0

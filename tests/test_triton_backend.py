@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from patcher import TritonServer
 from patcher.errors import ServerRefused
+from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -165,6 +167,65 @@ def test_refuses(case, load):
     data, config, reason = REFUSED[case]
     with pytest.raises(ServerRefused, match=reason):
         load(data, config)
+
+
+# --- GPUs: what the providers get; there is none here ----------------------------------------------------------------
+
+
+def accelerator(name, **parameters):
+    return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": [
+        {"name": name, "parameters": parameters}
+    ]}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, provider, options",
+    [
+        ({}, "CUDAExecutionProvider", {}),
+        (accelerator("cuda", gpu_mem_limit="7"), "CUDAExecutionProvider", {"gpu_mem_limit": "7"}),
+        (accelerator("tensorrt"), "TensorrtExecutionProvider", {}),
+        (accelerator("tensorrt", precision_mode="FP32"), "TensorrtExecutionProvider", {}),
+        (
+            accelerator("tensorrt", precision_mode="FP16", max_workspace_size_bytes="9", trt_engine_cache_enable="1"),
+            "TensorrtExecutionProvider",
+            {"trt_fp16_enable": "1", "trt_max_workspace_size": "9", "trt_engine_cache_enable": "1"},
+        ),
+    ],
+)
+def test_an_accelerator_gets_its_parameters(config, provider, options, monkeypatch):
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(backend.ort, "get_available_providers", lambda: providers)
+    found = backend._providers(config, "GPU", 3)
+    assert found[0] == (provider, {"device_id": "3", **options})
+    assert found[-1][0] == "CPUExecutionProvider"
+    assert backend._providers(config, "CPU", 0) == [("CPUExecutionProvider", {})]
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (accelerator("tensorrt", precision_mode="FP8"), "unsupported precision mode 'FP8'"),
+        (accelerator("tensorrt", speed="high"), "unknown parameter 'speed'"),
+        (accelerator("warp"), "unknown Execution Accelerator 'warp'"),
+    ],
+)
+def test_an_accelerator_that_makes_no_sense(config, reason, monkeypatch):
+    monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    with pytest.raises(backend.LoadError, match=reason):
+        backend._providers(config, "GPU", 0)
+
+
+@pytest.mark.skipif(backend._has_gpu(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_no_cpu(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("ORT_ENABLE_CUDNN_FLASH_ATTENTION", raising=False)
+    (tmp_path / "model.onnx").write_bytes(linear())
+    with pytest.raises(
+        backend.LoadError, match=r"expected CUDAExecutionProvider.*onnxruntime-gpu\[cuda,cudnn\]|has no CUDA"
+    ):
+        backend.open_session({}, tmp_path / "model.onnx", "GPU", 0)
+    assert capfd.readouterr().out == ""
+    if "CUDAExecutionProvider" in backend.ort.get_available_providers():
+        assert os.environ.pop("ORT_ENABLE_CUDNN_FLASH_ATTENTION") == "0"
 
 
 ACCEPTED = {

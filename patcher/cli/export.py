@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from patcher.cli.options import repo_option
-from patcher.cli.output import tell
+from patcher.cli.output import not_installed, tell
 
 
 @click.command("export")
@@ -68,14 +68,10 @@ def export_command(
     """
     import json
 
-    from patcher.errors import ToolError
-
     try:
         from export import run_export
     except ModuleNotFoundError as error:
-        raise ToolError(
-            f"`patcher export` needs {error.name}, which is not installed: pip install 'triton-label-patcher[export]'"
-        ) from error
+        raise not_installed("export", error) from error
 
     report = run_export(
         model,

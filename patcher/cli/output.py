@@ -6,10 +6,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from patcher.errors import ToolError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["percent", "seconds", "table", "tell"]
+__all__ = ["not_installed", "percent", "seconds", "table", "tell"]
 
 
 def tell(text: str = "", *, err: bool = False) -> None:
@@ -21,6 +23,12 @@ def tell(text: str = "", *, err: bool = False) -> None:
     except OSError:
         # Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def not_installed(verb: str, error: ModuleNotFoundError) -> ToolError:
+    """What to say where an export's packages cannot be imported; transformers names none that it misses itself."""
+    what = f"{error.name}, which is not installed" if error.name else f"packages that do not load ({error})"
+    return ToolError(f"`patcher {verb}` needs {what}: pip install 'triton-label-patcher[export]'")
 
 
 def percent(share: float | None, digits: int = 2) -> str:

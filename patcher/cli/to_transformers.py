@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from patcher.cli.options import Settings, common_options
-from patcher.cli.output import percent
+from patcher.cli.output import not_installed, percent
 
 
 @click.command("to-transformers")
@@ -33,15 +33,10 @@ def to_transformers_command(
     \b
     patcher to-transformers my-bert-with-new-labels --checkpoint my-finetuned-bert
     """
-    from patcher.errors import ToolError
-
     try:
         from export import to_transformers
     except ModuleNotFoundError as error:
-        raise ToolError(
-            f"`patcher to-transformers` needs {error.name}, which is not installed: "
-            "pip install 'triton-label-patcher[export]'"
-        ) from error
+        raise not_installed("to-transformers", error) from error
     made = to_transformers(
         settings.classifier,
         checkpoint,

@@ -246,14 +246,30 @@ def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int) 
     """
     providers = _providers(config, kind, device)
     options = session_options(config)
+    if kind == "GPU":
+        _prepare_cuda()
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # noqa: BLE001 - whatever onnxruntime finds wrong with the file, Triton reports
         raise LoadError(f"onnxruntime {ort.__version__} cannot read '{path}': {error}") from None
     wanted = providers[0][0]
     if session.get_providers()[0] != wanted:  # onnxruntime goes on silently with the CPU
-        raise LoadError(f"an instance of kind {kind} got {session.get_providers()[0]}; expected {wanted}")
+        raise LoadError(
+            f"an instance of kind {kind} got {session.get_providers()[0]}; expected {wanted}, for which onnxruntime "
+            f"{ort.__version__} found no GPU, or no CUDA and cuDNN of its version: "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings these"
+        )
     return session
+
+
+def _prepare_cuda() -> None:
+    """Have CUDA's libraries found where `pip` puts them, and no attention that is slow on shapes it has not seen."""
+    # cuDNN's attention, the default on an H100 since some version, builds a plan for each batch and length: 40 ms.
+    os.environ.setdefault("ORT_ENABLE_CUDNN_FLASH_ATTENTION", "0")
+    preload = getattr(ort, "preload_dlls", None)  # since 1.21; what is not there, the system's linker may know
+    if preload is not None:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
+            preload()
 
 
 def session_options(config: Mapping[str, Any]) -> Any:
@@ -359,7 +375,7 @@ def _providers(config: Mapping[str, Any], kind: str, device: int) -> list[tuple[
         cuda = {"device_id": str(device)}
         for entry in accelerators.get("gpu_execution_accelerator", []):
             if entry["name"] == "tensorrt":
-                providers.append(("TensorrtExecutionProvider", {"device_id": str(device)}))
+                providers.append(("TensorrtExecutionProvider", _tensorrt_options(entry, device)))
             elif entry["name"] == "cuda":
                 cuda |= entry.get("parameters", {})
             else:
@@ -372,6 +388,24 @@ def _providers(config: Mapping[str, Any], kind: str, device: int) -> list[tuple[
     if missing:
         raise LoadError(f"this onnxruntime has no {missing[0]}; expected one of {ort.get_available_providers()}")
     return providers
+
+
+def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, str]:
+    """The provider's options from an accelerator's parameters: most are its own, two have another name there."""
+    options = {"device_id": str(device)}
+    for name, value in accelerator.get("parameters", {}).items():
+        if name == "precision_mode":
+            if value not in ("FP32", "FP16", "BF16", "INT8"):
+                raise LoadError(f"unsupported precision mode '{value}' is requested; expected FP32, FP16, BF16 or INT8")
+            if value != "FP32":
+                options[f"trt_{value.lower()}_enable"] = "1"
+        elif name == "max_workspace_size_bytes":
+            options["trt_max_workspace_size"] = value
+        elif name.startswith("trt_"):
+            options[name] = value
+        else:
+            raise LoadError(f"unknown parameter '{name}' is provided for TensorRT; expected precision_mode, trt_…")
+    return options
 
 
 def _run_options(config: Mapping[str, Any]) -> Any:
