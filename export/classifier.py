@@ -22,15 +22,15 @@ from export.split import find_split
 from export.tokenizer import embeddings, prepare_tokenizer
 from export.training import accuracy, build_memory, counter, label_ids
 from patcher import __version__
-from patcher.errors import InputError, ParityError
+from patcher.errors import InputError, PatcherError
 from patcher.examples import Examples, read_examples
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.layout import BackboneFiles
 from patcher.lineage import now
 from patcher.repository import ModelRepository, check_name
-from patcher.runtime import Encoder, check_head_file
-from patcher.scope import fit_scope
+from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
+from patcher.scope import FINE_TUNED, fit_scope
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class _Target:
 
     @property
     def unpads(self) -> bool:
-        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it does."""
+        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it saves."""
         return self.device == "cpu" and self.precision != "fp16"
 
     @property
@@ -262,20 +262,11 @@ class _Making:
             parity = check_parity(model, split, self.encoder, backbone.path, texts)
             self.tell(f"logits within {parity.difference:.1g} of the checkpoint's on {parity.texts} texts")
         plain = backbone
-        if self.target.fuses:
-            with self.watch("fuse"):
-                backbone, parity = self._fused(split, plain, parity, texts)
-        exact = backbone
-        if self.target.precision != "fp32":
-            with self.watch("convert"):
-                backbone = convert(exact, self.target.precision, self.folder / f"{self.target.precision}.onnx")
-                limits = LIMITS[self.target.precision]
-                parity = check_parity(model, split, self.encoder, backbone.path, texts, limits)
-                self.tell(f"{self.target.precision}: logits {parity.noise:.1%} of their spread off the checkpoint's")
+        backbone, parity = self._for_target(split, plain, parity, texts)
         features = None if train is None else self._features(backbone, train.texts, "features")
         fresh = self._features(backbone, held_out.texts, "check") if held_out else None
         checked = None
-        if exact is not backbone:
+        if self.target.precision != "fp32":
             if held_out and fresh is not None:
                 checked = self._checked(split, plain, fresh, held_out.texts, held_out_ids, held_out.source)
             elif train and features is not None:
@@ -303,22 +294,38 @@ class _Making:
             checked=checked,
         )
 
-    def _fused(
+    def _for_target(
         self, split: Split, plain: BackboneFile, parity: Parity, texts: Sequence[str]
     ) -> tuple[BackboneFile, Parity]:
-        """The backbone in fused operators and its parity; as it is where they are not for it."""
-        model = self.checkpoint.model
-        fused = fuse(plain, model.config, self.folder / "fused.onnx", left=self.encoder.left)
-        if fused is None:
-            self.tell("ONNX Runtime has no fused attention for its graph: each operator is a kernel of its own")
-            return plain, parity
-        try:
-            found = check_parity(model, split, self.encoder, fused.path, texts)
-        except ParityError as error:
-            self.tell(f"fused operators are left out, they answer otherwise: {error}")
-            return plain, parity
-        self.tell(f"in fused operators: logits within {found.difference:.1g} of the checkpoint's")
-        return fused, found
+        """The proven FP32 file ``plain`` as it is to serve, fused where that works; and its parity."""
+        if self.target.fuses:
+            with self.watch("fuse"):
+                fused = fuse(plain, self.checkpoint.model.config, self.folder / "fused.onnx", left=self.encoder.left)
+            if fused is None:
+                self.tell("ONNX Runtime has no fused attention for its graph: each operator is a kernel of its own")
+            else:
+                failures: tuple[type[Exception], ...] = (PatcherError, *onnxruntime_errors())
+                try:
+                    with self.watch("parity"):
+                        found = check_parity(self.checkpoint.model, split, self.encoder, fused.path, texts)
+                    self.tell(f"in fused operators: logits within {found.difference:.1g} of the checkpoint's")
+                    return self._converted(split, fused, found, texts)
+                except failures as error:
+                    self.tell(f"fused operators are left out: {error}")
+        return self._converted(split, plain, parity, texts)
+
+    def _converted(
+        self, split: Split, exact: BackboneFile, parity: Parity, texts: Sequence[str]
+    ) -> tuple[BackboneFile, Parity]:
+        """The FP32 file ``exact`` in the target's precision, and its parity."""
+        precision = self.target.precision
+        if precision == "fp32":
+            return exact, parity
+        with self.watch("convert"):
+            backbone = convert(exact, precision, self.folder / f"{precision}.onnx")
+            found = check_parity(self.checkpoint.model, split, self.encoder, backbone.path, texts, LIMITS[precision])
+        self.tell(f"{precision}: logits {found.noise:.1%} of their spread off the checkpoint's")
+        return backbone, found
 
     def _checked(
         self,
@@ -382,7 +389,7 @@ class _Making:
                 "train_examples": len(train) if train else 0,
             },
         )
-        head = dataclasses.replace(head, scope=fit_scope(memory, head, fresh=fresh))
+        head = dataclasses.replace(head, scope=fit_scope(memory, head, fresh=fresh, stretch=FINE_TUNED))
         check_head_file(write_head(head), head, parity.features)
         return head
 

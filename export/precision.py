@@ -2,9 +2,10 @@
 
 INT8 is dynamic quantisation of every MatMul by a constant, weights signed and by channel: activations get their scale
 from each batch, so no calibration data can be unlike production. Embeddings stay FP32 (quantising them gained no time
-and changed more answers), products of two activations (attention) too. Only operators of plain ONNX come out: ONNX
-Runtime's own fused attention was no faster. FP16 is for GPUs: all of the model, but not the mean over tokens behind it,
-whose sum a long text could lift above what FP16 holds; token ids and features keep their types.
+and changed more answers), products of two activations (attention) too. Only operators of plain ONNX come of it: ONNX
+Runtime's own fused attention was no faster. FP16 is for GPUs: all of the model, in fused operators or plain ones, but
+not the mean over tokens behind it, whose sum a long text could lift above what FP16 holds; token ids and features keep
+their types.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ _PAIR_SLACK = 10_000
 # MiniLM on an H200, 32 texts at once: 4 and 8 get smaller batches each, and gave 0.87 and 0.53 of the throughput of 2.
 GPU_ENCODERS = 2
 """Encoders before a backbone on a GPU."""
+# Other values of these two were not measured.
 _GPU_SLACK = 512
 _GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from patcher.head import Head
 
-__all__ = ["Encoder", "HeadAnswer", "check_head_file", "open_session", "run_head"]
+__all__ = ["Encoder", "HeadAnswer", "check_head_file", "onnxruntime_errors", "open_session", "run_head"]
 
 _BATCH = 32
 
@@ -44,13 +44,13 @@ def open_session(model: bytes | Path, threads: int = 0) -> Any:
     source = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except _onnxruntime_errors() as error:
+    except onnxruntime_errors() as error:
         name = model if isinstance(model, Path) else "the file"
         raise RepositoryError(f"ONNX Runtime cannot load {name}: {error}") from error
 
 
-def _onnxruntime_errors() -> tuple[type[Exception], ...]:
-    # They have no base class of their own, only a module.
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: they have no base class of their own, only a module."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
@@ -107,7 +107,7 @@ class Encoder:
             tokens: Mapping[str, Any] = encode(self._tokenizer, [texts[index] for index in batch], self._names)
             try:
                 features = self._session.run(["features"], dict(tokens))[0]
-            except _onnxruntime_errors() as error:
+            except onnxruntime_errors() as error:
                 raise RepositoryError(
                     f"the backbone cannot run what the tokenizer beside it gives ({error}); do they belong together?"
                 ) from error

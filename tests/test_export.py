@@ -35,7 +35,10 @@ from patcher.errors import (  # noqa: E402
     SplitError,
     StorageError,
 )
+from patcher.examples import read_examples  # noqa: E402
+from patcher.remembering import remember  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
+from patcher.scope import FINE_TUNED  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -428,10 +431,21 @@ def test_fresh_texts_set_what_counts_as_out_of_scope(bert, tmp_path):
     train = held_out = train_file(tmp_path, checkpoints.TRAIN)
     plain = export_classifier(bert, tmp_path / "plain", train=train).classifier().head().scope
     fresh = export_classifier(bert, tmp_path / "fresh", train=train, evaluation=held_out).classifier().head().scope
-    assert plain.stretch == 1.0
+    assert plain.stretch == FINE_TUNED
     assert plain.false_alarms == fresh.false_alarms == 0.05
     assert fresh.stretch > 0
-    assert float(fresh.distance.limit[0]) == pytest.approx(fresh.stretch * float(plain.distance.limit[0]), rel=1e-5)
+    remembered = float(plain.distance.limit[0]) / FINE_TUNED
+    assert float(fresh.distance.limit[0]) == pytest.approx(fresh.stretch * remembered, rel=1e-5)
+
+
+def test_a_memory_that_comes_later_knows_that_its_texts_were_learnt(bert, tmp_path):
+    train = train_file(tmp_path, checkpoints.TRAIN)
+    plain = export_classifier(bert, tmp_path / "plain", train=train).classifier().head().scope
+    later = export_classifier(bert, tmp_path / "later").classifier()
+    assert (later.head().scope.calibrated, later.head().scope.stretch) == (False, FINE_TUNED)
+    remember(later, read_examples(train))
+    found = later.head(later.serving()).scope
+    assert float(found.distance.limit[0]) == pytest.approx(float(plain.distance.limit[0]), rel=1e-5)
 
 
 def test_texts_are_cut_where_asked_for(bert, tmp_path):

@@ -190,6 +190,11 @@ def accelerator(name, **parameters):
             "TensorrtExecutionProvider",
             {"trt_fp16_enable": "1", "trt_max_workspace_size": "9", "trt_engine_cache_enable": "1"},
         ),
+        (
+            accelerator("tensorrt", precision_mode="INT8", int8_calibration_table_name="t"),
+            "TensorrtExecutionProvider",
+            {"trt_int8_enable": "1", "trt_int8_calibration_table_name": "t"},
+        ),
     ],
 )
 def test_an_accelerator_gets_its_parameters(config, provider, options, monkeypatch):

@@ -438,3 +438,40 @@ def test_telling_lines_leave_out_the_harmless(tmp_path):
 def test_free_ports_differ():
     ports = process.free_ports(["127.0.0.1"] * 3, (0, 0, 0))
     assert len(set(ports)) == 3
+
+
+# --- how a stub starts and ends ---------------------------------------------------------------------------------------
+
+
+def stub(program):
+    """What a process prints that starts and ends as Triton's stubs do."""
+    begin = "from patcher.triton import stub_start; stub_start.install(); stub_start.install(); "
+    done = subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_what_numpy_needs_for_files_comes_when_it_is_asked_for():
+    program = """
+import sys, numpy
+from importlib.util import _LazyModule
+print(sum(type(sys.modules.get(name)) is _LazyModule for name in ("pickle", "numpy.random", "ctypes")))
+import pickle, ctypes, textwrap
+print(pickle.loads(pickle.dumps([1])), ctypes.c_int(7).value, textwrap.shorten("a  b", 9))
+print(numpy.random.default_rng(0).integers(5, 6), numpy.fft.fft([1, 0])[0].real, numpy.ma.array([3]).sum())
+print(sum(each is stub_start.LazyFinder for each in sys.meta_path))
+"""
+    assert stub(program.strip()) == "3\n[1] 7 a b\n5 1.0 3\n1\n"
+
+
+def test_a_stub_leaves_at_once_after_all_others_had_their_turn():
+    program = """
+import atexit, threading, time
+class Kept:
+    def __del__(self): print("torn down")
+kept = Kept()
+atexit.register(print, "others at exit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+print("the model", end=", ")
+"""
+    assert stub(program.strip()) == "the model, a thread\nothers at exit\n"

@@ -14,7 +14,7 @@ import tiny
 from patcher import model_config
 from patcher.errors import InputError, RepositoryError, ServerError
 from patcher.model_config import parse
-from patcher.serve import cache_options
+from patcher.serve import advice, cache_options
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 from patcher.triton.client import TritonServer
 from patcher.triton.server import EmbeddedTriton
@@ -223,3 +223,16 @@ def test_cached_features_never_mix_head_versions(classifier):
         rollback(classifier, server=server)
         for answers in ask():
             assert {(each.head_version, len(each.logits)) for each in answers} == {(1, 6)}
+
+
+def test_a_server_with_many_cores_says_who_finds_their_use(classifier, monkeypatch):
+    (line,) = advice(classifier.repository, 16)
+    assert line.startswith("hint: intent_backbone runs as one session over 16 cores")
+    assert advice(classifier.repository, 2) == []
+    config = classifier.repository.config_text
+    encoder, backbone = with_serving(
+        config("intent_encoder"), config("intent_backbone"), Serving(instances=4, threads=4)
+    )
+    (classifier.root / "intent_encoder" / "config.pbtxt").write_text(encoder)
+    (classifier.root / "intent_backbone" / "config.pbtxt").write_text(backbone)
+    assert advice(classifier.repository, 16) == []

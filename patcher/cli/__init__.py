@@ -122,6 +122,8 @@ def _patcher() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; a traceback shows only with ``PATCHER_DEBUG=1``."""
     given = sys.argv[1:] if arguments is None else arguments
+    # numpy's BLAS threads turn on the spot for 25 ms after each product, on cores that a server beside us may need.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     audit.begin(next((word for word in given if word in _VERBS), ""))
     code, error = _run(arguments, "--json" in given)
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]

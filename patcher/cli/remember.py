@@ -31,6 +31,8 @@ def remember_command(data: Path, kind: str, no_load: bool, settings: Settings) -
     """Build the memory of a classifier from labelled data: what later patches are fitted and judged with.
 
     Publishes the next head version with the same rows and labels. `patcher export --train FILE` does it from the start.
+    Where no fresh texts have set which texts count as out of scope (`export --eval`), those of FILE are taken for texts
+    that the model was fine-tuned on, and fresh ones for twice as far away.
     """
     from patcher.examples import read_examples
     from patcher.remembering import FEATURES_A_LABEL, remember

@@ -1,12 +1,15 @@
 """Runs first in every Python stub of Triton: makes its start cheap, and keeps it from writing into the repository.
 
-A new head version is a new stub process, and what that waits for is mostly the import of numpy. A third of it (random
-numbers, polynomials, FFT, masked arrays, ctypes) is nothing a model here uses, so those parts are put off until one
-does. One BLAS thread is enough, too: nobody multiplies matrices in numpy here, onnxruntime has threads of its own.
+A new head version is a new stub process, and what that waits for is mostly the import of numpy. A good third of it
+(random numbers, polynomials, FFT, masked arrays, documentation, what it takes from the standard library for files) is
+nothing a model here uses, so those parts are put off until one does. One BLAS thread is enough, too: nobody multiplies
+matrices in numpy here, onnxruntime has threads of its own. And when Triton has taken leave of the process, nothing is
+gained by tearing the interpreter down piece by piece.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.machinery
 import importlib.util
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _PUT_OFF = {"numpy.ctypeslib", "numpy.fft", "numpy.ma", "numpy.polynomial", "numpy.random"}
+_PUT_OFF |= {"numpy.core._add_newdocs", "numpy.core._add_newdocs_scalars", "numpy.lib.mixins", "numpy.lib.scimath"}
+_PUT_OFF |= {"ctypes", "fnmatch", "ipaddress", "ntpath", "pickle", "textwrap"}
 
 
 class LazyFinder:
@@ -38,8 +43,18 @@ class LazyFinder:
         return spec
 
 
+def _leave() -> None:
+    """End the process at once; the last thing to run, when the model and all threads are done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def install() -> None:
-    """Change this process; called from the stub environment's .pth file."""
+    """Change this process; called from the stub environment's .pth file, which Python may read twice."""
+    if LazyFinder in sys.meta_path:
+        return
+    atexit.register(_leave)
     gc.set_threshold(50_000, 10, 10)  # looking for garbage while modules are imported costs a tenth of the import
     sys.dont_write_bytecode = True  # a __pycache__ in the repository would make Triton load the model again
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line does it, before numpy is there
+
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LEVELS = (1, 16, 64, 256)
+LEVELS = (1, 16, 32, 64, 256)
 MOST_TEXTS = 600
 CUDNN = "ORT_ENABLE_CUDNN_FLASH_ATTENTION"
 SHAPES = 150
@@ -54,6 +56,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES) -> dict[str, float]:
         return {each.name: values.get(each.name, np.zeros_like(mask)) for each in session.get_inputs()}
 
     feeds = [tokens(int(rng.integers(1, 64)), int(rng.integers(6, 24))) for _ in range(shapes)]
+    session.run(["features"], tokens(64, 24))  # the first call of all is another matter
     means = []
     for _ in range(3):
         took = []

@@ -14,7 +14,7 @@ from patcher.fit import METHODS, Fit, fit
 from patcher.gate import judge
 from patcher.head import Head
 from patcher.memory import Memory
-from patcher.scope import fit_scope
+from patcher.scope import FINE_TUNED, fit_scope
 from tests.benchmarks.quality_baselines import logistic_regression
 from tests.benchmarks.quality_data import draws_of, note, sequence_of
 from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, spread, summary
@@ -280,7 +280,7 @@ def scope(setting: Setting, n: int) -> dict[str, Any]:
     """How well the score tells texts of no label from old test texts, before and after all new labels are added."""
     head, memory = setting.head, setting.memory
     stretch = fit_scope(memory, head, fresh=setting.fresh).stretch
-    limits = {"": 1.0} | ({", limit set on fresh texts": stretch} if len(setting.fresh) else {})
+    limits = {"": FINE_TUNED} | ({", limit set on fresh texts": stretch} if len(setting.fresh) else {})
     found = {f"before{words}": _scope_figures(setting, head, memory, wide) for words, wide in limits.items()}
     for label, new in setting.new.items():
         examples = new.train[draws_of(setting, label, n, 1)[0]]

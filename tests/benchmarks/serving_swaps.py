@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line does it, before numpy is there
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

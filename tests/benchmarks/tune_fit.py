@@ -69,6 +69,8 @@ DIRECTIONS = (32, 64)
 """In which the out-of-scope score compares."""
 WIDENINGS = (1e9, 3.0, 2.0, 1.5)
 """``scope._FRESHER``: with the first an added label lies as close as any other."""
+STRETCHES = (1.0, 1.5, 2.0, 2.5)
+"""``scope.FINE_TUNED``."""
 PRIORS = tuple((prior, penalty) for prior in ("imprint", "lda") for penalty in (1e-3, 1e-2, 1e-1))
 CHANGES: dict[str, tuple[float, ...]] = {
     "ridge_classifier": (0.5, 2.0),
@@ -219,27 +221,45 @@ def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
             yield row(f"{count} directions", EXPORTED, SETTINGS)
 
 
+def called_out(tuning: Tuning, stretch: float, count: int) -> str:
+    """Shares of a posing label's other texts when it was added, of fresh texts and of no label's; and the AUROC."""
+    found = []
+    for place, label in enumerate(sorted(set(tuning.pose_labels.tolist()))):
+        mine = np.random.default_rng([place, 0]).permutation(np.flatnonzero(tuning.pose_labels == label))
+        examples, rest = tuning.pose[mine[:count]], tuning.pose[mine[count:]]
+        head = fit({NEW: examples}, tuning.head, tuning.memory).apply(tuning.head)
+        memory = tuning.memory.add([NEW], examples, np.zeros(count, np.int64))
+        scope = fit_scope(memory, head, stretch=stretch)
+        every = (rest, tuning.fresh[1::2], tuning.outside)
+        mine, old, far = (scope.score(rows, head.logits(rows)) for rows in every)
+        found.append([np.mean(mine < 0.5), np.mean(old < 0.5), np.mean(far < 0.5), auroc(old, far)])
+    shares = np.mean(found, axis=0)
+    return ", ".join([*(f"{100 * share:.1f} %" for share in shares[:3]), f"{shares[3]:.4f}"])
+
+
 def added(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
     """What becomes of the other texts of a posing label that was added, where fresh texts had set the limit."""
     for value in WIDENINGS:
         cells = []
         for folder in folders:
-            tuning, found = load(folder, EXPORTED), []
+            tuning = load(folder, EXPORTED)
             with mock.patch.object(patcher.scope, "_FRESHER", value):
                 stretch = fit_scope(tuning.memory, tuning.head, fresh=tuning.fresh[::2]).stretch
-                for place, label in enumerate(sorted(set(tuning.pose_labels.tolist()))):
-                    mine = np.random.default_rng([place, 0]).permutation(np.flatnonzero(tuning.pose_labels == label))
-                    examples, rest = tuning.pose[mine[:count]], tuning.pose[mine[count:]]
-                    head = fit({NEW: examples}, tuning.head, tuning.memory).apply(tuning.head)
-                    memory = tuning.memory.add([NEW], examples, np.zeros(count, np.int64))
-                    scope = fit_scope(memory, head, stretch=stretch)
-                    every = (rest, tuning.fresh[1::2], tuning.outside)
-                    mine, old, far = (scope.score(rows, head.logits(rows)) for rows in every)
-                    found.append([np.mean(mine < 0.5), np.mean(old < 0.5), np.mean(far < 0.5), auroc(old, far)])
-            shares = np.mean(found, axis=0)
-            cells.append(", ".join([*(f"{100 * share:.1f} %" for share in shares[:3]), f"{shares[3]:.4f}"]))
+                cells.append(called_out(tuning, stretch, count))
         print(value, *cells, sep=" | ", flush=True)
         yield ["as any other" if value > 10 else f"{value}", *cells]
+
+
+def stretches(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
+    """The same where no fresh texts set the limit: so many times that of the remembered ones."""
+    tunings = [load(folder, EXPORTED) for folder in folders]
+    own = [fit_scope(each.memory, each.head, fresh=each.fresh[::2]).stretch for each in tunings]
+    for title, values in [*((f"{value}", [value] * len(tunings)) for value in STRETCHES), ("as fresh texts say", own)]:
+        cells = [called_out(tuning, value, count) for tuning, value in zip(tunings, values, strict=True)]
+        if values is own:
+            cells = [f"({value:.2f}) {cell}" for value, cell in zip(own, cells, strict=True)]
+        print(title, *cells, sep=" | ", flush=True)
+        yield [title, *cells]
 
 
 SEQUENCES: tuple[tuple[str, dict[str, float]], ...] = (
@@ -329,6 +349,9 @@ def main() -> None:
         heads = ["wider", *(f"{folder.name}: called out: added, old, of no label; AUROC" for folder in given.folders)]
         title = f"## Out of scope, a posing label added by {given.examples} examples, the limit set on fresh texts"
         lines += ["", title, "", *table(heads, list(added(given.folders, given.examples)))]
+        heads[0] = "times the remembered texts' limit"
+        title = "## The same where no fresh texts set the limit"
+        lines += ["", title, "", *table(heads, list(stretches(given.folders, given.examples)))]
     given.out.write_text("\n".join(lines) + "\n")
 
 

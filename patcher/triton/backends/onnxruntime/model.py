@@ -54,6 +54,11 @@ _GRAPH_LEVELS = {
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+_TENSORRT_NAMES = {
+    "max_workspace_size_bytes": "trt_max_workspace_size",
+    "int8_calibration_table_name": "trt_int8_calibration_table_name",
+    "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
+}
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
 
@@ -254,10 +259,14 @@ def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int) 
         raise LoadError(f"onnxruntime {ort.__version__} cannot read '{path}': {error}") from None
     wanted = providers[0][0]
     if session.get_providers()[0] != wanted:  # onnxruntime goes on silently with the CPU
+        needs = (
+            "TensorRT's libraries of its version, which no extra of it brings"
+            if wanted == "TensorrtExecutionProvider"
+            else "CUDA's and cuDNN's libraries of its version (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+        )
         raise LoadError(
-            f"an instance of kind {kind} got {session.get_providers()[0]}; expected {wanted}, for which onnxruntime "
-            f"{ort.__version__} found no GPU, or no CUDA and cuDNN of its version: "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings these"
+            f"an instance of kind {kind} got {session.get_providers()[0]}; expected {wanted}: onnxruntime "
+            f"{ort.__version__} needs a GPU, a driver that is new enough, and {needs}"
         )
     return session
 
@@ -391,7 +400,7 @@ def _providers(config: Mapping[str, Any], kind: str, device: int) -> list[tuple[
 
 
 def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, str]:
-    """The provider's options from an accelerator's parameters: most are its own, two have another name there."""
+    """The provider's options from an accelerator's parameters; onnxruntime refuses the names that it does not know."""
     options = {"device_id": str(device)}
     for name, value in accelerator.get("parameters", {}).items():
         if name == "precision_mode":
@@ -399,8 +408,8 @@ def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, 
                 raise LoadError(f"unsupported precision mode '{value}' is requested; expected FP32, FP16, BF16 or INT8")
             if value != "FP32":
                 options[f"trt_{value.lower()}_enable"] = "1"
-        elif name == "max_workspace_size_bytes":
-            options["trt_max_workspace_size"] = value
+        elif name in _TENSORRT_NAMES:
+            options[_TENSORRT_NAMES[name]] = value
         elif name.startswith("trt_"):
             options[name] = value
         else:
