@@ -299,20 +299,21 @@ class _Making:
     ) -> tuple[BackboneFile, Parity]:
         """The proven FP32 file ``plain`` as it is to serve, fused where that works; and its parity."""
         if self.target.fuses:
-            with self.watch("fuse"):
-                fused = fuse(plain, self.checkpoint.model.config, self.folder / "fused.onnx", left=self.encoder.left)
-            if fused is None:
-                self.tell("ONNX Runtime has no fused attention for its graph: each operator is a kernel of its own")
-            else:
-                failures: tuple[type[Exception], ...] = (PatcherError, *onnxruntime_errors())
-                try:
-                    with self.watch("parity"):
-                        found = check_parity(self.checkpoint.model, split, self.encoder, fused.path, texts)
-                    self.tell(f"in fused operators: logits within {found.difference:.1g} of the checkpoint's")
-                    return self._converted(split, fused, found, texts)
-                except failures as error:
-                    self.tell(f"fused operators are left out: {error}")
+            failures: tuple[type[Exception], ...] = (PatcherError, *onnxruntime_errors())
+            try:
+                return self._fused(split, plain, texts)
+            except failures as error:
+                self.tell(f"fused operators are left out: {error}")
         return self._converted(split, plain, parity, texts)
+
+    def _fused(self, split: Split, plain: BackboneFile, texts: Sequence[str]) -> tuple[BackboneFile, Parity]:
+        """The same in fused operators, proven in FP32 and in the target's precision."""
+        model = self.checkpoint.model
+        with self.watch("fuse"):
+            fused = fuse(plain, model.config, self.folder / "fused.onnx", left=self.encoder.left)
+            parity = check_parity(model, split, self.encoder, fused.path, texts)
+        self.tell(f"in fused operators: logits within {parity.difference:.1g} of the checkpoint's")
+        return self._converted(split, fused, parity, texts)
 
     def _converted(
         self, split: Split, exact: BackboneFile, parity: Parity, texts: Sequence[str]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from export.backbone import BackboneFile, tidy_nodes
+from patcher.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,11 +47,11 @@ def quiet() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: bool) -> BackboneFile | None:
+def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: bool) -> BackboneFile:
     """Write ``backbone``, FP32 and padded, to ``path`` in fused operators; the same file gives the same bytes.
 
-    ``left`` says that padding comes before the text: attention then reads the whole mask, and not where it ends. None,
-    and no file, where the graph has no attention that ONNX Runtime knows.
+    ``left`` says that padding comes before the text: attention then reads the whole mask, and not where it ends. Raises
+    ExportError where the graph has no attention that ONNX Runtime knows, or its optimizer fails.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -59,7 +60,7 @@ def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: 
     options.use_raw_attention_mask(left)
     try:
         with quiet():  # it misses the exporter's name, which was taken out
-            optimized = optimize_model(
+            model: onnx.ModelProto = optimize_model(
                 str(backbone.path),
                 model_type="bert",
                 num_heads=getattr(config, "num_attention_heads", 0),
@@ -67,12 +68,11 @@ def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: 
                 opt_level=0,  # what a session does on the machine that serves, it does there
                 use_gpu=True,
                 optimization_options=options,
-            )
-    except Exception:  # noqa: BLE001 - whatever it stumbles over in a decoder's graph, that graph is none of its own
-        return None
-    model: onnx.ModelProto = optimized.model
+            ).model
+    except Exception as error:  # it fails in a dozen ways on graphs that it was not made for
+        raise ExportError(f"ONNX Runtime's optimizer fails on this graph ({error})") from error
     if not any(node.domain == FUSED and node.op_type.endswith("Attention") for node in model.graph.node):
-        return None
+        raise ExportError("ONNX Runtime has no fused attention for this graph")
     if not any(each.domain == FUSED for each in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(FUSED, 1))
     model.producer_name, model.producer_version, model.doc_string = "patcher", "", ""

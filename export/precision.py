@@ -141,7 +141,8 @@ def _halved(source: Path) -> onnx.ModelProto:
     ]
     halved: onnx.ModelProto
     if any(node.domain == FUSED for node in model.graph.node):
-        whole = OnnxModel(model)  # knows the shapes of fused operators, where ONNX's own inference ends
+        # ONNX's own inference of types ends at fused operators; this one knows them, and fails on some plain graphs.
+        whole = OnnxModel(model)
         with quiet():
             whole.convert_float_to_float16(keep_io_types=True, node_block_list=blocked, use_symbolic_shape_infer=True)
         halved = whole.model

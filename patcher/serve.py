@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import RepositoryError
 from patcher.serving import serving_of
+from patcher.triton.process import has_gpu
 from patcher.triton.server import EmbeddedTriton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ServerTls
@@ -88,7 +89,7 @@ def advice(repository: ModelRepository, cores: int) -> list[str]:
     With 32 texts at once 16 cores answered 383 a second so, about as many as two (``results/gpu-h200.json``). Nothing
     is said where there is a GPU: what runs where is then up to the server.
     """
-    if cores < _MANY_CORES or Path("/dev/nvidiactl").exists():
+    if cores < _MANY_CORES or has_gpu():
         return []
     parts = {each.backbone_model: each for each in map(repository.classifier, repository.classifiers())}
     lines = []

@@ -1,4 +1,4 @@
-"""Tables and short figures for people."""
+"""What people read: tables, short figures, what to install."""
 
 from __future__ import annotations
 

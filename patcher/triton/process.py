@@ -18,7 +18,7 @@ from patcher.errors import InputError, ServerError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["accepts", "free_ports", "hide_argument", "start_with_parent", "telling_lines"]
+__all__ = ["accepts", "free_ports", "has_gpu", "hide_argument", "start_with_parent", "telling_lines"]
 
 # Asks the kernel for SIGTERM when the parent goes, then becomes the server. Done by a program of its own, since code
 # run between fork and exec of a process with threads may hang.
@@ -91,6 +91,11 @@ def hide_argument(process: subprocess.Popen[bytes], program: Path, secret: bytes
     except OSError:
         return False
     return True
+
+
+def has_gpu() -> bool:
+    """Whether Triton may find a GPU on this machine (its onnxruntime backend's copy of this is ``GPUS``)."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def accepts(host: str, port: int) -> bool:

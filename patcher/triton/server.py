@@ -22,7 +22,7 @@ from patcher.errors import InputError, ServerError
 from patcher.store import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
-from patcher.triton.process import accepts, free_ports, hide_argument, start_with_parent, telling_lines
+from patcher.triton.process import accepts, free_ports, has_gpu, hide_argument, start_with_parent, telling_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -294,7 +294,7 @@ class EmbeddedTriton:
             f"--exit-timeout-secs={self.exit_timeout}",
             *(f"--backend-config={name},shm-region-prefix-name={self._shared_memory}" for name in _PYTHON_BACKENDS),
         ]
-        if not Path("/dev/nvidiactl").exists():
+        if not has_gpu():
             command.append("--allow-gpu-metrics=false")
         return [*command, *(self.tls.options() if self.tls else ()), *self._options]
 
