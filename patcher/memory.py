@@ -236,7 +236,13 @@ class Memory:
         else they leave as sentences spread like every other label's, which keeps ``within()`` what it was.
         """
         place = self._place(label)
-        held = self.sample[self.sample_labels == place].astype(np.float32) if features is None else _rows(features)
+        mean = self.sums[place] / self.counts[place]
+        if features is None:
+            held = self.sample[self.sample_labels == place].astype(np.float64)
+            # Rounded as they are stored, they would leave what no sum of squares is: their mean at least is known.
+            held += mean - held.mean(axis=0) if len(held) else 0.0
+        else:
+            held = _rows(features)
         if len(held) == self.counts[place]:
             leaving = _moment(held)
         elif features is not None:
@@ -244,7 +250,6 @@ class Memory:
                 f"{label!r} joined with {self.counts[place]} sentences, but features of {len(held)} were given"
             )
         else:
-            mean = self.sums[place] / self.counts[place]
             leaving = self.counts[place] * np.outer(mean, mean) + (self.counts[place] - 1) * self.within()
         keep = self.sample_labels != place
         ids = self.sample_labels[keep]

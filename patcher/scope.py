@@ -53,6 +53,9 @@ FINE_TUNED = 2.0
 On two backbones of posing labels they said 1.8 and 1.9 (``tests/benchmarks/results/tuning.md``).
 """
 
+_LONGEST = 30_000.0
+"""The largest number in a projection: half of what FP16 holds."""
+
 _MOST_CLUSTERS = 10_000
 """Above this the labels' own means do: they lie close enough, and a head's file need not grow tenfold."""
 
@@ -154,7 +157,10 @@ def fit_scope(
         return Scope(head.problem, stretch=stretch)
     old = from_memory(memory, head, settings, white)
     axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
-    projection = (old.whitening.points @ axes).astype(np.float16)
+    directions = old.whitening.points @ axes
+    # Features of tiny numbers are stretched beyond what FP16 holds; distances in another unit do as well.
+    directions /= max(1.0, float(np.abs(directions).max()) / _LONGEST)
+    projection = directions.astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
     means, counts, owners = _clusters(memory, head)
     places = (means - old.whitening.center).astype(np.float32) @ projection.astype(np.float32)

@@ -122,3 +122,28 @@ def test_a_label_that_was_added_later_may_lie_wider():
     assert called[0] < called[1]
     alone = Memory.build(FEATURES, IDS, LABELS, 10).add(["added"], wide[:1], np.zeros(1, int))
     assert fit_scope(alone, head).distance.scale[-1] == 0.5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_label_of_few_texts_is_taken_out(seed):
+    # Texts that differ by no more than FP16 rounds, as where a backbone was hardly trained.
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(6), 2)
+    rows = (1 + 1e-3 * rng.standard_normal((6, 64))[ids] + 1e-4 * rng.standard_normal((12, 64))).astype(np.float32)
+    memory = Memory.build(rows, ids, LABELS, 32).add(["new"], 1 + rng.standard_normal((5, 64)), np.zeros(5, int))
+    left = memory.remove("l3")
+    exact = memory.remove("l3", rows[ids == 3])
+    np.testing.assert_allclose(left.second_moment, exact.second_moment, atol=1e-5)
+    labels = [*LABELS[:3], *LABELS[4:], "new"]
+    head = Head.from_linear(labels, np.ones((6, 32), np.float32), np.zeros(6, np.float32), 64, "f" * 64)
+    scores = fit_scope(left, head).score(rows, np.zeros((12, 6), np.float32))
+    assert np.isfinite(scores).all() and (scores > 0).all()
+
+
+def test_features_of_tiny_numbers():
+    memory = Memory.build(FEATURES * 1e-6, IDS, LABELS, 10)
+    scope = fit_scope(memory, make_head())
+    known = scope.score(FEATURES * np.float32(1e-6), np.zeros((300, 6), np.float32))
+    usual = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10), make_head()).score(FEATURES, np.zeros((300, 6)))
+    assert np.isfinite(scope.distance.projection).all()
+    assert abs(known - usual).mean() < 0.1

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 
+_LEAST_PIVOT = 0.5
+"""No pivot of a covariance with a ridge on it is below the ridge; what is below so much of it, was none."""
 _SMALL = 96
 """Up to this size LAPACK's own routines are as fast."""
 
@@ -249,22 +251,24 @@ def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, sett
     wide[np.diag_indices_from(wide)] += ridge
     try:
         lower, inverse = _factors(wide)
+        sound = bool(np.diag(lower).min() ** 2 > _LEAST_PIVOT * ridge.min())
     except np.linalg.LinAlgError:
-        lower, inverse = _factors(_mended(wide))
+        sound = False
+    if not sound:
+        lower, inverse = _factors(_mended(wide, float(ridge.min())))
     scale = spread.astype(np.float32)[:, None]
     lower *= scale
     return Whitening(center, inverse.T / scale, lower)
 
 
-def _mended(matrix: Doubles) -> Doubles:
-    """The nearest covariance to what is none any more.
+def _mended(matrix: Doubles, least: float) -> Doubles:
+    """The nearest covariance to what is none any more; it has no less than ``least`` in any direction.
 
-    A label that was taken out again by its mean alone leaves less than no spread in some directions, where there were
-    few sentences: those get the least that there is elsewhere.
+    A label that was taken out again by its mean alone, or by features as they are stored, leaves less than no spread in
+    some directions, where there were few sentences.
     """
     values, axes = np.linalg.eigh(matrix)
-    least = values[values > 0].min(initial=1e-3)
-    mended: Doubles = (axes * np.maximum(values, max(float(least), 1e-3))) @ axes.T
+    mended: Doubles = (axes * np.maximum(values, least)) @ axes.T
     return mended
 
 
