@@ -37,6 +37,7 @@ def serve(
     metrics_host: str | None = None,
     log_file: Path | None = None,
     encoder_runs_backbone: bool = True,
+    onnxruntime_backend: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> int:
     """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
@@ -59,6 +60,7 @@ def serve(
         options=cache_options(repository),
         environment=repository.store.server_environment(),
         encoder_runs_backbone=encoder_runs_backbone,
+        onnxruntime_backend=onnxruntime_backend,
     )
     hints = advice(repository, len(os.sched_getaffinity(0)))
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tokenizer_json
 from tokenizers import Tokenizer
-from triton_models import tensor
+from triton_models import only_python_based, tensor
 from tritonclient.utils import InferenceServerException
 
 from patcher import model_config
@@ -384,6 +384,7 @@ def test_a_backbone_whose_encoder_does_not_run_it_keeps_its_session(tiny_origina
 
 
 @pytest.mark.server
+@only_python_based("has it open from the start")
 def test_a_backbone_that_cannot_be_opened_again_says_so(tiny_original, tmp_path):
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     models = ["intent_features", "intent_backbone"]

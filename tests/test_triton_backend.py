@@ -1,4 +1,8 @@
-"""The Python-based onnxruntime backend on the real server: refuses what the C++ one refuses, and answers right."""
+"""The Python-based onnxruntime backend on the real server: refuses what the C++ one refuses, and answers right.
+
+With ``PATCHER_SERVER_ONNXRUNTIME=DIR`` the same holds of Triton's C++ backend; where the two say it in other words, a
+pattern below has both.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from onnx import helper
-from triton_models import FLOAT, linear, lookup, onnx_bytes, tensor, write_model
+from triton_models import FLOAT, linear, lookup, only_python_based, onnx_bytes, tensor, write_model
 from tritonclient.utils import InferenceServerException
 
 from patcher import TritonServer
@@ -103,24 +107,24 @@ REFUSED = {
             {"weight": np.ones((3, 2), np.float32)},
         ),
         BATCH + FEATURES + tensor("output", "logits", "FP32", -1),
-        r"\[-1, 2\].*\[-1, -1\]",
+        r"\[-1, ?2\].*\[-1, ?-1\]",
     ),
-    "fixed dims over a free output": (free_axis(), GOOD, r"\[-1, -1\].*\[-1, 2\]"),
+    "fixed dims over a free output": (free_axis(), GOOD, r"\[-1, ?-1\].*\[-1, ?2\]"),
     "other dims of an output": (
         linear(),
         BATCH + FEATURES + tensor("output", "logits", "FP32", 5),
-        r"\[-1, 2\].*-1, 5",
+        r"\[-1, ?2\].*-1, ?5",
     ),
-    "other dims of an input": (linear(), BATCH + tensor("input", "features", "FP32", 4) + LOGITS, r"\[-1, 3\].*-1, 4"),
-    "free dims over a fixed input": (linear(), BATCH + tensor("input", "features", "FP32", -1) + LOGITS, r"-1, -1"),
-    "another rank": (linear(), BATCH + tensor("input", "features", "FP32", 3, 1) + LOGITS, r"\[-1, 3\].*\[-1, 3, 1\]"),
+    "other dims of an input": (linear(), BATCH + tensor("input", "features", "FP32", 4) + LOGITS, r"-1, ?3\].*-1, ?4"),
+    "free dims over a fixed input": (linear(), BATCH + tensor("input", "features", "FP32", -1) + LOGITS, r"-1, ?-1"),
+    "another rank": (linear(), BATCH + tensor("input", "features", "FP32", 3, 1) + LOGITS, r"-1, ?3\].*-1, ?3, ?1\]"),
     "too few inputs": (two_inputs(), BATCH + tensor("input", "features", "FP32", 2) + LOGITS, "expects 1.*provides 2"),
     "too many inputs": (linear(), GOOD + tensor("input", "more", "FP32", 1), "expects 2.*provides 1"),
     "an input the file lacks": (linear(), BATCH + tensor("input", "x", "FP32", 3) + LOGITS, "'x'.*features"),
     "an output the file lacks": (linear(), GOOD + tensor("output", "y", "FP32", 2), "'y'.*logits"),
     "another type of an input": (linear(), BATCH + tensor("input", "features", "FP16", 3) + LOGITS, "FP16.*FP32"),
     "another type of an output": (linear(), BATCH + FEATURES + tensor("output", "logits", "FP64", 2), "FP64.*FP32"),
-    "batches over a fixed first axis": (linear(batch=1), GOOD, r"first dimension.*\[1, 3\]"),
+    "batches over a fixed first axis": (linear(batch=1), GOOD, r"first dimension.*\[1, ?3\]"),
     "an optional input under batching": (
         default_input(),
         BATCH
@@ -129,10 +133,10 @@ REFUSED = {
         + LOGITS,
         "optional input 'shift'",
     ),
-    "a missing file": (None, GOOD, "no file"),
-    "a file that is no ONNX": (b"not an ONNX file", GOOD, "cannot read"),
-    "an empty file": (b"", GOOD, "cannot read|provides 0"),
-    "half a file": (linear(300, 300)[:1000], GOOD, "cannot read"),
+    "a missing file": (None, GOOD, "no file|failed to stat file"),
+    "a file that is no ONNX": (b"not an ONNX file", GOOD, "cannot read|Load model from .* failed"),
+    "an empty file": (b"", GOOD, "cannot read|provides 0|Load model from .* failed"),
+    "half a file": (linear(300, 300)[:1000], GOOD, "cannot read|Load model from .* failed"),
     "an unknown accelerator": (
         linear(),
         GOOD + 'optimization { execution_accelerators { cpu_execution_accelerator { name: "warp" } } }',
@@ -141,24 +145,28 @@ REFUSED = {
     "an unknown execution mode": (
         linear(),
         GOOD + 'parameters { key: "execution_mode" value { string_value: "7" } }',
-        "execution_mode is 7",
+        "execution_mode is 7|execution_mode are 0 or 1 but got 7",
     ),
     "threads that are no number": (
         linear(),
         GOOD + 'parameters { key: "intra_op_thread_count" value { string_value: "many" } }',
-        "'many'; expected a whole number",
+        "'many'; expected a whole number|'many' to integral number",
     ),
     "a flag that is none": (
         linear(),
         GOOD + 'parameters { key: "enable_mem_arena" value { string_value: "perhaps" } }',
-        "'perhaps'; expected one of",
+        "'perhaps'; expected one of|'perhaps' to boolean",
     ),
     "ragged batches": (
         linear(),
         BATCH + tensor("input", "features", "FP32", 3, more="allow_ragged_batch: true") + LOGITS,
         "ragged",
     ),
-    "custom operators": (linear(), GOOD + 'model_operations { op_library_filename: "libops.so" }', "model_operations"),
+    "custom operators": (
+        linear(),
+        GOOD + 'model_operations { op_library_filename: "libops.so" }',
+        r"model_operations|Failed to load library libops\.so",
+    ),
 }
 
 
@@ -287,6 +295,7 @@ def test_strings_and_chosen_outputs(load, server):
     assert answer.as_numpy("same") is None
 
 
+@only_python_based("fails all that was joined with a bad request")
 def test_requests_are_joined_and_a_bad_one_fails_alone(load, server):
     config = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
     wait = "dynamic_batching { preferred_batch_size: 8 max_queue_delay_microseconds: 1000000 }"
@@ -330,7 +339,7 @@ def test_a_refused_file_leaves_the_old_version_serving(load, server):
     (folder / "2").mkdir()
     (folder / "2" / "model.onnx").write_bytes(linear(columns=3))
     with TritonServer(server.url) as client:
-        with pytest.raises(ServerRefused, match=r"\[-1, 3\]"):
+        with pytest.raises(ServerRefused, match=r"\[-1, ?3\]"):
             client.load(name)
         assert client.is_ready(name)
     assert ask(server, name, "features", np.ones((1, 3), np.float32), "FP32").as_numpy("logits").tolist() == [[3, 6]]

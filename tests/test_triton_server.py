@@ -99,7 +99,7 @@ class TestServer:
     def test_says_why_it_does_not_start(self, classifier, tmp_path):
         (classifier.root / "intent_head" / "1" / "model.onnx").write_bytes(b"broken")
         broken = EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log")
-        with pytest.raises(ServerError, match=r"intent_head[\s\S]*cannot read[\s\S]*whole log"):
+        with pytest.raises(ServerError, match=r"intent_head[\s\S]*(cannot read|Load model from)[\s\S]*whole log"):
             broken.start()
         assert broken.pid is None
 
@@ -420,6 +420,43 @@ class TestInstallation:
             found = set(pool.map(lambda _: installation.find_installation().backends, range(4)))
         assert len(found) == 1
         assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.pop().parent.name]
+
+
+class TestTheOtherBackend:
+    """Triton's own onnxruntime backend, which NVIDIA builds and this project does not bring."""
+
+    @pytest.mark.parametrize("make, reason", [(False, "is no folder"), (True, "has no libtriton_onnxruntime.so")])
+    def test_a_folder_without_it(self, make, reason, tmp_path):
+        if make:
+            (tmp_path / "backend").mkdir()
+        with pytest.raises(InputError, match=rf"backend {reason}; expected .*/opt/tritonserver/backends/onnxruntime"):
+            installation.find_installation(tmp_path / "backend")
+
+    def test_goes_before_the_python_based_one(self, classifier, tmp_path):
+        (tmp_path / "backend").mkdir()
+        (tmp_path / "backend" / "libtriton_onnxruntime.so").write_bytes(b"no library")
+        triton = EmbeddedTriton(
+            classifier.root,
+            [classifier.ensemble],
+            log_file=tmp_path / "log",
+            onnxruntime_backend=tmp_path / "backend",
+        )
+        with pytest.raises(ServerError, match=r"unable to load shared library: .*libtriton_onnxruntime\.so"):
+            triton.start()
+
+    def test_the_environment_names_it(self, monkeypatch, tmp_path):
+        (tmp_path / "backend").mkdir()
+        (tmp_path / "backend" / "libtriton_onnxruntime.so").write_bytes(b"no library")
+        (tmp_path / "backend" / "libonnxruntime.so.1").write_bytes(b"none either")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        plain = installation.find_installation()
+        monkeypatch.setenv("PATCHER_SERVER_ONNXRUNTIME", str(tmp_path / "backend"))
+        found = installation.find_installation()
+        assert found.backends != plain.backends
+        assert {path.name for path in (found.backends / "onnxruntime").glob("*.so*")} == {
+            "libtriton_onnxruntime.so",
+            "libonnxruntime.so.1",
+        }
 
 
 def test_telling_lines_leave_out_the_harmless(tmp_path):

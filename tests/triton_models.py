@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import model_config_pb2 as pb
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
+
+
+def only_python_based(reason: str) -> pytest.MarkDecorator:
+    """Leave a test out where the variable names Triton's C++ backend for every server of this run."""
+    return pytest.mark.skipif("PATCHER_SERVER_ONNXRUNTIME" in os.environ, reason=f"the C++ backend {reason}")
 
 
 def onnx_bytes(

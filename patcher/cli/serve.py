@@ -51,6 +51,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Have encoders ask the backbone's own model, as on servers that others start, where they would run a backbone "
     "that is for a CPU in their own process.",
 )
+@click.option(
+    "--onnxruntime-backend",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="PATCHER_SERVER_ONNXRUNTIME",
+    help="Folder with Triton's C++ onnxruntime backend (libtriton_onnxruntime.so and the libonnxruntime.so that it "
+    "needs), to take the place of the Python-based one that comes with patcher: a new version then needs no process of "
+    "its own.  [env: PATCHER_SERVER_ONNXRUNTIME]",
+)
 def serve_command(
     repo: Path | str,
     host: str,
@@ -64,6 +72,7 @@ def serve_command(
     metrics_host: str | None,
     log_file: Path | None,
     ask_backbone: bool,
+    onnxruntime_backend: Path | None,
 ) -> None:
     """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C or SIGTERM.
 
@@ -92,5 +101,6 @@ def serve_command(
         metrics_host=metrics_host,
         log_file=log_file,
         encoder_runs_backbone=not ask_backbone,
+        onnxruntime_backend=onnxruntime_backend,
         say=tell,
     )

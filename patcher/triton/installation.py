@@ -7,6 +7,7 @@ installation::
 
     <folder>/backends/python/{libtriton_python.so, triton_python_backend_utils.py, triton_python_backend_stub}
     <folder>/backends/onnxruntime/model.py          the backend of this package
+    <folder>/backends/onnxruntime/*.so*             Triton's own, where a folder with it was given: it goes before
     <folder>/env/{pyvenv.cfg, bin/python3, lib/python3.X/site-packages/patcher_stub.pth}
                                                     this interpreter, its standard library, where its packages lie
 """
@@ -27,13 +28,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.errors import ToolError
+from patcher.errors import InputError, ToolError
 
 __all__ = ["Installation", "find_installation", "find_libpython"]
 
 _HERE = Path(__file__).parent
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _INSTALL = "pip install 'triton-label-patcher[serve]'"
+_LIBRARY = "libtriton_onnxruntime.so"
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,28 @@ class Installation:
     environment: dict[str, str]
 
 
-def find_installation() -> Installation:
+def find_installation(onnxruntime_backend: Path | None = None) -> Installation:
     """The wheel's tritonserver with its backend folder for this interpreter, built if it is not there yet.
+
+    ``onnxruntime_backend`` is a folder with Triton's C++ backend and the libraries that it needs; by default, where the
+    environment variable ``PATCHER_SERVER_ONNXRUNTIME`` names none, the Python-based one of this package is taken.
 
     Raises
     ------
     ToolError
         where the wheel, its stub for this Python or the interpreter's shared library is missing, with what to install.
+    InputError
+        for a folder without that backend.
     """
+    named = os.environ.get("PATCHER_SERVER_ONNXRUNTIME")
+    own = _libraries(onnxruntime_backend or (Path(named) if named else None))
     server, libraries = _wheel()
     stub = server / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         there = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
         raise ToolError(f"nvidia-pytriton has no stub for Python {_PYTHON}; expected one of {there}: use such a Python")
     _check_numpy()
-    folder = _assembled(server, stub)
+    folder = _assembled(server, stub, own)
     search = [str(libraries)]
     libpython = find_libpython(libraries)
     if libpython:
@@ -103,6 +112,18 @@ def find_libpython(bundled: Path) -> Path | None:
     )
 
 
+def _libraries(backend: Path | None) -> list[Path]:
+    if backend is None:
+        return []
+    if not (backend / _LIBRARY).is_file():
+        there = "is no folder" if not backend.is_dir() else f"has no {_LIBRARY}"
+        raise InputError(
+            f"{backend} {there}; expected a folder with Triton's C++ onnxruntime backend and the libonnxruntime.so "
+            "that it needs (NVIDIA's image has it in /opt/tritonserver/backends/onnxruntime)"
+        )
+    return sorted(path for path in backend.iterdir() if path.is_file())
+
+
 def _check_numpy() -> None:
     # Built against numpy 1, the stub reads garbage from the text tensors of numpy 2 and aborts at the first request.
     version = importlib.metadata.version("numpy")
@@ -127,7 +148,7 @@ def _wheel() -> tuple[Path, Path]:
     return server, libraries
 
 
-def _assembled(server: Path, stub: Path) -> Path:
+def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     """The folder of this interpreter and installation: in the user's cache, or a temporary one if that cannot be."""
     sources = {
         "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
@@ -135,6 +156,7 @@ def _assembled(server: Path, stub: Path) -> Path:
         "backends/python/triton_python_backend_stub": stub,
         "backends/onnxruntime/model.py": _HERE / "backends" / "onnxruntime" / "model.py",
         "stub_start.py": _HERE / "stub_start.py",
+        **{f"backends/onnxruntime/{path.name}": path for path in onnxruntime},
     }
     paths = _package_folders()
     stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]

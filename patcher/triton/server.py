@@ -69,6 +69,9 @@ class EmbeddedTriton:
     ``encoder_runs_backbone`` has an encoder run its backbone in its own process where both are on a CPU and in a
     folder, which saves the way there and back; else it asks Triton for it, as it does on servers that others start.
 
+    ``onnxruntime_backend`` is a folder with Triton's C++ backend, to be used instead of the Python-based one (see
+    :func:`~patcher.triton.installation.find_installation`).
+
     Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
     """
 
@@ -89,6 +92,7 @@ class EmbeddedTriton:
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         encoder_runs_backbone: bool = True,
+        onnxruntime_backend: Path | None = None,
     ) -> None:
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
@@ -115,6 +119,7 @@ class EmbeddedTriton:
         self._environment = dict(environment or {})
         # From an object store each model comes into a folder of its own under /tmp, where anybody can put others.
         self.encoder_runs_backbone = encoder_runs_backbone and not is_url(repository)
+        self.onnxruntime_backend = onnxruntime_backend
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
         self.key_hidden = self._http_key is None
@@ -272,7 +277,7 @@ class EmbeddedTriton:
 
     def command(self) -> list[str]:
         """The command line of the server, without the key."""
-        installation = find_installation()
+        installation = find_installation(self.onnxruntime_backend)
         bracketed = f"[{self.host}]" if ":" in self.host else self.host
         command = [
             str(installation.binary),
@@ -311,7 +316,7 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        installation = find_installation()
+        installation = find_installation(self.onnxruntime_backend)
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         try:
