@@ -7,6 +7,8 @@
 #                      NAME_any for every head store NAME_heads)
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
 #   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
+#   ENCODER_RUNS_BACKBONE  1: encoders run a backbone that is for a CPU in their own process, which saves the way to
+#                      the backbone's model and back, and holds the backbone twice
 set -euo pipefail
 
 repository="${TRITON_MODEL_REPO:-/models}"
@@ -75,6 +77,13 @@ if [ -n "${TLS_FOLDER:-}" ]; then
     tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_FOLDER/client-ca.crt")
   fi
   restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
+fi
+
+# Where patcher's code lies that runs it is found without running any: Triton's stub does that.
+if [ "${ENCODER_RUNS_BACKBONE:-}" = 1 ]; then
+  find='from importlib.util import find_spec; print(find_spec("patcher.triton.backends.onnxruntime.model").origin)'
+  PATCHER_ONNXRUNTIME_BACKEND="$(python3 -c "$find")"
+  export PATCHER_ONNXRUNTIME_BACKEND
 fi
 
 # Readiness is not strict: a refused load of a new head would turn the whole server unready while the classifier goes on

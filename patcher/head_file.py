@@ -33,51 +33,12 @@ __all__ = ["read_head", "write_head"]
 _OPSET = 17
 _IR_VERSION = 8
 _METADATA_KEY = "patcher"
-_PLAIN_OPS = frozenset(
-    [
-        "Add",
-        "ArgMax",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Div",
-        "Exp",
-        "Expand",
-        "Gather",
-        "GatherElements",
-        "Gemm",
-        "Identity",
-        "Log",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Pow",
-        "Reciprocal",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceMean",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "Relu",
-        "Reshape",
-        "Shape",
-        "Sigmoid",
-        "Slice",
-        "Softmax",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tanh",
-        "TopK",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-        "Constant",
-    ]
-)
+_PLAIN_OPS = frozenset([
+    "Add", "ArgMax", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "Identity",
+    "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "ReduceLogSumExp", "ReduceMax", "ReduceMin",
+    "ReduceMean", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Sqrt",
+    "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where", "Constant",
+])  # fmt: skip
 
 
 def write_head(head: Head) -> bytes:
@@ -167,15 +128,54 @@ def _arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 def _model(head: Head) -> onnx.ModelProto:
+    from onnx import TensorProto, helper
+
+    nodes, constants = _logits_graph(head)
+    nodes += _answer_nodes(head.problem)
+    if head.scope is None:
+        nodes.append(helper.make_node("ReduceMax", ["scores"], ["in_scope"], axes=[1], keepdims=1))
+    else:
+        scope_nodes, scope_constants = scope_graph(head.scope, "features", "logits", "in_scope")
+        nodes += scope_nodes
+        constants += scope_constants
+    info = helper.make_tensor_value_info
+    outputs = [
+        info("label", TensorProto.STRING, ["batch", "k"]),
+        info("score", TensorProto.FLOAT, ["batch", "k"]),
+        info("logits", TensorProto.FLOAT, ["batch", "labels"]),
+        info("head_version", TensorProto.INT64, ["batch", 1]),
+        info("in_scope", TensorProto.FLOAT, ["batch", 1]),
+    ]
+    inputs = [info("features", TensorProto.FLOAT, ["batch", head.width])]
+    graph = helper.make_graph(nodes, "head", inputs, outputs, initializer=constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+    model.producer_name = "patcher"
+    metadata = {
+        "split": head.split,
+        "width": head.width,
+        "problem": head.problem,
+        "scope": head.scope.settings() if head.scope else None,
+        "lineage": dataclasses.asdict(head.lineage),
+    }
+    helper.set_model_props(model, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
+    return model
+
+
+def _logits_graph(head: Head) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """From ``features`` to ``logits``, the fine-tuned rows in a Gemm of their own; with all the head's constants."""
     from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node
 
     def number(name: str, value: int) -> onnx.TensorProto:
         return helper.make_tensor(name, TensorProto.INT64, [1], [value])
 
-    node = helper.make_node
+    def floats(name: str, values: NDArray[np.float32]) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name)
+
     constants = [
-        numpy_helper.from_array(np.ascontiguousarray(head.base_weight, np.float32), "base_weight"),
-        numpy_helper.from_array(np.ascontiguousarray(head.base_bias, np.float32), "base_bias"),
+        floats("base_weight", head.base_weight),
+        floats("base_bias", head.base_bias),
         numpy_helper.from_array(np.array(head.labels, dtype=object), "labels"),
         numpy_helper.from_array(np.ascontiguousarray(head.order, np.int64), "order"),
         helper.make_tensor("version", TensorProto.INT64, [1, 1], [head.lineage.version]),
@@ -191,10 +191,7 @@ def _model(head: Head) -> onnx.ModelProto:
     ]
     raw = "base_logits"
     if len(head.patch_weight):
-        constants += [
-            numpy_helper.from_array(np.ascontiguousarray(head.patch_weight, np.float32), "patch_weight"),
-            numpy_helper.from_array(np.ascontiguousarray(head.patch_bias, np.float32), "patch_bias"),
-        ]
+        constants += [floats("patch_weight", head.patch_weight), floats("patch_bias", head.patch_bias)]
         nodes += [
             node("Gemm", ["features", "patch_weight", "patch_bias"], ["patch_logits"], transB=1),
             node("Concat", ["base_logits", "patch_logits"], ["raw_logits"], axis=1),
@@ -206,44 +203,23 @@ def _model(head: Head) -> onnx.ModelProto:
         node("Max", ["batch", "count"], ["end"]),
         node("Slice", ["order", "zero", "end"], ["columns"]),
         node("Gather", [raw, "columns"], ["logits"], axis=1),
+    ]
+    return nodes, constants
+
+
+def _answer_nodes(problem: str) -> list[onnx.NodeProto]:
+    """From ``logits`` to the best labels with their scores, and which version says so."""
+    from onnx import helper
+
+    node = helper.make_node
+    single = problem == SINGLE_LABEL
+    return [
         node("Shape", ["columns"], ["label_count"]),
         node("Min", ["label_count", "top_k"], ["k"]),
         node("TopK", ["logits", "k"], ["top_logits", "top"], axis=1),
         node("Gather", ["labels", "top"], ["label"], axis=0),
-        node("Softmax", ["logits"], ["scores"], axis=1)
-        if head.problem == SINGLE_LABEL
-        else node("Sigmoid", ["logits"], ["scores"]),
+        node("Softmax", ["logits"], ["scores"], axis=1) if single else node("Sigmoid", ["logits"], ["scores"]),
         node("GatherElements", ["scores", "top"], ["score"], axis=1),
         node("Concat", ["batch", "one"], ["version_shape"], axis=0),
         node("Expand", ["version", "version_shape"], ["head_version"]),
     ]
-    if head.scope is None:
-        nodes.append(node("ReduceMax", ["scores"], ["in_scope"], axes=[1], keepdims=1))
-    else:
-        scope_nodes, scope_constants = scope_graph(head.scope, "features", "logits", "in_scope")
-        nodes += scope_nodes
-        constants += scope_constants
-    graph = helper.make_graph(
-        nodes,
-        "head",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", head.width])],
-        [
-            helper.make_tensor_value_info("label", TensorProto.STRING, ["batch", "k"]),
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch", "k"]),
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "labels"]),
-            helper.make_tensor_value_info("head_version", TensorProto.INT64, ["batch", 1]),
-            helper.make_tensor_value_info("in_scope", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        initializer=constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
-    model.producer_name = "patcher"
-    metadata = {
-        "split": head.split,
-        "width": head.width,
-        "problem": head.problem,
-        "scope": head.scope.settings() if head.scope else None,
-        "lineage": dataclasses.asdict(head.lineage),
-    }
-    helper.set_model_props(model, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
-    return model

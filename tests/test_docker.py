@@ -9,12 +9,18 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from patcher import TritonServer
+from patcher.errors import ServerRefused
+from patcher.triton.installation import find_installation
+from patcher.triton.process import free_ports
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -170,6 +176,57 @@ def test_entrypoint_refuses_an_empty_repository(container: dict[str, str], tmp_p
     outcome = enter({**container, "TRITON_MODEL_REPO": str(tmp_path / "bin")})
     assert outcome.returncode == 2
     assert "no classifier in" in outcome.stderr
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("runs", ["", "1"])
+def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp_path: Path) -> None:
+    """From start to stop as in the image, but for the server, which is the wheel's, and its ports."""
+    installation = find_installation()
+    exports = "".join(f"export {name}='{value}'\n" for name, value in installation.environment.items())
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\n{exports}exec {installation.binary} --backend-directory={installation.backends} "$@"\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "key").write_text(KEY)
+    shutil.copytree(tiny_original, tmp_path / "models")
+    grpc, web, metrics = free_ports(["127.0.0.1"] * 3, [0, 0, 0])
+    environment = {
+        **os.environ,
+        "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "TRITON_MODEL_REPO": str(tmp_path / "models"),
+        "TRITON_URL": f"127.0.0.1:{grpc}",
+        "ADMIN_KEY_FILE": str(tmp_path / "key"),
+        "ENCODER_RUNS_BACKBONE": runs,
+    }
+    ports = [f"--grpc-port={grpc}", f"--http-port={web}", f"--metrics-port={metrics}", "--allow-gpu-metrics=false"]
+    command = ["bash", str(DOCKER / "entrypoint.sh"), *ports]
+    health = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{web}"]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as run,
+    ):
+        try:
+            deadline = time.monotonic() + 60
+            while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
+                assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+                time.sleep(0.2)
+            texts = [word for number in range(6) for word in ("--text", f"payday number {number} please")]
+            added = enter(environment, "patcher", "add-label", "payday", *texts, "--force")
+            assert added.returncode == 0, added.stderr
+            with TritonServer(environment["TRITON_URL"]) as server:
+                (answer,) = server.classify("intent", ["payday number 3 please"])
+                assert (answer.labels[0], answer.head_version) == ("payday", 2)
+                with pytest.raises(ServerRefused):
+                    server.load("intent_head")
+                (asked,) = server.statistics("intent_backbone")
+            assert (asked.inferences == 0) == bool(runs)
+        finally:
+            run.terminate()
+            assert run.wait(60) == 0
 
 
 class Ready(http.server.BaseHTTPRequestHandler):

@@ -99,6 +99,8 @@ def test_probes_ask_for_the_classifier() -> None:
 def test_gpus_and_none() -> None:
     assert container("base")["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "nvidia.com/gpu" not in container("cpu")["resources"]["limits"]
+    alone = {"name": "ENCODER_RUNS_BACKBONE", "value": "1"}
+    assert [alone in container(overlay)["env"] for overlay in ("base", "cpu")] == [False, True]
 
 
 def test_only_the_patcher_writes_the_repository() -> None:

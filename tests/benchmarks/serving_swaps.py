@@ -1,12 +1,13 @@
 """What clients notice while heads are swapped once a second under load: throughput, p99, failures.
 
-    python tests/benchmarks/serving_swaps.py [--repo DIR --texts FILE] [--seconds 120] [--concurrency 8]
+    python tests/benchmarks/serving_swaps.py [--repo DIR [--classifier NAME] --texts FILE] [--seconds 120]
+        [--concurrency 8] [--ask-backbone]
 
 Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
 clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
 and disturbed windows alternate. Before that: how long a server takes to start, and a swap without load. Without
 ``--repo`` a tiny classifier is served: there a request costs nothing but the serving, so a swap shows most. Prints
-JSON.
+JSON. With PATCHER_SERVER_ONNXRUNTIME=DIR on Triton's C++ backend, each version without a process of its own.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def load(url: str, model: str, texts: Sequence[str], concurrency: int, seconds: 
     return Window(len(took) / seconds, 1e6 * took[int(0.99 * len(took))], sum(failures for _, failures in found))
 
 
-def measure(classifier, texts: list[str], seconds: float, concurrency: int, window: float = WINDOW) -> dict[str, Any]:
+def measure(
+    classifier, texts: list[str], seconds: float, concurrency: int, window: float = WINDOW, *, ask: bool = False
+) -> dict[str, Any]:
     """Alternate undisturbed and disturbed windows until ``seconds`` of swapping are over."""
     from patcher import add_label
     from patcher.patch import PatchSettings
@@ -114,22 +117,23 @@ def measure(classifier, texts: list[str], seconds: float, concurrency: int, wind
 
     log = classifier.root.parent / "triton.log"
     calm, busy, took = [], [], []
-    models = [classifier.name, classifier.features_model, classifier.backbone_model]
+    models = [classifier.ensemble, classifier.features_model, classifier.backbone_model]
     starts = []
     for _ in range(STARTS):
         begun = time.monotonic()
-        with EmbeddedTriton(classifier.root, models, log_file=log):
+        with EmbeddedTriton(classifier.root, models, log_file=log, encoder_runs_backbone=not ask):
             starts.append(time.monotonic() - begun)
-    with EmbeddedTriton(classifier.root, models, log_file=log) as triton:
+    with EmbeddedTriton(classifier.root, models, log_file=log, encoder_runs_backbone=not ask) as triton:
         if len(classifier.versions()) == 1:
-            add_label(classifier.repository, "swapped in", texts[:10], settings=PatchSettings(force=True))
+            forced = PatchSettings(force=True)
+            add_label(classifier.repository, "swapped in", texts[:10], settings=forced, classifier=classifier.name)
         with swapping(classifier, triton) as idle:
             time.sleep(window)
-        load(triton.url, classifier.name, texts, concurrency, window)
+        load(triton.url, classifier.address, texts, concurrency, window)
         for _ in range(max(1, round(seconds / window))):
-            calm.append(load(triton.url, classifier.name, texts, concurrency, window))
+            calm.append(load(triton.url, classifier.address, texts, concurrency, window))
             with swapping(classifier, triton) as swaps:
-                busy.append(load(triton.url, classifier.name, texts, concurrency, window))
+                busy.append(load(triton.url, classifier.address, texts, concurrency, window))
             took += swaps
     ratios = [after.throughput / before.throughput for before, after in zip(calm, busy, strict=True)]
     tails = [after.p99_us / before.p99_us for before, after in zip(calm, busy, strict=True)]
@@ -151,9 +155,11 @@ def measure(classifier, texts: list[str], seconds: float, concurrency: int, wind
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path)
+    parser.add_argument("--classifier", help="one of several in --repo, in a head store too")
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0, help="of swapping")
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--ask-backbone", action="store_true", help="as on servers that `patcher serve` did not start")
     arguments = parser.parse_args()
     import tiny
 
@@ -163,13 +169,14 @@ def main() -> None:
         root = Path(folder) / "model_repository"
         if arguments.repo:
             shutil.copytree(arguments.repo, root)
-            classifier = ModelRepository(root).classifier()
+            classifier = ModelRepository(root).classifier(arguments.classifier)
         else:
             classifier = tiny.make_repository(root, Path(folder) / "scratch")
         texts = [text for label in tiny.OLD for text in tiny.sentences(label, 20)]
         if arguments.texts:
             texts = list(read_examples(arguments.texts).texts)[::7]
-        print(json.dumps(measure(classifier, texts, arguments.seconds, arguments.concurrency), indent=2))
+        found = measure(classifier, texts, arguments.seconds, arguments.concurrency, ask=arguments.ask_backbone)
+        print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
