@@ -44,7 +44,8 @@ class ExportCallback(TrainerCallback):
     ) -> None:
         """Refuse now what would be refused at the end."""
         name = self.options.get("name", "intent")
-        refuse_taken(self.repository_dir, name, self.options.get("backbone") or name)
+        backbone, in_store = self.options.get("backbone") or name, self.options.get("in_store", False)
+        refuse_taken(self.repository_dir, name, backbone, in_store=in_store)
         self._tokenizer(kwargs)
 
     def on_train_end(

@@ -28,7 +28,7 @@ from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.layout import BackboneFiles
 from patcher.lineage import now
-from patcher.repository import ModelRepository, check_name
+from patcher.repository import ModelRepository, check_name, require_folder
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
 from patcher.scope import FINE_TUNED, fit_scope
 from patcher.stopwatch import Stopwatch
@@ -69,7 +69,9 @@ class ExportOptions(TypedDict, total=False):
     ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
     backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
     cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
-    ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is going on.
+    ``in_store`` leaves the classifier's answers to the backbone's head store instead of an ensemble and a head model of
+    its own. ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is
+    going on.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ExportOptions(TypedDict, total=False):
     tensorrt: bool
     max_length: int | None
     tokenizer: PreTrainedTokenizerBase | None
+    in_store: bool
     allow_pickle: bool
     trust_remote_code: bool
     progress: Callable[[str], None] | None
@@ -121,7 +124,8 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     watch = Stopwatch()
     name = options.get("name", "intent")
     backbone = options.get("backbone") or name
-    refuse_taken(repository_dir, name, backbone)
+    in_store = options.get("in_store", False)
+    refuse_taken(repository_dir, name, backbone, in_store=in_store)
     target = _target(options)
     with watch("load"):
         train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
@@ -134,10 +138,11 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         making = _Making(checkpoint, encoder, Path(folder), target, options.get("progress") or _silent, watch)
         made = making.run(train, ids, held_out, held_out_ids)
         with watch("publish"):
-            repository = _publish(repository_dir, name, backbone, made)
+            repository = _publish(repository_dir, name, backbone, made, in_store=in_store)
     return ExportReport(
         repository=repository,
         classifier=name,
+        address=repository.classifier(name).address,
         backbone=backbone,
         fingerprint=made.files.fingerprint,
         layer=made.layer,
@@ -160,10 +165,12 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     )
 
 
-def refuse_taken(location: str | os.PathLike[str], name: str, backbone: str) -> None:
+def refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool = False) -> None:
     """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
     check_name(name)
     check_name(backbone)
+    if in_store:
+        require_folder(location)
     repository = ModelRepository.at(location)
     if repository is not None and name in repository.classifiers():
         raise InputError(f"{location} holds a classifier {name!r} already; expected another --name, or another --repo")
@@ -395,20 +402,26 @@ class _Making:
         return head
 
 
-def _publish(location: str | os.PathLike[str], name: str, backbone: str, made: _Made) -> ModelRepository:
+def _publish(
+    location: str | os.PathLike[str], name: str, backbone: str, made: _Made, *, in_store: bool
+) -> ModelRepository:
     with ModelRepository.making(location) as repository, repository.lock():
-        _add(repository, name, backbone, made)
+        _add(repository, name, backbone, made, in_store=in_store)
     return repository
 
 
-def _add(repository: ModelRepository, name: str, backbone: str, made: _Made) -> None:
+def _add(repository: ModelRepository, name: str, backbone: str, made: _Made, *, in_store: bool) -> None:
     with contextlib.ExitStack() as undo:
         if repository.has_backbone(backbone):
             _refuse_other_backbone(repository, backbone, made.files)
         else:
             repository.add_backbone(backbone, made.files)
             undo.callback(repository.remove_backbone, backbone)
-        repository.add_classifier(name, made.head, made.memory, backbone=backbone)
+        if in_store and not repository.has_store(backbone):
+            base = repository.backbone(backbone)
+            repository.add_store(base)
+            undo.callback(repository.remove_store, base)
+        repository.add_classifier(name, made.head, made.memory, backbone=backbone, in_store=in_store)
         undo.pop_all()
 
 

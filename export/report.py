@@ -18,6 +18,8 @@ class ExportReport:
 
     repository: ModelRepository
     classifier: str
+    address: str
+    """What clients ask for: the classifier's name, or ENSEMBLE/NAME in a head store."""
     backbone: str
     fingerprint: str
     """SHA-256 of the backbone's ONNX file."""
@@ -70,8 +72,9 @@ class ExportReport:
             closeness = (
                 f"{self.precision}: logits {self.noise:.1%} of their spread off the checkpoint's, {self._cost()}"
             )
+        asked = "" if self.address == self.classifier else f" (asked as {self.address})"
         return (
-            f"Exported {self.classifier}: {len(self.labels)} labels, {features}, "
+            f"Exported {self.classifier}{asked}: {len(self.labels)} labels, {features}, "
             f"{closeness}, {memory}; {sum(self.seconds.values()):.0f} s."
         )
 

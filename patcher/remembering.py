@@ -86,7 +86,10 @@ def remember(
         parent = classifier.head()
         label_ids(parent, examples)  # before minutes go into features
         features = extract_features(classifier, examples.texts, None, progress)
-        limits = {"most_clusters": STORED_CLUSTERS} if classifier.in_store else {}
+        before = classifier.memory()
+        # What has several clusters a label already, an export, say, keeps them in a store, too.
+        small = classifier.in_store and (before is None or len(before.clusters.labels) <= len(before.labels))
+        limits = {"most_clusters": STORED_CLUSTERS} if small else {}
         memory = build_memory(parent, examples, features, per_label=per_label, **limits)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from patcher.layout import BackboneFiles
     from patcher.memory import Memory
 
-__all__ = ["CANARY", "FORMAT", "Classifier", "ModelRepository", "check_name", "holds"]
+__all__ = ["CANARY", "FORMAT", "Classifier", "ModelRepository", "check_name", "holds", "require_folder"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
@@ -62,6 +62,15 @@ def check_name(name: str) -> str:
     if name.endswith(_ROLES):
         raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
     return name
+
+
+def require_folder(location: str | os.PathLike[str]) -> None:
+    """InputError where a repository is no folder: a head store reads heads there that Triton would not fetch."""
+    if is_url(location):
+        raise InputError(
+            f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
+            "object store; expected classifiers with an ensemble of their own there (without --in-store)"
+        )
 
 
 def holds(store: Store, name: str) -> bool:
@@ -162,12 +171,8 @@ class ModelRepository:
         return mark.decode("utf-8", "replace").strip()
 
     def require_folder(self) -> None:
-        """InputError where the repository is no folder: a head store reads heads there that Triton would not fetch."""
-        if is_url(self.location):
-            raise InputError(
-                f"{self.location} is no folder: a head store reads its heads from one, and cannot be served from an "
-                "object store; expected classifiers with an ensemble of their own there (without --in-store)"
-            )
+        """InputError where the repository is no folder, which a head store needs."""
+        require_folder(self.location)
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""

@@ -24,7 +24,7 @@ import export  # noqa: E402
 import export.classifier  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS  # noqa: E402
-from patcher import ModelRepository  # noqa: E402
+from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
 from patcher.errors import (  # noqa: E402
     CheckpointError,
     ExamplesError,
@@ -39,6 +39,8 @@ from patcher.examples import read_examples  # noqa: E402
 from patcher.remembering import remember  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
 from patcher.scope import FINE_TUNED  # noqa: E402
+from patcher.serve import served_models  # noqa: E402
+from patcher.triton.server import EmbeddedTriton  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -484,6 +486,45 @@ def test_a_backbone_is_shared_when_it_is_the_same(bert, tmp_path, tree):
     with pytest.raises(InputError, match="has another tokenizer"):
         run_export(bert, root, name="third", backbone="shared", max_length=9)
     assert tree(root) == before
+
+
+def test_a_head_store_answers_for_it_when_asked_for(bert, tmp_path, monkeypatch, tree):
+    train = train_file(tmp_path, checkpoints.TRAIN)
+    exported = run_export(bert, tmp_path / "model_repository", train=train, in_store=True)
+    assert exported.address == "intent_any/intent"
+    assert exported.sentence().startswith("Exported intent (asked as intent_any/intent): 5 labels")
+    classifier = exported.repository.classifier()
+    assert classifier.in_store and not (classifier.root / "intent").exists()
+    more = len(classifier.memory().clusters.labels)
+    assert more > 5
+    remember(classifier, read_examples(train))
+    assert len(classifier.memory().clusters.labels) == more
+    with pytest.raises(InputError, match="is no folder: a head store"):
+        export_classifier(bert, "s3://bucket/models", in_store=True)
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    plain = export_classifier(bert, tmp_path / "plain")
+    before = tree(plain.location)
+    monkeypatch.setattr("patcher.repository.ModelRepository.add_classifier", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_classifier(bert, plain.location, name="other", backbone="intent", in_store=True)
+    assert tree(plain.location) == before
+
+
+@pytest.mark.server
+def test_a_stored_one_is_patched_on_a_live_server(bert, tmp_path):
+    repository = export_classifier(
+        bert, tmp_path / "model_repository", train=train_file(tmp_path, checkpoints.TRAIN), in_store=True
+    )
+    models = served_models(repository)
+    with EmbeddedTriton(repository.location, models, log_file=tmp_path / "log") as triton, triton.client() as server:
+        assert server.classify("intent_any/intent", ["I lost my card"])[0].head_version == 1
+        forced = PatchSettings(force=True)
+        add_label(repository, "pizza", ["one pizza please", "a large pizza", "pizza!"], server=server, settings=forced)
+        (answer,) = server.classify("intent_any/intent", ["one pizza please"])
+        assert (answer.head_version, len(answer.logits)) == (2, 6)
 
 
 def test_a_repository_of_a_newer_format_is_refused(bert, tmp_path):

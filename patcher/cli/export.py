@@ -40,6 +40,12 @@ from patcher.cli.output import not_installed, tell
 )
 @click.option("--tensorrt", is_flag=True, help="TensorRT runs the backbone on the GPU.")
 @click.option("--backbone", metavar="NAME", help="Name of the backbone's models, for several classifiers on one.")
+@click.option(
+    "--in-store",
+    is_flag=True,
+    help="The backbone's head store answers for it, and clients ask BACKBONE_any: on the server that `patcher serve` "
+    "starts a new version then needs no process of its own. No trials by `canary`.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
@@ -53,6 +59,7 @@ def export_command(
     device: str,
     tensorrt: bool,
     backbone: str | None,
+    in_store: bool,
     trust_remote_code: bool,
     allow_pickle: bool,
     as_json: bool,
@@ -83,6 +90,7 @@ def export_command(
         device=device,
         tensorrt=tensorrt,
         backbone=backbone,
+        in_store=in_store,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         progress=lambda text: tell(text, err=True),
