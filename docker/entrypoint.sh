@@ -3,8 +3,8 @@
 # When the first argument is `patcher`, run that instead: docker compose run --rm patcher add-label ...
 #
 #   TRITON_MODEL_REPO  folder of the repository (/models)
-#   CLASSIFIERS        names to serve, blanks between them (default: every NAME that has a NAME_head beside it, and
-#                      NAME_any for every head store NAME_heads)
+#   CLASSIFIERS        names to serve, blanks between them, BACKBONE_any for those in a head store (default: every NAME
+#                      that has a NAME_head beside it, and BACKBONE_any for every head store BACKBONE_heads)
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
 #   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
 #   ENCODER_RUNS_BACKBONE  1: encoders run a backbone that is for a CPU in their own process, which saves the way to
@@ -79,12 +79,19 @@ if [ -n "${TLS_FOLDER:-}" ]; then
   restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 fi
 
-# Where patcher's code lies that runs it is found without running any: Triton's stub does that.
-if [ "${ENCODER_RUNS_BACKBONE:-}" = 1 ]; then
-  find='from importlib.util import find_spec; print(find_spec("patcher.triton.backends.onnxruntime.model").origin)'
-  PATCHER_ONNXRUNTIME_BACKEND="$(python3 -c "$find")"
-  export PATCHER_ONNXRUNTIME_BACKEND
-fi
+# The encoder is told the file of patcher's that runs a backbone. Found by -I, for the repository may be the folder here.
+case "${ENCODER_RUNS_BACKBONE:-0}" in
+  0) ;;
+  1)
+    find='from importlib.util import find_spec; print(find_spec("patcher.triton.backends.onnxruntime.model").origin)'
+    PATCHER_ONNXRUNTIME_BACKEND="$(python3 -I -c "$find")"
+    export PATCHER_ONNXRUNTIME_BACKEND
+    ;;
+  *)
+    echo "ENCODER_RUNS_BACKBONE is $ENCODER_RUNS_BACKBONE; expected 0 or 1" >&2
+    exit 2
+    ;;
+esac
 
 # Readiness is not strict: a refused load of a new head would turn the whole server unready while the classifier goes on
 # answering. The health check asks for the classifiers themselves.

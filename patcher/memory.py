@@ -232,8 +232,9 @@ class Memory:
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
         """The memory without a label.
 
-        Its sentences leave the second moment exactly where their ``features`` are given or all lie in the sample;
-        else they leave as sentences spread like every other label's, which keeps ``within()`` what it was.
+        Its sentences leave the second moment exactly where their ``features`` are given, to within the rounding of
+        their spread where all lie in the sample; else they leave as sentences spread like every other label's, which
+        keeps ``within()`` what it was.
         """
         place = self._place(label)
         mean = self.sums[place] / self.counts[place]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.errors import ExamplesError, LabelError
+from patcher.errors import ExamplesError, LabelError, RepositoryError
 from patcher.examples import split_labels
 from patcher.features import extract_features
 from patcher.head import MULTI_LABEL, Head
@@ -86,12 +86,19 @@ def remember(
         parent = classifier.head()
         label_ids(parent, examples)  # before minutes go into features
         features = extract_features(classifier, examples.texts, None, progress)
-        before = classifier.memory()
-        # What has several clusters a label already, an export, say, keeps them in a store, too.
-        small = classifier.in_store and (before is None or len(before.clusters.labels) <= len(before.labels))
-        limits = {"most_clusters": STORED_CLUSTERS} if small else {}
-        memory = build_memory(parent, examples, features, per_label=per_label, **limits)
+        memory = build_memory(parent, examples, features, per_label=per_label, **_limits(classifier))
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)
         return roll_out(classifier, head, memory, server)
+
+
+def _limits(classifier: Classifier) -> dict[str, int]:
+    """Clusters a label: in a head store no more than the memory before had, for one of very many is kept small."""
+    if not classifier.in_store:
+        return {}
+    try:
+        before = classifier.memory()
+    except RepositoryError:  # it cannot be read, and is built anew for that
+        return {"most_clusters": STORED_CLUSTERS}
+    return {"most_clusters": before.most_clusters} if before else {}

@@ -311,7 +311,10 @@ class ModelRepository:
         base = self.backbone(backbone)
         width, fingerprint = base.width(), base.fingerprint()
         if in_store and not self.has_store(backbone):
-            raise InputError(f"the backbone {backbone} has no head store; `patcher new-classifier --in-store` adds one")
+            raise InputError(
+                f"the backbone {backbone} has no head store; `--in-store` of `patcher new-classifier` or `patcher "
+                "export` adds one"
+            )
         if (head.width, head.lineage.backbone) != (width, fingerprint):
             raise RepositoryError(
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "

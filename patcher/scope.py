@@ -159,7 +159,8 @@ def fit_scope(
     axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
     directions = old.whitening.points @ axes
     # Features of tiny numbers are stretched beyond what FP16 holds; distances in another unit do as well.
-    directions /= max(1.0, float(np.abs(directions).max()) / _LONGEST)
+    unit = max(1.0, float(np.abs(directions).max()) / _LONGEST)
+    directions /= unit
     projection = directions.astype(np.float16)
     center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
     means, counts, owners = _clusters(memory, head)
@@ -170,7 +171,7 @@ def fit_scope(
     inputs, theirs = memory.sample[some].astype(np.float32), memory.sample_labels[some]
     distance = dataclasses.replace(distance, scale=_scale(distance.squared(inputs), theirs, counts, owners))
     gaps = _without_themselves(distance.squared(inputs), counts)
-    remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6)
+    remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6 / unit**2)
     if fresh is not None and len(fresh):
         stretch = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms)) / remembered
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))

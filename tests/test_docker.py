@@ -179,7 +179,7 @@ def test_entrypoint_refuses_an_empty_repository(container: dict[str, str], tmp_p
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("runs", ["", "1"])
+@pytest.mark.parametrize("runs", ["0", "1"])
 def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp_path: Path) -> None:
     """From start to stop as in the image, but for the server, which is the wheel's, and its ports."""
     installation = find_installation()
@@ -205,28 +205,34 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
     ports = [f"--grpc-port={grpc}", f"--http-port={web}", f"--metrics-port={metrics}", "--allow-gpu-metrics=false"]
     command = ["bash", str(DOCKER / "entrypoint.sh"), *ports]
     health = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{web}"]
-    with (
-        (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as run,
-    ):
-        try:
-            deadline = time.monotonic() + 60
-            while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
-                assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-                time.sleep(0.2)
-            texts = [word for number in range(6) for word in ("--text", f"payday number {number} please")]
-            added = enter(environment, "patcher", "add-label", "payday", *texts, "--force")
-            assert added.returncode == 0, added.stderr
-            with TritonServer(environment["TRITON_URL"]) as server:
-                (answer,) = server.classify("intent", ["payday number 3 please"])
-                assert (answer.labels[0], answer.head_version) == ("payday", 2)
-                with pytest.raises(ServerRefused):
-                    server.load("intent_head")
-                (asked,) = server.statistics("intent_backbone")
-            assert (asked.inferences == 0) == bool(runs)
-        finally:
-            run.terminate()
-            assert run.wait(60) == 0
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        run = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 60
+        while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
+            assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.2)
+        texts = [word for number in range(6) for word in ("--text", f"payday number {number} please")]
+        added = enter(environment, "patcher", "add-label", "payday", *texts, "--force")
+        assert added.returncode == 0, added.stderr
+        with TritonServer(environment["TRITON_URL"]) as server:
+            (answer,) = server.classify("intent", ["payday number 3 please"])
+            assert (answer.labels[0], answer.head_version) == ("payday", 2)
+            with pytest.raises(ServerRefused):
+                server.load("intent_head")
+            (asked,) = server.statistics("intent_backbone")
+        assert (asked.inferences == 0) == (runs == "1")
+        run.terminate()
+        assert run.wait(60) == 0
+    finally:
+        run.kill()
+        run.wait()
+
+
+def test_entrypoint_wants_a_clear_word_on_the_encoder(container: dict[str, str]) -> None:
+    outcome = enter({**container, "ENCODER_RUNS_BACKBONE": "yes"})
+    assert (outcome.returncode, "is yes; expected 0 or 1" in outcome.stderr) == (2, True)
 
 
 class Ready(http.server.BaseHTTPRequestHandler):

@@ -499,6 +499,9 @@ def test_a_head_store_answers_for_it_when_asked_for(bert, tmp_path, monkeypatch,
     assert more > 5
     remember(classifier, read_examples(train))
     assert len(classifier.memory().clusters.labels) == more
+    (classifier.root / classifier.version_name(2) / "memory.safetensors").write_bytes(b"damaged")
+    remember(classifier, read_examples(train))
+    assert len(classifier.memory().clusters.labels) == 5
     with pytest.raises(InputError, match="is no folder: a head store"):
         export_classifier(bert, "s3://bucket/models", in_store=True)
 

@@ -432,7 +432,8 @@ class TestTheOtherBackend:
         with pytest.raises(InputError, match=rf"backend {reason}; expected .*/opt/tritonserver/backends/onnxruntime"):
             installation.find_installation(tmp_path / "backend")
 
-    def test_goes_before_the_python_based_one(self, classifier, tmp_path):
+    def test_goes_before_the_python_based_one(self, classifier, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         (tmp_path / "backend").mkdir()
         (tmp_path / "backend" / "libtriton_onnxruntime.so").write_bytes(b"no library")
         triton = EmbeddedTriton(
@@ -448,6 +449,7 @@ class TestTheOtherBackend:
         (tmp_path / "backend").mkdir()
         (tmp_path / "backend" / "libtriton_onnxruntime.so").write_bytes(b"no library")
         (tmp_path / "backend" / "libonnxruntime.so.1").write_bytes(b"none either")
+        (tmp_path / "backend" / "model.py").write_text("raise SystemExit")  # as an assembled folder of ours has one
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         plain = installation.find_installation()
         monkeypatch.setenv("PATCHER_SERVER_ONNXRUNTIME", str(tmp_path / "backend"))
@@ -457,6 +459,17 @@ class TestTheOtherBackend:
             "libtriton_onnxruntime.so",
             "libonnxruntime.so.1",
         }
+        assert "SystemExit" not in (found.backends / "onnxruntime" / "model.py").read_text()
+
+    def test_what_cannot_be_copied_leaves_nothing(self, monkeypatch, tmp_path):
+        def full(*_args, **_more):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr("shutil.copy2", full)
+        with pytest.raises(ToolError, match=r"cannot put the server together.*No space left.*XDG_CACHE_HOME"):
+            installation.find_installation()
+        assert list((tmp_path / "patcher").iterdir()) == []
 
 
 def test_telling_lines_leave_out_the_harmless(tmp_path):

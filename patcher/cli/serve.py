@@ -57,7 +57,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     envvar="PATCHER_SERVER_ONNXRUNTIME",
     help="Folder with Triton's C++ onnxruntime backend (libtriton_onnxruntime.so and the libonnxruntime.so that it "
     "needs), to take the place of the Python-based one that comes with patcher: a new version then needs no process of "
-    "its own.  [env: PATCHER_SERVER_ONNXRUNTIME]",
+    "its own. The encoder goes on running a backbone of its own, unless it is told to --ask-backbone.  "
+    "[env: PATCHER_SERVER_ONNXRUNTIME, which `patcher tune` heeds, too]",
 )
 def serve_command(
     repo: Path | str,

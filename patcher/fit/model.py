@@ -255,21 +255,21 @@ def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, sett
     except np.linalg.LinAlgError:
         sound = False
     if not sound:
-        lower, inverse = _factors(_mended(wide, float(ridge.min())))
+        lower, inverse = _mended(wide, float(ridge.min()))
     scale = spread.astype(np.float32)[:, None]
     lower *= scale
     return Whitening(center, inverse.T / scale, lower)
 
 
-def _mended(matrix: Doubles, least: float) -> Doubles:
-    """The nearest covariance to what is none any more; it has no less than ``least`` in any direction.
+def _mended(matrix: Doubles, least: float) -> tuple[Floats, Floats]:
+    """A root of the nearest covariance to what is none any more, and its inverse; no value of it is below ``least``.
 
     A label that was taken out again by its mean alone, or by features as they are stored, leaves less than no spread in
     some directions, where there were few sentences.
     """
     values, axes = np.linalg.eigh(matrix)
-    mended: Doubles = (axes * np.maximum(values, least)) @ axes.T
-    return mended
+    roots = np.sqrt(np.maximum(values, least))
+    return (axes * roots).astype(np.float32), (axes / roots).T.astype(np.float32)
 
 
 def _factors(matrix: Doubles) -> tuple[Floats, Floats]:

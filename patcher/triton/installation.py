@@ -36,6 +36,7 @@ _HERE = Path(__file__).parent
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _INSTALL = "pip install 'triton-label-patcher[serve]'"
 _LIBRARY = "libtriton_onnxruntime.so"
+_VARIABLE = "PATCHER_SERVER_ONNXRUNTIME"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Installation:
     environment: dict[str, str]
 
 
-def find_installation(onnxruntime_backend: Path | None = None) -> Installation:
+def find_installation(onnxruntime_backend: Path | str | None = None) -> Installation:
     """The wheel's tritonserver with its backend folder for this interpreter, built if it is not there yet.
 
     ``onnxruntime_backend`` is a folder with Triton's C++ backend and the libraries that it needs; by default, where the
@@ -61,15 +62,15 @@ def find_installation(onnxruntime_backend: Path | None = None) -> Installation:
     InputError
         for a folder without that backend.
     """
-    named = os.environ.get("PATCHER_SERVER_ONNXRUNTIME")
-    own = _libraries(onnxruntime_backend or (Path(named) if named else None))
+    given = onnxruntime_backend or os.environ.get(_VARIABLE)
+    libraries_given = _libraries(Path(given)) if given else []
     server, libraries = _wheel()
     stub = server / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         there = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
         raise ToolError(f"nvidia-pytriton has no stub for Python {_PYTHON}; expected one of {there}: use such a Python")
     _check_numpy()
-    folder = _assembled(server, stub, own)
+    folder = _assembled(server, stub, libraries_given)
     search = [str(libraries)]
     libpython = find_libpython(libraries)
     if libpython:
@@ -112,16 +113,15 @@ def find_libpython(bundled: Path) -> Path | None:
     )
 
 
-def _libraries(backend: Path | None) -> list[Path]:
-    if backend is None:
-        return []
+def _libraries(backend: Path) -> list[Path]:
     if not (backend / _LIBRARY).is_file():
         there = "is no folder" if not backend.is_dir() else f"has no {_LIBRARY}"
         raise InputError(
-            f"{backend} {there}; expected a folder with Triton's C++ onnxruntime backend and the libonnxruntime.so "
-            "that it needs (NVIDIA's image has it in /opt/tritonserver/backends/onnxruntime)"
+            f"{backend} {there}; expected --onnxruntime-backend or ${_VARIABLE} to name a folder with Triton's C++ "
+            "onnxruntime backend and the libonnxruntime.so.1 that it needs (NVIDIA's image has it in "
+            "/opt/tritonserver/backends/onnxruntime)"
         )
-    return sorted(path for path in backend.iterdir() if path.is_file())
+    return sorted(path for path in backend.iterdir() if ".so" in path.suffixes and path.is_file())
 
 
 def _check_numpy() -> None:
@@ -151,12 +151,12 @@ def _wheel() -> tuple[Path, Path]:
 def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     """The folder of this interpreter and installation: in the user's cache, or a temporary one if that cannot be."""
     sources = {
+        **{f"backends/onnxruntime/{path.name}": path for path in onnxruntime},
         "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
         "backends/python/triton_python_backend_utils.py": server / "backends/python/triton_python_backend_utils.py",
         "backends/python/triton_python_backend_stub": stub,
         "backends/onnxruntime/model.py": _HERE / "backends" / "onnxruntime" / "model.py",
         "stub_start.py": _HERE / "stub_start.py",
-        **{f"backends/onnxruntime/{path.name}": path for path in onnxruntime},
     }
     paths = _package_folders()
     stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
@@ -172,7 +172,15 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     except OSError:
         building = Path(tempfile.mkdtemp(prefix="patcher-triton-"))
         folder = building
-    _build(building, sources, paths)
+    try:
+        _build(building, sources, paths)
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ToolError(
+                f"cannot put the server together in {building}: {error}; $XDG_CACHE_HOME moves it"
+            ) from error
+        raise
     if folder != building:
         try:
             building.rename(folder)

@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from patcher.triton.installation import Installation
     from patcher.triton.tls import ClientTls, ServerTls
 
 __all__ = ["EmbeddedTriton"]
@@ -92,7 +94,7 @@ class EmbeddedTriton:
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         encoder_runs_backbone: bool = True,
-        onnxruntime_backend: Path | None = None,
+        onnxruntime_backend: Path | str | None = None,
     ) -> None:
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
@@ -275,9 +277,14 @@ class EmbeddedTriton:
             code = self._process.wait()
             raise ServerError(f"tritonserver ended by itself with exit code {code}.{self._log_says()}")
 
+    @cached_property
+    def installation(self) -> Installation:
+        """The tritonserver that is started; ToolError or InputError where there is none."""
+        return find_installation(self.onnxruntime_backend)
+
     def command(self) -> list[str]:
         """The command line of the server, without the key."""
-        installation = find_installation(self.onnxruntime_backend)
+        installation = self.installation
         bracketed = f"[{self.host}]" if ":" in self.host else self.host
         command = [
             str(installation.binary),
@@ -316,7 +323,7 @@ class EmbeddedTriton:
         if self._http_key is not None:
             closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
             command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
-        installation = find_installation(self.onnxruntime_backend)
+        installation = self.installation
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         try:

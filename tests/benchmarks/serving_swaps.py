@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--ask-backbone", action="store_true", help="as on servers that `patcher serve` did not start")
     arguments = parser.parse_args()
+    if arguments.classifier and not arguments.repo:
+        parser.error("--classifier names one of --repo; expected both")
     import tiny
 
     from patcher import ModelRepository, read_examples
