@@ -20,7 +20,10 @@ from patcher import (
     TritonServer,
     add_label,
     drop_classifier,
+    merge_labels,
     new_classifier,
+    read_examples,
+    remember,
     rollback,
 )
 from patcher.cli import main
@@ -289,6 +292,18 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             drop_classifier(repository, "unheard", server)
         with pytest.raises(ServerError, match="no classifier 'unheard'"):
             server.classify("intent_any/unheard", ["hello"])
+
+
+def test_one_of_very_many_stays_small(tiny_original, tmp_path):
+    repository = ModelRepository(shutil.copytree(tiny_original, tmp_path / "model_repository"))
+    new_classifier(repository, "small", examples(), settings=FoundingSettings(in_store=True))
+    classifier = repository.classifier("small")
+    merge_labels(classifier, ["payday", "pizza"], "both", force=True)
+    assert len(classifier.memory().clusters.labels) == 3  # the merged one keeps both
+    given = {"both": ["payday", "pizza"], "holiday": ["holiday"]}
+    texts = {label: [text for old in given[label] for text in tiny.sentences(old, 20, seed=3)] for label in given}
+    remember(classifier, read_examples(tiny.write_csv(tmp_path / "again.csv", texts)))
+    assert len(classifier.memory().clusters.labels) == 2
 
 
 @pytest.mark.parametrize("in_store", [False, True])
