@@ -65,6 +65,23 @@ def test_several_labels_at_once_do_not_steal_from_each_other():
         assert (after.logits(new(100, k, seed=5)).argmax(axis=1) == 8 + k).mean() > 0.85
 
 
+@pytest.mark.parametrize("method", ["auto", "ridge", "lda"])
+def test_a_row_does_not_live_on_how_features_are_rounded(method):
+    # A feature that is the same in all texts (a saturated tanh, say) is another number in what the memory keeps.
+    head, memory, features, ids, new = world()
+    features, examples = features.copy(), new(10)
+    for rows in (features, examples):
+        rows[:, [3, 15]] = 0.9999, 0.3
+    memory = Memory.build(features, ids, head.labels, head.split)
+    kept = memory.sample[0].astype(np.float32)
+    assert kept[15] != features[0, 15]
+    after = fit({"new": examples}, head, memory, method=method).apply(head)
+    rounded = features.copy()
+    rounded[:, [3, 15]] = kept[[3, 15]]
+    moved = after.logits(rounded)[:, 8] - after.logits(features)[:, 8]
+    assert np.abs(moved).max() < 0.5
+
+
 def test_the_name_is_an_example_that_does_not_count():
     head, memory, _, _, new = world()
     name = new(1, seed=7)[0]

@@ -36,6 +36,8 @@ __all__ = [
 
 _LEAST_PIVOT = 0.5
 """No pivot of a covariance with a ridge on it is below the ridge; what is below so much of it, was none."""
+_COARSE = 2.0**-8
+"""Of its mean, what a feature spreads at least: four times the distance of two numbers that FP16 holds."""
 _SMALL = 96
 """Up to this size LAPACK's own routines are as fast."""
 
@@ -244,6 +246,8 @@ def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, sett
     """Whitening by a covariance of features of some ``variance``, with a ridge on them; ``wide`` is used up."""
     spread = np.sqrt(np.maximum(variance, 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
+    # Else what tells examples from remembered inputs best would be how FP16 rounds a feature that hardly varies.
+    spread = np.maximum(spread, _COARSE * np.abs(center))
     wide /= spread[:, None]
     wide /= spread
     ridge = np.full(len(center), settings.ridge_hidden)
