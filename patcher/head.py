@@ -26,6 +26,8 @@ SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
 TOP_K = 5
 """At most so many labels come back as strings, best first."""
+_UNITS = 2.0**-21
+"""Eight times what one rounding changes a number by."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,18 @@ class Head:
         patch = features @ self.patch_weight.T + self.patch_bias
         logits: Floats = np.concatenate([base, patch], axis=1)[:, self.order]
         return logits
+
+    def rounding(self, features: Floats) -> Floats:
+        """How far two right ways to add up the logits may lie apart in single precision, FP32 ``[n, C]``.
+
+        It grows with what is added, not with the sum: far from zero, products are large and little is left of them.
+        Some times the unit of rounding, where the strict bound is ``width`` times (Higham 2002, 3.1).
+        """
+        numbers = {
+            name: np.abs(getattr(self, name)) for name in ("base_weight", "base_bias", "patch_weight", "patch_bias")
+        }
+        added: Floats = _UNITS * dataclasses.replace(self, **numbers).logits(np.abs(features))
+        return added
 
     def index(self, label: str) -> int:
         """Position of a label; LabelError names the nearest labels where it is not there."""

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     quality_measure,
     quality_others,
     quality_ours,
+    random_classifiers,
 )
 from tests.benchmarks.quality_plot import plot
 from tests.benchmarks.quality_pypi import _write_job
@@ -231,3 +232,16 @@ def test_a_librarys_answers_become_the_same_figures(setting, tmp_path):
     assert row["figures"]["recall"]["mean"] == row["figures"]["f1"]["mean"] == 1.0
     assert row["figures"]["flips"]["mean"] == 0.0
     assert row["sequential"]["accuracy"]["all"]["mean"] == 1.0
+
+
+def test_made_up_classifiers_keep_the_rules_of_a_patch():
+    found = random_classifiers.run(range(60))
+    assert found["broken"] == {}
+    assert {"removed", "1 added by auto", "2 added by auto", "1 added by lda", "1 added by ridge"} <= set(
+        found["steps"]
+    )
+
+
+def test_a_row_that_lives_on_rounding_is_noticed(monkeypatch):
+    monkeypatch.setattr("patcher.fit.model._COARSE", 0.0)
+    assert "FP16 moves the new logits" in " ".join(random_classifiers.run(range(60))["broken"].values())

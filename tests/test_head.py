@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from patcher.errors import LabelError, PatcherError, RepositoryError
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.head_file import read_head, write_head
-from patcher.runtime import open_session, run_head
+from patcher.runtime import check_head_file, open_session, run_head
 
 
 def make_head(labels=3, split=4, width=6, seed=0, problem=SINGLE_LABEL):
@@ -50,6 +50,27 @@ def test_the_file_answers_as_the_numbers_say(labels, new):
     softmax = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(served.scores, np.take_along_axis(softmax, best, axis=1), atol=1e-5)
     assert served.version == 1
+
+
+def test_rounding_tells_what_single_precision_may_do_far_from_zero():
+    head = make_head()
+    rows = features(head, 200)
+    near, far = head.rounding(rows), head.rounding(rows + np.float32(3000.0))
+    assert near.shape == far.shape == (200, len(head.labels))
+    assert near.max() < 1e-4
+    assert far.max() > 1e-3
+    exact = (rows + np.float32(3000.0)).astype(np.float64)[:, : head.split] @ head.base_weight.T.astype(np.float64)
+    off = np.abs(head.logits(rows + np.float32(3000.0)) - (exact + head.base_bias))
+    assert (off <= far).all()
+
+
+def test_a_file_with_another_number_is_refused_even_far_from_zero():
+    head = patched(make_head(), 1)
+    rows = features(head) + np.float32(3000.0)
+    check_head_file(write_head(head), head, rows)
+    other = dataclasses.replace(head, patch_weight=head.patch_weight * np.float32(1.001))
+    with pytest.raises(RepositoryError, match="logits differ from its rows"):
+        check_head_file(write_head(other), head, rows)
 
 
 def test_multi_label_scores_are_sigmoids():

@@ -1,0 +1,240 @@
+"""Made-up classifiers through all that a label's life does with numbers, and what has to hold after each step.
+
+    python tests/benchmarks/random_classifiers.py [--count 2000] [--seed 0]
+
+Each has other labels, widths, scales and spreads, among them what real ones seldom have: features that never vary, a
+mean far from zero, a label with a single sentence, sentences that are all alike. Labels are added and taken out, by
+each method, and after each step:
+
+* nothing is raised but patcher's own errors, and numpy warns of nothing;
+* a patch of the default method leaves the bits of all old rows;
+* a new row answers a sentence the same whether its features are the true ones or as a memory rounds them to FP16;
+* as many old inputs flip as the gate says, counted here once more in plain numpy;
+* what onnxruntime answers from the head's ONNX file is what numpy computes from its rows, score included.
+
+Prints what was found as JSON; ends with 1 where a rule was broken, and names the seed, which makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patcher.errors import PatcherError
+from patcher.fit import fit
+from patcher.gate import judge
+from patcher.head import Head
+from patcher.head_file import write_head
+from patcher.memory import Memory
+from patcher.runtime import check_head_file
+from patcher.scope import fit_scope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+_MOVED = 2.0
+"""By so much, and a hundredth of the largest, may rounded features move a new label's logits."""
+RESULTS = Path(__file__).parent / "results" / "random_classifiers.json"
+
+
+class BrokenRule(Exception):
+    """Something that has to hold does not."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where sentences of made-up labels lie."""
+
+    rng: np.random.Generator
+    split: int
+    centres: Floats
+    away: float
+    spread: float
+    dead: NDArray[np.bool_]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> World:
+        """Up to nine labels; the last two are not known yet."""
+        split = int(rng.choice([4, 16, 32]))
+        width = split * int(rng.choice([1, 2, 2]))
+        scale = 10.0 ** rng.integers(-3, 2)
+        centres = scale * rng.standard_normal((int(rng.integers(4, 10)), width))
+        away = scale * float(rng.choice([0, 0, 1, 30]))
+        spread = scale * 10.0 ** rng.integers(-5, 1)
+        return cls(rng, split, centres.astype(np.float32), away, spread, rng.random(width) < rng.choice([0, 0, 0.3]))
+
+    def sentences(self, label: int, count: int) -> Floats:
+        """Features, float32 ``[count, width]``."""
+        rows = self.away + self.centres[label] + self.spread * self.rng.standard_normal((count, len(self.dead)))
+        rows[:, self.dead] = self.away
+        if self.rng.random() < 0.1:
+            rows[:] = rows[0]
+        return rows.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A head with its score, what is remembered of its labels, and all sentences that those were made from."""
+
+    head: Head
+    memory: Memory
+    sentences: Floats
+
+    @classmethod
+    def draw(cls, world: World) -> Classifier:
+        """One whose rows point at its labels' means, as trained ones do."""
+        rng, known = world.rng, len(world.centres) - 2
+        labels = [f"label {i}" for i in range(known)]
+        each = int(rng.choice([1, 2, 3, 10, 40]))
+        features = np.concatenate([world.sentences(i, each) for i in range(known)])
+        ids = np.repeat(np.arange(known), each)
+        memory = Memory.build(features, ids, labels, world.split, per_label=int(rng.choice([0, 2, 20])))
+        means = memory.means()[:, : world.split]
+        weight = (10.0 * means / max(float((means**2).sum(axis=1).mean()), 1e-9)).astype(np.float32)
+        problem = str(rng.choice(["single_label", "single_label", "multi_label"]))
+        bias = np.zeros(known, np.float32)
+        head = Head.from_linear(labels, weight, bias, features.shape[1], "f" * 64, problem=problem)
+        return cls(head, memory, features).scored()
+
+    def scored(self) -> Classifier:
+        """The same with its out-of-scope score fitted anew."""
+        return dataclasses.replace(self, head=dataclasses.replace(self.head, scope=fit_scope(self.memory, self.head)))
+
+    def without(self, label: str) -> Classifier:
+        """The same when a label was taken out."""
+        return dataclasses.replace(self, head=self.head.without(label), memory=self.memory.remove(label)).scored()
+
+    def patched(self, examples: Mapping[str, Floats], method: str) -> Classifier:
+        """The same with some labels more; the rules of a patch are looked at."""
+        made = fit(examples, self.head, self.memory, method=method)
+        verdict = judge(self.head, made, examples, self.memory)
+        head = made.apply(self.head)
+        if method == "auto":
+            changed = [old for old, bits in self.head.rows_hash().items() if head.rows_hash()[old] != bits]
+            if changed:
+                raise BrokenRule(f"the old rows of {changed} changed")
+        if verdict.flips is not None:
+            least, most = _flips(self, head)
+            if not least <= verdict.flips <= most:
+                raise BrokenRule(f"the gate counts flips of {verdict.flips}, and there are {least} to {most}")
+        true, rounded = (
+            head.logits(rows)[:, -len(examples) :]
+            for rows in (self.sentences, self.sentences.astype(np.float16).astype(np.float32))
+        )
+        if (moved := float(np.abs(rounded - true).max())) > _MOVED + 0.01 * float(np.abs(true).max()):
+            raise BrokenRule(f"FP16 moves the new logits by {moved}, and the largest is {np.abs(true).max()}")
+        ids = np.repeat(np.arange(len(examples)), [len(rows) for rows in examples.values()])
+        memory = self.memory.add(tuple(examples), np.concatenate(list(examples.values())), ids)
+        return dataclasses.replace(self, head=head, memory=memory).scored()
+
+    def check(self, rows: Floats) -> None:
+        """See that the head's file answers as the head does."""
+        check_head_file(write_head(self.head), self.head, rows)
+
+
+def _flips(before: Classifier, after: Head) -> tuple[float, float]:
+    """At least and at most, the share of remembered sentences that were right and are wrong, or got a label not theirs.
+
+    The two differ by sentences for which two logits are the same but for rounding.
+    """
+    rows = before.memory.sample.astype(np.float32)
+    old, new = before.head.logits(rows), after.logits(rows)
+    if before.head.problem == "multi_label":
+        margin = -new[:, old.shape[1] :].max(axis=1)
+        right = np.ones(len(rows), np.bool_)
+        sure = right
+    else:
+        place = [before.head.labels.index(label) for label in before.memory.labels]
+        ids = np.array(place)[before.memory.sample_labels]
+        was, margin = _lead(old, ids), _lead(new, ids)
+        size = before.head.rounding(rows).max(axis=1)
+        right, sure = was > -size, was > size
+    size = after.rounding(rows).max(axis=1)
+    return float((sure & (margin < -size)).mean()), float((right & (margin < size)).mean())
+
+
+def _lead(logits: Floats, ids: NDArray[np.int64]) -> Floats:
+    """How far each row's own label is before the best other one."""
+    others = logits.copy()
+    others[np.arange(len(ids)), ids] = -np.inf
+    lead: Floats = logits[np.arange(len(ids)), ids] - others.max(axis=1)
+    return lead
+
+
+def live(seed: int) -> list[str]:
+    """One classifier's life; what was done, or refused.
+
+    Raises
+    ------
+    BrokenRule, or whatever the code under test raises that it must not.
+    """
+    rng = np.random.default_rng(seed)
+    world = World.draw(rng)
+    classifier = Classifier.draw(world)
+    unlike = rng.standard_normal((3, classifier.head.width)).astype(np.float32)
+    done = []
+    for step in range(int(rng.integers(1, 4))):
+        try:
+            if len(classifier.head.labels) > 2 and rng.random() < 0.4:
+                classifier = classifier.without(str(rng.choice(classifier.head.labels)))
+                done.append("removed")
+            else:
+                single = classifier.head.problem == "single_label"
+                method = str(rng.choice(["auto", "ridge", "lda"])) if single else "auto"
+                examples = {
+                    f"new {step}.{place}": world.sentences(-1 - place, int(rng.choice([1, 2, 5, 10])))
+                    for place in range(int(rng.choice([1, 1, 2])))
+                }
+                classifier = classifier.patched(examples, method)
+                done.append(f"{len(examples)} added by {method}")
+        except PatcherError as error:
+            done.append(f"{type(error).__name__}: {str(error)[:60]}")
+        classifier.check(np.concatenate([classifier.sentences[:3], unlike]))
+    return done
+
+
+def run(seeds: Sequence[int]) -> dict[str, Any]:
+    """Many of them: how often what was done, and what broke."""
+    done: collections.Counter[str] = collections.Counter()
+    broken: dict[int, str] = {}
+    started = time.perf_counter()
+    for seed in seeds:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            try:
+                done.update(live(seed))
+            except Exception as error:  # noqa: BLE001  whatever came out is what was looked for
+                broken[seed] = f"{type(error).__name__}: {error}"
+    return {"classifiers": len(seeds), "steps": dict(done), "broken": broken, "seconds": time.perf_counter() - started}
+
+
+def main() -> int:
+    """Run as many as asked for, and print what they did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first one")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    found = run(range(asked.seed, asked.seed + asked.count))
+    found["seconds"] = round(found["seconds"])
+    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return int(bool(found["broken"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
