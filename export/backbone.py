@@ -100,9 +100,7 @@ class _Backbone(nn.Module):
 
 def _traced(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> onnx.ModelProto:
     names = tuple(inputs)
-    with _plain_attention(model), without_layer(model, split.layer), torch.no_grad(), warnings.catch_warnings():
-        # Of tracing (parity is proven afterwards, at other shapes) and of the exporter's age.
-        warnings.simplefilter("ignore")
+    with _plain_attention(model), without_layer(model, split.layer), torch.no_grad(), _quiet():
         try:
             torch.onnx.export(
                 _Backbone(model, names).eval(),
@@ -134,6 +132,24 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(attention)
         if cache is not None:
             model.config.use_cache = cache
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, of tracing (parity is proven afterwards, at other shapes) and of the exporter's age; and no log.
+
+    torch asks whether its log is switched on by the function's name, without calling it (2.7 to 2.13), so that it is
+    always: a model that cannot be exported would be printed to the standard output, where our callers read JSON.
+    """
+    internals: Any = torch._C  # noqa: SLF001  there is no public way
+    log = internals._jit_onnx_log  # noqa: SLF001
+    internals._jit_onnx_log = lambda *_: None  # noqa: SLF001
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        internals._jit_onnx_log = log  # noqa: SLF001
 
 
 def _tidied(model: onnx.ModelProto, width: int) -> onnx.ModelProto:

@@ -21,11 +21,13 @@ from patcher.examples import check_label
 from patcher.head import MULTI_LABEL, SINGLE_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "from_objects", "load_checkpoint"]
+__all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
@@ -103,6 +105,23 @@ def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: s
     if not type(model).__name__.endswith(_SUFFIX):
         raise CheckpointError(f"{name} is a {type(model).__name__}; expected a model ending in {_SUFFIX}")
     return _ready(copy.deepcopy(model), copy.deepcopy(tokenizer), labels, problem, name)
+
+
+def own_logits(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor]) -> NDArray[np.float32]:
+    """The checkpoint's own answer to a batch of tokens, INT64 ``[batch, sequence]`` each: float32 ``[batch, labels]``.
+
+    Raises CheckpointError where its forward fails.
+    """
+    try:
+        with torch.no_grad():
+            logits: NDArray[np.float32] = model(**tokens).logits.float().numpy()
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        batch, sequence = tokens["input_ids"].shape
+        raise CheckpointError(
+            f"the forward of {type(model).__name__} failed on a batch of {batch} texts of {sequence} tokens: {error}; "
+            "where it takes shorter ones, --max-length says how long texts may be"
+        ) from error
+    return logits
 
 
 def _ready(

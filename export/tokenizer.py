@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from export.checkpoint import own_logits
 from patcher.errors import CheckpointError, ExportError, InputError
 from patcher.triton.tokenizer.model import encode
 
@@ -40,6 +42,8 @@ SAMPLE_TEXTS = (
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _UNLIMITED = 1_000_000
+_SAME = 1e-3
+"""Of the largest logit, or of 1: padding that is masked changes an answer by its rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
     Raises
     ------
     CheckpointError
-        when the tokenizer is slow (only Python knows how it works), has no vocabulary, or gives and lacks inputs.
+        when the tokenizer is slow (only Python knows how it works), has no vocabulary, or gives and lacks inputs; when
+        the model fails on texts, or answers otherwise where they are padded.
     InputError
         when ``max_length`` is more than the model can take.
     ExportError
@@ -79,24 +84,16 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
     inputs = _inputs(model, tokenizer, name)
     pad_id = _agree_on_padding(model, tokenizer, name)
     length = _max_length(model, tokenizer, max_length)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.enable_padding(
-        direction=tokenizer.padding_side,
-        pad_id=pad_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
+    left = tokenizer.padding_side == "left"
+    for side in (left, not left):
+        encoder = _encoder(tokenizer, inputs, length, pad_id, left=side)
+        _prove(encoder, tokenizer, name)
+        if _takes_padding(model, encoder):
+            return encoder
+    raise CheckpointError(
+        f"{type(model).__name__} answers a text otherwise when padding follows or precedes it, so texts of different "
+        "lengths cannot share a batch"
     )
-    backend.enable_truncation(length, direction=tokenizer.truncation_side)
-    encoder = TextEncoder(
-        json=str(backend.to_str(pretty=True)),
-        inputs=inputs,
-        max_length=length,
-        pad_id=pad_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        left=tokenizer.padding_side == "left",
-    )
-    _prove(encoder, tokenizer, name)
-    return encoder
 
 
 def embeddings(model: PreTrainedModel) -> nn.Embedding:
@@ -162,9 +159,11 @@ def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, want
     limit = min((each for each in limits if each and each < _UNLIMITED), default=None)
     if wanted is None:
         return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if wanted < 1 or (limit and wanted > limit):
+    # What a tokenizer adds by itself ([CLS], [SEP]) it does not cut.
+    least = 1 + tokenizer.num_special_tokens_to_add()
+    if wanted < least or (limit and wanted > limit):
         raise InputError(
-            f"a maximum length of {wanted} tokens; expected 1 to {limit or 'any'}, which the model can take"
+            f"a maximum length of {wanted} tokens; expected {least} to {limit or 'any'}, which the model can take"
         )
     return wanted
 
@@ -175,10 +174,41 @@ def _positions(model: PreTrainedModel) -> int | None:
     words = embeddings(model)
     tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
     for table in tables:
-        if table.num_embeddings == rows:
+        # OPT and its kin keep some rows at the front for what is no position.
+        if rows is not None and table.num_embeddings == rows + getattr(table, "offset", 0):
             # RoBERTa and its kin count positions from behind the padding's own.
-            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+            return int(rows) - (0 if table.padding_idx is None else table.padding_idx + 1)
     return None
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, inputs: tuple[str, ...], length: int, pad_id: int, *, left: bool
+) -> TextEncoder:
+    """``tokenizer`` with padding on one side, in transformers too."""
+    tokenizer.padding_side = "left" if left else "right"
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_padding(
+        direction=tokenizer.padding_side,
+        pad_id=pad_id,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_token=tokenizer.pad_token,
+    )
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
+    return TextEncoder(str(backend.to_str(pretty=True)), inputs, length, pad_id, tokenizer.pad_token_type_id, left)
+
+
+def _takes_padding(model: PreTrainedModel, encoder: TextEncoder) -> bool:
+    """Whether a text's answer stays the same beside a longer one.
+
+    A model that counts positions from the batch's left edge takes padding on the right alone, whatever its tokenizer is
+    set to.
+    """
+    text, longer = sorted(SAMPLE_TEXTS, key=len)[1::6]
+    alone, beside = (
+        own_logits(model, {name: torch.from_numpy(ids) for name, ids in encoder(texts).items()})[0]
+        for texts in ([text], [text, longer])
+    )
+    return bool(np.abs(alone - beside).max() <= _SAME * max(1.0, float(np.abs(alone).max())))
 
 
 def _prove(encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

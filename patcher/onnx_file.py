@@ -62,6 +62,7 @@ def parse_model(data: bytes, most_bytes: int = MAX_HEAD_BYTES) -> onnx.ModelProt
         if function.domain in _BUILT_IN:
             raise RepositoryError(f"the ONNX file puts its own {function.name} in the place of a built-in operator")
         _check_nodes(function.node, own, 0)
+        _check_attributes(function.attribute_proto, own, 0)
     return model
 
 
@@ -79,10 +80,14 @@ def _check_nodes(nodes: Iterable[Any], own: set[tuple[str, str]], depth: int) ->
             raise RepositoryError(
                 f"the ONNX file uses the operator {node.domain}:{node.op_type}; expected those that ONNX Runtime brings"
             )
-        for attribute in node.attribute:
-            _check_tensors(_attribute_tensors(attribute))
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _check_graph(graph, own, depth + 1)
+        _check_attributes(node.attribute, own, depth)
+
+
+def _check_attributes(attributes: Iterable[Any], own: set[tuple[str, str]], depth: int) -> None:
+    for attribute in attributes:
+        _check_tensors(_attribute_tensors(attribute))
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            _check_graph(graph, own, depth + 1)
 
 
 def _attribute_tensors(attribute: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import checkpoints  # noqa: E402  needs both
 import export.classifier  # noqa: E402
 from export import run_export  # noqa: E402
 from patcher import model_config  # noqa: E402
-from patcher.errors import ExportError  # noqa: E402
+from patcher.errors import CheckpointError, ExportError, ParityError  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
 
 TEXTS = [
@@ -210,3 +210,82 @@ def test_the_file_is_what_old_runtimes_load(exported):
     (features,) = model.graph.output
     batch, width = features.type.tensor_type.shape.dim
     assert (features.name, batch.dim_param, width.dim_value) == ("features", "batch", report.width)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_padding_goes_where_it_changes_no_answer(architecture, tmp_path):
+    # Both count positions from the left edge of the batch, padding or not.
+    tokenizer = checkpoints.make_tokenizer(checkpoints.ARCHITECTURES[architecture][2])
+    tokenizer.padding_side = "left"
+    report = run_export(checkpoints.make_model(architecture, tokenizer), tmp_path / "repository", tokenizer=tokenizer)
+    classifier = report.repository.classifier()
+    encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=1e-4)
+
+
+def test_a_model_that_sees_padding_is_refused(tmp_path, monkeypatch):
+    tokenizer = checkpoints.make_tokenizer()
+    model = checkpoints.make_model("bert", tokenizer)
+    forward = model.forward
+
+    def unmasked(input_ids, attention_mask, token_type_ids, **settings):
+        return forward(input_ids, torch.ones_like(attention_mask), token_type_ids, **settings)
+
+    monkeypatch.setattr(model, "forward", unmasked)
+    with pytest.raises(CheckpointError, match="answers a text otherwise when padding follows or precedes it"):
+        run_export(model, tmp_path / "repository", tokenizer=tokenizer)
+    assert not (tmp_path / "repository").exists()
+
+
+def long_decoder(prefix, **settings):
+    """A decoder of 96 positions or more, and a tokenizer without a limit of its own."""
+    kind = "gpt2" if prefix == "OPT" else "qwen2"
+    tokenizer = checkpoints.make_tokenizer(kind)
+    tokenizer.model_max_length = 10**30
+    names = {"id2label": dict(enumerate(checkpoints.LABELS)), "vocab_size": len(tokenizer), "pad_token_id": 1}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
+    config = getattr(transformers, f"{prefix}Config")(**names, **sizes, **settings)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{prefix}ForSequenceClassification")(config).eval(), tokenizer
+
+
+def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd):
+    # Its rotary frequencies change beyond 96 tokens, which the trace of a short text knows nothing of.
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model, tokenizer = long_decoder("Llama", intermediate_size=64, num_key_value_heads=2, rope_parameters=rope)
+    with pytest.raises(ParityError, match=r"on a batch of 1 texts of 2048 tokens; .*--max-length"):
+        run_export(model, tmp_path / "repository", tokenizer=tokenizer)
+    report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=96)
+    assert report.max_length == 96
+    assert not capfd.readouterr().out.strip()
+
+
+def test_positions_that_begin_behind_some_rows_are_counted(tmp_path):
+    model, tokenizer = long_decoder("OPT", ffn_dim=64, word_embed_proj_dim=32)
+    assert run_export(model, tmp_path / "repository", tokenizer=tokenizer).max_length == 96
+
+
+def test_torch_says_nothing_on_stdout_of_a_model_that_it_cannot_export(tmp_path, capfd):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 96
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "original_max_position_embeddings": 96}
+    model, tokenizer = long_decoder("Phi3", rope_parameters=rope, **sizes)
+    with pytest.raises(ExportError, match="torch cannot export Phi3ForSequenceClassification"):
+        run_export(model, tmp_path / "repository", tokenizer=tokenizer)
+    assert not capfd.readouterr().out.strip()
+
+
+def test_long_texts_go_through_a_few_at_a_time(tmp_path, monkeypatch):
+    report = run_export(checkpoints.save_checkpoint(tmp_path / "checkpoint"), tmp_path / "repository")
+    classifier = report.repository.classifier()
+    encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
+    together = encoder.encode(TEXTS)
+    monkeypatch.setattr("patcher.runtime._SQUARES", 2 * 40**2)
+    seen = []
+    run = encoder._session.run
+    encoder._session = type("Session", (), {"run": lambda _, n, x: seen.append(x["input_ids"].shape) or run(n, x)})()
+    np.testing.assert_allclose(encoder.encode(TEXTS), together, atol=1e-5)
+    assert sum(rows for rows, _ in seen) == len(TEXTS)
+    assert all(rows == 1 or rows * tokens**2 <= 2 * 40**2 for rows, tokens in seen)
+    assert len(seen) > 1

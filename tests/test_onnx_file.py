@@ -92,6 +92,16 @@ def test_functions(classifier):
     assert onnx_file.parse_model(model.SerializeToString()).functions
 
 
+def test_what_a_function_takes_by_default_is_looked_at_too():
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    weights.external_data.add(key="location", value="/etc/passwd")
+    function = helper.make_function("local", "F", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [])
+    function.attribute_proto.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(weights)
+    graph = helper.make_graph([helper.make_node("F", ["x"], ["y"], domain="local")], "g", [], [])
+    with pytest.raises(RepositoryError, match="outside of itself, in '/etc/passwd'"):
+        onnx_file.parse_model(helper.make_model(graph, functions=[function]).SerializeToString())
+
+
 def test_graphs_within_graphs_without_end():
     node = helper.make_node("Identity", ["x"], ["y"])
     for _ in range(20):
