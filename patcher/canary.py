@@ -128,8 +128,7 @@ def begin(classifier: Classifier, version: int, percent: float, server: TritonSe
 def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:
     """The same for a head that is on disk already; the lock must be held."""
     version = head.lineage.version
-    if not 0 < percent < 100:  # noqa: PLR2004  a share, in per cent
-        raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")
+    model_config.check_share(percent)
     if version == classifier.serving():
         raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
     require_live(server)

@@ -75,7 +75,7 @@ def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[st
             f"{head.lineage.version}'s {len(head.labels)}; `patcher labels` lists them"
         )
     right = sum(a == b for a, b in zip(expected, answered, strict=True))
-    scores = {label: _score(label, expected, answered) for label in sorted(frozenset().union(*expected, *answered))}
+    scores = _scores(expected, answered)
     confusions = Counter(
         (missed, instead)
         for truth, answer in zip(expected, answered, strict=True)
@@ -108,11 +108,17 @@ def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:
     return [frozenset([label]) for label in labels]
 
 
-def _score(label: str, expected: Sequence[frozenset[str]], answered: Sequence[frozenset[str]]) -> LabelScore:
-    hits = sum(label in a and label in b for a, b in zip(expected, answered, strict=True))
-    support = sum(label in a for a in expected)
-    given = sum(label in b for b in answered)
-    precision = hits / given if given else 0.0
-    recall = hits / support if support else 0.0
-    f1 = 2 * hits / (support + given) if support + given else 0.0
-    return LabelScore(precision, recall, f1, support)
+def _scores(expected: Sequence[frozenset[str]], answered: Sequence[frozenset[str]]) -> dict[str, LabelScore]:
+    support, given, hits = (
+        Counter(label for labels in sets for label in labels)
+        for sets in (expected, answered, [a & b for a, b in zip(expected, answered, strict=True)])
+    )
+    return {
+        label: LabelScore(
+            precision=hits[label] / given[label] if given[label] else 0.0,
+            recall=hits[label] / support[label] if support[label] else 0.0,
+            f1=2 * hits[label] / (support[label] + given[label]),
+            support=support[label],
+        )
+        for label in sorted({*support, *given})
+    }

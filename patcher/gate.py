@@ -14,7 +14,7 @@ import numpy as np
 from patcher.fit.inputs import OldInputs, old_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,7 +35,10 @@ _CONFIDENCE = 0.95
 _SURE = 0.9
 _GOOD_RECALL = 0.9
 _SAME_TEXT = 0.9
-_SAME_FEATURES = 0.999
+_MOST_COMPARED = 500
+"""Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
+_WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
+_LIKE = {"eval": "those of the evaluation file", "replay": "the replayed ones", "features": "the remembered ones"}
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,13 @@ def judge(
         The head as it was, the new rows, the features they were fitted on, and the memory of the old labels.
     evaluation
         Features of labelled sentences, float32 ``[n, width]``, and their positions INT64 ``[n]`` in the old labels
-        followed by the new ones: what flips are counted on, instead of the real inputs that the fit had.
+        followed by the new ones: what the bound on flips is taken from, instead of the real inputs that the fit had. A
+        sentence with several labels is there once for each, side by side.
     texts
         The examples in words, for naming them; numbers are used without.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
-    flips = _count_flips(head, fit, memory, evaluation)
+    flips, *others = _count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
     duplicates = tuple(pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
     known = tuple(
@@ -152,10 +156,10 @@ def judge(
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     bounded = flips.calibration in ("eval", "replay", "features")
     bound = upper_bound(flips.count, flips.size) if bounded else None
-    reasons = _reasons(flips, recall, max_flips, min_recall)
+    reasons = _reasons([flips, *others], recall, max_flips, min_recall)
     return Verdict(
         passed=not reasons,
-        sentence=_sentence(fit, bound, recall, reasons),
+        sentence=_sentence(fit, flips, bound, recall, reasons),
         reasons=reasons,
         advice=_advice(flips, recall, lost_to, known, too_few, duplicates),
         calibration=flips.calibration,
@@ -181,17 +185,46 @@ def _count_flips(
     fit: Fit,
     memory: Memory | None,
     evaluation: tuple[Floats, Ints] | None,
-) -> _Flips:
-    inputs = None
+) -> list[_Flips]:
+    """On the best inputs there are, which the bound comes from, and on all others: none may hide what another shows."""
+    counted = []
     if evaluation is not None:
-        mine = evaluation[1] < len(head.labels)
-        inputs = old_inputs(None, (evaluation[0][mine], evaluation[1][mine]), head, "eval")
-    inputs = inputs or fit.inputs
-    if inputs is None:
-        return _Flips("none" if memory is None else "draws", 0, 0, {})
-    lost = inputs.ids[_flipped(inputs, head, fit)]
-    counted = Counter(head.labels[i] for i in lost.tolist())
-    return _Flips(inputs.source, len(inputs), len(lost), dict(counted.most_common()))
+        found = _on_evaluation(head, fit, *evaluation)
+        counted += [found] if found.size else []
+    remembered = old_inputs(memory, None, head) if fit.inputs and fit.inputs.source == "replay" else None
+    for inputs in (fit.inputs, remembered):
+        if inputs is not None:
+            lost = inputs.ids[_flipped(inputs, head, fit)]
+            counted.append(_flips(inputs.source, len(inputs), lost, head))
+    return counted or [_Flips("none" if memory is None else "draws", 0, 0, {})]
+
+
+def _flips(source: str, size: int, lost: Ints, head: HeadLike) -> _Flips:
+    counts = Counter(head.labels[i] for i in lost.tolist())
+    return _Flips(source, size, len(lost), dict(counts.most_common()))
+
+
+def _on_evaluation(head: HeadLike, fit: Fit, features: Floats, ids: Ints) -> _Flips:
+    old = len(head.labels)
+    if head.problem == "single_label":
+        mine = ids < old
+        inputs = old_inputs(None, (features[mine], ids[mine]), head, "eval")
+        lost = inputs.ids[_flipped(inputs, head, fit)] if inputs else ids[:0]
+        return _flips("eval", int(mine.sum()), lost, head)
+    rows, theirs = _sentences(features, ids, old + len(fit.labels))
+    known = theirs[:, :old].any(axis=1)
+    new = _logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
+    lost = ((new > 0) & ~theirs[known, old:]).any(axis=1)
+    return _flips("eval", int(known.sum()), theirs[known][lost, :old].argmax(axis=1), head)
+
+
+def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]:
+    """Each sentence once, float32 ``[t, width]``, with its labels ``[t, labels]``, from a row for each of them."""
+    first = np.ones(len(ids), np.bool_)
+    first[1:] = (features[1:] != features[:-1]).any(axis=1)
+    theirs = np.zeros((int(first.sum()), labels), np.bool_)
+    theirs[np.cumsum(first) - 1, ids] = True
+    return features[first], theirs
 
 
 def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
@@ -229,10 +262,12 @@ def _recall(
     for position, label in enumerate(fit.labels, start=len(head.labels)):
         if evaluation is not None and bool((evaluation[1] == position).any()):
             rows = evaluation[0][evaluation[1] == position]
-            after = _logits_after(rows, head.logits(rows), fit, head).argmax(axis=1)
+            logits = _logits_after(rows, head.logits(rows), fit, head)
+            best = logits.argmax(axis=1)
+            hit = best == position if head.problem == "single_label" else logits[:, position] > 0
             every = (*head.labels, *fit.labels)
-            rivals = [every[i] for i in after.tolist() if i != position]
-            recall[label] = float((after == position).mean())
+            rivals = [every[i] for i in best[~hit].tolist() if i != position]
+            recall[label] = float(hit.mean())
         else:
             held = fit.held_out.get(label)
             if held is None or len(held.margins) <= 1:
@@ -245,18 +280,33 @@ def _recall(
 
 
 def _duplicates(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, str]]:
+    """Each example that says what one before it said, with that one; near the same only among the first few hundred."""
+    if all(name.startswith("example ") for name in names):
+        same = (
+            np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
+        )
+        return [(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
     plain = [" ".join(name.casefold().split()) for name in names]
-    numbered = all(name.startswith("example ") for name in names)
+    first: dict[str, int] = {}
     pairs = []
-    for i in range(len(names)):
-        for j in range(i):
-            if numbered:
-                same = bool(np.allclose(rows[i], rows[j], rtol=1e-4, atol=1e-5))
-            else:
-                same = plain[i] == plain[j] or difflib.SequenceMatcher(None, plain[i], plain[j]).ratio() >= _SAME_TEXT
-            if same:
-                pairs.append((label, names[j], names[i]))
+    for i, text in enumerate(plain):
+        place = first.setdefault(text, i)
+        if place == i:
+            place = next((first[other] for other in _alike(text, first)), i) if i < _MOST_COMPARED else i
+        if place != i:
+            pairs.append((label, names[place], names[i]))
     return pairs
+
+
+def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
+    matcher = difflib.SequenceMatcher(None, "", text)
+    for other in others:
+        matcher.set_seq1(other)
+        # The first two are upper bounds of the third, and take a hundredth of the time.
+        if other != text and all(
+            ratio() >= _SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+        ):
+            yield other
 
 
 def _known(
@@ -286,13 +336,15 @@ def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
     return typical
 
 
-def _reasons(flips: _Flips, recall: Mapping[str, float | None], max_flips: float, min_recall: float) -> tuple[str, ...]:
-    reasons = []
-    if flips.rate is not None and flips.rate > max_flips:
-        reasons.append(
-            f"{flips.count} of {flips.size} known inputs would flip ({flips.rate:.2%}), "
-            f"and --max-flips allows {max_flips:.2%}"
-        )
+def _reasons(
+    counted: Sequence[_Flips], recall: Mapping[str, float | None], max_flips: float, min_recall: float
+) -> tuple[str, ...]:
+    reasons = [
+        f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]} would flip ({flips.rate:.2%}), "
+        f"and --max-flips allows {max_flips:.2%}"
+        for flips in counted
+        if flips.rate is not None and flips.rate > max_flips
+    ]
     for label, found in recall.items():
         if found is None:
             reasons.append(f"{label!r} has one example, so nothing says whether it would be found")
@@ -342,7 +394,8 @@ def _bound_words(flips: _Flips, bound: float | None) -> str:
     where = {
         "eval": "the evaluation file",
         "replay": "the replayed sentences",
-        "features": "the memory's real features, whose texts the model was trained on (--eval FILE: fresh ones)",
+        "features": "the memory's real features, whose texts the model was trained on and the row was set on "
+        "(--eval FILE: fresh ones)",
     }
     if bound is None:
         source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
@@ -354,14 +407,16 @@ def _bound_words(flips: _Flips, bound: float | None) -> str:
     )
 
 
-def _sentence(fit: Fit, bound: float | None, recall: Mapping[str, float | None], reasons: Sequence[str]) -> str:
+def _sentence(
+    fit: Fit, flips: _Flips, bound: float | None, recall: Mapping[str, float | None], reasons: Sequence[str]
+) -> str:
     names = ", ".join(repr(label) for label in fit.labels)
     if reasons:
         return f"Refused: {'; '.join(reasons)}."
     found = min((r for r in recall.values() if r is not None), default=None)
     finds = f"finds {found:.0%} of held-out examples" if found is not None else "has no estimate of its recall"
     harm = (
-        f"flips at most {bound:.2%} of known inputs (95 % confidence)"
+        f"flips at most {bound:.2%} of inputs like {_LIKE[flips.calibration]} (95 % confidence)"
         if bound is not None
         else "carries no bound on flips"
     )

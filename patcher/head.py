@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.errors import LabelError, RepositoryError
+from patcher.rounding import rounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,8 +27,6 @@ SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
 TOP_K = 5
 """At most so many labels come back as strings, best first."""
-_UNITS = 2.0**-21
-"""Eight times what one rounding changes a number by."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,11 @@ class Head:
         return logits
 
     def rounding(self, features: Floats) -> Floats:
-        """How far two right ways to add up the logits may lie apart in single precision, FP32 ``[n, C]``.
-
-        It grows with what is added, not with the sum: far from zero, products are large and little is left of them.
-        Some times the unit of rounding, where the strict bound is ``width`` times (Higham 2002, 3.1).
-        """
-        numbers = {
-            name: np.abs(getattr(self, name)) for name in ("base_weight", "base_bias", "patch_weight", "patch_bias")
-        }
-        added: Floats = _UNITS * dataclasses.replace(self, **numbers).logits(np.abs(features))
-        return added
+        """How far the logits of another runtime may lie from those of `logits`, FP32 ``[n, C]``."""
+        base = rounding(features[:, : self.split], self.base_weight, self.base_bias)
+        patch = rounding(features, self.patch_weight, self.patch_bias)
+        allowed: Floats = np.concatenate([base, patch], axis=1)[:, self.order]
+        return allowed
 
     def index(self, label: str) -> int:
         """Position of a label; LabelError names the nearest labels where it is not there."""

@@ -28,6 +28,7 @@ __all__ = [
     "any_config",
     "asked_by",
     "backbone_config",
+    "check_share",
     "classifier_config",
     "encoder_config",
     "features_config",
@@ -297,6 +298,12 @@ def is_on_gpu(message: Any) -> bool:
 def asked_by(message: Any) -> str:
     """The model that a parsed encoder's configuration says it asks; empty for any other model."""
     return parameter(message, _BACKBONE, "")
+
+
+def check_share(percent: float) -> None:
+    """InputError for a share of the requests that is none, NaN included."""
+    if not 0 < percent < 100:  # noqa: PLR2004  per cent
+        raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")
 
 
 def share_of(message: Any) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher import model_config
 from patcher.errors import InputError, RepositoryError
 from patcher.fit import Fit, fit
 from patcher.gate import Verdict, judge
@@ -54,6 +55,8 @@ class PatchSettings:
             value = getattr(self, name)
             if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
                 raise InputError(f"{name} is {value}; expected a share from 0 to 1")
+        if self.canary is not None:
+            model_config.check_share(self.canary)
 
 
 DEFAULTS = PatchSettings()
@@ -70,7 +73,8 @@ class Given:
     names
         Features float32 ``[width]`` of the names that are words.
     replay, evaluation
-        Features and ids of labelled old data, the ids positions in the old labels followed by the new ones.
+        Features and ids of labelled data, the ids positions in the old labels; of ``evaluation`` in the old labels
+        followed by the new ones. A text with several labels is there once for each, side by side.
     """
 
     examples: Mapping[str, Floats]

@@ -41,6 +41,8 @@ __all__ = ["FINE_TUNED", "Distance", "Scope", "fit_scope", "scope_graph", "stret
 _RANK = 128
 """Directions kept: with 135 labels and 768 features they and the clusters cost half a megabyte in the head's file."""
 
+_FEWEST_FRESH = 20
+"""With fewer, the share of them that a limit should keep out is less than one."""
 _MOST = 2_000
 """Remembered inputs that the limit is set on: with many labels there are more than a quantile needs."""
 
@@ -149,9 +151,10 @@ def fit_scope(
 ) -> Scope:
     """The scorer of a head, from the memory of its labels; ``false_alarms`` of the known inputs should score below 0.5.
 
-    The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, or
-    else ``stretch`` times that of the memory's real features. Without those (a memory of statistics, or none) the
-    largest probability has to do. ``white``, that of the fit of which this is the end, is most of the work.
+    The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, if
+    there are twenty at least, or else ``stretch`` times that of the memory's real features. Without those (a memory of
+    statistics, or none) the largest probability has to do. ``white``, that of the fit of which this is the end, is most
+    of the work.
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem, stretch=stretch)
@@ -172,8 +175,10 @@ def fit_scope(
     distance = dataclasses.replace(distance, scale=_scale(distance.squared(inputs), theirs, counts, owners))
     gaps = _without_themselves(distance.squared(inputs), counts)
     remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6 / unit**2)
-    if fresh is not None and len(fresh):
-        stretch = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms)) / remembered
+    if fresh is not None and len(fresh) >= _FEWEST_FRESH:
+        # Fresh inputs lie no nearer than remembered ones without themselves; where they do, they are the same ones.
+        apart = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms))
+        stretch = max(1.0, apart / remembered)
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
 

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from test_fit import world
 
 from patcher.fit import fit
+from patcher.fit.softmax import fit_softmax
 from patcher.gate import judge, upper_bound
+from patcher.head import MULTI_LABEL, Head
+from patcher.memory import Memory
 
 
 def verdict(examples, head, memory, replay=None, **options):
@@ -52,8 +58,6 @@ def test_flips_are_counted_on_the_best_data_there_is():
 
 
 def test_no_bound_is_claimed_where_none_can_be_given():
-    from patcher.memory import Memory
-
     head, _, features, ids, new = world()
     statistics = Memory.build(features, ids, head.labels, head.split, per_label=0)
     for memory, kind in ((None, "none"), (statistics, "draws")):
@@ -92,3 +96,72 @@ def test_near_duplicates_are_named():
     }
     result = verdict({"new": new(10)}, head, memory, texts=texts)
     assert ("new", "I lost my card", "i lost  my card") in result.duplicates
+
+
+def test_the_same_words_are_found_among_very_many_examples_too():
+    head, memory, _, _, new = world()
+    texts = [f"sentence {i} about {'abcdefghij'[i % 10] * 9} and {i * 7919}" for i in range(700)]
+    texts[-1] = texts[3].upper()
+    started = time.perf_counter()
+    result = verdict({"new": new(700)}, head, memory, texts={"new": texts})
+    assert ("new", texts[3], texts[-1]) in result.duplicates
+    assert time.perf_counter() - started < 60
+
+
+def test_a_few_replayed_texts_hide_nothing_of_what_the_memory_shows():
+    head, memory, features, ids, _ = world()
+    near = {"new": features[ids == 2][:10] + np.float32(0.01)}
+    made = fit(near, head, memory, replay=(features[ids == 0][:2], ids[ids == 0][:2]))
+    replayed = judge(head, made, near, memory, min_recall=0.0)
+    assert (replayed.calibration, replayed.calibration_size, replayed.flips) == ("replay", 2, 0.0)
+    rows = memory.sample.astype(np.float32)
+    before, after = head.logits(rows).argmax(axis=1), made.apply(head).logits(rows).argmax(axis=1)
+    right = before == np.array([head.labels.index(label) for label in memory.labels])[memory.sample_labels]
+    assert (right & (before != after)).mean() <= 0.005
+    # A row that takes them all the same, whatever it was fitted on, is refused on what the memory holds.
+    greedy = dataclasses.replace(made, bias=made.bias + np.float32(1000.0))
+    refused = judge(head, greedy, near, memory, min_recall=0.0)
+    assert any("remembered inputs would flip" in reason for reason in refused.reasons)
+
+
+def test_the_budget_is_kept_to_the_last_bit():
+    over = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        centres = rng.standard_normal((13, 32))
+        ids = np.repeat(np.arange(12), 40)
+        features = (centres[ids] + 1.2 * rng.standard_normal((480, 32))).astype(np.float32)
+        softmax = fit_softmax(features, ids, 12)
+        head = Head.from_linear([f"l{i}" for i in range(12)], softmax.weight, softmax.bias, 32, "x")
+        memory = Memory.build(features, ids, head.labels, 32)
+        examples = {"n": (0.5 * (centres[12] + centres[0]) + rng.standard_normal((10, 32))).astype(np.float32)}
+        for budget in (0.0, 0.005):
+            made = fit(examples, head, memory, max_flips=budget)
+            over += not judge(head, made, examples, memory, max_flips=budget, min_recall=0.0).passed
+    assert over == 0
+
+
+def test_a_multi_label_text_may_have_the_new_label_beside_old_ones():
+    rng = np.random.default_rng(0)
+    centres = 4.0 * np.eye(5, 16, dtype=np.float32)
+    labels = ["a", "b", "c", "d"]
+    ids = np.repeat(np.arange(4), 40)
+    features = (centres[ids] + 0.3 * rng.standard_normal((160, 16))).astype(np.float32)
+    head = Head.from_linear(labels, centres[:4], np.full(4, -8.0, np.float32), 16, "x", problem=MULTI_LABEL)
+    memory = Memory.build(features, ids, labels, 16)
+    examples = {"new": (centres[4] + 0.3 * rng.standard_normal((10, 16))).astype(np.float32)}
+    both = (centres[4] + centres[1] + 0.3 * rng.standard_normal((40, 16))).astype(np.float32)
+    pairs = np.repeat(both, 2, axis=0), np.tile([1, 4], 40)
+    result = verdict(examples, head, memory, evaluation=pairs)
+    assert (result.calibration, result.calibration_size, result.flips) == ("eval", 40, 0.0)
+    assert result.estimated_recall["new"] == 1.0
+    # Without it in the file the same answers are what should not be.
+    wrong = verdict(examples, head, memory, evaluation=(both, np.full(40, 1)))
+    assert (wrong.flips, wrong.losing) == (1.0, {"b": 40})
+
+
+def test_where_the_bound_comes_from_is_in_the_sentence():
+    head, memory, features, ids, new = world()
+    assert "of inputs like the remembered ones (95 % confidence)" in verdict({"new": new(10)}, head, memory).sentence
+    evaluated = verdict({"new": new(10)}, head, memory, evaluation=(features, ids))
+    assert "of inputs like those of the evaluation file" in evaluated.sentence

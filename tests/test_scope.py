@@ -72,6 +72,17 @@ def test_the_limit_is_that_of_fresh_texts_and_versions_to_come_keep_its_width():
     np.testing.assert_allclose(later.distance.limit, wide.distance.limit)
 
 
+def test_a_handful_of_fresh_texts_or_the_training_texts_move_no_limit():
+    head, memory = make_head(), Memory.build(FEATURES, IDS, LABELS, 10)
+    plain = fit_scope(memory, head, stretch=1.8)
+    few = fit_scope(memory, head, fresh=FEATURES[:19] + np.float32(50.0), stretch=1.8)
+    assert few.stretch == plain.stretch == 1.8
+    np.testing.assert_array_equal(few.distance.limit, plain.distance.limit)
+    # Texts that a label's mean was made of lie nearer to it than any to come.
+    alone = Memory.build(FEATURES[::10], IDS[::10], LABELS, 10)
+    assert fit_scope(alone, head, fresh=FEATURES[::10]).stretch == 1.0
+
+
 def test_a_scorer_of_version_0_2_has_no_stretch():
     scope = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10), make_head())
     arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}

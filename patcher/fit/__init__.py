@@ -112,8 +112,8 @@ def fit(
         helps most where the examples resemble each other. A name that lies nearer to another label is left out, and the
         gate counts none.
     replay
-        Real old data: features and positions in ``head.labels``. The bias is set on it instead of the memory's sample,
-        and where there is no memory, one is made of it.
+        Real old data: features and positions in ``head.labels``. The bias is set on it as well as on the memory's
+        sample, and where there is no memory, one is made of it.
     method
         ``auto`` takes ``offset-logistic``, which leaves every old row as it is and lost the fewest old inputs wherever
         it was measured. ``ridge`` and ``lda`` first refit the old rows from the memory, ``anchored`` refits all rows on
@@ -142,11 +142,13 @@ def fit(
     fitting = {label: name for label, name in fitting.items() if _belongs(label, name, examples, old, settings)}
     shown = {label: _with_name(rows, fitting.get(label)) for label, rows in examples.items()}
     inputs = old_inputs(memory, replay, head)
+    # A few replayed texts must not lift the budget that holds on all remembered ones.
+    every = inputs.beside(old_inputs(memory, None, head)) if inputs and inputs.source == "replay" else inputs
     chosen = "offset-logistic" if method == "auto" else method
     if chosen in ("ridge", "lda"):
-        found = _closed(chosen, shown, head, memory, old, inputs, max_flips, settings)
+        found = _closed(chosen, shown, head, memory, old, every, max_flips, settings)
     else:
-        new = offset_rows(shown, head, old, inputs, max_flips, settings)
+        new = offset_rows(shown, head, old, every, max_flips, settings)
         found = _Found(rows_of(new), {label: row.held_out for label, row in new.items()})
         if chosen == "anchored":
             found = _anchored(found, shown, head, old, inputs, max_flips, settings)

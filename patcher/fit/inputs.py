@@ -54,6 +54,14 @@ class OldInputs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def beside(self, other: OldInputs | None) -> OldInputs:
+        """These and others, under the name of these."""
+        if other is None:
+            return self
+        features = np.concatenate([self.features, other.features])
+        ids, own = np.concatenate([self.ids, other.ids]), np.concatenate([self.own, other.own])
+        return OldInputs(features, ids, own, self.source)
+
     def part(self, places: Ints) -> OldInputs:
         """Some of them."""
         return OldInputs(self.features[places], self.ids[places], self.own[places], self.source)

@@ -16,6 +16,7 @@ import numpy as np
 from patcher.fit.bias import Calibration, best_shift
 from patcher.fit.model import Rows, log_sum_exp
 from patcher.fit.offset import Cloud, RowLoss, fit_row, join, span
+from patcher.rounding import rounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +111,10 @@ class _Scene:
         allowed = int(budget * len(self.inputs))
         near = self.inputs.nearest(weight, bias, self.head, max(_CALIBRATED_ON, 2 * allowed + 1))
         flips = np.sort(near.margins[near.right])
-        cap = float(np.nextafter(flips[allowed], -np.inf)) if allowed < len(flips) else np.inf
+        # The row's logits are FP32: what is closer than their rounding may be on either side once they are computed.
+        near_features = self.inputs.features[near.places]
+        close = float(rounding(near_features, weight[None], np.array([bias], np.float32)).max())
+        cap = float(flips[allowed]) - 2.0 * close if allowed < len(flips) else np.inf
         ids = self.inputs.ids[near.places]
         spreads = np.linalg.norm(row[:-1] - self.slopes_of(ids), axis=1)
         return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)

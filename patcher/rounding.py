@@ -1,0 +1,28 @@
+"""What single precision may do to a logit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+__all__ = ["rounding"]
+
+_UNITS = 2.0**-21
+"""Eight times what one rounding changes a number by."""
+
+
+def rounding(features: Floats, weight: Floats, bias: Floats) -> Floats:
+    """How far two right ways to compute ``features @ weight.T + bias`` may lie apart, FP32 ``[n, C]``.
+
+    It grows with the terms and not with their sum (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 3.1):
+    far from zero, terms are large and little is left of them. Some times the unit of rounding, where the strict bound
+    is as many times as there are features.
+    """
+    allowed: Floats = np.float32(_UNITS) * (np.abs(features) @ np.abs(weight).T + np.abs(bias))
+    return allowed
