@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.triton.client import Answer, TritonServer
 
-__all__ = ["Arm", "Canary", "SplitClient", "begin", "discard", "promote", "require_free", "start", "status", "takes"]
+__all__ = [
+    "Arm",
+    "Canary",
+    "SplitClient",
+    "begin",
+    "discard",
+    "on_trial",
+    "promote",
+    "require_free",
+    "start",
+    "status",
+    "takes",
+]
 
 _REFRESH_SECONDS = 5.0
 
@@ -165,7 +177,7 @@ def require_free(classifier: Classifier, version: int | None = None) -> Classifi
             f"{classifier.name} is in the head store of {classifier.backbone}, which tries no version on a share of "
             "the requests; expected a classifier with an ensemble of its own, or a rollout to all of them"
         )
-    there = _on_trial(classifier)
+    there = on_trial(classifier)
     if there is not None and there.serving() != version:
         raise InputError(
             f"version {there.serving()} of {classifier.name} is on trial; `patcher canary --promote` or "
@@ -181,7 +193,7 @@ def _serve(trial: Classifier, head: Head, replica: TritonServer) -> None:
 
 def status(classifier: Classifier, server: TritonServer | None = None) -> Canary | None:
     """The canary with both arms as the server saw them since they were loaded; None where there is none."""
-    trial = _on_trial(classifier)
+    trial = on_trial(classifier)
     if trial is None:
         return None
     percent = model_config.share_of(classifier.repository.config(trial.name))
@@ -192,10 +204,12 @@ def status(classifier: Classifier, server: TritonServer | None = None) -> Canary
 def promote(classifier: Classifier, server: TritonServer | None = None) -> Switch:
     """Make the version on trial the one that serves, and end the trial.
 
-    Raises InputError where none is on trial, NotServed when the server would not serve it: the trial then goes on.
+    Raises InputError where none is on trial, or another version was published meanwhile that it knows nothing of;
+    NotServed when the server would not serve it: the trial then goes on.
     """
     with changing(classifier, server):
         trial = _expected(classifier)
+        _refuse_stale(classifier, trial.serving())
         switch = roll_back(classifier, trial.serving(), server)
         _remove(trial, server)
         return switch
@@ -210,13 +224,34 @@ def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
         return version
 
 
-def _on_trial(classifier: Classifier) -> Classifier | None:
+def on_trial(classifier: Classifier) -> Classifier | None:
+    """The model beside a classifier that serves the version on trial; None where there is none."""
     name = classifier.name + CANARY
     return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
 
 
+def _refuse_stale(classifier: Classifier, tried: int) -> None:
+    serving = classifier.serving()
+    if tried not in _line(classifier, serving) and serving not in _line(classifier, tried):
+        gone = sorted(set(classifier.head(serving).labels) - set(classifier.head(tried).labels))
+        lacks = f", which it lacks ({', '.join(gone[:5])})" if gone else ""
+        raise InputError(
+            f"version {tried} was made before version {serving} of {classifier.name}, which serves now{lacks}; `patcher "
+            f"canary --discard` ends the trial, then add its labels to what serves, or `patcher rollback --to {tried}`"
+        )
+
+
+def _line(classifier: Classifier, version: int) -> set[int]:
+    """A version and those that it was made from, as far as they are on disk."""
+    line: set[int] = set()
+    while version in classifier.versions() and version not in line:
+        line.add(version)
+        version = classifier.head(version).lineage.parent or 0
+    return line
+
+
 def _expected(classifier: Classifier) -> Classifier:
-    trial = _on_trial(classifier)
+    trial = on_trial(classifier)
     if trial is None:
         raise InputError(
             f"no version of {classifier.name} is on trial; `patcher canary --version N --percent 10` starts one"

@@ -67,10 +67,12 @@ class Disk:
         (self.root / name).unlink(missing_ok=True)
 
     def abandon(self, name: str, *, made: bool) -> None:
-        """Remove file and lock; with ``made`` the folder too, if it is empty."""
+        """Remove file and lock where nothing else lies beside them; with ``made`` the folder too."""
+        if not self.root.is_dir() or {path.name for path in self.root.iterdir()} - {name, _LOCK_FILE}:
+            return
         self.remove(name)
         self.remove(_LOCK_FILE)
-        if made and self.root.is_dir() and not any(self.root.iterdir()):
+        if made and not any(self.root.iterdir()):
             self.root.rmdir()
 
     def read(self, name: str) -> bytes:
@@ -218,7 +220,7 @@ class Disk:
     def _sweep(self) -> None:
         # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. They are
         # looked for only after such a one: there may be thousands of heads to look into.
-        for pattern in (f"{_STAGING}*", f"*_head/{_STAGING}*"):
+        for pattern in (f"{_STAGING}*", f"*/{_STAGING}*", f"*/1/{_STAGING}*"):
             for leftover in self.root.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -227,7 +229,7 @@ class Disk:
         """A folder on the repository's own file system, gone afterwards.
 
         Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
-        would stop a server that loads all it finds: only exports, which make new models, stage there.
+        would stop a server that loads all it finds: only what adds whole models, or takes them away, stages there.
         """
         with storage(self.root):
             path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / folder))

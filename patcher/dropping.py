@@ -32,8 +32,9 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         are as they were. A head store forgets a classifier when its files are gone, so that there the files are deleted
         although a store would not hear of it.
     """
-    if check_name(name).endswith(CANARY):
+    if name.endswith(CANARY):
         raise InputError(f"{name} is a version on trial; `patcher canary --discard` ends that")
+    check_name(name)
     require_live(server)
     if isinstance(server, Fleet) and server.away:
         raise ServerUnreachable(

@@ -29,6 +29,7 @@ __all__ = [
     "check_text",
     "data_hash",
     "label_words",
+    "plain_words",
     "read_examples",
     "split_labels",
 ]
@@ -123,6 +124,11 @@ def check_label(label: object, where: str) -> str:
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label
+
+
+def plain_words(text: str) -> str:
+    """A text as it counts where two are compared: without case and spacing."""
+    return " ".join(text.casefold().split())
 
 
 def label_words(label: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.examples import plain_words
 from patcher.fit.inputs import OldInputs, old_inputs
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Verdict:
     losing
         Flips by old label, most first.
     duplicates
-        Pairs of examples that say the same twice: (label, one, other).
+        Examples that say what one before them says: (label, that one, the other).
     known
         Examples that belong to an old label with confidence: (label, example, old label).
     too_few
@@ -130,6 +131,7 @@ def judge(
     *,
     evaluation: tuple[Floats, Ints] | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
+    repeated: Sequence[tuple[str, str, str]] = (),
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -145,11 +147,14 @@ def judge(
         sentence with several labels is there once for each, side by side.
     texts
         The examples in words, for naming them; numbers are used without.
+    repeated
+        Pairs of examples with the same words, of which the second is none of ``examples``.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
     flips, *others = _count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
-    duplicates = tuple(pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
+    alike = (pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
+    duplicates = (*repeated, *alike)
     known = tuple(
         hit for label, rows in examples.items() for hit in _known(label, names[label], rows, head, fit.old, memory)
     )
@@ -286,7 +291,7 @@ def _duplicates(label: str, names: list[str], rows: Floats) -> list[tuple[str, s
             np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
         )
         return [(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
-    plain = [" ".join(name.casefold().split()) for name in names]
+    plain = [plain_words(name) for name in names]
     first: dict[str, int] = {}
     pairs = []
     for i, text in enumerate(plain):
@@ -380,7 +385,10 @@ def _advice(
             f"{len(hits)} example(s) of {label!r} already belong to an old label, mostly {most!r}: is it the same?"
         )
     if duplicates:
-        advice.append(f"{len(duplicates)} pair(s) of examples say the same twice; different sentences teach more")
+        advice.append(
+            f"{len(duplicates)} example(s) say what another says (the same words count once); different sentences teach "
+            "more"
+        )
     if flips.calibration == "draws":
         advice.append(
             "the memory holds statistics only; `--eval FILE` or a memory with features gives a bound on flips"

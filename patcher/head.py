@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TOP_K", "Head", "Lineage"]
+__all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TOP_K", "Head", "Lineage", "refuse_joined"]
 
 SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
@@ -173,7 +173,7 @@ class Head:
             raise LabelError(f"no label {label!r} among the {len(self.labels)} of this head{hint}") from None
 
     def base_hash(self) -> str:
-        """SHA-256 of the fine-tuned rows: equal in every version unless a refit of all rows was asked for."""
+        """SHA-256 of the fine-tuned rows: equal in every version, as a refit writes its rows beside them."""
         return hashlib.sha256(self.base_weight.tobytes() + self.base_bias.tobytes()).hexdigest()
 
     def rows_hash(self) -> dict[str, str]:
@@ -225,3 +225,9 @@ class Head:
         if new in self.labels:
             raise LabelError(f"{new!r} is a label already; `patcher merge-labels {old} {new} --into {new}` joins two")
         return dataclasses.replace(self, labels=(*self.labels[:position], new, *self.labels[position + 1 :]))
+
+
+def refuse_joined(head: Head, label: str) -> None:
+    """LabelError for a new label that the files of a multi-label classifier would read as two."""
+    if head.problem == MULTI_LABEL and "|" in label:
+        raise LabelError(f"{label!r}: '|' parts the labels of a text in the files of a multi-label classifier")

@@ -11,9 +11,9 @@ import numpy as np
 
 from patcher.canary import require_free, start
 from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
-from patcher.examples import Examples, check_label, check_text, data_hash, label_words
+from patcher.examples import Examples, check_label, check_text, data_hash, label_words, plain_words
 from patcher.features import extract_features
-from patcher.head import MULTI_LABEL
+from patcher.head import refuse_joined
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
@@ -145,7 +145,7 @@ def add_labels(
     """
     watch = Stopwatch()
     target = repository.classifier(classifier)
-    texts = _new(_checked(examples), target.head(), target.name, skip_known=skip_known)
+    texts, repeated = _distinct(_new(_checked(examples), target.head(), target.name, skip_known=skip_known))
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
         words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
@@ -164,7 +164,7 @@ def add_labels(
             texts = _new(texts, parent, target.name, skip_known=skip_known)
             groups = {label: groups[label] for label in texts}
         known = parent.with_rows(tuple(texts), *_no_rows(parent, len(texts)))
-        given = Given(groups, texts, names, _labelled(parent, old), _labelled(known, held_out))
+        given = Given(groups, texts, names, _labelled(parent, old), _labelled(known, held_out), repeated)
         patch = make_patch(parent, memory, given, settings, watch)
         lineage = _lineage(target, parent, patch, texts)
         patch = dataclasses.replace(patch, head=dataclasses.replace(patch.head, lineage=lineage))
@@ -252,10 +252,26 @@ def _new(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known
             f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
             f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
         )
-    joined = [label for label in texts if head.problem == MULTI_LABEL and "|" in label]
-    if joined:
-        raise LabelError(f"{joined[0]!r}: '|' parts the labels of a text in the files of a multi-label classifier")
+    for label in texts:
+        refuse_joined(head, label)
     return {label: group for label, group in texts.items() if label not in known}
+
+
+def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[tuple[str, str, str], ...]]:
+    """Each label's texts without those whose words were there before, and those: label, the first, the other.
+
+    What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
+    """
+    kept, repeated = {}, []
+    for label, group in texts.items():
+        first: dict[str, str] = {}
+        for text in group:
+            words = plain_words(text)
+            if words in first:
+                repeated.append((label, first[words], text))
+            first.setdefault(words, text)
+        kept[label] = list(first.values())
+    return kept, tuple(repeated)
 
 
 def _check_backbone(classifier: Classifier, head: Head) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from patcher import canary
 from patcher.errors import InputError, RepositoryError
 from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets
 from patcher.features import extract_features
@@ -101,14 +102,16 @@ def sync(classifier: Classifier, server: TritonServer) -> dict[str, str]:
 def prune(classifier: Classifier, keep: int) -> tuple[int, ...]:
     """Take all versions but the newest ``keep`` off the disk, and return which those were.
 
-    The serving version and its parent stay, whatever their age. Numbers of pruned versions are not given again.
+    The serving version, its parent and one on trial stay, whatever their age. Numbers of pruned versions are not given
+    again.
     """
     if keep < 1:
         raise InputError(f"keep is {keep}; expected 1 version at least")
     with changing(classifier):
         serving = classifier.serving()
         versions = classifier.versions()
-        spared = {serving, classifier.head(serving).lineage.parent, *versions[-keep:]}
+        tried = canary.on_trial(classifier)
+        spared = {serving, classifier.head(serving).lineage.parent, tried and tried.serving(), *versions[-keep:]}
         old = tuple(version for version in versions if version not in spared)
         if old:
             classifier.prune(old)
@@ -157,8 +160,11 @@ def diff(
     A label that was only renamed between the two counts as the same, under its name in ``b``.
     """
     before, after = classifier.head(a), classifier.head(b)
+    # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
     names = _renames(classifier, a, b)
-    before = dataclasses.replace(before, labels=tuple(names.get(label, label) for label in before.labels))
+    taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
+    now = {**names, **taken}
+    before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
     rows_before, rows_after = before.rows_hash(), after.rows_hash()
     common = [label for label in after.labels if label in rows_before]
     changed = tuple(label for label in common if rows_before[label] != rows_after[label])
@@ -173,8 +179,9 @@ def diff(
     )
     if examples is None:
         return difference
-    labels = tuple(names.get(label, label) for label in examples.labelled())
-    expected = expected_sets(after, labels)
+    expected = [
+        frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
+    ]
     features = extract_features(classifier, examples.texts) if features is None else features
     rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
     flips = [

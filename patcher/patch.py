@@ -75,6 +75,8 @@ class Given:
     replay, evaluation
         Features and ids of labelled data, the ids positions in the old labels; of ``evaluation`` in the old labels
         followed by the new ones. A text with several labels is there once for each, side by side.
+    repeated
+        Examples that were left out because another has the same words: label, that one, the one left out.
     """
 
     examples: Mapping[str, Floats]
@@ -82,6 +84,7 @@ class Given:
     names: Mapping[str, Floats] = field(default_factory=dict)
     replay: Labelled | None = None
     evaluation: Labelled | None = None
+    repeated: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 given.examples,
                 memory,
                 texts=given.texts,
+                repeated=given.repeated,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,

@@ -12,6 +12,7 @@ from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
 from patcher.fit import fit
 from patcher.gate import judge
+from patcher.head import refuse_joined
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
 from patcher.rollout import changing, roll_out
@@ -69,6 +70,7 @@ def rename_label(classifier: Classifier, old: str, new: str, server: TritonServe
         parent, memory = classifier.head(), classifier.memory()
         if old == new:
             raise LabelError(f"{old!r} has that name already; nothing to change")
+        refuse_joined(parent, new)
         head = parent.renamed(old, new)
         renamed = memory.rename(old, new) if memory and old in memory.labels else memory
         return _publish(classifier, parent, head, renamed, server, "rename", renamed=((old, new),))
@@ -106,6 +108,12 @@ def merge_labels(
             features.append(_remembered(memory, label))
         if into in head.labels:
             raise LabelError(f"{into!r} is another label already; name it among those to merge")
+        refuse_joined(parent, into)
+        if not head.labels:
+            raise LabelError(
+                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs two at least, so one other "
+                "has to stay"
+            )
         rest = memory
         for label in labels:
             rest = _forgotten(rest, label)

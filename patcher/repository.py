@@ -48,6 +48,8 @@ CANARY = "_canary"
 
 _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""Of a classifier that is there: a canary's name is longer than one that is given."""
 _ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
 _JOURNAL = ".journal"
 _NAMED_IN_ERRORS = 8
@@ -61,6 +63,8 @@ def check_name(name: str) -> str:
         )
     if name.endswith(_ROLES):
         raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
+    if name == _FORMAT_FILE or _JOURNAL in name:
+        raise InputError(f"{name!r} cannot name a classifier: a repository's own files have such names")
     return name
 
 
@@ -76,7 +80,7 @@ def require_folder(location: str | os.PathLike[str]) -> None:
 def holds(store: Store, name: str) -> bool:
     """Whether there is a classifier ``name`` in a store, which need hold no repository."""
     head = f"{name}_head"
-    if _NAME.fullmatch(name) is None or not store.has(f"{head}/{CONFIG}"):
+    if _FOLDER.fullmatch(name) is None or not store.has(f"{head}/{CONFIG}"):
         return False
     return store.has(f"{name}/{CONFIG}") or store.has(f"{head}/{STORE}")
 
@@ -157,7 +161,7 @@ class ModelRepository:
         stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{STORE}")}
         names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
         own = {name for name in names if name in models or f"{name}_head" in stored}
-        return tuple(sorted(filter(_NAME.fullmatch, own)))
+        return tuple(sorted(filter(_FOLDER.fullmatch, own)))
 
     def stored_on(self, name: str) -> str | None:
         """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own.
@@ -244,12 +248,38 @@ class ModelRepository:
         base = Backbone(self, name)
         self.refuse_existing(base.features_model)
         self._renew_format()
-        self.store.add(layout.backbone_folders(base, files))
+        self._add(layout.backbone_folders(base, files))
 
     def add_encoder(self, backbone: Backbone, config: str) -> None:
         """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
         self._renew_format()
-        self.store.add(layout.encoder_folder(backbone, config, self.tokenizer_json(backbone.backbone)))
+        self._add(layout.encoder_folder(backbone, config, self.tokenizer_json(backbone.backbone)))
+
+    def _add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
+        """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
+        for name, files in folders.items():
+            there = {*self.store.glob(f"{name}/*"), *self.store.glob(f"{name}/*/*")}
+            if there and not self._is_ours(name, files):
+                raise InputError(
+                    f"{self.location} has a {name} already that patcher did not write; move it away, or choose another "
+                    "name"
+                )
+        self.store.add(folders)
+
+    def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
+        """Whether the model that is there has the inputs and outputs of the one that is to be in its place."""
+        found, ours = self.store.find(f"{name}/{CONFIG}"), files.get(CONFIG)
+        if found is None or not isinstance(ours, bytes):
+            # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
+            return is_url(str(self.location))
+        try:
+            there, new = (model_config.parse(data.decode(), name) for data in (found, ours))
+        except (RepositoryError, UnicodeDecodeError):
+            return False
+        return all(
+            {tensor.name for tensor in theirs} == {tensor.name for tensor in mine}
+            for theirs, mine in ((there.input, new.input), (there.output, new.output))
+        )
 
     def outdated(self, backbone: Backbone) -> dict[str, bytes]:
         """Models of a backbone whose ``model.py`` is not this version's, and what that is."""
@@ -272,7 +302,7 @@ class ModelRepository:
         Raises InputError for a repository that is no folder.
         """
         self.require_folder()
-        self.store.add(layout.store_folders(backbone))
+        self._add(layout.store_folders(backbone))
 
     def stores(self) -> tuple[str, ...]:
         """Names of the backbones that have a head store, sorted."""
@@ -320,7 +350,7 @@ class ModelRepository:
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
-        self.store.add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
+        self._add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
         # Of a classifier that was here before under this name, and whose folders somebody took away.
         self.store.remove(f"{name}{_JOURNAL}")
         classifier = Classifier(self, name)
