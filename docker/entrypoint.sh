@@ -27,7 +27,7 @@ if [ "${1:-}" = patcher ]; then
   exec "$@"
 fi
 
-read -ra names <<<"${CLASSIFIERS:-}"
+read -d '' -ra names <<<"${CLASSIFIERS:-}" || true # to the end of the text, which may have lines
 if [ "${#names[@]}" -eq 0 ]; then
   for head in "$repository"/*_head/; do
     name="$(basename "$head" _head)"
@@ -72,7 +72,8 @@ if [ -n "${TLS_FOLDER:-}" ]; then
     fi
   done
   tls=(--grpc-use-ssl=true "--grpc-server-cert=$TLS_FOLDER/tls.crt" "--grpc-server-key=$TLS_FOLDER/tls.key")
-  tls+=(--http-address=127.0.0.1)
+  # Metrics go where HTTP goes unless told otherwise, and somebody outside scrapes them.
+  tls+=(--http-address=127.0.0.1 --metrics-address=0.0.0.0)
   if [ -e "$TLS_FOLDER/client-ca.crt" ]; then
     tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_FOLDER/client-ca.crt")
   fi

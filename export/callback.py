@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from export.classifier import ExportOptions, refuse_taken, run_export
+from export.classifier import ExportOptions, foresee, run_export
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class ExportCallback(TrainerCallback):
     ``Trainer(..., processing_class=tokenizer, callbacks=[ExportCallback("model_repository", name="intent")])``; the
     best model is exported where the trainer loads it at the end. ``report`` holds the figures afterwards.
 
-    Raises InputError before the first step where the name is taken or no tokenizer is known: not after hours of
-    training.
+    What can be refused is refused before the first step, not after hours of training: a name that is taken, an option
+    that makes no sense, a file that cannot be read or has labels that the model lacks, a model without a tokenizer.
     """
 
     def __init__(self, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> None:
@@ -43,10 +43,7 @@ class ExportCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refuse now what would be refused at the end."""
-        name = self.options.get("name", "intent")
-        backbone, in_store = self.options.get("backbone") or name, self.options.get("in_store", False)
-        refuse_taken(self.repository_dir, name, backbone, in_store=in_store)
-        self._tokenizer(kwargs)
+        foresee(kwargs["model"], self.repository_dir, {**self.options, "tokenizer": self._tokenizer(kwargs)})
 
     def on_train_end(
         self,

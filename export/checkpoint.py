@@ -32,7 +32,10 @@ __all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
 # What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError)
+_READ_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,12 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise CheckpointError(f"{name}: id2label in config.json has {repeated[0]!r} more than once")
+    joined = [label for label in labels if "|" in label]
+    if joined and _problem(config, name) == MULTI_LABEL:
+        raise CheckpointError(
+            f"{name}: the label {joined[0]!r} has a '|', which parts a text's labels in the files of a multi-label "
+            "classifier; expected another name in id2label"
+        )
     return labels
 
 

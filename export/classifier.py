@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | nn.Module
 
-__all__ = ["DEVICES", "ExportOptions", "export_classifier", "refuse_taken", "run_export"]
+__all__ = ["DEVICES", "ExportOptions", "export_classifier", "foresee", "refuse_taken", "run_export"]
 
 DEVICES = ("cpu", "gpu")
 _TRACED_LENGTHS = (11, 7, 4)
@@ -122,21 +122,14 @@ def export_classifier(
 def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
     """The same as ``export_classifier``, with the figures of the export; they hold the repository."""
     watch = Stopwatch()
-    name = options.get("name", "intent")
-    backbone = options.get("backbone") or name
-    in_store = options.get("in_store", False)
-    refuse_taken(repository_dir, name, backbone, in_store=in_store)
-    target = _target(options)
     with watch("load"):
-        train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
-        checkpoint = _checkpoint(model, options)
-        ids, held_out_ids = (
-            label_ids(each, checkpoint.labels, checkpoint.problem) if each else () for each in (train, held_out)
-        )
-        encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
+        plan = foresee(model, repository_dir, options)
+    name, in_store = options.get("name", "intent"), options.get("in_store", False)
+    backbone, checkpoint, encoder, target = options.get("backbone") or name, plan.checkpoint, plan.encoder, plan.target
+    train = plan.train
     with tempfile.TemporaryDirectory(prefix="patcher-export-") as folder:
         making = _Making(checkpoint, encoder, Path(folder), target, options.get("progress") or _silent, watch)
-        made = making.run(train, ids, held_out, held_out_ids)
+        made = making.run(train, plan.ids, plan.held_out, plan.held_out_ids)
         with watch("publish"):
             repository = _publish(repository_dir, name, backbone, made, in_store=in_store)
     return ExportReport(
@@ -163,6 +156,37 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         checked=made.checked,
         seconds=watch.seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an export works on, read and looked through."""
+
+    checkpoint: Checkpoint
+    encoder: TextEncoder
+    target: _Target
+    train: Examples | None
+    ids: LabelIds
+    held_out: Examples | None
+    held_out_ids: LabelIds
+
+
+def foresee(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> _Plan:
+    """Everything that can be refused before the work begins, is refused here; raises as ``export_classifier`` does."""
+    if unknown := set(options) - set(ExportOptions.__annotations__):
+        raise InputError(
+            f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
+        )
+    name = options.get("name", "intent")
+    refuse_taken(repository_dir, name, options.get("backbone") or name, in_store=options.get("in_store", False))
+    target = _target(options)
+    train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
+    checkpoint = _checkpoint(model, options)
+    ids, held_out_ids = (
+        label_ids(each, checkpoint.labels, checkpoint.problem) if each else () for each in (train, held_out)
+    )
+    encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
+    return _Plan(checkpoint, encoder, target, train, ids, held_out, held_out_ids)
 
 
 def refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool = False) -> None:

@@ -12,7 +12,7 @@ from export.checkpoint import own_logits
 from export.split import rounding
 from export.tokenizer import SAMPLE_TEXTS, embeddings
 from patcher.errors import ParityError, PrecisionError
-from patcher.runtime import open_session
+from patcher.runtime import onnxruntime_errors, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +32,8 @@ __all__ = ["Parity", "check_parity", "token_batch"]
 # Lengths of the texts of each batch, beside one as long as a text may be. None of them is the shape that the export was
 # traced with: whatever the tracing froze shows here.
 _SHAPES = ((1,), (5,), (12, 3, 7), (33, 1, 16, 2, 8, 21, 5), (64, 40))
+_TOGETHER = 4
+"""Texts of a batch: they may be long, and attention takes memory by the square."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,14 @@ def check_parity(
     worst, features, logits = 0.0, [], []
     for tokens in _batches(model, encoder, texts):
         expected = own_logits(model, tokens)
-        given = session.run(["features"], {name: tokens[name].numpy() for name in names})[0]
         shape = tuple(tokens["input_ids"].shape)
+        try:
+            given = session.run(["features"], {name: tokens[name].numpy() for name in names})[0]
+        except onnxruntime_errors() as error:
+            raise ParityError(
+                f"the exported backbone fails {_where(shape)}: the export froze something that depends on the input "
+                f"({error})"
+            ) from error
         _refuse_unusable(given, split, shape)
         found = given[:, : split.split] @ split.weight.T + split.bias
         worst = max(worst, float(np.abs(found - expected).max()))
@@ -118,9 +126,10 @@ def _batches(model: PreTrainedModel, encoder: TextEncoder, texts: Sequence[str])
     vocabulary = embeddings(model).num_embeddings
     for seed, lengths in enumerate((*_SHAPES, (encoder.max_length,))):
         yield token_batch(encoder, vocabulary, [min(length, encoder.max_length) for length in lengths], seed)
-    for group in ([SAMPLE_TEXTS[0]], SAMPLE_TEXTS, texts):
-        if group:
-            yield {name: torch.from_numpy(ids) for name, ids in encoder(list(group)).items()}
+    longest_first = sorted(texts, key=len, reverse=True)
+    some = [longest_first[i : i + _TOGETHER] for i in range(0, len(longest_first), _TOGETHER)]
+    for group in ([SAMPLE_TEXTS[0]], SAMPLE_TEXTS, *some):
+        yield {name: torch.from_numpy(ids) for name, ids in encoder(list(group)).items()}
 
 
 def _where(shape: tuple[int, ...]) -> str:

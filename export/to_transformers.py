@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from export.checkpoint import load_checkpoint
 from export.parity import check_parity, token_batch
+from export.precision import LIMITS
 from export.split import find_split
 from export.tokenizer import embeddings, prepare_tokenizer
 from patcher.errors import ExportError, InputError, ParityError, StorageError
@@ -73,7 +75,8 @@ def to_transformers(
     memory = classifier.memory(head.lineage.version)
     plain = narrow_head(head, memory)
     loaded = load_checkpoint(str(checkpoint), **flags)
-    encoder = prepare_tokenizer(loaded, None)
+    details = classifier.head(1).lineage.details if 1 in classifier.versions() else head.lineage.details
+    encoder = prepare_tokenizer(loaded, details.get("max_length"))
     tokens = token_batch(encoder, embeddings(loaded.model).num_embeddings, _TRACED_LENGTHS)
     split = find_split(loaded.model, tokens, len(loaded.labels))
     if split.split != head.split:
@@ -82,11 +85,11 @@ def to_transformers(
             "another checkpoint"
         )
     try:
-        check_parity(loaded.model, split, encoder, classifier.backbone_path)
+        check_parity(
+            loaded.model, split, encoder, classifier.backbone_path, (), LIMITS.get(details.get("precision", ""))
+        )
     except ParityError as error:
-        raise ParityError(
-            f"{classifier.name} was not exported from {checkpoint}, or in a lower precision: {error}"
-        ) from error
+        raise ParityError(f"{classifier.name} was not exported from {checkpoint}: {error}") from error
     model = _with_layer(loaded.model, split.layer, plain)
     _save(model, loaded.tokenizer, target)
     agreement = None
@@ -130,5 +133,5 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:
             if target.is_dir():
                 target.rmdir()
             fresh.rename(target)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error

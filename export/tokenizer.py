@@ -80,7 +80,7 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
         when ``tokenizer.json`` does not give the ids that transformers gives.
     """
     model, tokenizer, name = checkpoint.model, checkpoint.tokenizer, checkpoint.source
-    _refuse_unusable(tokenizer, name)
+    _refuse_unusable(model, tokenizer, name)
     inputs = _inputs(model, tokenizer, name)
     pad_id = _agree_on_padding(model, tokenizer, name)
     length = _max_length(model, tokenizer, max_length)
@@ -106,15 +106,23 @@ def embeddings(model: PreTrainedModel) -> nn.Embedding:
     return table
 
 
-def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False) or not hasattr(tokenizer, "backend_tokenizer"):
         raise CheckpointError(
             f"{name} has a slow tokenizer ({kind}): its rules are Python code, which has no tokenizer.json for the "
             "server; expected a fast one (a folder with tokenizer.json)"
         )
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{name} has no vocabulary for its {kind}: expected tokenizer.json beside the weights")
+    rows = embeddings(model).num_embeddings
+    beyond = sorted(token for token, place in vocabulary.items() if place >= rows)
+    if beyond:
+        raise CheckpointError(
+            f"the tokenizer of {name} knows {len(beyond)} token(s) that the model has no embedding for ({rows} rows), "
+            f"{beyond[0]!r} for one: texts with it would fail; model.resize_token_embeddings(len(tokenizer)) adds them"
+        )
 
 
 def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
@@ -155,12 +163,12 @@ def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
-    limits = [tokenizer.model_max_length, _positions(model)]
-    limit = min((each for each in limits if each and each < _UNLIMITED), default=None)
-    if wanted is None:
-        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     # What a tokenizer adds by itself ([CLS], [SEP]) it does not cut.
     least = 1 + tokenizer.num_special_tokens_to_add()
+    limits = [each for each in (tokenizer.model_max_length, _positions(model)) if isinstance(each, (int, float))]
+    limit = min((int(each) for each in limits if least <= each < _UNLIMITED), default=None)
+    if wanted is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if wanted < least or (limit and wanted > limit):
         raise InputError(
             f"a maximum length of {wanted} tokens; expected {least} to {limit or 'any'}, which the model can take"

@@ -18,6 +18,8 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from patcher.runtime import onnxruntime_errors
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -65,7 +67,10 @@ def without_padding(model: onnx.ModelProto, tokens: Arrays) -> onnx.ModelProto |
     graph = model.graph
     if _MASK not in {each.name for each in graph.input} or any(map(_has_subgraph, graph.node)):
         return None
-    tensors = _Tensors(model, tokens)
+    try:
+        tensors = _Tensors(model, tokens)
+    except onnxruntime_errors():  # it runs at no other shape than its own: `parity` says so
+        return None
     chosen = _worthwhile(tensors, graph.node)
     if not chosen:
         return None

@@ -30,6 +30,7 @@ CHANGES = frozenset(
         "merge-labels",
         "remember",
         "tune",
+        "upgrade",
         "serve",
     ]
 )
@@ -46,7 +47,7 @@ def begin(verb: str) -> None:
 
 
 def note(**facts: Any) -> None:
-    """Add to the event of this run, where there is one: versions, data hash, gate."""
+    """Add to the event of this run, where there is one: versions, data hash, gate; ``outcome`` if it is not ``done``."""
     event = _event.get()
     if event is not None:
         event.update(facts)
@@ -65,7 +66,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "verb": event.pop("verb"),
-        "outcome": _OUTCOMES.get(code, "failed"),
+        "outcome": event.pop("outcome", "done") if code == 0 else _OUTCOMES.get(code, "failed"),
         "exit_code": code,
         "seconds": round(time.time() - started, 3),
         "user": _user(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ class Backbone:
         return self.repository.root
 
     def encoding(self) -> tuple[Step, ...]:
-        """The steps from text to features, in any ensemble above."""
-        return steps_of(self.repository.config(self.features_model))
+        """The steps from text to features, in any ensemble above; RepositoryError where its own has none."""
+        steps = steps_of(self.repository.config(self.features_model))
+        if not steps:
+            raise RepositoryError(f"{self.features_model}/config.pbtxt is no ensemble of patcher's: it has no steps")
+        return steps
 
     @property
     def text_model(self) -> str:

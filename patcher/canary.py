@@ -236,8 +236,8 @@ def _refuse_stale(classifier: Classifier, tried: int) -> None:
         gone = sorted(set(classifier.head(serving).labels) - set(classifier.head(tried).labels))
         lacks = f", which it lacks ({', '.join(gone[:5])})" if gone else ""
         raise InputError(
-            f"version {tried} was made before version {serving} of {classifier.name}, which serves now{lacks}; `patcher "
-            f"canary --discard` ends the trial, then add its labels to what serves, or `patcher rollback --to {tried}`"
+            f"version {tried} was made before version {serving} of {classifier.name}, which serves now{lacks}; "
+            f"`patcher canary --discard` ends the trial; then add its labels anew, or `patcher rollback --to {tried}`"
         )
 
 

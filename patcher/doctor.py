@@ -146,7 +146,8 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
     faults = [check for version in versions if (check := _version(classifier, version, serving))]
     yield from faults
     yield _journal(classifier)
-    yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves")
+    damaged = f", {len(faults)} with a fault" if faults else ""
+    yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves{damaged}")
     if classifier.backbone_model not in seen:
         seen.add(classifier.backbone_model)
         yield _backbone(classifier)
@@ -162,7 +163,14 @@ def _journal(classifier: Classifier) -> Check:
     if pending:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
-    unknown = sorted(set(classifier.versions()) - set(published))
+    there = set(classifier.versions())
+    gone = sorted(set(published) - there - classifier.journal.pruned() - classifier.journal.withdrawn())
+    if gone:
+        found = ", ".join(map(str, gone))
+        return Check(
+            what, "fault", f"versions {found} are not there any more, and were not pruned; restore their folders"
+        )
+    unknown = sorted(there - set(published))
     if unknown:
         found = ", ".join(map(str, unknown))
         return Check(
@@ -203,9 +211,11 @@ def _untouched(classifier: Classifier, version: int) -> None:
 
 
 def _backbone(classifier: Classifier) -> Check:
-    what, expected = classifier.backbone_model, classifier.fingerprint()
+    what = classifier.backbone_model
     try:
-        found = _sha256(classifier.backbone_path)
+        expected, found = classifier.fingerprint(), _sha256(classifier.backbone_path)
+    except PatcherError as error:
+        return Check(what, "fault", str(error))
     except OSError as error:
         return Check(what, "fault", f"cannot read {classifier.backbone_path}: {error.strerror}; export it again")
     if found != expected:
@@ -222,7 +232,10 @@ def _sha256(path: Path) -> str:
 
 
 def _local_answer(classifier: Classifier) -> Check:
-    what = classifier.text_model
+    try:
+        what = classifier.text_model
+    except PatcherError as error:
+        return Check(classifier.features_model, "fault", str(error))
     if not classifier.store.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:

@@ -13,6 +13,8 @@ from patcher.triton.client import TritonServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from patcher.classifier import Classifier
+
 __all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "watch", "waves"]
 
 WATCH_SECONDS = 2.0
@@ -106,20 +108,25 @@ def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], None]) -
         raise ServerError(f"{len(failed)} of {len(replicas)} replicas failed: {said}") from failed[0][0]
 
 
-def watch(classifier: str, replica: TritonServer, seconds: float) -> None:
-    """ServerError when ``replica`` stops being ready, or fails requests, within ``seconds``."""
-    before = _failures(classifier, replica)
+def watch(classifier: Classifier, replica: TritonServer, seconds: float) -> None:
+    """ServerError when ``replica`` stops being ready, or the classifier's head fails requests, within ``seconds``.
+
+    A text that was refused never reached the head: a client's fault does not end a rollout. What a head store fails may
+    be of any of its classifiers, so there it is the probes that tell.
+    """
+    ensemble, head = classifier.ensemble, None if classifier.in_store else classifier.head_model
+    before = _failures(head, replica)
     deadline = time.monotonic() + seconds
     while True:
-        if not replica.is_ready(classifier):
-            raise ServerError(f"{classifier} on {replica.url} was ready, and is not any more")
-        failed = _failures(classifier, replica) - before
+        if not replica.is_ready(ensemble):
+            raise ServerError(f"{ensemble} on {replica.url} was ready, and is not any more")
+        failed = _failures(head, replica) - before
         if failed > 0:
-            raise ServerError(f"{failed} requests to {classifier} failed on {replica.url} while it was watched")
+            raise ServerError(f"{failed} requests to {head} failed on {replica.url} while it was watched")
         if time.monotonic() >= deadline:
             return
         time.sleep(_POLL_SECONDS)
 
 
-def _failures(classifier: str, replica: TritonServer) -> int:
-    return sum(entry.failures for entry in replica.statistics(classifier))
+def _failures(model: str | None, replica: TritonServer) -> int:
+    return sum(entry.failures for entry in replica.statistics(model)) if model else 0

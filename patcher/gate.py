@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Verdict", "judge", "upper_bound"]
+__all__ = ["Verdict", "judge", "unremembered", "upper_bound"]
 
 MAX_FLIPS = 0.005
 MIN_RECALL = 0.5
@@ -36,10 +36,14 @@ _CONFIDENCE = 0.95
 _SURE = 0.9
 _GOOD_RECALL = 0.9
 _SAME_TEXT = 0.9
+_MOST_OF_ONE = 0.25
+_FEWEST_LOST = 3
+"""A label that loses so many, and more than such a share of its own, is taken over, however many others there are."""
+_FEWEST_INPUTS = 10
+"""With none of fewer lost, a quarter of all may be."""
 _MOST_COMPARED = 500
 """Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
 _WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
-_LIKE = {"eval": "those of the evaluation file", "replay": "the replayed ones", "features": "the remembered ones"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class _Flips:
     size: int
     count: int
     losing: Mapping[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Inputs of each label, where one that is right can be lost to another."""
 
     @property
     def rate(self) -> float | None:
@@ -164,9 +170,9 @@ def judge(
     reasons = _reasons([flips, *others], recall, max_flips, min_recall)
     return Verdict(
         passed=not reasons,
-        sentence=_sentence(fit, flips, bound, recall, reasons),
+        sentence=_sentence(fit, flips, bound, recall, reasons, max_flips),
         reasons=reasons,
-        advice=_advice(flips, recall, lost_to, known, too_few, duplicates),
+        advice=(*_advice(flips, recall, lost_to, known, too_few, duplicates), *_unseen(head, memory, flips, max_flips)),
         calibration=flips.calibration,
         calibration_size=flips.size,
         flips=flips.rate,
@@ -200,13 +206,14 @@ def _count_flips(
     for inputs in (fit.inputs, remembered):
         if inputs is not None:
             lost = inputs.ids[_flipped(inputs, head, fit)]
-            counted.append(_flips(inputs.source, len(inputs), lost, head))
+            counted.append(_flips(inputs.source, len(inputs), lost, head, inputs.ids))
     return counted or [_Flips("none" if memory is None else "draws", 0, 0, {})]
 
 
-def _flips(source: str, size: int, lost: Ints, head: HeadLike) -> _Flips:
+def _flips(source: str, size: int, lost: Ints, head: HeadLike, ids: Ints | None = None) -> _Flips:
     counts = Counter(head.labels[i] for i in lost.tolist())
-    return _Flips(source, size, len(lost), dict(counts.most_common()))
+    sizes = Counter(head.labels[i] for i in ids.tolist()) if ids is not None and head.problem == "single_label" else {}
+    return _Flips(source, size, len(lost), dict(counts.most_common()), sizes)
 
 
 def _on_evaluation(head: HeadLike, fit: Fit, features: Floats, ids: Ints) -> _Flips:
@@ -215,7 +222,7 @@ def _on_evaluation(head: HeadLike, fit: Fit, features: Floats, ids: Ints) -> _Fl
         mine = ids < old
         inputs = old_inputs(None, (features[mine], ids[mine]), head, "eval")
         lost = inputs.ids[_flipped(inputs, head, fit)] if inputs else ids[:0]
-        return _flips("eval", int(mine.sum()), lost, head)
+        return _flips("eval", int(mine.sum()), lost, head, ids[mine])
     rows, theirs = _sentences(features, ids, old + len(fit.labels))
     known = theirs[:, :old].any(axis=1)
     new = _logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
@@ -350,6 +357,19 @@ def _reasons(
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
+    reasons += [
+        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.calibration]}, to what may be "
+        "the same label under another name"
+        for flips in counted
+        for label, lost in flips.losing.items()
+        if lost >= _FEWEST_LOST and lost > max(_MOST_OF_ONE, max_flips) * flips.sizes.get(label, lost * 100)
+    ]
+    most = max(counted, key=lambda flips: flips.size)
+    if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
+        reasons.append(
+            f"only {most.size} {_WHOSE[most.calibration]} are there to count on, which vouch for nothing (at most "
+            f"{upper_bound(most.count, most.size):.0%} flip)"
+        )
     for label, found in recall.items():
         if found is None:
             reasons.append(f"{label!r} has one example, so nothing says whether it would be found")
@@ -386,8 +406,8 @@ def _advice(
         )
     if duplicates:
         advice.append(
-            f"{len(duplicates)} example(s) say what another says (the same words count once); different sentences teach "
-            "more"
+            f"{len(duplicates)} example(s) say what another says (the same words count once); different sentences "
+            "teach more"
         )
     if flips.calibration == "draws":
         advice.append(
@@ -396,6 +416,29 @@ def _advice(
     if flips.calibration == "none":
         advice.append("there is no memory; `patcher remember --data FILE` or `--replay FILE` gives a bound on flips")
     return tuple(advice)
+
+
+def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
+    """Which labels of a head nothing is remembered of, in words; empty where there are none, or no memory at all."""
+    missing = [label for label in labels if memory is not None and label not in memory.labels]
+    if not missing:
+        return ""
+    named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")  # noqa: PLR2004  a few
+    return (
+        f"nothing is remembered of {len(missing)} of {len(labels)} labels ({named}): what a patch takes from them is "
+        "not counted (`patcher remember --data FILE` with texts of theirs, or `--eval FILE` with a patch)"
+    )
+
+
+def _unseen(head: HeadLike, memory: Memory | None, flips: _Flips, max_flips: float) -> tuple[str, ...]:
+    """What the count of flips cannot see."""
+    said = [unremembered(head.labels, memory)] if flips.calibration == "features" else []
+    if flips.size and max_flips and upper_bound(flips.count, flips.size) > max_flips:
+        said.append(
+            f"{flips.size} {_WHOSE[flips.calibration]} are too few to vouch for {max_flips:.2%}: about "
+            f"{math.ceil(3 / max_flips):,} without a flip would be needed"
+        )
+    return tuple(filter(None, said))
 
 
 def _bound_words(flips: _Flips, bound: float | None) -> str:
@@ -416,7 +459,12 @@ def _bound_words(flips: _Flips, bound: float | None) -> str:
 
 
 def _sentence(
-    fit: Fit, flips: _Flips, bound: float | None, recall: Mapping[str, float | None], reasons: Sequence[str]
+    fit: Fit,
+    flips: _Flips,
+    bound: float | None,
+    recall: Mapping[str, float | None],
+    reasons: Sequence[str],
+    max_flips: float,
 ) -> str:
     names = ", ".join(repr(label) for label in fit.labels)
     if reasons:
@@ -424,8 +472,9 @@ def _sentence(
     found = min((r for r in recall.values() if r is not None), default=None)
     finds = f"finds {found:.0%} of held-out examples" if found is not None else "has no estimate of its recall"
     harm = (
-        f"flips at most {bound:.2%} of inputs like {_LIKE[flips.calibration]} (95 % confidence)"
+        f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]} flip (--max-flips allows {max_flips:.2%}), so at "
+        f"most {bound:.2%} of inputs like them (95 % confidence)"
         if bound is not None
-        else "carries no bound on flips"
+        else "there is no bound on flips"
     )
-    return f"Passed: {names} {finds} and {harm}."
+    return f"Passed: {names} {finds}; {harm}."

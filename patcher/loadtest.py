@@ -107,6 +107,8 @@ def load_test(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patcher-load-")))
         benches = {}
+        if len(set(models)) < len(models):
+            raise InputError(f"got {models[0]} against itself; expected another model, or one at another address")
         for number, model in enumerate(models):
             address, _, url = model.partition("@")
             name, _, classifier = address.partition("/")

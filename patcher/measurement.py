@@ -21,6 +21,9 @@ _BUSY_CLIENT = 0.5
 _KEPT_UP = 0.9
 
 
+_WRITTEN = (".csv", ".png", ".svg", ".pdf")
+
+
 @dataclass(frozen=True)
 class Load:
     """A level of load: so many requests at once, or so many a second at random moments (a Poisson process)."""
@@ -131,6 +134,15 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
         if each.failures:
             said.append(f"{where}: {each.failures} requests failed")
     return list(dict.fromkeys(said))
+
+
+def check_targets(*files: Path | None) -> None:
+    """InputError, before minutes of measuring, for files that could not be written afterwards."""
+    for path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+        if path is not None and path.suffix.lower() not in _WRITTEN:
+            raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(_WRITTEN)}")
 
 
 def write_csv(measurements: Sequence[Measurement], path: Path) -> None:

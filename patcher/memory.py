@@ -323,7 +323,7 @@ class Memory:
             memory = cls(
                 labels=tuple(str(label) for label in about["labels"]), clusters=clusters, **{**kept, **settings}
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise RepositoryError("this memory is damaged: it holds values that are not finite")
@@ -412,7 +412,7 @@ def _read(data: bytes) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
         header = json.loads(data[8 : 8 + length])
         about = json.loads(header["__metadata__"]["patcher"])
         arrays = load(data)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
     number = about.get("format") if isinstance(about, dict) else None
     if isinstance(number, int) and number > _FORMAT:

@@ -45,6 +45,15 @@ class Targets:
     audit_log: Path | None = None
     texts: tuple[str, ...] = ()
     tls: ClientTls | None = None
+    every: bool = False
+    """Look at classifiers that come to the repository later, too."""
+
+    def names(self) -> tuple[str, ...]:
+        """The classifiers to ask for now: one that was dropped since is no fault, a repository that is away is one."""
+        here = self.repository.classifiers() if self.repository is not None else ()
+        if not here:
+            return self.classifiers
+        return here if self.every else tuple(name for name in self.classifiers if name in here)
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,7 @@ def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[s
 
 def _probes(targets: Targets) -> list[Probe]:
     jobs = []
-    repository = targets.repository
-    asked = targets.classifiers
-    if repository is not None:  # one that was dropped since is no fault
-        here = repository.classifiers()
-        asked = tuple(name for name in asked if name in here)
-    names = [(name, repository.classifier(name).address if repository else name) for name in asked]
+    names = [(name, _address(targets.repository, name)) for name in targets.names()]
     for url in targets.urls:
         tls = targets.tls
         if tls is not None and tls.server_name is None:
@@ -108,6 +112,14 @@ def _probes(targets: Targets) -> list[Probe]:
         return []
     with ThreadPoolExecutor(min(len(jobs), 16)) as pool:
         return list(pool.map(lambda job: probe_replica(*job), jobs))
+
+
+def _address(repository: ModelRepository | None, name: str) -> str:
+    """What clients ask for a classifier; its name where its files cannot be read, which hides no other."""
+    try:
+        return repository.classifier(name).address if repository else name
+    except PatcherError:
+        return name
 
 
 class _Collector:
@@ -161,7 +173,7 @@ def _repository_metrics(targets: Targets) -> Iterator[Any]:
 
     pinned = GaugeMetricFamily("patcher_pinned_version", "Head version pinned in the repository", labels=["classifier"])
     count = GaugeMetricFamily("patcher_versions", "Head versions in the repository", labels=["classifier"])
-    for name in targets.classifiers if targets.repository else ():
+    for name in targets.names() if targets.repository else ():
         try:
             classifier = targets.repository.classifier(name) if targets.repository else None
             if classifier:

@@ -111,8 +111,8 @@ def merge_labels(
         refuse_joined(parent, into)
         if not head.labels:
             raise LabelError(
-                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs two at least, so one other "
-                "has to stay"
+                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs two at least, so one "
+                "other has to stay"
             )
         rest = memory
         for label in labels:

@@ -75,6 +75,9 @@ def remember(
 ) -> Switch:
     """Build the memory anew from ``examples`` and publish it with the next head version, whose rows are the same.
 
+    Of labels that no example has, it keeps the features that are remembered now, which is all that there is of a label
+    that was added by a patch.
+
     Raises
     ------
     LabelError, ExamplesError
@@ -82,11 +85,12 @@ def remember(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
+    label_ids(classifier.head(), examples)  # before minutes go into features, and those before the lock is held
+    features = extract_features(classifier, examples.texts, None, progress)
     with changing(classifier, server):
         parent = classifier.head()
-        label_ids(parent, examples)  # before minutes go into features
-        features = extract_features(classifier, examples.texts, None, progress)
         memory = build_memory(parent, examples, features, per_label=per_label, **_limits(classifier))
+        memory = _beside(memory, _readable(classifier), parent)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)
@@ -97,8 +101,22 @@ def _limits(classifier: Classifier) -> dict[str, int]:
     """Clusters a label: in a head store no more than the memory before had, for one of very many is kept small."""
     if not classifier.in_store:
         return {}
+    before = _readable(classifier)
+    return {"most_clusters": before.most_clusters if before else STORED_CLUSTERS}
+
+
+def _readable(classifier: Classifier) -> Memory | None:
+    """The memory there is; None also for one that cannot be read, and is built anew for that."""
     try:
-        before = classifier.memory()
-    except RepositoryError:  # it cannot be read, and is built anew for that
-        return {"most_clusters": STORED_CLUSTERS}
-    return {"most_clusters": before.most_clusters} if before else {}
+        return classifier.memory()
+    except RepositoryError:
+        return None
+
+
+def _beside(memory: Memory, before: Memory | None, head: Head) -> Memory:
+    lacking = [label for label in head.labels if label not in memory.labels]
+    for label in lacking if before else ():
+        if before and label in before.labels:
+            rows = before.sample[before.sample_labels == before.labels.index(label)].astype(np.float32)
+            memory = memory.add((label,), rows, np.zeros(len(rows), np.int64)) if len(rows) else memory
+    return memory

@@ -131,12 +131,17 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
 
 
 def require_live(server: TritonServer | None) -> None:
-    """ServerUnreachable where no server answers; before anything is published, so that it costs nothing."""
+    """ServerUnreachable where no server answers, ServerRefused where one wants another key for model control.
+
+    Before anything is published, so that it costs nothing.
+    """
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
             "--url or $TRITON_URL names another, --no-load does without"
         )
+    for replica in present(server):
+        replica.repository_index()
 
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
@@ -149,7 +154,7 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                 asked += wave
                 each(wave, lambda replica: serve(classifier, head, replica))
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
-                    watch(classifier.ensemble, wave[0], server.watch_seconds)
+                    watch(classifier, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
     except BaseException as error:
         if not isinstance(error, LockLost) and classifier.serving() != previous:

@@ -163,7 +163,7 @@ class Bucket:
             return str(answer["ETag"])
         # An answer that was lost on its way, and asked for again, looks like this, too: then what lies there is ours.
         found = self.get(name)
-        if found is not None and found.data == content:
+        if found is not None and found.data == (content if isinstance(content, bytes) else content.read_bytes()):
             return found.tag
         raise LockLost(
             f"{self.url}/{name} was changed by somebody else meanwhile, and is left as it is; nothing was changed. "

@@ -162,6 +162,7 @@ def test_a_multi_label_text_may_have_the_new_label_beside_old_ones():
 
 def test_where_the_bound_comes_from_is_in_the_sentence():
     head, memory, features, ids, new = world()
-    assert "of inputs like the remembered ones (95 % confidence)" in verdict({"new": new(10)}, head, memory).sentence
+    said = verdict({"new": new(10)}, head, memory).sentence
+    assert "remembered inputs flip (--max-flips allows 0.50%), so at most" in said
     evaluated = verdict({"new": new(10)}, head, memory, evaluation=(features, ids))
-    assert "of inputs like those of the evaluation file" in evaluated.sentence
+    assert "inputs of the evaluation file flip" in evaluated.sentence

@@ -72,7 +72,7 @@ def test_the_snippets_run_in_order(folder):
                     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
                     assert any(printed.startswith("ready") for printed in server.stdout)
                     continue
-                extra = ["--force"] if words[1] in ("add-label", "new-classifier") else []
+                extra = ["--force"] if words[1] in ("add-label", "new-classifier", "merge-labels") else []
                 done = subprocess.run(
                     [str(BIN / "patcher"), *words[1:], *extra],
                     cwd=folder, env=environment, capture_output=True, text=True, check=False,

@@ -34,7 +34,8 @@ def evaluate_command(file: Path, version: int | None, worst: int, settings: Sett
     )
     if result.unknown:
         settings.say(f"labels that this version lacks, counted as wrong: {', '.join(result.unknown)}")
-    lowest = sorted(result.per_label.items(), key=lambda item: item[1].f1)[:worst]
+    there = [item for item in result.per_label.items() if item[1].support]  # of the others the file says nothing
+    lowest = sorted(there, key=lambda item: item[1].f1)[:worst]
     rows = [(label, percent(s.precision, 1), percent(s.recall, 1), percent(s.f1, 1), s.support) for label, s in lowest]
     if rows:
         settings.say()

@@ -38,6 +38,11 @@ from patcher.cli.output import not_installed, tell
     show_default=True,
     help="Where Triton runs the backbone; all else stays on the CPU.",
 )
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Tokens beyond which a text is cut.  [default: what tokenizer and model allow, 2048 at most]",
+)
 @click.option("--tensorrt", is_flag=True, help="TensorRT runs the backbone on the GPU.")
 @click.option("--backbone", metavar="NAME", help="Name of the backbone's models, for several classifiers on one.")
 @click.option(
@@ -57,6 +62,7 @@ def export_command(
     evaluation: Path | None,
     precision: str | None,
     device: str,
+    max_length: int | None,
     tensorrt: bool,
     backbone: str | None,
     in_store: bool,
@@ -75,6 +81,8 @@ def export_command(
     """
     import json
 
+    from patcher.gate import unremembered
+
     try:
         from export import run_export
     except ModuleNotFoundError as error:
@@ -88,6 +96,7 @@ def export_command(
         evaluation=evaluation,
         precision=precision,
         device=device,
+        max_length=max_length,
         tensorrt=tensorrt,
         backbone=backbone,
         in_store=in_store,
@@ -95,6 +104,9 @@ def export_command(
         allow_pickle=allow_pickle,
         progress=lambda text: tell(text, err=True),
     )
+    classifier = report.repository.classifier(report.classifier)
+    if said := unremembered(report.labels, classifier.memory()):
+        tell(f"warning: {said}", err=True)
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))
     else:

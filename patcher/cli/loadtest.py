@@ -60,11 +60,12 @@ def loadtest_command(
     """
     from patcher.examples import read_examples
     from patcher.loadtest import load_test, parse_loads
-    from patcher.measurement import compare, plot, warnings, write_csv
+    from patcher.measurement import check_targets, compare, plot, warnings, write_csv
 
     if concurrency is None and request_rate is None:
         concurrency = "1:8:3"
     loads = parse_loads(concurrency, request_rate)
+    check_targets(csv_file, plot_file)
     texts = read_examples(file).texts if file else _TEXTS
     models = [settings.address, *([against] if against else [])]
     with settings.server() as server:

@@ -38,7 +38,8 @@ def metrics_command(
         repository = None  # the servers' repository need not be here
     names = (settings.classifier_name,) if settings.classifier_name else settings.repository.classifiers()
     sample = read_examples(texts).texts[:200] if texts else ()
-    targets = Targets((settings.url, *more), names, repository, audit_log, sample, settings.tls)
+    every = settings.classifier_name is None
+    targets = Targets((settings.url, *more), names, repository, audit_log, sample, settings.tls, every)
     server, thread = expose(targets, host, port)
     settings.say(f"metrics at http://{host}:{server.server_port}/metrics; Ctrl-C stops it")
     try:

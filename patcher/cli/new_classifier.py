@@ -147,6 +147,7 @@ def drop_classifier_command(name: str, yes: bool, no_load: bool, settings: Setti
         if not sys.stdin.isatty():
             raise click.UsageError(f"this deletes {name} with {versions} for good; expected --yes")
         if not click.confirm(f"Delete {name} with {versions} for good?", err=True):
+            audit.note(outcome="declined")
             settings.say(f"{name} was not touched")
             return
     with nullcontext() if no_load else settings.server() as server:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from patcher.cli.options import Settings, common_options
+from patcher.cli.output import tell
 
 
 @click.command("remember")
@@ -35,6 +36,7 @@ def remember_command(data: Path, kind: str, no_load: bool, settings: Settings) -
     that the model was fine-tuned on, and fresh ones for twice as far away.
     """
     from patcher.examples import read_examples
+    from patcher.gate import unremembered
     from patcher.remembering import FEATURES_A_LABEL, remember
 
     examples = read_examples(data)
@@ -55,3 +57,6 @@ def remember_command(data: Path, kind: str, no_load: bool, settings: Settings) -
     if not settings.json:
         state = "serves" if switch.served else "is published; no server was asked to load it"
         settings.say(f"{len(examples)} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
+    head = classifier.head(switch.version)
+    if said := unremembered(head.labels, memory):
+        tell(f"warning: {said}", err=True)

@@ -134,6 +134,7 @@ def prune_command(keep: int, settings: Settings) -> None:
 
     classifier = settings.classifier
     pruned = prune(classifier, keep)
+    audit.note(classifier=classifier.name, versions=list(pruned))
     settings.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
     if not settings.json:
         settings.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {len(classifier.versions())} versions left")

@@ -104,11 +104,15 @@ class TritonServer:
         tls: ClientTls | None = None,
     ) -> None:
         host, colon, port = url.rpartition(":")
-        if not (host and colon and port.isdigit() and 0 < int(port) <= _LARGEST_PORT) or "/" in url:
-            raise InputError(f"server address {url!r}; expected HOST:PORT of its gRPC service, such as localhost:8001")
+        number = int(port) if port.isascii() and port.isdigit() else 0
+        bare = ":" in host and not host.startswith("[")
+        if not (host and colon and 0 < number <= _LARGEST_PORT) or "/" in url or bare:
+            raise InputError(
+                f"server address {url!r}; expected HOST:PORT of its gRPC service, such as localhost:8001 or [::1]:8001"
+            )
         self.url = url
         self.tls = tls
-        self._host, self._port = host.strip("[]"), int(port)
+        self._host, self._port = host.strip("[]"), number
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
         self._batch_sizes: dict[str, int] = {}

@@ -362,7 +362,8 @@ def _loopback(host: str) -> str:
 
 
 def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - read, not bound to
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound to
+    return f"[{reachable}]" if ":" in reachable else reachable
 
 
 def _state_folder() -> Path:

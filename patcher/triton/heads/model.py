@@ -68,6 +68,8 @@ class Heads:
         except (FileNotFoundError, NotADirectoryError):
             self._served.pop(name, None)
             raise HeadError(f"no classifier {name!r:.80} in the store of {self._backbone}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise HeadError(f"cannot read {folder}: {error}") from None
         if backbone != self._backbone:
             raise HeadError(f"{name} belongs to the store of {backbone:.80}; this is that of {self._backbone}")
         served = Served(version, open_head(folder / str(version) / "model.onnx", version, self._width))

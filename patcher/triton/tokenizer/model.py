@@ -173,8 +173,14 @@ class TritonPythonModel:
         left = {index: _size(span) for index, span in call.spans.items()}
         found: list[Any] = [None] * len(encodings)
         groups = like_lengths([(len(each), 1) for each in encodings], self._slack, self._largest, power=self._power)
-        for group in groups:
+        several = len(groups) > 1
+        while groups:
+            group = groups.pop(0)
             rows, problem = self._ask([encodings[place] for place in group], call.utils)
+            if problem and len({owners[place] for place in group}) > 1:
+                # One text that the backbone cannot take must not fail those of others that came at the same time.
+                groups = [[place] for place in group] + groups
+                continue
             for row, place in enumerate(group):
                 index = owners[place]
                 left[index] -= 1
@@ -184,7 +190,7 @@ class TritonPythonModel:
                 found[place] = rows[row]
                 if not left[index]:
                     features = np.stack(found[slice(*call.spans[index])])
-                    call.answer(index, {_FEATURES: features}, early=len(groups) > 1)
+                    call.answer(index, {_FEATURES: features}, early=several)
 
     def _ask(self, encodings: Sequence[Any], utils: Any) -> tuple[Any, str]:
         """The backbone's features FP32 ``[n, width]``, and why there are none."""
