@@ -47,7 +47,7 @@ def begin(verb: str) -> None:
 
 
 def note(**facts: Any) -> None:
-    """Add to the event of this run, where there is one: versions, data hash, gate; ``outcome`` if it is not ``done``."""
+    """Add to the event of this run, where there is one: versions, data hash, gate, an ``outcome`` other than done."""
     event = _event.get()
     if event is not None:
         event.update(facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -267,3 +268,105 @@ def test_an_export_without_its_packages_says_what_to_install(error, said):
     message = str(not_installed("export", error))
     assert said in message
     assert "triton-label-patcher[export]" in message
+
+
+def test_the_same_words_are_one_example(patcher, tmp_path):
+    texts = tiny.sentences("payday", 3)
+    file = tiny.write_csv(tmp_path / "again.csv", {"payday": [*texts, texts[0].upper(), f"  {texts[1]} ", *texts]})
+    code, out, err = patcher("add-label", "--examples", file, "--no-load", "--json", "--force")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["examples"] == 3
+    assert report["verdict"]["too_few"] == ["payday"]
+    assert len(report["verdict"]["duplicates"]) == 5
+    once = ("add-label", "payday2", "--text", "one and the same", "--no-load")
+    assert "has one example" in patcher(*once)[2]
+    assert "has one example" in patcher(*once, "--text", "One and the  same")[2]
+
+
+def test_a_label_under_another_name_is_refused(patcher, classifier, tmp_path):
+    # Texts that lie where those of an old label do may take no more than a part of it, whatever their share of all is.
+    file = tiny.write_csv(tmp_path / "again.csv", {"again": tiny.sentences("weather", 20, seed=1)})
+    code, _, err = patcher("add-label", "--examples", file, "--no-load", "--min-recall", "0", "--max-flips", "0.2")
+    assert (code, classifier.serving()) == (3, 1)
+    assert "'weather' alone would lose" in err
+
+
+def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(patcher, classifier, examples, tmp_path):
+    assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
+    train = tiny.train_set()
+    data = tiny.write_csv(tmp_path / "train.csv", train)
+    code, _, err = patcher("remember", "--data", data, "--no-load")
+    assert (code, "warning" in err) == (0, False)
+    memory = classifier.memory()
+    assert dict(zip(memory.labels, memory.counts.tolist(), strict=True))["payday"] == 10
+    (classifier.root / "intent_head" / "3" / "memory.safetensors").unlink()
+    some = tiny.write_csv(tmp_path / "some.csv", {label: train[label] for label in tiny.OLD[:2]})
+    code, _, err = patcher("remember", "--data", some, "--no-load")
+    assert code == 0
+    assert f"nothing is remembered of {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
+    more = tiny.write_csv(tmp_path / "more.csv", {"refund": tiny.sentences("refund", 10)})
+    out = patcher("add-label", "--examples", more, "--no-load", "--force", "--json")[1]
+    assert any("nothing is remembered of" in line for line in json.loads(out)["verdict"]["advice"])
+
+
+def test_a_share_that_is_none_is_refused_before_anything_is_published(patcher, classifier, examples):
+    for share in ("nan", "100", "0"):
+        code, _, err = patcher("add-label", "--examples", examples, "--no-load", "--canary", share)
+        assert (code, classifier.versions()) == (2, (1,)), err
+
+
+def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    assert patcher("add-label", "--examples", examples, "--no-load", "--dry-run")[0] == 0
+    assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
+    assert patcher("prune", "--keep", "1")[0] == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(event["verb"], event["outcome"]) for event in events] == [
+        ("add-label", "dry_run"), ("add-label", "done"), ("prune", "done"),
+    ]  # fmt: skip
+    assert events[2]["classifier"] == "intent"
+
+
+def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
+    for damage in (b"", None):
+        path = classifier.root / "intent_features" / "config.pbtxt"
+        if damage is None:
+            path = classifier.root / "intent_backbone" / "config.pbtxt"
+            path.unlink()
+        else:
+            path.write_bytes(damage)
+        code, out, err = patcher("doctor")
+        assert code == 1
+        assert "a fault of patcher" not in out + err
+        assert "nobody answers" in out
+
+
+def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
+    assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
+    assert patcher("rollback", "--to", "1", "--no-load")[0] == 0
+    shutil.rmtree(classifier.root / "intent_head" / "2")
+    code, out, _ = patcher("doctor")
+    assert (code, "versions 2 are not there any more" in out) == (1, True)
+
+
+def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):
+    file = tiny.write_csv(tmp_path / "some.csv", {"weather": tiny.sentences("weather", 5)})
+    out = patcher("evaluate", file)[1]
+    assert "weather" in out
+    assert not [label for label in tiny.OLD if label != "weather" and f"\n{label} " in out and " 0" in out]
+
+
+@pytest.mark.slow
+def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):
+    before = tree(classifier.root)
+    data = tiny.write_csv(tmp_path / "many.csv", {"weather": [f"what about {i}" for i in range(400_000)]})
+    command = [sys.executable, "-m", "patcher", "remember", "--data", str(data), "--no-load"]
+    command += ["--repo", str(classifier.root)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.5)
+    run.terminate()
+    said = run.communicate(timeout=60)[1]
+    assert (run.returncode, "interrupted" in said) == (130, True), said
+    assert tree(classifier.root) == before

@@ -139,6 +139,7 @@ def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str
     assert "--grpc-use-ssl=true" in arguments
     assert f"--grpc-server-key={tmp_path}/tls.key" in arguments
     assert "--http-address=127.0.0.1" in arguments
+    assert "--metrics-address=0.0.0.0" in arguments
     (closed,) = (each for each in arguments if each.startswith("--http-restricted-api="))
     assert closed.startswith("--http-restricted-api=inference,")
     assert "health" not in closed
@@ -299,3 +300,17 @@ def test_monitoring_scrapes_what_compose_runs() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith("./") or (DOCKER / source).is_file()
+
+
+def test_health_is_not_asked_through_a_proxy() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", f"127.0.0.1:{server.server_port}"]
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+        server.shutdown()
+
+
+def test_entrypoint_takes_names_over_several_lines(container: dict[str, str]) -> None:
+    loaded = enter({**container, "CLASSIFIERS": "intent\n topic\n"}).stdout.split()
+    assert {"--load-model=intent", "--load-model=topic"} <= set(loaded)

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer  # noqa: E402
 import export  # noqa: E402
 import export.classifier  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
-from export.tokenizer import SAMPLE_TEXTS  # noqa: E402
+from export.checkpoint import from_objects  # noqa: E402
+from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
 from patcher.errors import (  # noqa: E402
     CheckpointError,
@@ -655,3 +656,47 @@ def test_the_public_face():
         assert getattr(export, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = export.nothing
+
+
+def test_an_option_that_is_none_is_refused(bert, tmp_path):
+    with pytest.raises(InputError, match="no option precison; there are name, backbone"):
+        run_export(bert, tmp_path / "repository", precison="int8")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [({"precision": "int4"}, "no precision"), ({"train": "/nope.csv"}, "nope.csv"), ({"max_length": 10**6}, "maximum")],
+)
+def test_a_trainer_hears_before_the_first_step_what_cannot_be_exported(tmp_path, options, reason):
+    tokenizer = checkpoints.make_tokenizer()
+    callback = ExportCallback(tmp_path / "repository", **options)
+    with pytest.raises(InputError, match=reason):
+        callback.on_train_begin(
+            None, None, None, model=checkpoints.make_model("bert", tokenizer), processing_class=tokenizer
+        )
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path):
+    # One client's text with such a token would fail whatever shares its batch.
+    tokenizer = checkpoints.make_tokenizer("gpt2")
+    model = checkpoints.make_model("gpt2", tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(CheckpointError, match=r"no embedding for .*'\[PAD\]'.*resize_token_embeddings"):
+        run_export(model, tmp_path / "repository", tokenizer=tokenizer)
+
+
+def test_odd_limits_of_a_tokenizer_are_none(tmp_path):
+    for odd in (-1, "128", None, 1):
+        tokenizer = checkpoints.make_tokenizer()
+        tokenizer.model_max_length = odd
+        encoder = prepare_tokenizer(from_objects(checkpoints.make_model("bert", tokenizer), tokenizer))
+        assert encoder.max_length == 80
+
+
+def test_a_bar_in_a_label_of_a_multi_label_model_is_refused(tmp_path):
+    labels = ["a|b", "c", "d"]
+    folder = checkpoints.save_checkpoint(
+        tmp_path / "checkpoint", labels=labels, problem_type="multi_label_classification"
+    )
+    with pytest.raises(CheckpointError, match=r"'a\|b' has a '\|'"):
+        run_export(folder, tmp_path / "repository")

@@ -12,7 +12,7 @@ import tiny
 
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
 from patcher.loadtest import load_test, parse_loads
-from patcher.measurement import Load, Measurement, StepTime, compare, plot, warnings, write_csv
+from patcher.measurement import Load, Measurement, StepTime, check_targets, compare, plot, warnings, write_csv
 from patcher.triton import perf_analyzer
 from patcher.triton.client import TritonServer
 from patcher.triton.perf_analyzer import find_perf_analyzer
@@ -210,3 +210,10 @@ class TestFinding:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ToolError, match=r"nvidia-pytriton.*pip install"):
             perf_analyzer._wanted_libraries()
+
+
+def test_what_could_not_be_written_afterwards_is_refused_before(tmp_path):
+    for name, said in ((tmp_path / "nope" / "x.csv", "there is no folder"), (tmp_path / "x.doc", "ends in")):
+        with pytest.raises(InputError, match=said):
+            check_targets(None, name)
+    check_targets(tmp_path / "x.csv", tmp_path / "x.PNG", None)

@@ -16,7 +16,7 @@ import yaml
 from patcher import ModelRepository
 from patcher.audit import read_events
 from patcher.cli import main
-from patcher.metrics import Targets, expose, replicas
+from patcher.metrics import Targets, _probes, expose, replicas
 from patcher.triton.server import EmbeddedTriton
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
@@ -172,3 +172,16 @@ def test_every_metric_in_use_exists(exported, two):
     # Prometheus itself adds `up`; the GPU's are Triton's, where there is a GPU.
     assert {name for name in used - there if not name.startswith("nv_gpu_")} <= {"up"}
     assert used & {"patcher_head_version", "patcher_changes_total", "nv_inference_request_success"}
+
+
+def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier, tmp_path):
+    repository = classifier.repository
+    targets = Targets(("127.0.0.1:1",), ("intent",), repository, every=True)
+    assert targets.names() == ("intent",)
+    with repository.lock():
+        repository.add_classifier("later", classifier.head(), backbone="intent")
+    assert targets.names() == ("intent", "later")
+    (classifier.root / "later" / "config.pbtxt").write_bytes(b"\xff garbage {")
+    assert sorted(probe.classifier for probe in _probes(targets)) == ["intent", "later"]
+    shutil.move(classifier.root, tmp_path / "away")
+    assert [probe.up for probe in _probes(targets)] == [False]

@@ -21,12 +21,34 @@ import kill
 import swaps
 import together
 
-from patcher import Fleet, ModelRepository, NotServed, TritonServer, add_label, doctor, prune, rollback, sync
+from patcher import (
+    Fleet,
+    ModelRepository,
+    NotServed,
+    PatchSettings,
+    TritonServer,
+    add_label,
+    canary,
+    doctor,
+    prune,
+    rollback,
+    sync,
+)
 from patcher.cli import main
-from patcher.errors import Busy, RepositoryError, ServerError, ServerUnreachable, StorageError, VersionError
-from patcher.fleet import addresses, waves
-from patcher.lifecycle import history
-from patcher.repository import Classifier
+from patcher.errors import (
+    Busy,
+    InputError,
+    LabelError,
+    RepositoryError,
+    ServerError,
+    ServerUnreachable,
+    StorageError,
+    VersionError,
+)
+from patcher.fleet import addresses, watch, waves
+from patcher.lifecycle import diff, history
+from patcher.relabelling import merge_labels, remove_label, rename_label
+from patcher.repository import Classifier, check_name
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
 
@@ -461,3 +483,93 @@ def test_a_patch_can_clear_old_versions_away(classifier, capsys, tmp_path):
     assert pruned == [2]
     assert classifier.versions() == (3, 4)  # the serving one and its parent
     assert classifier.serving() == 4
+
+
+def test_pruning_spares_a_version_on_trial(classifier):
+    tried = add_label(classifier.repository, "payday", TEN, settings=PatchSettings(canary=10.0)).version
+    for label in tiny.NEW[1:]:
+        patched(classifier, label)
+    prune(classifier, 1)
+    assert tried in classifier.versions()
+    # It knows nothing of the labels that came since, which a promotion would take away without a word.
+    with pytest.raises(InputError, match=rf"version {tried} was made before version .*which it lacks"):
+        canary.promote(classifier)
+    canary.discard(classifier)
+
+
+def test_a_canary_of_a_long_name_can_be_ended(tiny_original, tmp_path):
+    name = "n" * 60
+    classifier = tiny.make_repository(tmp_path / "repository", tmp_path / "scratch", name)
+    version = add_label(classifier.repository, "payday", TEN, settings=PatchSettings(canary=10.0)).version
+    assert canary.status(classifier).version == version
+    assert canary.discard(classifier) == version
+    assert classifier.repository.classifiers() == (name,)
+
+
+@pytest.mark.parametrize("name", ["patcher.json", "intent.journal", "x.journal.damaged-1"])
+def test_names_of_the_repositorys_own_files_are_no_classifiers(name):
+    with pytest.raises(InputError, match="own files"):
+        check_name(name)
+
+
+def test_somebody_elses_models_stay(tmp_path, tree):
+    root = tmp_path / "repository"
+    for model in ("intent_tokenizer", "intent_head"):
+        (root / model / "1").mkdir(parents=True)
+        (root / model / "1" / "weights.bin").write_bytes(b"precious")
+        (root / model / "config.pbtxt").write_text('name: "x" backend: "python" input { name: "A" dims: [1] }')
+    (root / "intent_head" / "config.pbtxt").unlink()
+    before = tree(root)
+    with pytest.raises(InputError, match="that patcher did not write; move it away"):
+        tiny.make_repository(root, tmp_path / "scratch")
+    assert {path: data for path, data in tree(root).items() if path in before} == before
+
+
+def test_an_export_that_fails_takes_nothing_from_one_that_did_not(classifier):
+    location = classifier.root
+    (location / "patcher.json").unlink()
+    with pytest.raises(RuntimeError), ModelRepository.making(location):
+        raise RuntimeError
+    assert ModelRepository(location).classifiers() == ("intent",)
+
+
+def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
+    one, other, *_ = tiny.OLD
+    remove_label(classifier, one)
+    rename_label(classifier, other, one)
+    found = diff(classifier, 1, 3)
+    assert found.renamed == ((other, one),)
+    assert found.removed == (f"{one} (of version 1)",)
+    assert (found.added, found.changed_rows) == ((), ())
+
+
+def test_all_labels_cannot_be_merged(classifier, tree):
+    before = tree(classifier.root)
+    with pytest.raises(LabelError, match="one other has to stay"):
+        merge_labels(classifier, tiny.OLD, "all", force=True)
+    assert tree(classifier.root) == before
+
+
+def test_a_multi_label_classifiers_labels_have_no_bar(tmp_path):
+    classifier = tiny.make_repository(tmp_path / "r", tmp_path / "s", problem="multi_label")
+    with pytest.raises(LabelError, match="parts the labels of a text"):
+        rename_label(classifier, tiny.OLD[0], "a|b")
+    with pytest.raises(LabelError, match="parts the labels of a text"):
+        merge_labels(classifier, tiny.OLD[:2], "a|b", force=True)
+
+
+@pytest.mark.server
+def test_without_the_key_nothing_is_published(classifier, tmp_path):
+    with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as running:
+        with (
+            TritonServer(running.url, admin_key="0" * 32) as stranger,
+            pytest.raises(ServerError, match="the wrong admin key"),
+        ):
+            add_label(classifier.repository, "payday", TEN, server=stranger)
+        assert classifier.versions() == (1,)
+        # A client's own fault is none of the version's: no replica is put back for it.
+        with running.client() as server, concurrent.futures.ThreadPoolExecutor() as pool:
+            watched = pool.submit(watch, classifier, server, 1.5)
+            with running.client() as other, pytest.raises(ServerError):
+                other.classify("intent", ["x" * (2 << 20)])
+            watched.result()

@@ -317,3 +317,14 @@ def test_a_share_of_the_requests_is_for_classifiers_with_an_ensemble(stored):
             settings=PatchSettings(canary=10, force=True),
         )
     assert stored.classifier("s1").versions() == (1,)
+
+
+def test_a_file_that_cannot_be_read_is_one_classifiers_fault(stored, tmp_path):
+    root = shutil.copytree(stored.root, tmp_path / "repository")
+    heads = store.Heads(root, "intent", tiny.WIDTH)
+    (root / "s1_head" / "store").write_bytes(b"\xff\xfe")
+    (root / "s2_head" / "config.pbtxt").write_bytes(b"\xff")
+    for name in ("s1", "s2"):
+        with pytest.raises(store.HeadError, match=f"cannot read .*{name}_head"):
+            heads.get(name)
+    assert heads.get("s3").version == 1

@@ -105,3 +105,11 @@ def test_the_verb(bert, patched, tmp_path, capsys):
     assert (found["version"], found["refitted"], found["agreement"]) == (1, [], 1.0)
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_one_of_a_lower_precision_and_shorter_texts_comes_back_too(bert, tmp_path):
+    repository = export_classifier(
+        bert, tmp_path / "repository", train=train_file(tmp_path), precision="fp16", max_length=20
+    )
+    made = to_transformers(repository.classifier(), bert, tmp_path / "new")
+    assert made.labels == len(checkpoints.LABELS)
