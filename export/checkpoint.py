@@ -31,6 +31,8 @@ __all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
+_LONG = 100
+"""Tokens of a batch that is worth a word on its length."""
 # What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
@@ -120,9 +122,9 @@ def own_logits(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor]) -> ND
             logits: NDArray[np.float32] = model(**tokens).logits.float().numpy()
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         batch, sequence = tokens["input_ids"].shape
+        hint = "; --max-length N allows shorter texts only" if sequence > _LONG else ""
         raise CheckpointError(
-            f"the forward of {type(model).__name__} failed on a batch of {batch} texts of {sequence} tokens: {error}; "
-            "where it takes shorter ones, --max-length says how long texts may be"
+            f"the forward of {type(model).__name__} failed on a batch of {batch} texts of {sequence} tokens: {error}{hint}"
         ) from error
     return logits
 

@@ -164,7 +164,7 @@ def _journal(classifier: Classifier) -> Check:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
     there = set(classifier.versions())
-    gone = sorted(set(published) - there - classifier.journal.pruned() - classifier.journal.withdrawn())
+    gone = sorted(classifier.journal.served() - there - classifier.journal.pruned())
     if gone:
         found = ", ".join(map(str, gone))
         return Check(

@@ -121,6 +121,10 @@ class Journal:
             if entry["event"] in ("publish", "adopted")
         }
 
+    def served(self) -> frozenset[int]:
+        """Versions that served until another took their place."""
+        return frozenset(entry["from"] for entry in self.entries() if entry["event"] == "switch")
+
     def pruned(self) -> frozenset[int]:
         """Versions that were taken off the disk because they were old."""
         return frozenset(v for entry in self.entries() if entry["event"] == "pruned" for v in entry["versions"])

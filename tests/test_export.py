@@ -256,7 +256,7 @@ def failing(self, input_ids=None, attention_mask=None):
         (cosine_logits, r"no linear layer of .* gives its logits \(linear layers to 5 numbers: none\)"),
         (used_twice, "calls its layer 'classifier' more than once"),
         (peeking, "not made by the layer 'classifier' alone"),
-        (failing, "forward failed on a padded batch of tokens: only one text at a time"),
+        (failing, r"forward of .* failed on a batch of 1 texts of .*: only one text at a time"),
     ],
 )
 def test_a_model_that_cannot_be_split_is_refused(tmp_path, forward, reason):
@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_split_is_refused(tmp_path, forward, reason):
         return forward(self, input_ids=input_ids, attention_mask=attention_mask)
 
     model = model_of(bert_class("Odd", forward=spelled_out))
-    with pytest.raises(SplitError, match=reason):
+    with pytest.raises(CheckpointError, match=reason):
         run_export(repository_dir=tmp_path / "model_repository", **in_memory(model))
     assert not (tmp_path / "model_repository").exists()
 
@@ -686,7 +686,7 @@ def test_tokens_without_an_embedding_are_refused(tmp_path):
 
 
 def test_odd_limits_of_a_tokenizer_are_none(tmp_path):
-    for odd in (-1, "128", None, 1):
+    for odd in (-1, 128.5, 1):
         tokenizer = checkpoints.make_tokenizer()
         tokenizer.model_max_length = odd
         encoder = prepare_tokenizer(from_objects(checkpoints.make_model("bert", tokenizer), tokenizer))

@@ -440,7 +440,7 @@ class TestFleet:
                 member.load = asked.append
             counts = iter([0, 5])
             server.members[0].statistics = lambda _: [type("Entry", (), {"failures": next(counts)})]
-            with pytest.raises(NotServed, match="5 requests to intent failed"):
+            with pytest.raises(NotServed, match="5 requests to intent_head failed"):
                 add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
             assert asked == []
             assert versions() == [2, 2, 2]
@@ -560,7 +560,7 @@ def test_a_multi_label_classifiers_labels_have_no_bar(tmp_path):
 
 @pytest.mark.server
 def test_without_the_key_nothing_is_published(classifier, tmp_path):
-    with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as running:
+    with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", admin_key="k" * 32) as running:
         with (
             TritonServer(running.url, admin_key="0" * 32) as stranger,
             pytest.raises(ServerError, match="the wrong admin key"),
