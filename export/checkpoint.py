@@ -123,9 +123,8 @@ def own_logits(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor]) -> ND
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         batch, sequence = tokens["input_ids"].shape
         hint = "; --max-length N allows shorter texts only" if sequence > _LONG else ""
-        raise CheckpointError(
-            f"the forward of {type(model).__name__} failed on a batch of {batch} texts of {sequence} tokens: {error}{hint}"
-        ) from error
+        where = f"on a batch of {batch} texts of {sequence} tokens"
+        raise CheckpointError(f"the forward of {type(model).__name__} failed {where}: {error}{hint}") from error
     return logits
 
 
