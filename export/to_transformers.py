@@ -89,7 +89,8 @@ def to_transformers(
             loaded.model, split, encoder, classifier.backbone_path, (), LIMITS.get(details.get("precision", ""))
         )
     except ParityError as error:
-        raise ParityError(f"{classifier.name} was not exported from {checkpoint}: {error}") from error
+        unknown = "" if "precision" in details else ", or in a lower precision (version 1 would tell, and is gone)"
+        raise ParityError(f"{classifier.name} was not exported from {checkpoint}{unknown}: {error}") from error
     model = _with_layer(loaded.model, split.layer, plain)
     _save(model, loaded.tokenizer, target)
     agreement = None

@@ -216,6 +216,8 @@ def _takes_padding(model: PreTrainedModel, encoder: TextEncoder) -> bool:
         own_logits(model, {name: torch.from_numpy(ids) for name, ids in encoder(texts).items()})[0]
         for texts in ([text], [text, longer])
     )
+    if not np.isfinite(alone).all():
+        raise CheckpointError(f"{type(model).__name__} answers {text!r} with logits that are not finite")
     return bool(np.abs(alone - beside).max() <= _SAME * max(1.0, float(np.abs(alone).max())))
 
 

@@ -62,11 +62,11 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     _event.set(None)
     if event is None:
         return
-    started = event.pop("started")
+    started, outcome = event.pop("started"), event.pop("outcome", "done")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "verb": event.pop("verb"),
-        "outcome": event.pop("outcome", "done") if code == 0 else _OUTCOMES.get(code, "failed"),
+        "outcome": outcome if code == 0 else _OUTCOMES.get(code, "failed"),
         "exit_code": code,
         "seconds": round(time.time() - started, 3),
         "user": _user(),

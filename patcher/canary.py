@@ -204,7 +204,7 @@ def status(classifier: Classifier, server: TritonServer | None = None) -> Canary
 def promote(classifier: Classifier, server: TritonServer | None = None) -> Switch:
     """Make the version on trial the one that serves, and end the trial.
 
-    Raises InputError where none is on trial, or another version was published meanwhile that it knows nothing of;
+    Raises InputError where none is on trial, or labels that serve now would go, of a version it was made without;
     NotServed when the server would not serve it: the trial then goes on.
     """
     with changing(classifier, server):
@@ -232,12 +232,13 @@ def on_trial(classifier: Classifier) -> Classifier | None:
 
 def _refuse_stale(classifier: Classifier, tried: int) -> None:
     serving = classifier.serving()
-    if tried not in _line(classifier, serving) and serving not in _line(classifier, tried):
-        gone = sorted(set(classifier.head(serving).labels) - set(classifier.head(tried).labels))
-        lacks = f", which it lacks ({', '.join(gone[:5])})" if gone else ""
+    gone = sorted(set(classifier.head(serving).labels) - set(classifier.head(tried).labels))
+    related = tried in _line(classifier, serving) or serving in _line(classifier, tried)
+    if gone and not related:
         raise InputError(
-            f"version {tried} was made before version {serving} of {classifier.name}, which serves now{lacks}; "
-            f"`patcher canary --discard` ends the trial; then add its labels anew, or `patcher rollback --to {tried}`"
+            f"version {serving} of {classifier.name}, which serves now, has {', '.join(gone[:5])}, which version "
+            f"{tried} was made without: `patcher canary --discard` ends the trial; then add its labels anew, or go to "
+            f"it all the same by `patcher rollback --to {tried}`"
         )
 
 

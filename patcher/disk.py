@@ -67,12 +67,12 @@ class Disk:
         (self.root / name).unlink(missing_ok=True)
 
     def abandon(self, name: str, *, made: bool) -> None:
-        """Remove file and lock where nothing else lies beside them; with ``made`` the folder too."""
-        if not self.root.is_dir() or {path.name for path in self.root.iterdir()} - {name, _LOCK_FILE}:
+        """Remove file and lock, unless another patcher made something there; with ``made`` the folder too, if empty."""
+        if any(next(self.root.glob(pattern), None) for pattern in (_JOURNALS, "*_features/config.pbtxt")):
             return
         self.remove(name)
         self.remove(_LOCK_FILE)
-        if made and not any(self.root.iterdir()):
+        if made and self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
 
     def read(self, name: str) -> bytes:

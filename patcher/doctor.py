@@ -102,6 +102,9 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 except RepositoryError as error:
                     yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside()} now")
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
+                if gone := _gone(classifier):
+                    classifier.journal.append("pruned", versions=gone)
+                    yield Check(what, "note", f"versions {', '.join(map(str, gone))} are written off")
             with changing(classifier, server):
                 for url, state in (catch_up(classifier, server) if server else {}).items():
                     yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
@@ -164,12 +167,10 @@ def _journal(classifier: Classifier) -> Check:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
     there = set(classifier.versions())
-    gone = sorted(classifier.journal.served() - there - classifier.journal.pruned())
-    if gone:
+    if gone := _gone(classifier):
         found = ", ".join(map(str, gone))
-        return Check(
-            what, "fault", f"versions {found} are not there any more, and were not pruned; restore their folders"
-        )
+        done = "restore their folders, or `patcher doctor --repair` writes them off"
+        return Check(what, "fault", f"versions {found} are not there any more, and were not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
         found = ", ".join(map(str, unknown))
@@ -177,6 +178,11 @@ def _journal(classifier: Classifier) -> Check:
             what, "note", f"versions {found} are not in it, of an older patcher perhaps; the next change adds them"
         )
     return Check(what, "ok", "nothing was interrupted; every file is the one that was published")
+
+
+def _gone(classifier: Classifier) -> list[int]:
+    """Versions that served once, are not on disk, and were not pruned."""
+    return sorted(classifier.journal.served() - set(classifier.versions()) - classifier.journal.pruned())
 
 
 def _version(classifier: Classifier, version: int, serving: int) -> Check | None:

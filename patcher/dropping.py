@@ -35,12 +35,12 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
     if name.endswith(CANARY):
         raise InputError(f"{name} is a version on trial; `patcher canary --discard` ends that")
     check_name(name)
-    require_live(server)
     if isinstance(server, Fleet) and server.away:
         raise ServerUnreachable(
             f"{', '.join(server.away)} does not answer and would go on serving {name}; nothing was changed. "
             "Start it, or leave it out of --url"
         )
+    require_live(server)
     with repository.lock():
         classifier = repository.classifier(name) if name in repository.classifiers() else None
         versions = repository.versions_of(name)

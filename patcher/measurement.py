@@ -21,7 +21,7 @@ _BUSY_CLIENT = 0.5
 _KEPT_UP = 0.9
 
 
-_WRITTEN = (".csv", ".png", ".svg", ".pdf")
+_DRAWN = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def check_targets(*files: Path | None) -> None:
+def check_targets(csv_file: Path | None, plot_file: Path | None) -> None:
     """InputError, before minutes of measuring, for files that could not be written afterwards."""
-    for path in files:
+    for path in (csv_file, plot_file):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-        if path is not None and path.suffix.lower() not in _WRITTEN:
-            raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(_WRITTEN)}")
+    if plot_file is not None and plot_file.suffix.lower() not in _DRAWN:
+        raise InputError(f"cannot draw {plot_file}: expected a name that ends in {', '.join(_DRAWN)}")
 
 
 def write_csv(measurements: Sequence[Measurement], path: Path) -> None:

@@ -48,7 +48,7 @@ CANARY = "_canary"
 
 _FORMAT_FILE = "patcher.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FOLDER = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{63 + len(CANARY)}}}")
 """Of a classifier that is there: a canary's name is longer than one that is given."""
 _ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
 _JOURNAL = ".journal"
@@ -261,8 +261,8 @@ class ModelRepository:
             there = {*self.store.glob(f"{name}/*"), *self.store.glob(f"{name}/*/*")}
             if there and not self._is_ours(name, files):
                 raise InputError(
-                    f"{self.location} has a {name} already that patcher did not write; move it away, or choose another "
-                    "name"
+                    f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
+                    "or choose another name"
                 )
         self.store.add(folders)
 

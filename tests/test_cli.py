@@ -320,13 +320,14 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
     log = tmp_path / "audit.jsonl"
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
     assert patcher("add-label", "--examples", examples, "--no-load", "--dry-run")[0] == 0
+    assert patcher("add-label", "--examples", examples, "--no-load", "--dry-run", "--max-flips", "2")[0] == 2
     assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
     assert patcher("prune", "--keep", "1")[0] == 0
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(event["verb"], event["outcome"]) for event in events] == [
-        ("add-label", "dry_run"), ("add-label", "done"), ("prune", "done"),
+        ("add-label", "dry_run"), ("add-label", "bad_input"), ("add-label", "done"), ("prune", "done"),
     ]  # fmt: skip
-    assert events[2]["classifier"] == "intent"
+    assert events[3]["classifier"] == "intent"
 
 
 def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
@@ -349,6 +350,8 @@ def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
     shutil.rmtree(classifier.root / "intent_head" / "2")
     code, out, _ = patcher("doctor")
     assert (code, "versions 2 are not there any more" in out) == (1, True)
+    assert "versions 2 are written off" in patcher("doctor", "--repair")[1]
+    assert "not there any more" not in patcher("doctor")[1]
 
 
 def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):

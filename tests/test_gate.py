@@ -118,6 +118,11 @@ def test_a_few_replayed_texts_hide_nothing_of_what_the_memory_shows():
     before, after = head.logits(rows).argmax(axis=1), made.apply(head).logits(rows).argmax(axis=1)
     right = before == np.array([head.labels.index(label) for label in memory.labels])[memory.sample_labels]
     assert (right & (before != after)).mean() <= 0.005
+    # The budget holds on the few as well as on the many.
+    for few in range(2, 40, 6):
+        some = features[ids == 2][:few], ids[ids == 2][:few]
+        kept = judge(head, fit(near, head, memory, replay=some), near, memory, min_recall=0.0)
+        assert not any("would flip" in reason for reason in kept.reasons)
     # A row that takes them all the same, whatever it was fitted on, is refused on what the memory holds.
     greedy = dataclasses.replace(made, bias=made.bias + np.float32(1000.0))
     refused = judge(head, greedy, near, memory, min_recall=0.0)

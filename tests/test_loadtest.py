@@ -216,4 +216,4 @@ def test_what_could_not_be_written_afterwards_is_refused_before(tmp_path):
     for name, said in ((tmp_path / "nope" / "x.csv", "there is no folder"), (tmp_path / "x.doc", "ends in")):
         with pytest.raises(InputError, match=said):
             check_targets(None, name)
-    check_targets(tmp_path / "x.csv", tmp_path / "x.PNG", None)
+    check_targets(tmp_path / "figures", tmp_path / "x.PNG")

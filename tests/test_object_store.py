@@ -555,6 +555,9 @@ class TestFaults:
             def is_live(self):
                 return True
 
+            def repository_index(self):
+                return []
+
             def load(self, _model):
                 store.fault = lambda *_: True
                 raise ServerError("gone")

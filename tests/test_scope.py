@@ -80,7 +80,7 @@ def test_a_handful_of_fresh_texts_or_the_training_texts_move_no_limit():
     np.testing.assert_array_equal(few.distance.limit, plain.distance.limit)
     # Texts that a label's mean was made of lie nearer to it than any to come.
     alone = Memory.build(FEATURES[::10], IDS[::10], LABELS, 10)
-    assert fit_scope(alone, head, fresh=FEATURES[::10]).stretch == 1.0
+    assert fit_scope(alone, head, fresh=FEATURES[::10], stretch=1.8).stretch == 1.8
 
 
 def test_a_scorer_of_version_0_2_has_no_stretch():

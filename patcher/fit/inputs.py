@@ -43,13 +43,15 @@ class Nearest:
 class OldInputs:
     """Features float32 ``[n, width]``, their label's position in the head ``[n]``, and its logit ``[n]``.
 
-    ``source`` is ``eval``, ``replay`` or ``features`` (of the memory).
+    ``source`` is ``eval``, ``replay`` or ``features`` (of the memory); the last ``others`` of them were put beside
+    those, and a budget of flips holds on either part.
     """
 
     features: Floats
     ids: Ints
     own: Floats
     source: str
+    others: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,11 +62,17 @@ class OldInputs:
             return self
         features = np.concatenate([self.features, other.features])
         ids, own = np.concatenate([self.ids, other.ids]), np.concatenate([self.own, other.own])
-        return OldInputs(features, ids, own, self.source)
+        return OldInputs(features, ids, own, self.source, len(other))
 
     def part(self, places: Ints) -> OldInputs:
         """Some of them."""
-        return OldInputs(self.features[places], self.ids[places], self.own[places], self.source)
+        others = int((places >= len(self) - self.others).sum())
+        return OldInputs(self.features[places], self.ids[places], self.own[places], self.source, others)
+
+    def groups(self, places: Ints) -> list[tuple[int, Bools]]:
+        """Each part that a budget holds on: how many there are, and which of ``places`` are of it."""
+        own = len(self) - self.others
+        return [(size, mine) for size, mine in ((own, places < own), (self.others, places >= own)) if size]
 
     def nearest(self, weight: Floats, bias: np.float32, head: HeadLike, count: int) -> Nearest:
         """The ``count`` inputs with the least margin to a new row, float32 ``[width]``.

@@ -110,11 +110,13 @@ class _Scene:
             return Calibration(margins, spreads, 1.0, np.inf)
         allowed = int(budget * len(self.inputs))
         near = self.inputs.nearest(weight, bias, self.head, max(_CALIBRATED_ON, 2 * allowed + 1))
-        flips = np.sort(near.margins[near.right])
         # The row's logits are FP32: what is closer than their rounding may be on either side once they are computed.
         near_features = self.inputs.features[near.places]
         close = float(rounding(near_features, weight[None], np.array([bias], np.float32)).max())
-        cap = float(flips[allowed]) - 2.0 * close if allowed < len(flips) else np.inf
+        cap = np.inf
+        for size, mine in self.inputs.groups(near.places):
+            flips, may = np.sort(near.margins[near.right & mine]), int(budget * size)
+            cap = min(cap, float(flips[may]) - 2.0 * close) if may < len(flips) else cap
         ids = self.inputs.ids[near.places]
         spreads = np.linalg.norm(row[:-1] - self.slopes_of(ids), axis=1)
         return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)
