@@ -143,7 +143,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
     model_config.check_share(percent)
     if version == classifier.serving():
         raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
-    require_live(server)
+    require_live(server, classifier)
     there = require_free(classifier, version)
     repository, name = classifier.repository, classifier.name + CANARY
     if there is None:

@@ -204,7 +204,7 @@ def _published(
     try:
         if canary is None:
             return roll_out(target, patch.head, patch.memory, server).served
-        require_live(server)
+        require_live(server, target)
         set_aside(target, patch.head, patch.memory)
         start(target, patch.head, canary, server)
         return server is not None

@@ -96,7 +96,7 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
     NotServed
         when the server would not serve it; the previous version is pinned and loaded again.
     """
-    require_live(server)
+    require_live(server, classifier)
     validate(write_head(head), head)
     classifier.publish(head, memory)
     try:
@@ -117,7 +117,7 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
         to = classifier.head(serving).lineage.parent
         if to is None:
             raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
-    require_live(server)
+    require_live(server, classifier)
     head = classifier.head(to)
     validate(classifier.head_bytes(to), head)
     return _switch(classifier, head, server)
@@ -130,17 +130,18 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
     classifier.note("done", serving=classifier.serving())
 
 
-def require_live(server: TritonServer | None) -> None:
-    """ServerUnreachable where no server answers, ServerRefused where one wants another key for model control.
+def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:
+    """ServerUnreachable where no server answers; before anything is published, so that it costs nothing.
 
-    Before anything is published, so that it costs nothing.
+    With a ``classifier`` whose versions are loaded by model control also ServerRefused, where a server wants another
+    key for that: its list of models asks for the same one. A head store is told of a version by a plain request.
     """
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
             "--url or $TRITON_URL names another, --no-load does without"
         )
-    for replica in present(server):
+    for replica in present(server) if classifier is not None and not classifier.in_store else ():
         replica.repository_index()
 
 
