@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | nn.Module
 
-__all__ = ["DEVICES", "ExportOptions", "export_classifier", "foresee", "refuse_taken", "run_export"]
+__all__ = ["DEVICES", "ExportOptions", "export_classifier", "foresee", "run_export"]
 
 DEVICES = ("cpu", "gpu")
 _TRACED_LENGTHS = (11, 7, 4)
@@ -178,7 +178,7 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
             f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
         )
     name = options.get("name", "intent")
-    refuse_taken(repository_dir, name, options.get("backbone") or name, in_store=options.get("in_store", False))
+    _refuse_taken(repository_dir, name, options.get("backbone") or name, in_store=options.get("in_store", False))
     target = _target(options)
     train, held_out = _examples(options.get("train")), _examples(options.get("evaluation"))
     checkpoint = _checkpoint(model, options)
@@ -189,7 +189,7 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
     return _Plan(checkpoint, encoder, target, train, ids, held_out, held_out_ids)
 
 
-def refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool = False) -> None:
+def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool = False) -> None:
     """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
     check_name(name)
     check_name(backbone)

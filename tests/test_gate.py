@@ -171,3 +171,13 @@ def test_where_the_bound_comes_from_is_in_the_sentence():
     assert "remembered inputs flip (--max-flips allows 0.50%), so at most" in said
     evaluated = verdict({"new": new(10)}, head, memory, evaluation=(features, ids))
     assert "inputs of the evaluation file flip" in evaluated.sentence
+
+
+def test_next_to_nothing_remembered_vouches_for_nothing():
+    head, _, features, ids, new = world()
+    few = Memory.build(features, ids, head.labels, head.split, per_label=1)
+    result = verdict({"new": new(10)}, head, few, max_flips=0.1)
+    assert (len(few.sample) < 10, result.passed) == (True, False)
+    assert "which vouch for nothing" in result.sentence
+    fresh = verdict({"new": new(10)}, head, few, max_flips=0.1, evaluation=(features, ids))
+    assert fresh.passed
