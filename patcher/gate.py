@@ -1,48 +1,40 @@
-"""The check that a patch has to pass: what it would break, what it would find, and how sure that is."""
+"""The check that a patch has to pass: what it would break, what it would find, and how sure that is, in words."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from patcher.examples import plain_words
-from patcher.fit.inputs import OldInputs, old_inputs
+from patcher.flips import Flips, count_flips, logits_after, upper_bound
+from patcher.screening import known_already, repeats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
-    from patcher.fit.model import HeadLike, OldLabels
+    from patcher.fit.model import HeadLike
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
-__all__ = ["Verdict", "judge", "unremembered", "upper_bound"]
+__all__ = ["Verdict", "judge", "unremembered"]
 
 MAX_FLIPS = 0.005
 MIN_RECALL = 0.5
 FEW = 5
-_CONFIDENCE = 0.95
-_SURE = 0.9
 _GOOD_RECALL = 0.9
-_SAME_TEXT = 0.9
 _MOST_OF_ONE = 0.25
 _FEWEST_LOST = 3
 """A label that loses so many, and more than such a share of its own, is taken over, however many others there are."""
 _FEWEST_INPUTS = 10
 """With none of fewer lost, a quarter of all may be."""
-_MOST_COMPARED = 500
-"""Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
 _WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
 
 
@@ -97,38 +89,6 @@ class Verdict:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class _Flips:
-    calibration: str
-    size: int
-    count: int
-    losing: Mapping[str, int]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    """Inputs of each label, where one that is right can be lost to another."""
-
-    @property
-    def rate(self) -> float | None:
-        return self.count / self.size if self.size else None
-
-
-def upper_bound(flips: int, size: int, confidence: float = _CONFIDENCE) -> float:
-    """One-sided Clopper-Pearson upper bound of a rate, from ``flips`` seen in ``size`` independent inputs.
-
-    The rate at which so few flips, or fewer, would be seen with probability ``1 - confidence``; found by bisection on
-    the binomial distribution. With no flips it is ``1 - (1 - confidence) ** (1 / size)``, about ``3 / size``.
-    """
-    if size <= 0 or flips >= size:
-        return 1.0
-    counts = np.arange(flips + 1)
-    ways = math.lgamma(size + 1) - np.array([math.lgamma(k + 1) + math.lgamma(size - k + 1) for k in counts])
-    low, high = flips / size, 1.0
-    for _ in range(60):
-        rate = 0.5 * (low + high)
-        terms = ways + counts * math.log(rate) + (size - counts) * math.log1p(-rate)
-        low, high = (rate, high) if float(np.exp(terms).sum()) > 1 - confidence else (low, rate)
-    return high
-
-
 def judge(
     head: HeadLike,
     fit: Fit,
@@ -157,12 +117,14 @@ def judge(
         Pairs of examples with the same words, of which the second is none of ``examples``.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
-    flips, *others = _count_flips(head, fit, memory, evaluation)
+    flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
-    alike = (pair for label, rows in examples.items() for pair in _duplicates(label, names[label], rows))
+    alike = (pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))
     duplicates = (*repeated, *alike)
     known = tuple(
-        hit for label, rows in examples.items() for hit in _known(label, names[label], rows, head, fit.old, memory)
+        hit
+        for label, rows in examples.items()
+        for hit in known_already(label, names[label], rows, head, fit.old, memory)
     )
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     bounded = flips.calibration in ("eval", "replay", "features")
@@ -191,81 +153,6 @@ def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) ->
     return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
 
 
-def _count_flips(
-    head: HeadLike,
-    fit: Fit,
-    memory: Memory | None,
-    evaluation: tuple[Floats, Ints] | None,
-) -> list[_Flips]:
-    """On the best inputs there are, which the bound comes from, and on all others: none may hide what another shows."""
-    counted = []
-    if evaluation is not None:
-        found = _on_evaluation(head, fit, *evaluation)
-        counted += [found] if found.size else []
-    remembered = old_inputs(memory, None, head) if fit.inputs and fit.inputs.source == "replay" else None
-    for inputs in (fit.inputs, remembered):
-        if inputs is not None:
-            lost = inputs.ids[_flipped(inputs, head, fit)]
-            counted.append(_flips(inputs.source, len(inputs), lost, head, inputs.ids))
-    return counted or [_Flips("none" if memory is None else "draws", 0, 0, {})]
-
-
-def _flips(source: str, size: int, lost: Ints, head: HeadLike, ids: Ints | None = None) -> _Flips:
-    counts = Counter(head.labels[i] for i in lost.tolist())
-    sizes = Counter(head.labels[i] for i in ids.tolist()) if ids is not None and head.problem == "single_label" else {}
-    return _Flips(source, size, len(lost), dict(counts.most_common()), sizes)
-
-
-def _on_evaluation(head: HeadLike, fit: Fit, features: Floats, ids: Ints) -> _Flips:
-    old = len(head.labels)
-    if head.problem == "single_label":
-        mine = ids < old
-        inputs = old_inputs(None, (features[mine], ids[mine]), head, "eval")
-        lost = inputs.ids[_flipped(inputs, head, fit)] if inputs else ids[:0]
-        return _flips("eval", int(mine.sum()), lost, head, ids[mine])
-    rows, theirs = _sentences(features, ids, old + len(fit.labels))
-    known = theirs[:, :old].any(axis=1)
-    new = _logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
-    lost = ((new > 0) & ~theirs[known, old:]).any(axis=1)
-    return _flips("eval", int(known.sum()), theirs[known][lost, :old].argmax(axis=1), head)
-
-
-def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]:
-    """Each sentence once, float32 ``[t, width]``, with its labels ``[t, labels]``, from a row for each of them."""
-    first = np.ones(len(ids), np.bool_)
-    first[1:] = (features[1:] != features[:-1]).any(axis=1)
-    theirs = np.zeros((int(first.sum()), labels), np.bool_)
-    theirs[np.cumsum(first) - 1, ids] = True
-    return features[first], theirs
-
-
-def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
-    """Places of the inputs that were answered rightly and are no longer."""
-    single = head.problem == "single_label"
-    # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
-    # need the logits of all labels.
-    near = np.arange(len(inputs))
-    if fit.old_rows is None:
-        rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
-        near = np.flatnonzero(rival > (inputs.own if single else 0.0))
-    rows, ids = inputs.features[near], inputs.ids[near]
-    before = head.logits(rows)
-    after = _logits_after(rows, before, fit, head)
-    if single:
-        lost = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
-    else:  # no label displaces another here: a new one that shows up where it does not belong is the harm
-        lost = (after[:, before.shape[1] :] > 0).any(axis=1)
-    places: Ints = near[lost]
-    return places
-
-
-def _logits_after(rows: Floats, before: Floats, fit: Fit, head: HeadLike) -> Floats:
-    if fit.old_rows is None:
-        return np.concatenate([before, rows @ fit.weight.T + fit.bias], axis=1)
-    after: Floats = fit.apply(head).logits(rows)  # type: ignore[arg-type]
-    return after
-
-
 def _recall(
     fit: Fit, head: HeadLike, evaluation: tuple[Floats, Ints] | None
 ) -> tuple[dict[str, float | None], dict[str, str | None]]:
@@ -274,7 +161,7 @@ def _recall(
     for position, label in enumerate(fit.labels, start=len(head.labels)):
         if evaluation is not None and bool((evaluation[1] == position).any()):
             rows = evaluation[0][evaluation[1] == position]
-            logits = _logits_after(rows, head.logits(rows), fit, head)
+            logits = logits_after(rows, head.logits(rows), fit, head)
             best = logits.argmax(axis=1)
             hit = best == position if head.problem == "single_label" else logits[:, position] > 0
             every = (*head.labels, *fit.labels)
@@ -291,65 +178,8 @@ def _recall(
     return recall, lost_to
 
 
-def _duplicates(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, str]]:
-    """Each example that says what one before it said, with that one; near the same only among the first few hundred."""
-    if all(name.startswith("example ") for name in names):
-        same = (
-            np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
-        )
-        return [(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
-    plain = [plain_words(name) for name in names]
-    first: dict[str, int] = {}
-    pairs = []
-    for i, text in enumerate(plain):
-        place = first.setdefault(text, i)
-        if place == i:
-            place = next((first[other] for other in _alike(text, first)), i) if i < _MOST_COMPARED else i
-        if place != i:
-            pairs.append((label, names[place], names[i]))
-    return pairs
-
-
-def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
-    matcher = difflib.SequenceMatcher(None, "", text)
-    for other in others:
-        matcher.set_seq1(other)
-        # The first two are upper bounds of the third, and take a hundredth of the time.
-        if other != text and all(
-            ratio() >= _SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
-        ):
-            yield other
-
-
-def _known(
-    label: str, names: list[str], rows: Floats, head: HeadLike, old: OldLabels, memory: Memory | None
-) -> list[tuple[str, str, str]]:
-    logits = head.logits(rows).astype(np.float64)
-    best = logits.argmax(axis=1)
-    if head.problem == "single_label":
-        chance = 1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
-    else:
-        chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
-    sure = chance >= _SURE
-    if sure.any() and memory is not None and len(memory.sample):
-        sure &= _typical(rows, best, old, memory)
-    return [(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
-
-
-def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
-    """Whether each row lies as near to a label's mean as most of that memory's own sentences do to theirs."""
-    place = {int(p): i for i, p in enumerate(old.places)}
-    spot = np.array([place.get(int(b), -1) for b in best])
-    far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)
-    step = max(1, len(memory.sample) // 500)
-    centres = memory.means().astype(np.float32)[memory.sample_labels[::step]]
-    own = (((memory.sample[::step] - centres) @ old.whitening.points) ** 2).sum(axis=1)
-    typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
-    return typical
-
-
 def _reasons(
-    counted: Sequence[_Flips], recall: Mapping[str, float | None], max_flips: float, min_recall: float
+    counted: Sequence[Flips], recall: Mapping[str, float | None], max_flips: float, min_recall: float
 ) -> tuple[str, ...]:
     reasons = [
         f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]} would flip ({flips.rate:.2%}), "
@@ -381,7 +211,7 @@ def _reasons(
 
 
 def _advice(
-    flips: _Flips,
+    flips: Flips,
     recall: Mapping[str, float | None],
     lost_to: Mapping[str, str | None],
     known: Sequence[tuple[str, str, str]],
@@ -430,7 +260,7 @@ def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
     )
 
 
-def _unseen(head: HeadLike, memory: Memory | None, flips: _Flips, max_flips: float) -> tuple[str, ...]:
+def _unseen(head: HeadLike, memory: Memory | None, flips: Flips, max_flips: float) -> tuple[str, ...]:
     """What the count of flips cannot see."""
     said = [unremembered(head.labels, memory)] if flips.calibration == "features" else []
     if flips.size and max_flips and upper_bound(flips.count, flips.size) > max_flips:
@@ -441,7 +271,7 @@ def _unseen(head: HeadLike, memory: Memory | None, flips: _Flips, max_flips: flo
     return tuple(filter(None, said))
 
 
-def _bound_words(flips: _Flips, bound: float | None) -> str:
+def _bound_words(flips: Flips, bound: float | None) -> str:
     where = {
         "eval": "the evaluation file",
         "replay": "the replayed sentences",
@@ -460,7 +290,7 @@ def _bound_words(flips: _Flips, bound: float | None) -> str:
 
 def _sentence(
     fit: Fit,
-    flips: _Flips,
+    flips: Flips,
     bound: float | None,
     recall: Mapping[str, float | None],
     reasons: Sequence[str],

@@ -9,7 +9,8 @@ from test_fit import world
 
 from patcher.fit import fit
 from patcher.fit.softmax import fit_softmax
-from patcher.gate import judge, upper_bound
+from patcher.flips import upper_bound
+from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
 
