@@ -1,0 +1,87 @@
+"""Examples worth a second look: those that say what another says, and those that an old label already knows."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.examples import plain_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from patcher.fit.model import HeadLike, OldLabels
+    from patcher.memory import Memory
+
+    Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["known_already", "repeats"]
+
+_SURE = 0.9
+_SAME_TEXT = 0.9
+_MOST_COMPARED = 500
+"""Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
+
+
+def repeats(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, str]]:
+    """Each example that says what one before it said, with that one; near the same only among the first few hundred."""
+    if all(name.startswith("example ") for name in names):
+        same = (
+            np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
+        )
+        return [(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
+    plain = [plain_words(name) for name in names]
+    first: dict[str, int] = {}
+    pairs = []
+    for i, text in enumerate(plain):
+        place = first.setdefault(text, i)
+        if place == i:
+            place = next((first[other] for other in _alike(text, first)), i) if i < _MOST_COMPARED else i
+        if place != i:
+            pairs.append((label, names[place], names[i]))
+    return pairs
+
+
+def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
+    matcher = difflib.SequenceMatcher(None, "", text)
+    for other in others:
+        matcher.set_seq1(other)
+        # The first two are upper bounds of the third, and take a hundredth of the time.
+        if other != text and all(
+            ratio() >= _SAME_TEXT for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+        ):
+            yield other
+
+
+def known_already(
+    label: str, names: list[str], rows: Floats, head: HeadLike, old: OldLabels, memory: Memory | None
+) -> list[tuple[str, str, str]]:
+    """Each example that an old label takes with confidence, and as a typical one of its own: (label, example, old)."""
+    logits = head.logits(rows).astype(np.float64)
+    best = logits.argmax(axis=1)
+    if head.problem == "single_label":
+        chance = 1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    else:
+        chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
+    sure = chance >= _SURE
+    if sure.any() and memory is not None and len(memory.sample):
+        sure &= _typical(rows, best, old, memory)
+    return [(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
+
+
+def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
+    """Whether each row lies as near to a label's mean as most of that memory's own sentences do to theirs."""
+    place = {int(p): i for i, p in enumerate(old.places)}
+    spot = np.array([place.get(int(b), -1) for b in best])
+    far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)
+    step = max(1, len(memory.sample) // 500)
+    centres = memory.means().astype(np.float32)[memory.sample_labels[::step]]
+    own = (((memory.sample[::step] - centres) @ old.whitening.points) ** 2).sum(axis=1)
+    typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
+    return typical
