@@ -34,7 +34,8 @@ __all__ = [
     "split_labels",
 ]
 
-TEXT_COLUMNS = ("text", "sentence", "sentece", "utterance", "query", "question", "message", "content")
+TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "message", "content", "sentece")
+"""The last one is how widely used files of CLINC150 spell it; no message asks for it."""
 LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
@@ -48,6 +49,9 @@ MAX_EXAMPLES = 1_000_000
 """Texts of one file: more than any fine-tuning set, and ten minutes of features."""
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
+_HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")
+_HINTS[".json"] = ": write one object a line, and end the name in .jsonl"
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def read_examples(path: str | Path) -> Examples:
     path = Path(path)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
-        raise ExamplesError(f"{path}: cannot tell what the ending {path.suffix!r} means; expected {', '.join(_KINDS)}")
+        hint = _HINTS.get(path.suffix.lower(), "")
+        raise ExamplesError(f"{path}: cannot read the ending {path.suffix!r}; expected {', '.join(_KINDS)}{hint}")
     _check_size(path)
     if kind == "parquet":
         records = _parquet(path)
@@ -187,6 +192,8 @@ def _check_size(path: Path) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
+    if not size:
+        raise ExamplesError(f"{path} is empty; expected a header and at least one line")
     if size > MAX_FILE_BYTES:
         raise ExamplesError(f"{path} has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: part the file")
 
@@ -208,12 +215,26 @@ def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in known if name in by_lower), None)
 
 
-def _columns(names: Sequence[str], where: Path | str) -> tuple[str, str | None]:
+def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[str, str | None]:
     text = _column(names, TEXT_COLUMNS)
     if text is None:
-        found = ", ".join(repr(name) for name in names[:8])
-        raise ExamplesError(f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS)}")
+        found = ", ".join(repr(name[:60]) for name in names[:8])
+        raise ExamplesError(
+            f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS[:-1])}{hint}"
+        )
     return text, _column(names, LABEL_COLUMNS)
+
+
+def _header_hint(names: Sequence[str], delimiter: str) -> str:
+    """What may be wrong with a first line that names no text column."""
+    for other, called in _DELIMITERS.items():
+        parts = [part for name in names for part in name.split(other)]
+        if other != delimiter and len(parts) > len(names) and _column(parts, TEXT_COLUMNS):
+            instead = f"use {_DELIMITERS[delimiter]}" + (", or end the name in .tsv" if other == "\t" else "")
+            return f". Its columns are parted by {called}: {instead}"
+    if any(" " in name.strip() for name in names):
+        return ". Is the line with the columns' names missing?"
+    return ""
 
 
 def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
@@ -224,7 +245,7 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
     rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
-        text, label = _columns(names, path)
+        text, label = _columns(names, path, _header_hint(names, delimiter))
         at, label_at = names.index(text), names.index(label) if label is not None else None
         before = rows.line_num
         for row in rows:

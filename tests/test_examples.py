@@ -66,7 +66,14 @@ def test_lines_are_those_an_editor_shows(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", "", "no text column"),
+        ("a.csv", "", "a.csv is empty"),
+        ("a.csv", "\n", "no text column"),
+        ("a.csv", "text;label\nhello, you;x\n", "parted by semicolons: use commas"),
+        ("a.csv", "text\tlabel\nhello\tx\n", "parted by tabs: use commas, or end the name in .tsv"),
+        ("a.tsv", "label,text\nx,hello\n", "parted by commas: use tabs$"),
+        ("a.csv", "where is my card,card_lost\nit is gone,card_lost\n", "names missing"),
+        ("a.csv", "words,label\nhello,x\n", "content$"),
+        ("a.json", '[{"text": "hello"}]', "one object a line"),
         ("a.csv", "text,label\n", "no examples"),
         ("a.csv", "words,label\nhello,x\n", "found 'words', 'label'; expected one named text"),
         ("a.csv", "text,label\nhello,x\nworld\n", "line 3: 1 fields, expected 2"),
@@ -83,7 +90,7 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1.5}', "line 1: expected a label, got float"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: no label"),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
-        ("a.xlsx", "text", "ending '.xlsx'"),
+        ("a.xlsx", "text", "ending '.xlsx'.*save the spreadsheet as CSV"),
         ("a.parquet", "PAR1 not really", "Parquet"),
     ],
 )
