@@ -75,6 +75,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
         config = _read(name, "configuration", AutoConfig, trust_remote_code=trust_remote_code)
         labels, problem = _labels(config, name), _problem(config, name)
         _refuse_other_tasks(config, name)
+        _refuse_unfit(config, name)
         if not allow_pickle:
             _refuse_pickle(name)
         model, found = _read(
@@ -107,6 +108,7 @@ def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: s
         merge = "; merge its adapters first (`merge_and_unload`)" if hasattr(model, "merge_and_unload") else ""
         raise CheckpointError(f"{name} is no transformers model, but a {type(model).__name__}{merge}")
     labels, problem = _labels(model.config, name), _problem(model.config, name)
+    _refuse_unfit(model.config, name)
     if not type(model).__name__.endswith(_SUFFIX):
         raise CheckpointError(f"{name} is a {type(model).__name__}; expected a model ending in {_SUFFIX}")
     return _ready(copy.deepcopy(model), copy.deepcopy(tokenizer), labels, problem, name)
@@ -188,6 +190,20 @@ def _refuse_other_tasks(config: PretrainedConfig, name: str) -> None:
         )
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{name} is quantized; expected plain floating-point weights, from which export starts")
+
+
+def _refuse_unfit(config: PretrainedConfig, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{name} is a {config.model_type}, which encodes a text and decodes it again; expected an encoder alone "
+            "(BERT's kin) or a decoder alone (GPT's)"
+        )
+    # BigBird's forward switches itself over at the first short text, so no comparison would show the difference.
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise CheckpointError(
+            f"{name} reads long texts with block-sparse attention and short ones with full attention, which one graph "
+            "cannot do; attention_type original_full in its config.json reads all of them as the short ones"
+        )
 
 
 def _problem(config: PretrainedConfig, name: str) -> str:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "message", "content", "sentece")
-"""The last one is how widely used files of CLINC150 spell it; no message asks for it."""
+"""The last one is a misspelling that is about; no message asks for it."""
 LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""

@@ -238,6 +238,36 @@ def test_a_model_that_sees_padding_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "repository").exists()
 
 
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+_BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "prefix, settings, message",
+    [
+        # Its convolution reads a few tokens beyond the text's end: little enough to pass for rounding in one sentence.
+        ("ConvBert", {**_SMALL, "embedding_size": 16}, "answers a text otherwise when padding follows"),
+        ("BigBird", _SMALL, "block-sparse .* attention_type original_full"),
+        ("Canine", _SMALL, "embeds words with no table"),
+        ("Bart", _BART, "is a bart, which encodes a text and decodes it again"),
+    ],
+)
+def test_a_model_that_cannot_be_split_truly_is_refused(prefix, settings, message, tmp_path):
+    tokenizer = checkpoints.make_tokenizer()
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=len(tokenizer), num_labels=5, max_position_embeddings=80, **settings
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForSequenceClassification")(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(torch.randn_like(weights) * 0.1)
+    with pytest.raises(CheckpointError, match=message):
+        run_export(model, tmp_path / "repository", tokenizer=tokenizer)
+    assert not (tmp_path / "repository").exists()
+
+
 def long_decoder(prefix, **settings):
     """A decoder of 96 positions or more, and a tokenizer without a limit of its own."""
     kind = "gpt2" if prefix == "OPT" else "qwen2"
