@@ -275,19 +275,20 @@ def long_decoder(prefix, **settings):
     tokenizer.model_max_length = 10**30
     names = {"id2label": dict(enumerate(checkpoints.LABELS)), "vocab_size": len(tokenizer), "pad_token_id": 1}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
-    config = getattr(transformers, f"{prefix}Config")(**names, **sizes, **settings)
+    config = getattr(transformers, f"{prefix}Config")(**{**names, **sizes, **settings})
     torch.manual_seed(0)
     return getattr(transformers, f"{prefix}ForSequenceClassification")(config).eval(), tokenizer
 
 
 def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd):
-    # Its rotary frequencies change beyond 96 tokens, which the trace of a short text knows nothing of.
+    # Its rotary frequencies change beyond so many tokens, which the trace of a short text knows nothing of.
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model, tokenizer = long_decoder("Llama", intermediate_size=64, num_key_value_heads=2, rope_parameters=rope)
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    model, tokenizer = long_decoder("Llama", rope_parameters=rope, **sizes)
     with pytest.raises(ParityError, match=r"on a batch of 1 texts of 2048 tokens; .*--max-length"):
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
-    report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=96)
-    assert report.max_length == 96
+    report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=1024)
+    assert report.max_length == 1024
     assert not capfd.readouterr().out.strip()
 
 
