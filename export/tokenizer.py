@@ -92,7 +92,7 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
             return encoder
     raise CheckpointError(
         f"{type(model).__name__} answers a text otherwise when padding follows or precedes it, so texts of different "
-        "lengths cannot share a batch; where it takes long texts otherwise than short ones, --max-length N leaves them out"
+        "lengths cannot share a batch; where it takes long texts otherwise, --max-length N leaves them out"
     )
 
 

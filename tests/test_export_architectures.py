@@ -283,12 +283,12 @@ def long_decoder(prefix, **settings):
 def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd):
     # Its rotary frequencies change beyond so many tokens, which the trace of a short text knows nothing of.
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 384}
     model, tokenizer = long_decoder("Llama", rope_parameters=rope, **sizes)
     with pytest.raises(ParityError, match=r"on a batch of 1 texts of 2048 tokens; .*--max-length"):
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
-    report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=1024)
-    assert report.max_length == 1024
+    report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=384)
+    assert report.max_length == 384
     assert not capfd.readouterr().out.strip()
 
 
