@@ -285,6 +285,10 @@ def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 384}
     model, tokenizer = long_decoder("Llama", rope_parameters=rope, **sizes)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # so that words differ enough for their order to matter
+    for name, weights in model.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(weights, std=0.3)
     with pytest.raises(ParityError, match=r"on a batch of 1 texts of 2048 tokens; .*--max-length"):
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
     report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=384)
