@@ -24,13 +24,13 @@ from export.training import accuracy, build_memory, counter, label_ids
 from patcher import __version__
 from patcher.errors import InputError, PatcherError
 from patcher.examples import Examples, read_examples
+from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.layout import BackboneFiles
-from patcher.lineage import now
+from patcher.provenance import now
 from patcher.repository import ModelRepository, check_name, require_folder
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
-from patcher.scope import FINE_TUNED, fit_scope
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:

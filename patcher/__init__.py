@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patcher.canary import SplitClient
+    from patcher.classifier import Classifier
     from patcher.dropping import drop_classifier
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from patcher.patch import PatchSettings
     from patcher.relabelling import merge_labels, remove_label, rename_label
     from patcher.remembering import remember
-    from patcher.repository import Classifier, ModelRepository
+    from patcher.repository import ModelRepository
     from patcher.triton.client import Answer, TritonServer
     from patcher.triton.tls import ClientTls
 
@@ -28,7 +29,7 @@ __version__ = "0.10.0"
 # Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
 _HOMES = {
     "Answer": "patcher.triton.client",
-    "Classifier": "patcher.repository",
+    "Classifier": "patcher.classifier",
     "ClientTls": "patcher.triton.tls",
     "Examples": "patcher.examples",
     "Fleet": "patcher.fleet",

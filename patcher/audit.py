@@ -10,6 +10,8 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from patcher.provenance import author
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -69,7 +71,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
         "outcome": outcome if code == 0 else _OUTCOMES.get(code, "failed"),
         "exit_code": code,
         "seconds": round(time.time() - started, 3),
-        "user": _user(),
+        "user": author(),
         "host": socket.gethostname(),
         **event,
     }
@@ -109,12 +111,3 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if isinstance(event, dict) and isinstance(event.get("verb"), str) and isinstance(event.get("outcome"), str):
             found.append(event)
     return found
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser().encode("utf-8", "replace").decode()
-    except (OSError, KeyError):
-        return ""

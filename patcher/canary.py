@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
+from patcher.classifier import Classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError
 from patcher.fleet import each, present
-from patcher.repository import CANARY, Classifier, holds
+from patcher.repository import CANARY, holds
 from patcher.rollout import Switch, changing, probe, require_live, roll_back, validate
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from patcher import model_config
 from patcher.backbone import Backbone
 from patcher.errors import RepositoryError, StorageError, VersionError
-from patcher.head_file import read_head, write_head
+from patcher.head_file import read_head
 from patcher.journal import Journal, hashes
+from patcher.layout import CONFIG, MEMORY, MODEL, version_files, version_numbers
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
@@ -24,11 +25,7 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.repository import ModelRepository
 
-__all__ = ["Classifier", "version_files", "version_numbers"]
-
-_MODEL = "model.onnx"
-_MEMORY = "memory.safetensors"
-_CONFIG = "config.pbtxt"
+__all__ = ["Classifier"]
 
 
 class Classifier(Backbone):
@@ -54,13 +51,13 @@ class Classifier(Backbone):
 
     def versions(self) -> tuple[int, ...]:
         """Head versions that are there, ascending."""
-        return version_numbers(self.store.glob(f"{self.head_model}/*/{_MODEL}"))
+        return version_numbers(self.store.glob(f"{self.head_model}/*/{MODEL}"))
 
     def serving(self) -> int:
         """The version that a server of this repository serves: the one pinned in the head's configuration."""
         pinned = model_config.pinned_versions(self.repository.config(self.head_model))
         if not pinned:
-            path = f"{self.repository.location}/{self.head_model}/{_CONFIG}"
+            path = f"{self.repository.location}/{self.head_model}/{CONFIG}"
             raise RepositoryError(f"{path} pins no version; expected version_policy {{ specific {{ versions: N }} }}")
         return max(pinned)
 
@@ -71,7 +68,7 @@ class Classifier(Backbone):
     def version_name(self, version: int) -> str:
         """Name of a version's folder below the repository; VersionError where there is none."""
         name = f"{self.head_model}/{version}"
-        if not self.store.has(f"{name}/{_MODEL}"):
+        if not self.store.has(f"{name}/{MODEL}"):
             there = ", ".join(map(str, self.versions())) or "none"
             pruned = version in self.journal.pruned()
             what = f"version {version} of {self.name} was pruned" if pruned else f"{self.name} has no version {version}"
@@ -82,7 +79,7 @@ class Classifier(Backbone):
         """A head version, the serving one by default."""
         number = self.serving() if version is None else version
         data = self.head_bytes(number)
-        path = f"{self.repository.location}/{self.head_model}/{number}/{_MODEL}"
+        path = f"{self.repository.location}/{self.head_model}/{number}/{MODEL}"
         try:
             head = read_head(data)
         except RepositoryError as error:
@@ -93,11 +90,11 @@ class Classifier(Backbone):
 
     def head_bytes(self, version: int) -> bytes:
         """The file of a head version as it lies there."""
-        return self.store.read(f"{self.version_name(version)}/{_MODEL}")
+        return self.store.read(f"{self.version_name(version)}/{MODEL}")
 
     def memory(self, version: int | None = None) -> Memory | None:
         """The memory beside a head version; None where it was exported without one."""
-        name = f"{self.version_name(self.serving() if version is None else version)}/{_MEMORY}"
+        name = f"{self.version_name(self.serving() if version is None else version)}/{MEMORY}"
         data = self.store.find(name)
         if data is None:
             return None
@@ -123,7 +120,7 @@ class Classifier(Backbone):
         try:
             self.store.add({name: files})
         except BaseException:
-            if not self.store.has(f"{name}/{_MODEL}"):
+            if not self.store.has(f"{name}/{MODEL}"):
                 self.note("undone", serving=self.serving())
             raise
 
@@ -157,7 +154,7 @@ class Classifier(Backbone):
         held.
         """
         self.version_name(version)
-        name = f"{self.head_model}/{_CONFIG}"
+        name = f"{self.head_model}/{CONFIG}"
         previous = self.serving()
         text = self.repository.config_text(self.head_model)
         text = model_config.with_pin(text, (version,), f"{self.repository.location}/{name}") + self.store.stamp()
@@ -201,18 +198,7 @@ def _backbone_of(repository: ModelRepository, name: str) -> str:
     backbone = first.removesuffix("_encoder").removesuffix("_tokenizer")
     if backbone == first:
         raise RepositoryError(
-            f"{repository.location}/{name}/{_CONFIG} is no classifier: it begins with {first or 'nothing'!r}, expected "
+            f"{repository.location}/{name}/{CONFIG} is no classifier: it begins with {first or 'nothing'!r}, expected "
             "BACKBONE_encoder"
         )
     return backbone
-
-
-def version_numbers(names: Sequence[str]) -> tuple[int, ...]:
-    """The versions among names like ``intent_head/3/model.onnx``, ascending."""
-    found = (name.split("/")[1] for name in names)
-    return tuple(sorted(int(number) for number in found if number.isascii() and number.isdigit() and int(number) > 0))
-
-
-def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
-    """The files of a version; the head comes last, since it makes the version one."""
-    return ({} if memory is None else {_MEMORY: memory.to_bytes()}) | {_MODEL: write_head(head)}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
 
 __all__ = ["Check", "diagnose", "repair"]

@@ -12,7 +12,8 @@ from patcher.repository import CANARY, check_name
 from patcher.rollout import require_live
 
 if TYPE_CHECKING:
-    from patcher.repository import Classifier, ModelRepository
+    from patcher.classifier import Classifier
+    from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
 __all__ = ["drop_classifier", "take_out"]

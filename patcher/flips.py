@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
-    from patcher.fit.model import HeadLike
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -69,7 +69,7 @@ def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
 
 
 def count_flips(
-    head: HeadLike,
+    head: Head,
     fit: Fit,
     memory: Memory | None,
     evaluation: tuple[Floats, Ints] | None,
@@ -87,13 +87,13 @@ def count_flips(
     return counted or [Flips("none" if memory is None else "draws", 0, 0, {})]
 
 
-def _counted(source: str, size: int, lost: Ints, head: HeadLike, ids: Ints | None = None) -> Flips:
+def _counted(source: str, size: int, lost: Ints, head: Head, ids: Ints | None = None) -> Flips:
     counts = Counter(head.labels[i] for i in lost.tolist())
     sizes = Counter(head.labels[i] for i in ids.tolist()) if ids is not None and head.problem == "single_label" else {}
     return Flips(source, size, len(lost), dict(counts.most_common()), sizes)
 
 
-def _on_evaluation(head: HeadLike, fit: Fit, features: Floats, ids: Ints) -> Flips:
+def _on_evaluation(head: Head, fit: Fit, features: Floats, ids: Ints) -> Flips:
     old = len(head.labels)
     if head.problem == "single_label":
         mine = ids < old
@@ -116,7 +116,7 @@ def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]
     return features[first], theirs
 
 
-def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
+def _flipped(inputs: OldInputs, head: Head, fit: Fit) -> Ints:
     """Places of the inputs that were answered rightly and are no longer."""
     single = head.problem == "single_label"
     # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
@@ -136,9 +136,9 @@ def _flipped(inputs: OldInputs, head: HeadLike, fit: Fit) -> Ints:
     return places
 
 
-def logits_after(rows: Floats, before: Floats, fit: Fit, head: HeadLike) -> Floats:
+def logits_after(rows: Floats, before: Floats, fit: Fit, head: Head) -> Floats:
     """Logits of the old labels and the new ones, float32 ``[n, C + K]``; ``before`` are the head's as it was."""
     if fit.old_rows is None:
         return np.concatenate([before, rows @ fit.weight.T + fit.bias], axis=1)
-    after: Floats = fit.apply(head).logits(rows)  # type: ignore[arg-type]
+    after: Floats = fit.apply(head).logits(rows)
     return after

@@ -16,16 +16,16 @@ from patcher.errors import ExamplesError, GateRefused, InputError, LabelError, N
 from patcher.evaluation import Evaluation, evaluate_head
 from patcher.examples import check_label, check_text
 from patcher.features import extract_features
+from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
 from patcher.fleet import each, present
 from patcher.head import Head
 from patcher.head_file import write_head
-from patcher.lineage import author, now
 from patcher.memory import Memory
+from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
 from patcher.repository import check_name
 from patcher.rollout import require_live, serve, validate
-from patcher.scope import fit_scope
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.backbone import Backbone
+    from patcher.classifier import Classifier
     from patcher.examples import Examples
     from patcher.fit.softmax import SoftmaxFit
-    from patcher.repository import Classifier, ModelRepository
+    from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
 __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
-    from patcher.fit.model import HeadLike
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -90,7 +90,7 @@ class Verdict:
 
 
 def judge(
-    head: HeadLike,
+    head: Head,
     fit: Fit,
     examples: Mapping[str, Floats],
     memory: Memory | None,
@@ -154,7 +154,7 @@ def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) ->
 
 
 def _recall(
-    fit: Fit, head: HeadLike, evaluation: tuple[Floats, Ints] | None
+    fit: Fit, head: Head, evaluation: tuple[Floats, Ints] | None
 ) -> tuple[dict[str, float | None], dict[str, str | None]]:
     recall: dict[str, float | None] = {}
     lost_to: dict[str, str | None] = {}
@@ -260,7 +260,7 @@ def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
     )
 
 
-def _unseen(head: HeadLike, memory: Memory | None, flips: Flips, max_flips: float) -> tuple[str, ...]:
+def _unseen(head: Head, memory: Memory | None, flips: Flips, max_flips: float) -> tuple[str, ...]:
     """What the count of flips cannot see."""
     said = [unremembered(head.labels, memory)] if flips.calibration == "features" else []
     if flips.size and max_flips and upper_bound(flips.count, flips.size) > max_flips:

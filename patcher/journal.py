@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import RepositoryError
+from patcher.provenance import author, now
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -155,8 +156,6 @@ def _split(data: bytes) -> list[bytes]:
 
 
 def _line(lines: Sequence[bytes], event: str, values: Mapping[str, Any]) -> bytes:
-    from patcher.lineage import author, now
-
     entry = {
         "event": event, **values, "at": now(), "by": author(), "previous": _sha256(lines[-1]) if lines else "",
     }  # fmt: skip

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.classifier import Classifier
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
-    from patcher.repository import Classifier, ModelRepository
+    from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
     Data = tuple[Examples, NDArray[np.float32]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher import model_config
-from patcher.classifier import version_files
+from patcher.head_file import write_head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG",
+    "MEMORY",
     "MODEL",
     "STORE",
     "BackboneFiles",
@@ -30,10 +31,13 @@ __all__ = [
     "encoder_folder",
     "programs",
     "store_folders",
+    "version_files",
+    "version_numbers",
 ]
 
 CONFIG = "config.pbtxt"
 MODEL = "model.onnx"
+MEMORY = "memory.safetensors"
 STORE = "store"
 """A file in the head's folder of a classifier that a head store answers for: it names the backbone."""
 
@@ -143,3 +147,14 @@ def _text_files(tokenizer_json: str) -> dict[str, bytes | Path]:
 
 def _source(model: str) -> bytes:
     return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()
+
+
+def version_numbers(names: Sequence[str]) -> tuple[int, ...]:
+    """The versions among names like ``intent_head/3/model.onnx``, ascending."""
+    found = (name.split("/")[1] for name in names)
+    return tuple(sorted(int(number) for number in found if number.isascii() and number.isdigit() and int(number) > 0))
+
+
+def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
+    """The files of a version; the head comes last, since it makes the version one."""
+    return ({} if memory is None else {MEMORY: memory.to_bytes()}) | {MODEL: write_head(head)}

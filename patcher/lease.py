@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import Busy, LockLost, PatcherError, StorageError
+from patcher.provenance import author
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,8 +134,6 @@ def _holder(data: bytes) -> dict[str, Any] | None:
 
 
 def _me() -> dict[str, Any]:
-    from patcher.lineage import author
-
     return {"who": author(), "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from patcher.classifier import Classifier
     from patcher.examples import Examples
-    from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
 __all__ = ["Difference", "Entry", "Flip", "diff", "entry", "evaluate", "history", "prune", "rollback", "sync"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import getpass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from patcher import __version__, audit
 from patcher.head import Head, Lineage
+from patcher.provenance import author, now
 
 if TYPE_CHECKING:
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
 
-__all__ = ["author", "next_lineage", "now"]
+__all__ = ["next_lineage"]
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
@@ -29,17 +28,3 @@ def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
         tool_version=__version__,
         **what,
     )
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def author() -> str:
-    """Who runs this program, as the system names them; empty where it does not."""
-    try:
-        # A name that is no text would not go into the lineage's JSON.
-        return getpass.getuser().encode("utf-8", "replace").decode()
-    except (OSError, KeyError):  # a container's user need not have a name
-        return ""

@@ -14,8 +14,9 @@ import numpy as np
 from patcher import model_config
 from patcher.errors import InputError, RepositoryError
 from patcher.fit import Fit, fit
+from patcher.fit.scope import fit_scope
 from patcher.gate import Verdict, judge
-from patcher.scope import Scope, fit_scope, stretch_of
+from patcher.scope import Scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

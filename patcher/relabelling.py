@@ -11,20 +11,21 @@ import numpy as np
 from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
 from patcher.fit import fit
+from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import refuse_joined
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
 from patcher.rollout import changing, roll_out
-from patcher.scope import Scope, fit_scope, stretch_of
+from patcher.scope import Scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from patcher.classifier import Classifier
     from patcher.gate import Verdict
     from patcher.head import Head
     from patcher.memory import Memory
-    from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
 _FEWEST = 2

@@ -10,19 +10,20 @@ import numpy as np
 from patcher.errors import ExamplesError, LabelError, RepositoryError
 from patcher.examples import split_labels
 from patcher.features import extract_features
+from patcher.fit.scope import fit_scope
 from patcher.head import MULTI_LABEL, Head
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
 from patcher.rollout import Switch, changing, roll_out
-from patcher.scope import fit_scope, stretch_of
+from patcher.scope import stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from patcher.classifier import Classifier
     from patcher.examples import Examples
-    from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
 __all__ = ["build_memory", "label_ids", "remember"]

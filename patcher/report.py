@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.classifier import Classifier
     from patcher.examples import Examples
     from patcher.head import Head
-    from patcher.repository import Classifier
 
     Floats = NDArray[np.float32]
 

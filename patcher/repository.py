@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import layout, model_config
 from patcher.backbone import Backbone
-from patcher.classifier import Classifier, version_numbers
+from patcher.classifier import Classifier
 from patcher.errors import InputError, RepositoryError
 from patcher.journal import Journal
-from patcher.layout import CONFIG, MODEL, STORE
+from patcher.layout import CONFIG, MODEL, STORE, version_numbers
 from patcher.store import Store, is_url, open_store
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from patcher.layout import BackboneFiles
     from patcher.memory import Memory
 
-__all__ = ["CANARY", "FORMAT", "Classifier", "ModelRepository", "check_name", "holds", "require_folder"]
+__all__ = ["CANARY", "FORMAT", "ModelRepository", "check_name", "holds", "require_folder"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.

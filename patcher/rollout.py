@@ -17,9 +17,9 @@ from patcher.runtime import check_head_file
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from patcher.classifier import Classifier
     from patcher.head import Head
     from patcher.memory import Memory
-    from patcher.repository import Classifier
     from patcher.triton.client import TritonServer
 
 __all__ = [

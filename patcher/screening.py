@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patcher.fit.model import HeadLike, OldLabels
+    from patcher.fit.model import OldLabels
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -60,7 +61,7 @@ def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
 
 
 def known_already(
-    label: str, names: list[str], rows: Floats, head: HeadLike, old: OldLabels, memory: Memory | None
+    label: str, names: list[str], rows: Floats, head: Head, old: OldLabels, memory: Memory | None
 ) -> list[tuple[str, str, str]]:
     """Each example that an old label takes with confidence, and as a typical one of its own: (label, example, old)."""
     logits = head.logits(rows).astype(np.float64)

@@ -26,7 +26,7 @@ from patcher.serving import Serving, serving_of, with_response_cache, with_servi
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
 
 __all__ = ["Trial", "Tuning", "candidates", "tune"]

@@ -37,9 +37,9 @@ from patcher.errors import (  # noqa: E402
     StorageError,
 )
 from patcher.examples import read_examples  # noqa: E402
+from patcher.fit.scope import FINE_TUNED  # noqa: E402
 from patcher.remembering import remember  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
-from patcher.scope import FINE_TUNED  # noqa: E402
 from patcher.serve import served_models  # noqa: E402
 from patcher.triton.server import EmbeddedTriton  # noqa: E402
 

@@ -26,11 +26,11 @@ from patcher import (
     remember,
     rollback,
 )
+from patcher.classifier import Classifier
 from patcher.cli import main
 from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fit.softmax import fit_softmax, hold_out
 from patcher.lifecycle import evaluate, history
-from patcher.repository import Classifier
 from patcher.triton.server import EmbeddedTriton
 
 

@@ -34,6 +34,7 @@ from patcher import (
     rollback,
     sync,
 )
+from patcher.classifier import Classifier
 from patcher.cli import main
 from patcher.errors import (
     Busy,
@@ -48,7 +49,7 @@ from patcher.errors import (
 from patcher.fleet import addresses, watch, waves
 from patcher.lifecycle import diff, history
 from patcher.relabelling import merge_labels, remove_label, rename_label
-from patcher.repository import Classifier, check_name
+from patcher.repository import check_name
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
 

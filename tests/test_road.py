@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from patcher import ModelRepository, NotServed, TritonServer, add_label, rollback
+from patcher.classifier import Classifier
 from patcher.cli import main
-from patcher.repository import Classifier
 from patcher.runtime import Encoder
 from patcher.triton.server import EmbeddedTriton
 

@@ -16,10 +16,10 @@ import pytest
 import tiny
 
 from patcher import NotServed
+from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
-from patcher.repository import Classifier
 from patcher.rollout import roll_back, roll_out, validate
 from patcher.runtime import Encoder
 from patcher.triton.client import Answer

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from patcher.errors import RepositoryError
+from patcher.fit.scope import fit_scope
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.head_file import read_head, write_head
 from patcher.memory import Memory
 from patcher.runtime import open_session, run_head
-from patcher.scope import Scope, fit_scope
+from patcher.scope import Scope
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((6, 20)).astype(np.float32) * 3
@@ -100,7 +101,7 @@ def test_a_label_worded_in_two_ways_leaves_room_in_between(monkeypatch):
     asked, logits = np.stack([*ways, ways.mean(axis=0)]), np.zeros((3, 7), np.float32)
     here, there, between = fit_scope(memory, head).score(asked, logits)
     assert min(here, there) > 0.5 and min(here, there) > between
-    monkeypatch.setattr("patcher.scope._MOST_CLUSTERS", 10)
+    monkeypatch.setattr("patcher.fit.scope._MOST_CLUSTERS", 10)
     here, there, between = fit_scope(memory, head).score(asked, logits)
     assert max(here, there) < between
 
@@ -108,7 +109,7 @@ def test_a_label_worded_in_two_ways_leaves_room_in_between(monkeypatch):
 def test_with_too_many_clusters_the_labels_means_do(monkeypatch):
     memory = Memory.build(FEATURES, IDS, LABELS, 10)
     assert len(fit_scope(memory, make_head()).distance.means) == len(memory.clusters.means) > 6
-    monkeypatch.setattr("patcher.scope._MOST_CLUSTERS", 10)
+    monkeypatch.setattr("patcher.fit.scope._MOST_CLUSTERS", 10)
     assert len(fit_scope(memory, make_head()).distance.means) == 6
 
 

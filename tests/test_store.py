@@ -24,9 +24,9 @@ from patcher import (
     rollback,
     sync,
 )
+from patcher.classifier import Classifier
 from patcher.errors import InputError, ServerRefused
 from patcher.founding import publish_new
-from patcher.repository import Classifier
 from patcher.serve import served_models
 from patcher.triton.heads import model as store
 from patcher.triton.server import EmbeddedTriton

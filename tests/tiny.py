@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from patcher.head import SINGLE_LABEL, Head
 from patcher.layout import BackboneFiles
 from patcher.memory import Memory
-from patcher.repository import Classifier, ModelRepository
+from patcher.repository import ModelRepository
 from patcher.runtime import Encoder
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from patcher.classifier import Classifier
 
 OLD = ("balance", "transfer", "weather", "music", "alarm", "travel")
 NEW = ("payday", "pizza", "holiday")

@@ -13,7 +13,7 @@ from patcher.cli.output import percent, table
 
 if TYPE_CHECKING:
     from patcher.canary import Canary
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
 
 
 @click.command("canary")

@@ -20,7 +20,8 @@ from patcher.cli.output import tell
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
-    from patcher.repository import Classifier, ModelRepository
+    from patcher.classifier import Classifier
+    from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
     from patcher.triton.tls import ClientTls
 

@@ -13,7 +13,7 @@ from patcher.fit.anchored import anchored_rows, held_back
 from patcher.fit.closed import closed_rows
 from patcher.fit.inputs import OldInputs, old_inputs
 from patcher.fit.logistic import offset_rows, rows_of
-from patcher.fit.model import HeadLike, OldLabels, Rows, from_memory, from_rows, full_rows
+from patcher.fit.model import OldLabels, Rows, from_memory, from_rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.memory import Memory
 
@@ -89,7 +89,7 @@ class Fit:
 
 def fit(
     examples: Mapping[str, Floats],
-    head: HeadLike,
+    head: Head,
     memory: Memory | None,
     *,
     names: Mapping[str, Floats] | None = None,
@@ -183,7 +183,7 @@ class _Found:
 def _closed(
     method: str,
     shown: Mapping[str, Floats],
-    head: HeadLike,
+    head: Head,
     memory: Memory | None,
     old: OldLabels,
     inputs: OldInputs | None,
@@ -206,7 +206,7 @@ def _closed(
 def _anchored(
     found: _Found,
     shown: Mapping[str, Floats],
-    head: HeadLike,
+    head: Head,
     old: OldLabels,
     inputs: OldInputs | None,
     max_flips: float,
@@ -221,14 +221,14 @@ def _anchored(
     return dataclasses.replace(found, rows=made.rows, way=made.way)
 
 
-def _refuse_sigmoids(method: str, head: HeadLike) -> None:
+def _refuse_sigmoids(method: str, head: Head) -> None:
     if head.problem != "single_label":
         raise InputError(
             f"{method} is for labels that exclude each other; expected offset-logistic for a multi-label one"
         )
 
 
-def _checked(examples: Mapping[str, Floats], head: HeadLike) -> dict[str, Floats]:
+def _checked(examples: Mapping[str, Floats], head: Head) -> dict[str, Floats]:
     if not examples:
         raise ExamplesError("no new label; expected at least one with its examples")
     checked = {}
@@ -277,7 +277,7 @@ def _why(
     return f"old rows refitted from the memory, {rows} against those{also}; old answers may change either way"
 
 
-def _held_out(examples: Mapping[str, Floats], found: _Found, head: HeadLike) -> dict[str, HeldOut]:
+def _held_out(examples: Mapping[str, Floats], found: _Found, head: Head) -> dict[str, HeldOut]:
     """Margins of the held-out examples against the finished rows of all other labels."""
     count = len(examples)
     held = {}

@@ -17,7 +17,7 @@ import numpy as np
 from patcher.fit.inputs import OldInputs, own_logits
 from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.minimise import minimise
-from patcher.fit.model import OldLabels, PlainHead, Rows, log_sum_exp
+from patcher.fit.model import OldLabels, Rows, full_rows, log_sum_exp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit.logistic import NewRow
-    from patcher.fit.model import HeadLike
     from patcher.fit.settings import Settings
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -52,7 +52,7 @@ _FEW = 0.5
 def closed_rows(
     method: str,
     examples: Mapping[str, Floats],
-    head: HeadLike,
+    head: Head,
     memory: Memory,
     old: OldLabels,
     inputs: OldInputs | None,
@@ -74,7 +74,8 @@ def closed_rows(
         new = offset_rows(examples, head, old, inputs, max_flips, priced)
         return rows_of(new), new
     weight, bias = _scaled(found, old, inputs)
-    known = PlainHead(tuple(head.labels[i] for i in kept), Rows(weight[kept], bias[kept]), head.split)
+    known = dataclasses.replace(head, labels=tuple(head.labels[i] for i in kept), order=head.order[kept])
+    known = known.refitted(weight[kept], bias[kept])
     budget = max_flips * (len(few) + len(examples)) / len(examples)
     others, seen = _of(old, kept, known), _inputs_of(inputs, kept, known)
     new = offset_rows({**few, **examples}, known, others, seen, budget, priced)
@@ -86,7 +87,7 @@ def closed_rows(
     return Rows(np.concatenate([weight, rows.weight]), np.concatenate([bias, rows.bias])), mine
 
 
-def _are_there(found: Found, kept: Ints, head: HeadLike, old: OldLabels, inputs: OldInputs | None) -> bool:
+def _are_there(found: Found, kept: Ints, head: Head, old: OldLabels, inputs: OldInputs | None) -> bool:
     """Whether the head's own rows say about the same, but for their scale, as they do once it was refitted.
 
     To refit it again would only flip a few answers to and fro, so then its rows stay.
@@ -99,7 +100,7 @@ def _are_there(found: Found, kept: Ints, head: HeadLike, old: OldLabels, inputs:
     return common >= (1.0 - _OTHER) * float((theirs**2).sum() * (ours**2).sum())
 
 
-def _few(head: HeadLike, memory: Memory, places: Ints) -> dict[str, Floats]:
+def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Floats]:
     """Features of the labels that have few examples and whose memory holds them all."""
     least = _FEW * float(np.median(memory.counts[places]))
     found = {}
@@ -110,15 +111,15 @@ def _few(head: HeadLike, memory: Memory, places: Ints) -> dict[str, Floats]:
     return found
 
 
-def _of(old: OldLabels, kept: Ints, head: PlainHead) -> OldLabels:
+def _of(old: OldLabels, kept: Ints, head: Head) -> OldLabels:
     """Some of the old labels, with the rows of a head that knows just these."""
     mine = np.isin(old.places, kept)
     places = np.searchsorted(kept, old.places[mine])
-    weight, bias = head.rows.weight.astype(np.float64), head.rows.bias.astype(np.float64)
+    weight, bias = (rows.astype(np.float64) for rows in full_rows(head))
     return OldLabels(old.whitening, old.means[mine], places, weight, bias)
 
 
-def _inputs_of(inputs: OldInputs | None, kept: Ints, head: PlainHead) -> OldInputs | None:
+def _inputs_of(inputs: OldInputs | None, kept: Ints, head: Head) -> OldInputs | None:
     """The inputs of some labels, under a head that knows just these."""
     if inputs is None:
         return None

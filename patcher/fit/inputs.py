@@ -12,7 +12,7 @@ from patcher.fit.model import full_rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from patcher.fit.model import HeadLike
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -74,7 +74,7 @@ class OldInputs:
         own = len(self) - self.others
         return [(size, mine) for size, mine in ((own, places < own), (self.others, places >= own)) if size]
 
-    def nearest(self, weight: Floats, bias: np.float32, head: HeadLike, count: int) -> Nearest:
+    def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int) -> Nearest:
         """The ``count`` inputs with the least margin to a new row, float32 ``[width]``.
 
         An input's own logit is at most its best, so few of them need all logits: with thousands of labels the
@@ -93,7 +93,7 @@ class OldInputs:
 def old_inputs(
     memory: Memory | None,
     replay: tuple[Floats, Ints] | None,
-    head: HeadLike,
+    head: Head,
     source: str = "replay",
 ) -> OldInputs | None:
     """The real inputs there are: ``replay`` (features, positions in the head), else the memory's sample, else None."""
@@ -110,7 +110,7 @@ def old_inputs(
     return OldInputs(features, ids, own_logits(features, ids, head), source) if len(ids) else None
 
 
-def own_logits(features: Floats, ids: Ints, head: HeadLike) -> Floats:
+def own_logits(features: Floats, ids: Ints, head: Head) -> Floats:
     """Each input's logit of its own label; by blocks, for the rows of all inputs together may be large."""
     weight, bias = full_rows(head)
     own = np.empty(len(ids), np.float32)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit.inputs import OldInputs
-    from patcher.fit.model import HeadLike, OldLabels
+    from patcher.fit.model import OldLabels
     from patcher.fit.settings import Settings
+    from patcher.head import Head
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
@@ -58,7 +59,7 @@ def rows_of(new: Mapping[str, NewRow]) -> Rows:
 class _Scene:
     """What all new labels of a patch are fitted against, in whitened features."""
 
-    head: HeadLike
+    head: Head
     old: OldLabels
     inputs: OldInputs | None
     means: Cloud
@@ -124,7 +125,7 @@ class _Scene:
 
 def offset_rows(
     examples: Mapping[str, Floats],
-    head: HeadLike,
+    head: Head,
     old: OldLabels,
     inputs: OldInputs | None,
     max_flips: float,
@@ -158,7 +159,7 @@ def offset_rows(
 
 
 def _scene(
-    examples: Mapping[str, Floats], head: HeadLike, old: OldLabels, inputs: OldInputs | None, settings: Settings
+    examples: Mapping[str, Floats], head: Head, old: OldLabels, inputs: OldInputs | None, settings: Settings
 ) -> _Scene:
     near = _near(np.concatenate(list(examples.values())), old, settings)
     means, places = old.means[near], old.places[near]
@@ -181,7 +182,7 @@ def _near(examples: Floats, old: OldLabels, settings: Settings) -> Ints:
     return np.union1d(np.argsort(-logits, kind="stable")[:count], np.argsort(distances, kind="stable")[:count])
 
 
-def _prior(examples: Floats, head: HeadLike, old: OldLabels, settings: Settings) -> Doubles:
+def _prior(examples: Floats, head: Head, old: OldLabels, settings: Settings) -> Doubles:
     """Where the penalty pulls a row, in whitened features: to nothing, or to the row that a rule would give.
 
     ``imprint`` (arXiv 1712.07136) is the examples' mean as long as an average old row, ``lda`` their whitened mean,
@@ -228,7 +229,7 @@ def _fitted(
     return np.append(axes @ found[:-1], found[-1]), held_out
 
 
-def _best(features: Floats, head: HeadLike, others: Mapping[str, Doubles], old: OldLabels) -> Doubles:
+def _best(features: Floats, head: Head, others: Mapping[str, Doubles], old: OldLabels) -> Doubles:
     """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
     if head.problem != "single_label":
         return np.zeros(len(features))

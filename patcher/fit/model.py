@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit.settings import Settings
+    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 __all__ = [
-    "HeadLike",
     "OldLabels",
-    "PlainHead",
     "Rows",
     "Whitening",
     "from_memory",
@@ -40,30 +39,6 @@ _COARSE = 2.0**-8
 """Of its mean, what a feature spreads at least: four times the distance of two numbers that FP16 holds."""
 _SMALL = 96
 """Up to this size LAPACK's own routines are as fast."""
-
-
-class HeadLike(Protocol):
-    """What a fit needs to know of a head (``patcher.head.Head`` is one)."""
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-    @property
-    def base_weight(self) -> Floats: ...
-    @property
-    def base_bias(self) -> Floats: ...
-    @property
-    def patch_weight(self) -> Floats: ...
-    @property
-    def patch_bias(self) -> Floats: ...
-    @property
-    def order(self) -> Ints: ...
-    @property
-    def split(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def problem(self) -> str: ...
-    def logits(self, features: Floats, /) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -106,51 +81,6 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class PlainHead:
-    """A head for labels that exclude each other, whose rows all see all features (a ``HeadLike``)."""
-
-    labels: tuple[str, ...]
-    rows: Rows
-    split: int
-    problem: str = "single_label"
-
-    @property
-    def width(self) -> int:
-        """Number of features."""
-        return int(self.rows.weight.shape[1])
-
-    @property
-    def base_weight(self) -> Floats:
-        """No row sees the classifier features alone: float32 ``[0, split]``."""
-        return np.zeros((0, self.split), np.float32)
-
-    @property
-    def base_bias(self) -> Floats:
-        """Float32 ``[0]``."""
-        return np.zeros(0, np.float32)
-
-    @property
-    def patch_weight(self) -> Floats:
-        """All rows, float32 ``[C, width]``."""
-        return self.rows.weight
-
-    @property
-    def patch_bias(self) -> Floats:
-        """Their biases, float32 ``[C]``."""
-        return self.rows.bias
-
-    @property
-    def order(self) -> Ints:
-        """The rows are in the order of the labels."""
-        return np.arange(len(self.labels))
-
-    def logits(self, features: Floats, /) -> Floats:
-        """Float32 ``[n, C]``."""
-        logits: Floats = features @ self.rows.weight.T + self.rows.bias
-        return logits
-
-
-@dataclass(frozen=True)
 class OldLabels:
     """The old labels of a head, as far as they are known.
 
@@ -177,7 +107,7 @@ def log_sum_exp(logits: NDArray[np.floating[Any]]) -> Doubles:
     return total
 
 
-def full_rows(head: HeadLike) -> tuple[Floats, Floats]:
+def full_rows(head: Head) -> tuple[Floats, Floats]:
     """The head's rows on all features, float32 ``[C, width]`` and ``[C]``, in the order of its labels."""
     base = np.zeros((len(head.base_weight), head.width), np.float32)
     base[:, : head.split] = head.base_weight
@@ -186,9 +116,7 @@ def full_rows(head: HeadLike) -> tuple[Floats, Floats]:
     return rows, biases
 
 
-def from_memory(
-    memory: Memory, head: HeadLike, settings: Settings = SETTINGS, white: Whitening | None = None
-) -> OldLabels:
+def from_memory(memory: Memory, head: Head, settings: Settings = SETTINGS, white: Whitening | None = None) -> OldLabels:
     """Old labels from a memory; labels of the head that the memory lacks are met only through their rows.
 
     ``white`` spares the whitening where one is known of a memory that had a few inputs less.
@@ -219,7 +147,7 @@ def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
     return _widened(center, wide, variance, memory.split, settings)
 
 
-def from_rows(head: HeadLike, examples: Floats, settings: Settings = SETTINGS) -> OldLabels:
+def from_rows(head: Head, examples: Floats, settings: Settings = SETTINGS) -> OldLabels:
     """Old labels from the head's rows alone, where nothing else is known.
 
     A trained row points at its label's mean (neural collapse, Papyan et al. 2020; on CLINC150 the cosine is 0.9), so

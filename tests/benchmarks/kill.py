@@ -28,7 +28,7 @@ from patcher import ModelRepository, TritonServer, doctor, history
 from patcher.triton.server import EmbeddedTriton
 
 if TYPE_CHECKING:
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
 
 VERBS = ("add-label", "rollback", "rename-label")
 

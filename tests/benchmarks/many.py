@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 
 from patcher import ModelRepository
+from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
 from patcher.founding import publish_new
 from patcher.head import Head
@@ -44,7 +45,6 @@ from patcher.loadtest import load_test
 from patcher.measurement import Load, compare
 from patcher.memory import Memory
 from patcher.remembering import STORED_CLUSTERS
-from patcher.scope import fit_scope
 from patcher.triton.server import EmbeddedTriton
 
 if TYPE_CHECKING:

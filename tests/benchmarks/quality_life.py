@@ -10,10 +10,10 @@ import numpy as np
 
 from patcher.fit import fit
 from patcher.fit.minimise import minimise
+from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
-from patcher.scope import fit_scope
 from tests.benchmarks.quality_data import draws_of, note
 from tests.benchmarks.quality_ours import names_of
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from patcher.errors import InputError
 from patcher.fit import METHODS, Fit, fit
+from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.gate import judge
 from patcher.head import Head
 from patcher.memory import Memory
-from patcher.scope import FINE_TUNED, fit_scope
 from tests.benchmarks.quality_baselines import logistic_regression
 from tests.benchmarks.quality_data import draws_of, note, sequence_of
 from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, spread, summary

@@ -32,12 +32,12 @@ import numpy as np
 
 from patcher.errors import PatcherError
 from patcher.fit import fit
+from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.memory import Memory
 from patcher.runtime import check_head_file
-from patcher.scope import fit_scope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

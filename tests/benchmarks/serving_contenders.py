@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
 
 BATCH = 32
 CLIENTS = 16

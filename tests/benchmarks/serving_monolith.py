@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from patcher.repository import Classifier
+    from patcher.classifier import Classifier
 
 WHOLE, TOKENS = "whole", "tokens"
 

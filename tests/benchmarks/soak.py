@@ -34,8 +34,8 @@ from patcher.triton.server import EmbeddedTriton
 from tests.benchmarks.swaps import usage
 
 if TYPE_CHECKING:
+    from patcher.classifier import Classifier
     from patcher.head import Head
-    from patcher.repository import Classifier
 
 CHANGE_SECONDS = 10.0
 RESULTS = Path(__file__).parent / "results" / "soak.json"

@@ -21,12 +21,12 @@ from unittest import mock
 
 import numpy as np
 
-import patcher.scope
+import patcher.fit.scope
 from patcher.fit import fit
+from patcher.fit.scope import fit_scope
 from patcher.fit.settings import SETTINGS
 from patcher.head import Head
 from patcher.memory import Memory
-from patcher.scope import fit_scope
 from tests.benchmarks.quality_measure import auroc, outcome, recall_at_flips, table
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
     for count in CLUSTERS:
         yield row(f"at most {count} cluster{'s' * (count > 1)} a label", EXPORTED, SETTINGS, most_clusters=count)
     for count in DIRECTIONS:
-        with mock.patch.object(patcher.scope, "_RANK", count):
+        with mock.patch.object(patcher.fit.scope, "_RANK", count):
             yield row(f"{count} directions", EXPORTED, SETTINGS)
 
 
@@ -243,7 +243,7 @@ def added(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
         cells = []
         for folder in folders:
             tuning = load(folder, EXPORTED)
-            with mock.patch.object(patcher.scope, "_FRESHER", value):
+            with mock.patch.object(patcher.fit.scope, "_FRESHER", value):
                 stretch = fit_scope(tuning.memory, tuning.head, fresh=tuning.fresh[::2]).stretch
                 cells.append(called_out(tuning, stretch, count))
         print(value, *cells, sep=" | ", flush=True)
