@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.fit.inputs import OldInputs, old_inputs
+from patcher.fit.inputs import old_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
+    from patcher.fit.inputs import OldInputs
     from patcher.head import Head
     from patcher.memory import Memory
 
@@ -27,27 +28,55 @@ if TYPE_CHECKING:
 __all__ = ["CONFIDENCE", "Flips", "count_flips", "logits_after", "upper_bound"]
 
 CONFIDENCE = 0.95
+_ROUNDED = 1e-9
 
 
 @dataclass(frozen=True)
 class Flips:
     """Inputs that were answered rightly and are no longer.
 
-    ``count`` of ``size`` inputs, those of ``calibration``: ``eval``, ``replay`` or ``features`` of the memory. Nothing
-    was counted where it is ``draws`` or ``none``. ``losing`` are the flips by old label, most first.
+    Parameters
+    ----------
+    calibration, size, count
+        ``count`` of ``size`` inputs, those of ``calibration``: ``eval``, ``replay`` or ``features`` of the memory.
+        Nothing was counted where it is ``draws`` or ``none``.
+    losing, sizes
+        Flips by old label, most first, and inputs of each label there is one of.
+    rate
+        Share of the inputs that flip, each label weighed by its share of the data; None where nothing was counted.
+    effective
+        So many inputs of equal weight tell as much: ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling, 1965).
+    thresholds
+        Rows that were set as far as these very inputs let them.
     """
 
     calibration: str
-    size: int
-    count: int
-    losing: Mapping[str, int]
+    size: int = 0
+    count: int = 0
+    losing: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Inputs of each label, where one that is right can be lost to another."""
+    rate: float | None = None
+    effective: float = 0.0
+    thresholds: int = 1
 
     @property
-    def rate(self) -> float | None:
-        """Share of the inputs that flip; None where nothing was counted."""
-        return self.count / self.size if self.size else None
+    def bound(self) -> float | None:
+        """The rate's one-sided upper bound at 95 % confidence; None where nothing was counted.
+
+        Clopper-Pearson's, of as many flips in as many inputs as tell as much (Korn & Graubard, Survey Methodology,
+        1998). A row that is set just short of one more flip is as good as one that was not looked at; with several of
+        them as many flips less one are added, as each stops short of one of its own.
+        """
+        if self.calibration not in ("eval", "replay", "features"):
+            return None
+        size = math.floor(self.effective + _ROUNDED)
+        flips = math.ceil((self.rate or 0.0) * self.effective - _ROUNDED)
+        return upper_bound(flips + self.thresholds - 1, size)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether labels have unequal shares."""
+        return self.effective < self.size * (1.0 - _ROUNDED)
 
 
 def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
@@ -79,18 +108,36 @@ def count_flips(
     if evaluation is not None:
         found = _on_evaluation(head, fit, *evaluation)
         counted += [found] if found.size else []
-    remembered = old_inputs(memory, None, head) if fit.inputs and fit.inputs.source == "replay" else None
-    for inputs in (fit.inputs, remembered):
-        if inputs is not None:
-            lost = inputs.ids[_flipped(inputs, head, fit)]
-            counted.append(_counted(inputs.source, len(inputs), lost, head, inputs.ids))
-    return counted or [Flips("none" if memory is None else "draws", 0, 0, {})]
+    for each in fit.counted:
+        lost = np.union1d(_flipped(each.inputs, head, fit), each.taken)
+        found = _counted(each.inputs, lost, head, thresholds=len(fit.labels))
+        counted.append(_in_full(found, head, fit, memory) if each.inputs.source == "features" else found)
+    return counted or [Flips("none" if memory is None else "draws")]
 
 
-def _counted(source: str, size: int, lost: Ints, head: Head, ids: Ints | None = None) -> Flips:
-    counts = Counter(head.labels[i] for i in lost.tolist())
-    sizes = Counter(head.labels[i] for i in ids.tolist()) if ids is not None and head.problem == "single_label" else {}
-    return Flips(source, size, len(lost), dict(counts.most_common()), sizes)
+def _counted(inputs: OldInputs, lost: Ints, head: Head, thresholds: int = 1) -> Flips:
+    losing = Counter(head.labels[i] for i in inputs.ids[lost].tolist())
+    sizes = Counter(head.labels[i] for i in inputs.ids.tolist())
+    total = float(inputs.weights.sum())
+    return Flips(
+        inputs.source,
+        len(inputs),
+        len(lost),
+        dict(losing.most_common()),
+        sizes,
+        rate=float(inputs.weights[lost].sum()) / total,
+        effective=total**2 / float((inputs.weights**2).sum()),
+        thresholds=thresholds,
+    )
+
+
+def _in_full(found: Flips, head: Head, fit: Fit, memory: Memory | None) -> Flips:
+    """With many labels few inputs of each are looked at: for those that lose some, all there are."""
+    inputs = old_inputs(memory, None, head, only=found.losing) if found.losing else None
+    if inputs is None or memory is None or len(memory.sample) <= found.size or head.problem != "single_label":
+        return found
+    whole = _counted(inputs, _flipped(inputs, head, fit), head)
+    return replace(found, losing={**found.losing, **whole.losing}, sizes={**found.sizes, **whole.sizes})
 
 
 def _on_evaluation(head: Head, fit: Fit, features: Floats, ids: Ints) -> Flips:
@@ -98,13 +145,16 @@ def _on_evaluation(head: Head, fit: Fit, features: Floats, ids: Ints) -> Flips:
     if head.problem == "single_label":
         mine = ids < old
         inputs = old_inputs(None, (features[mine], ids[mine]), head, "eval")
-        lost = inputs.ids[_flipped(inputs, head, fit)] if inputs else ids[:0]
-        return _counted("eval", int(mine.sum()), lost, head, ids[mine])
+        return Flips("eval") if inputs is None else _counted(inputs, _flipped(inputs, head, fit), head)
     rows, theirs = _sentences(features, ids, old + len(fit.labels))
     known = theirs[:, :old].any(axis=1)
     new = logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
     lost = ((new > 0) & ~theirs[known, old:]).any(axis=1)
-    return _counted("eval", int(known.sum()), theirs[known][lost, :old].argmax(axis=1), head)
+    losing = Counter(head.labels[i] for i in theirs[known][lost, :old].argmax(axis=1).tolist())
+    sizes = dict(zip(head.labels, theirs[:, :old].sum(axis=0).tolist(), strict=True))
+    size, count = int(known.sum()), int(lost.sum())
+    rate = count / size if size else None
+    return Flips("eval", size, count, dict(losing.most_common()), sizes, rate, effective=size)
 
 
 def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]:

@@ -127,19 +127,20 @@ def judge(
         for hit in known_already(label, names[label], rows, head, fit.old, memory)
     )
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
-    bounded = flips.calibration in ("eval", "replay", "features")
-    bound = upper_bound(flips.count, flips.size) if bounded else None
-    reasons = _reasons([flips, *others], recall, max_flips, min_recall)
+    reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.problem == "single_label")
     return Verdict(
         passed=not reasons,
-        sentence=_sentence(fit, flips, bound, recall, reasons, max_flips),
+        sentence=_sentence(fit, flips, recall, reasons, max_flips),
         reasons=reasons,
-        advice=(*_advice(flips, recall, lost_to, known, too_few, duplicates), *_unseen(head, memory, flips, max_flips)),
+        advice=(
+            *_advice(flips, recall, lost_to, known, too_few, duplicates),
+            *_unseen(head, [flips, *others], max_flips),
+        ),
         calibration=flips.calibration,
         calibration_size=flips.size,
         flips=flips.rate,
-        flips_upper_bound=bound,
-        bound=_bound_words(flips, bound),
+        flips_upper_bound=flips.bound,
+        bound=_bound_words(flips),
         estimated_recall=recall,
         confused_with=lost_to,
         losing=flips.losing,
@@ -179,11 +180,15 @@ def _recall(
 
 
 def _reasons(
-    counted: Sequence[Flips], recall: Mapping[str, float | None], max_flips: float, min_recall: float
+    counted: Sequence[Flips],
+    recall: Mapping[str, float | None],
+    max_flips: float,
+    min_recall: float,
+    *,
+    exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]} would flip ({flips.rate:.2%}), "
-        f"and --max-flips allows {max_flips:.2%}"
+        f"{_counted(flips)} would flip ({flips.rate:.2%}{_weighed(flips)}), and --max-flips allows {max_flips:.2%}"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
@@ -192,7 +197,7 @@ def _reasons(
         "the same label under another name"
         for flips in counted
         for label, lost in flips.losing.items()
-        if lost >= _FEWEST_LOST and lost > max(_MOST_OF_ONE, max_flips) * flips.sizes.get(label, lost * 100)
+        if exclusive and _taken_over(lost, flips.sizes[label], max_flips)
     ]
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
@@ -208,6 +213,19 @@ def _reasons(
                 f"{label!r} would be found in {found:.0%} of its inputs, and --min-recall asks for {min_recall:.0%}"
             )
     return tuple(reasons)
+
+
+def _taken_over(lost: int, size: int, max_flips: float) -> bool:
+    share = max(_MOST_OF_ONE, max_flips)
+    return lost > share * size and (lost >= _FEWEST_LOST or size == lost > 1)
+
+
+def _counted(flips: Flips) -> str:
+    return f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]}"
+
+
+def _weighed(flips: Flips) -> str:
+    return ", each label weighed by its texts" if flips.weighed else ""
 
 
 def _advice(
@@ -250,20 +268,25 @@ def _advice(
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
     """Which labels of a head nothing is remembered of, in words; empty where there are none, or no memory at all."""
-    missing = [label for label in labels if memory is not None and label not in memory.labels]
+    return _uncounted([label for label in labels if memory is not None and label not in memory.labels], len(labels))
+
+
+def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
     named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")  # noqa: PLR2004  a few
     return (
-        f"nothing is remembered of {len(missing)} of {len(labels)} labels ({named}): what a patch takes from them is "
+        f"nothing is remembered of {len(missing)} of {labels} labels ({named}): what a patch takes from them is "
         "not counted (`patcher remember --data FILE` with texts of theirs, or `--eval FILE` with a patch)"
     )
 
 
-def _unseen(head: Head, memory: Memory | None, flips: Flips, max_flips: float) -> tuple[str, ...]:
+def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str, ...]:
     """What the count of flips cannot see."""
-    said = [unremembered(head.labels, memory)] if flips.calibration == "features" else []
-    if flips.size and max_flips and upper_bound(flips.count, flips.size) > max_flips:
+    there = {label for flips in counted for label, size in flips.sizes.items() if size}
+    said = [_uncounted([label for label in head.labels if label not in there], len(head.labels))] if there else []
+    flips = counted[0]
+    if flips.bound is not None and max_flips and flips.bound > max_flips:
         said.append(
             f"{flips.size} {_WHOSE[flips.calibration]} are too few to vouch for {max_flips:.2%}: about "
             f"{math.ceil(3 / max_flips):,} without a flip would be needed"
@@ -271,27 +294,26 @@ def _unseen(head: Head, memory: Memory | None, flips: Flips, max_flips: float) -
     return tuple(filter(None, said))
 
 
-def _bound_words(flips: Flips, bound: float | None) -> str:
+def _bound_words(flips: Flips) -> str:
+    theirs = "those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
     where = {
         "eval": "the evaluation file",
-        "replay": "the replayed sentences",
-        "features": "the memory's real features, whose texts the model was trained on and the row was set on "
-        "(--eval FILE: fresh ones)",
+        "replay": f"the replayed sentences, {theirs}",
+        "features": f"the memory's real features, whose texts the model was trained on, {theirs}",
     }
-    if bound is None:
+    if flips.bound is None:
         source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
         return f"no bound on flips can be given: the row was set on {source}, not on real inputs"
+    as_many = f", as {math.floor(flips.effective):,} inputs of equal weight tell as much" if flips.weighed else ""
     return (
         f"{flips.count} of {flips.size} inputs flip on {where[flips.calibration]}; with 95 % confidence at most "
-        f"{bound:.2%} of inputs like those do (one-sided Clopper-Pearson), and the next such input with probability at "
-        f"most {(flips.count + 1) / (flips.size + 1):.2%}"
+        f"{flips.bound:.2%} of inputs like those do (one-sided Clopper-Pearson{as_many})"
     )
 
 
 def _sentence(
     fit: Fit,
     flips: Flips,
-    bound: float | None,
     recall: Mapping[str, float | None],
     reasons: Sequence[str],
     max_flips: float,
@@ -302,9 +324,9 @@ def _sentence(
     found = min((r for r in recall.values() if r is not None), default=None)
     finds = f"finds {found:.0%} of held-out examples" if found is not None else "has no estimate of its recall"
     harm = (
-        f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]} flip (--max-flips allows {max_flips:.2%}), so at "
-        f"most {bound:.2%} of inputs like them (95 % confidence)"
-        if bound is not None
+        f"{_counted(flips)} flip (--max-flips allows {max_flips:.2%}), so at most {flips.bound:.2%} of inputs like them"
+        f"{_weighed(flips)} (95 % confidence)"
+        if flips.bound is not None
         else "there is no bound on flips"
     )
     return f"Passed: {names} {finds}; {harm}."

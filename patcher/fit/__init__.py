@@ -12,7 +12,7 @@ from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit.anchored import anchored_rows, held_back
 from patcher.fit.closed import closed_rows
 from patcher.fit.inputs import OldInputs, old_inputs
-from patcher.fit.logistic import offset_rows, rows_of
+from patcher.fit.logistic import NewRow, offset_rows, rows_of
 from patcher.fit.model import OldLabels, Rows, from_memory, from_rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.memory import Memory
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["METHODS", "Fit", "HeldOut", "fit"]
+__all__ = ["METHODS", "Counted", "Fit", "HeldOut", "fit"]
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 """``auto`` is offset-logistic; the others change every row."""
@@ -47,6 +47,14 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Real inputs, and the places INT64 ``[m]`` of those that took part in the fit, and that one without them takes."""
+
+    inputs: OldInputs
+    taken: Ints
+
+
+@dataclass(frozen=True)
 class Fit:
     """New rows, and what became of the old ones.
 
@@ -60,8 +68,9 @@ class Fit:
         New rows of the old labels; None where they are unchanged, as in the default method.
     held_out
         For each new label, its examples as a fit sees them that did not have them.
-    inputs
-        Real inputs of old labels on which the harm can be counted: those that took no part in a refit of their rows.
+    counted
+        Real inputs of old labels on which the harm can be counted, the best first: those that took no part in a refit
+        of their rows.
     old
         What the rows were fitted against.
     calibration
@@ -78,7 +87,7 @@ class Fit:
     old: OldLabels = field(repr=False)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     old_rows: Rows | None = None
-    inputs: OldInputs | None = field(default=None, repr=False)
+    counted: tuple[Counted, ...] = field(default=(), repr=False)
 
     def apply(self, head: Head) -> Head:
         """The head with the new rows behind the old ones; lineage and scope are the caller's business."""
@@ -131,6 +140,7 @@ def fit(
     if method not in METHODS:
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     examples = _checked(examples, head)
+    remembered = old_inputs(memory, None, head)
     if memory is None and replay is not None:
         memory = Memory.build(replay[0], replay[1], head.labels, head.split, most_clusters=1)
     old = (
@@ -144,12 +154,14 @@ def fit(
     inputs = old_inputs(memory, replay, head)
     # A few replayed texts must not lift the budget that holds on all remembered ones.
     every = inputs.beside(old_inputs(memory, None, head)) if inputs and inputs.source == "replay" else inputs
+    if head.problem != "single_label":
+        # What is an example of the new label has it by right, and is no input that the label may not have.
+        every = every and every.without(np.concatenate(list(examples.values())))
     chosen = "offset-logistic" if method == "auto" else method
     if chosen in ("ridge", "lda"):
         found = _closed(chosen, shown, head, memory, old, every, max_flips, settings)
     else:
-        new = offset_rows(shown, head, old, every, max_flips, settings)
-        found = _Found(rows_of(new), {label: row.held_out for label, row in new.items()})
+        found = _of(offset_rows(shown, head, old, every, max_flips, settings))
         if chosen == "anchored":
             found = _anchored(found, shown, head, old, inputs, max_flips, settings)
     count = len(examples)
@@ -164,7 +176,7 @@ def fit(
         held_out=_held_out(examples, found, head),
         old=old,
         old_rows=found.rows.first(-count) if len(found.rows.weight) > count else None,
-        inputs=inputs.part(held_back(len(inputs))) if inputs and chosen == "anchored" else inputs,
+        counted=_counted(chosen, found, every, inputs, remembered),
     )
 
 
@@ -172,12 +184,39 @@ def fit(
 class _Found:
     """Rows of the new labels, behind those of all old ones where a method changes them.
 
-    ``held_out`` are the new logits of each label's examples in a fit without them; ``way`` is anchored's.
+    ``held_out`` are the new logits of each label's examples in a fit without them, ``taken`` the places of the inputs
+    that a fit without them takes; ``way`` is anchored's.
     """
 
     rows: Rows
     held_out: Mapping[str, Doubles]
+    taken: Ints
     way: float = 0.0
+
+
+_NOTHING = np.zeros(0, np.int64)
+
+
+def _of(new: Mapping[str, NewRow], rows: Rows | None = None) -> _Found:
+    """New rows, or ``rows`` of all labels: then inputs were looked at under other rows than those that stay."""
+    taken = np.unique(np.concatenate([row.taken for row in new.values()])) if rows is None else _NOTHING
+    return _Found(rows or rows_of(new), {label: row.held_out for label, row in new.items()}, taken)
+
+
+def _counted(
+    method: str, found: _Found, every: OldInputs | None, replayed: OldInputs | None, remembered: OldInputs | None
+) -> tuple[Counted, ...]:
+    if method == "anchored" and replayed is not None:
+        parts = (replayed.part(held_back(len(replayed))), remembered)
+        return tuple(Counted(part, _NOTHING) for part in parts if part is not None)
+    if every is None:
+        return ()
+    own = len(every) - every.others
+    first = Counted(every.part(np.arange(own)), found.taken[found.taken < own])
+    if remembered is None or not every.others:
+        return (first,) if own else ()
+    others = dataclasses.replace(every.part(np.arange(own, len(every))), source=remembered.source, others=0)
+    return first, Counted(others, found.taken[found.taken >= own] - own)
 
 
 def _closed(
@@ -200,7 +239,7 @@ def _closed(
             "`patcher remember --data FILE` builds it anew"
         )
     rows, new = closed_rows(method, shown, head, memory, old, inputs, max_flips, settings)
-    return _Found(rows, {label: row.held_out for label, row in new.items()})
+    return _of(new, rows if len(rows.weight) > len(new) else None)
 
 
 def _anchored(

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.clustering import half
 from patcher.fit.model import full_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     from patcher.head import Head
@@ -43,13 +46,15 @@ class Nearest:
 class OldInputs:
     """Features float32 ``[n, width]``, their label's position in the head ``[n]``, and its logit ``[n]``.
 
-    ``source`` is ``eval``, ``replay`` or ``features`` (of the memory); the last ``others`` of them were put beside
-    those, and a budget of flips holds on either part.
+    ``weights`` float64 ``[n]``, 1 on average: how many inputs each stands for, where labels have unequal shares of
+    them. ``source`` is ``eval``, ``replay`` or ``features`` (of the memory); the last ``others`` of them were put
+    beside those, and a budget of flips holds on either part.
     """
 
     features: Floats
     ids: Ints
     own: Floats
+    weights: Doubles
     source: str
     others: int = 0
 
@@ -60,31 +65,40 @@ class OldInputs:
         """These and others, under the name of these."""
         if other is None:
             return self
-        features = np.concatenate([self.features, other.features])
-        ids, own = np.concatenate([self.ids, other.ids]), np.concatenate([self.own, other.own])
-        return OldInputs(features, ids, own, self.source, len(other))
+        features, ids = np.concatenate([self.features, other.features]), np.concatenate([self.ids, other.ids])
+        own, weights = np.concatenate([self.own, other.own]), np.concatenate([self.weights, other.weights])
+        return OldInputs(features, ids, own, weights, self.source, len(other))
 
     def part(self, places: Ints) -> OldInputs:
         """Some of them."""
         others = int((places >= len(self) - self.others).sum())
-        return OldInputs(self.features[places], self.ids[places], self.own[places], self.source, others)
+        own, weights = self.own[places], self.weights[places]
+        return OldInputs(self.features[places], self.ids[places], own, weights, self.source, others)
 
-    def groups(self, places: Ints) -> list[tuple[int, Bools]]:
-        """Each part that a budget holds on: how many there are, and which of ``places`` are of it."""
+    def groups(self, places: Ints) -> list[tuple[float, Bools]]:
+        """Each part that a budget holds on: what its inputs weigh together, and which of ``places`` are of it."""
         own = len(self) - self.others
-        return [(size, mine) for size, mine in ((own, places < own), (self.others, places >= own)) if size]
+        parts = ((self.weights[:own], places < own), (self.weights[own:], places >= own))
+        return [(float(weights.sum()), mine) for weights, mine in parts if len(weights)]
 
-    def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int) -> Nearest:
-        """The ``count`` inputs with the least margin to a new row, float32 ``[width]``.
+    def without(self, features: Floats) -> OldInputs:
+        """Those whose features, as a memory stores them, are none of ``features``."""
+        there = np.isin(_bytes(half(self.features)), _bytes(half(features)))
+        return self.part(np.flatnonzero(~there))
+
+    def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int, also: Ints | None = None) -> Nearest:
+        """The ``count`` inputs with the least margin to a new row, float32 ``[width]``, and those at ``also``.
 
         An input's own logit is at most its best, so few of them need all logits: with thousands of labels the
         difference between a second and a minute.
         """
         new = self.features @ weight + bias
-        if head.problem != "single_label":
-            places = _least(-new, count)
+        single = head.problem == "single_label"
+        places = _least(self.own - new if single else -new, count)
+        if also is not None:
+            places = np.union1d(places, also)
+        if not single:
             return Nearest(places, -new[places].astype(np.float64), np.ones(len(places), np.bool_))
-        places = _least(self.own - new, count)
         logits = head.logits(self.features[places])
         right = logits.argmax(axis=1) == self.ids[places]
         return Nearest(places, (logits.max(axis=1) - new[places]).astype(np.float64), right)
@@ -95,19 +109,43 @@ def old_inputs(
     replay: tuple[Floats, Ints] | None,
     head: Head,
     source: str = "replay",
+    only: Collection[str] | None = None,
 ) -> OldInputs | None:
-    """The real inputs there are: ``replay`` (features, positions in the head), else the memory's sample, else None."""
+    """The real inputs there are: ``replay`` (features, positions in the head), else the memory's sample, else None.
+
+    A text of several labels, which either has once for each, counts once. ``only`` takes all that the memory's sample
+    holds of some labels, where else there may be more than are looked at.
+    """
     if replay is not None:
         features, ids = np.asarray(replay[0], np.float32), np.asarray(replay[1], np.int64)
+        weights = np.ones(len(ids))
     elif memory is not None and len(memory.sample):
-        place = {label: index for index, label in enumerate(head.labels)}
+        place = {label: index for index, label in enumerate(head.labels) if only is None or label in only}
         ids = np.array([place.get(label, -1) for label in memory.labels], np.int64)[memory.sample_labels]
         kept = np.flatnonzero(ids >= 0)
-        kept = kept[:: 1 + len(kept) // _MOST]
+        kept = kept[:: 1 + len(kept) // _MOST] if only is None else kept
         features, ids, source = memory.sample[kept].astype(np.float32), ids[kept], "features"
+        weights = _weights(memory, memory.sample_labels[kept])
     else:
         return None
-    return OldInputs(features, ids, own_logits(features, ids, head), source) if len(ids) else None
+    if head.problem != "single_label" and len(ids):
+        first = np.unique(_bytes(half(features)), return_index=True)[1]
+        features, ids, weights = features[first], ids[first], np.ones(len(first))
+    return OldInputs(features, ids, own_logits(features, ids, head), weights, source) if len(ids) else None
+
+
+def _weights(memory: Memory, labels: Ints) -> Doubles:
+    """How many inputs each of a label's stands for, 1 on average: of every label about as many were kept."""
+    kept = np.bincount(labels, minlength=len(memory.labels))
+    each = memory.counts[labels] / kept[labels]
+    weights: Doubles = each * (len(labels) / each.sum()) if len(labels) else each
+    return weights
+
+
+def _bytes(rows: NDArray[np.float16]) -> NDArray[np.void]:
+    """Each row as one value, so that equal ones can be found."""
+    rows = np.ascontiguousarray(rows)
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
 
 
 def own_logits(features: Floats, ids: Ints, head: Head) -> Floats:

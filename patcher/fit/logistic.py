@@ -31,22 +31,31 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
 
 __all__ = ["NewRow", "offset_rows", "rows_of"]
 
 _CALIBRATED_ON = 600
 """Real inputs nearest to a new row; those behind them are out of its reach."""
+_PARTS = 5
+"""In so many parts are the real negatives left out of the fit, to see how inputs fare that it did not see."""
+_ROUNDED = 1e-9
+"""Of a budget: sums of weights are right to about so much."""
 _DRAWN_WIDER = 1.25
 """Without real inputs: labels have longer tails than their Gaussians."""
 
 
 @dataclass(frozen=True)
 class NewRow:
-    """A row on all features, float32 ``[width]``, and the new logit of each example in a fit without it ``[n]``."""
+    """A row on all features, float32 ``[width]``, and the new logit of each example in a fit without it ``[n]``.
+
+    ``taken`` INT64 ``[m]``: places of the old inputs, among those that took part, that a fit without them would take.
+    """
 
     weight: Floats
     bias: np.float32
     held_out: Doubles
+    taken: Ints
 
 
 def rows_of(new: Mapping[str, NewRow]) -> Rows:
@@ -87,14 +96,28 @@ class _Scene:
             cloud = dataclasses.replace(cloud, offsets=offsets, slopes=slopes)
         return cloud
 
-    def hard(self, row: Doubles) -> Cloud | None:
-        """The real old inputs that a row comes nearest to."""
+    def hard(self, row: Doubles) -> Ints:
+        """Places of the real old inputs that a row comes nearest to."""
         if self.inputs is None or not self.settings.hard:
-            return None
-        near = self.inputs.nearest(*self.old.whitening.row(row[:-1], float(row[-1])), self.head, self.settings.hard)
-        cloud = self.cloud(self.inputs.features[near.places], np.full(len(near.places), self.settings.hard_weight))
-        slopes = self.slopes_of(self.inputs.ids[near.places])
-        return dataclasses.replace(cloud, slopes=slopes, variance=np.ones(len(slopes)))
+            return np.zeros(0, np.int64)
+        row_of = self.old.whitening.row(row[:-1], float(row[-1]))
+        return self.inputs.nearest(*row_of, self.head, self.settings.hard).places
+
+    def negatives(self, places: Ints) -> list[Cloud]:
+        """Real old inputs as what a row is fitted against; none where there are none."""
+        if self.inputs is None or not len(places):
+            return []
+        cloud = self.cloud(self.inputs.features[places], np.full(len(places), self.settings.hard_weight))
+        slopes = self.slopes_of(self.inputs.ids[places])
+        return [dataclasses.replace(cloud, slopes=slopes, variance=np.ones(len(slopes)))]
+
+    def answers(self, places: Ints) -> tuple[Doubles, Bools]:
+        """What a new logit has to beat at some real old inputs, and whether they are answered rightly as things are."""
+        if self.inputs is None or not self.single:
+            return np.zeros(len(places)), np.ones(len(places), np.bool_)
+        logits = self.head.logits(self.inputs.features[places])
+        best: Doubles = logits.max(axis=1).astype(np.float64)
+        return best, logits.argmax(axis=1) == self.inputs.ids[places]
 
     def slopes_of(self, ids: Ints) -> Doubles:
         """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
@@ -103,24 +126,43 @@ class _Scene:
         slopes: Doubles = self.old.whitening.slopes(rows)[back]
         return slopes
 
-    def calibration(self, row: Doubles, weight: Floats, bias: np.float32, budget: float) -> Calibration | None:
+    def calibration(
+        self, row: Doubles, weight: Floats, bias: np.float32, budget: float, unseen: _Unseen
+    ) -> Calibration | None:
         """Old inputs as a row sees them; the means of the labels stand in where no inputs are kept."""
         if self.inputs is None:
             margins = self.means.offsets - self.means.points @ row[:-1] - row[-1]
             spreads = _DRAWN_WIDER * np.linalg.norm(row[:-1] - self.means.slopes, axis=1)
             return Calibration(margins, spreads, 1.0, np.inf)
-        allowed = int(budget * len(self.inputs))
-        near = self.inputs.nearest(weight, bias, self.head, max(_CALIBRATED_ON, 2 * allowed + 1))
+        count = max(_CALIBRATED_ON, 2 * int(budget * len(self.inputs)) + 1)
+        near = self.inputs.nearest(weight, bias, self.head, count, unseen.places)
         # The row's logits are FP32: what is closer than their rounding may be on either side once they are computed.
         near_features = self.inputs.features[near.places]
         close = float(rounding(near_features, weight[None], np.array([bias], np.float32)).max())
+        # An input that took part in the fit lies further from the row than others like it would.
+        margins = near.margins.copy()
+        seen = np.searchsorted(near.places, unseen.places) if len(unseen.places) else unseen.places
+        margins[seen] = np.minimum(margins[seen], unseen.margins)
         cap = np.inf
-        for size, mine in self.inputs.groups(near.places):
-            flips, may = np.sort(near.margins[near.right & mine]), int(budget * size)
-            cap = min(cap, float(flips[may]) - 2.0 * close) if may < len(flips) else cap
-        ids = self.inputs.ids[near.places]
-        spreads = np.linalg.norm(row[:-1] - self.slopes_of(ids), axis=1)
+        for weighs, mine in self.inputs.groups(near.places):
+            right = np.flatnonzero(near.right & mine)
+            right = right[np.argsort(margins[right], kind="stable")]
+            spent = np.cumsum(self.inputs.weights[near.places[right]])
+            may = int(np.searchsorted(spent, budget * weighs * (1.0 + _ROUNDED), side="right"))
+            if may < len(right):
+                cap = min(cap, float(margins[right[may]]) - 2.0 * close)
+            elif len(near.places) < len(self.inputs):
+                cap = min(cap, float(near.margins.max()))  # nothing is known of those behind
+        spreads = np.linalg.norm(row[:-1] - self.slopes_of(self.inputs.ids[near.places]), axis=1)
         return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """Old inputs that took part in a fit, as fits without them see them: ``places`` ascending, and ``margins``."""
+
+    places: Ints
+    margins: Doubles
 
 
 def offset_rows(
@@ -144,17 +186,20 @@ def offset_rows(
     rows = dict(rough)
     for label, mine in clouds.items():
         others = {other: row for other, row in rows.items() if other != label}
-        hard = scene.hard(rough[label])
+        hard = np.sort(scene.hard(rough[label]))
         rivals = list(others.values())
-        against = [scene.means, *([hard] if hard else []), *(clouds[other].spread_by(1.0) for other in others)]
+        against = [*scene.negatives(hard), scene.means, *(clouds[other].spread_by(1.0) for other in others)]
         outside = join(*(scene.raised(cloud, rivals) for cloud in against))
-        row, held_out = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], settings)
-        weight, bias = old.whitening.row(row[:-1], float(row[-1]))
-        margins = held_out - _best(examples[label], head, others, old)
-        seen = scene.calibration(row, weight, bias, max_flips / len(examples))
+        made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), settings)
+        weight, bias = old.whitening.row(made.row[:-1], float(made.row[-1]))
+        margins = made.held_out - _best(examples[label], head, others, old)
+        best, right = scene.answers(hard)
+        unseen = _Unseen(hard, best - made.unseen)
+        seen = scene.calibration(made.row, weight, bias, max_flips / len(examples), unseen)
         shift = best_shift(margins[np.isfinite(margins)], seen, settings)
-        rows[label] = np.append(row[:-1], row[-1] + shift)
-        found[label] = NewRow(weight, np.float32(bias + shift), held_out + shift)
+        rows[label] = np.append(made.row[:-1], made.row[-1] + shift)
+        taken = hard[right & (unseen.margins < shift)]
+        found[label] = NewRow(weight, np.float32(bias + shift), made.held_out + shift, taken)
     return found
 
 
@@ -209,24 +254,39 @@ def _solve(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) ->
     return np.append(axes @ found[:-1], found[-1])
 
 
-def _fitted(
-    inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, settings: Settings
-) -> tuple[Doubles, Doubles]:
-    """The row, bias last, and the new logit of each example in a fit without it; NaN where there is no other."""
+@dataclass(frozen=True)
+class _Fitted:
+    """A row in whitened features, bias last, and new logits in fits that did not see what they are the logits of.
+
+    ``held_out`` float64 ``[n]`` of the examples, NaN where there is but one; ``unseen`` ``[m]`` of the real negatives.
+    """
+
+    row: Doubles
+    held_out: Doubles
+    unseen: Doubles
+
+
+def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real: int, settings: Settings) -> _Fitted:
+    """Fit a row from a ``rough`` one; the first ``real`` of the clouds ``outside`` are real negatives."""
     axes = span(join(outside, inside), prior)
     inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
     loss = RowLoss(inside, outside, settings.penalty, prior)
     found = fit_row(loss, np.append(rough[:-1] @ axes, rough[-1]))
     count = len(inside.weight)
-    held_out = np.full(count, np.nan)
-    if count > 1:
-        inverse = np.linalg.inv(loss.curvature(found))
-        for fold in np.array_split(np.arange(count), min(count, settings.folds)):
-            rest = np.setdiff1d(np.arange(count), fold)
-            without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
-            row = fit_row(without, found, inverse)
-            held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
-    return np.append(axes @ found[:-1], found[-1]), held_out
+    held_out, unseen = np.full(count, np.nan), np.empty(real)
+    inverse = np.linalg.inv(loss.curvature(found)) if count > 1 or real else None
+    for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
+        rest = np.setdiff1d(np.arange(count), fold)
+        without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
+        row = fit_row(without, found, inverse)
+        held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
+    for first in range(min(real, _PARTS)):
+        fold = np.arange(first, real, _PARTS)
+        rest = np.setdiff1d(np.arange(len(outside.weight)), fold)
+        without = RowLoss(inside, outside.part(rest), settings.penalty, prior)
+        row = fit_row(without, found, inverse)
+        unseen[fold] = outside.points[fold] @ row[:-1] + row[-1]
+    return _Fitted(np.append(axes @ found[:-1], found[-1]), held_out, unseen)
 
 
 def _best(features: Floats, head: Head, others: Mapping[str, Doubles], old: OldLabels) -> Doubles:

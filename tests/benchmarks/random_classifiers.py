@@ -33,7 +33,7 @@ import numpy as np
 from patcher.errors import PatcherError
 from patcher.fit import fit
 from patcher.fit.scope import fit_scope
-from patcher.gate import judge
+from patcher.gate import MAX_FLIPS, judge
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.memory import Memory
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+_CLOSE = 1e-9
 _MOVED = 2.0
 """By so much, and a hundredth of the largest, may rounded features move a new label's logits."""
 RESULTS = Path(__file__).parent / "results" / "random_classifiers.json"
@@ -128,9 +129,11 @@ class Classifier:
             if changed:
                 raise BrokenRule(f"the old rows of {changed} changed")
         if verdict.flips is not None:
-            least, most = _flips(self, head)
-            if not least <= verdict.flips <= most:
-                raise BrokenRule(f"the gate counts flips of {verdict.flips}, and there are {least} to {most}")
+            least = _flips(self, head, np.concatenate(list(examples.values())))
+            if verdict.flips < least - _CLOSE:
+                raise BrokenRule(f"the gate counts flips of {verdict.flips}, and there are {least}")
+            if method == "auto" and verdict.flips > MAX_FLIPS + _CLOSE:
+                raise BrokenRule(f"{verdict.flips} of the inputs flip, and {MAX_FLIPS} were to")
         true, rounded = (
             head.logits(rows)[:, -len(examples) :]
             for rows in (self.sentences, self.sentences.astype(np.float16).astype(np.float32))
@@ -146,25 +149,27 @@ class Classifier:
         check_head_file(write_head(self.head), self.head, rows)
 
 
-def _flips(before: Classifier, after: Head) -> tuple[float, float]:
-    """At least and at most, the share of remembered sentences that were right and are wrong, or got a label not theirs.
+def _flips(before: Classifier, after: Head, examples: Floats) -> float:
+    """The share of remembered sentences that were right and are wrong, or got a label not theirs.
 
-    The two differ by sentences for which two logits are the same but for rounding.
+    At least: without those for which two logits are the same but for rounding. A sigmoid may have its own examples.
     """
-    rows = before.memory.sample.astype(np.float32)
-    old, new = before.head.logits(rows), after.logits(rows)
+    memory = before.memory
+    rows = memory.sample.astype(np.float32)
+    weights = (memory.counts / np.bincount(memory.sample_labels, minlength=len(memory.labels)))[memory.sample_labels]
     if before.head.problem == "multi_label":
-        margin = -new[:, old.shape[1] :].max(axis=1)
-        right = np.ones(len(rows), np.bool_)
-        sure = right
+        theirs = {row.tobytes() for row in examples.astype(np.float16)}
+        rows = np.unique(np.stack([row for row in memory.sample if row.tobytes() not in theirs] or [rows[0]]), axis=0)
+        rows = rows.astype(np.float32)
+        margin = -after.logits(rows)[:, len(before.head.labels) :].max(axis=1)
+        sure, weights = np.ones(len(rows), np.bool_), np.ones(len(rows))
     else:
-        place = [before.head.labels.index(label) for label in before.memory.labels]
-        ids = np.array(place)[before.memory.sample_labels]
-        was, margin = _lead(old, ids), _lead(new, ids)
-        size = before.head.rounding(rows).max(axis=1)
-        right, sure = was > -size, was > size
-    size = after.rounding(rows).max(axis=1)
-    return float((sure & (margin < -size)).mean()), float((right & (margin < size)).mean())
+        place = [before.head.labels.index(label) for label in memory.labels]
+        ids = np.array(place)[memory.sample_labels]
+        margin = _lead(after.logits(rows), ids)
+        sure = _lead(before.head.logits(rows), ids) > before.head.rounding(rows).max(axis=1)
+    lost = sure & (margin < -after.rounding(rows).max(axis=1))
+    return float(weights[lost].sum() / weights.sum())
 
 
 def _lead(logits: Floats, ids: NDArray[np.int64]) -> Floats:
