@@ -7,6 +7,7 @@ used ends the reading with its number.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -69,6 +70,14 @@ class Examples:
     def where(self, index: int) -> str:
         """``file, line 7`` for messages."""
         return f"{self.source}, line {self.lines[index]}" if self.lines else f"{self.source}, text {index + 1}"
+
+    def part(self, rows: Sequence[int]) -> Examples:
+        """Some of them, from the same file."""
+        texts = tuple(self.texts[row] for row in rows)
+        labels = None if self.labels is None else tuple(self.labels[row] for row in rows)
+        return dataclasses.replace(
+            self, texts=texts, labels=labels, lines=tuple(self.lines[row] for row in rows if self.lines)
+        )
 
     def labelled(self) -> tuple[str, ...]:
         """The labels; ExamplesError where the file has none."""

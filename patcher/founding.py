@@ -14,7 +14,7 @@ from patcher import __version__, audit
 from patcher.dropping import take_out
 from patcher.errors import ExamplesError, GateRefused, InputError, LabelError, NotServed, PatcherError, ServerError
 from patcher.evaluation import Evaluation, evaluate_head
-from patcher.examples import check_label, check_text
+from patcher.examples import check_label, check_text, plain_words
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
@@ -162,6 +162,7 @@ def new_classifier(
         repository.require_folder()
     base = repository.backbone(backbone)
     repository.refuse_existing(check_name(name))
+    examples = _distinct(examples)
     labels, ids = _checked(examples)
     with watch("features"):
         features = extract_features(base, examples.texts, server, progress)
@@ -188,6 +189,12 @@ def new_classifier(
             report.published, report.served = True, server is not None
     report.seconds = watch.stop()
     return report
+
+
+def _distinct(examples: Examples) -> Examples:
+    """Each label's texts once: a repeated one would be judged by a fit that saw it."""
+    pairs = zip(map(plain_words, examples.texts), examples.labelled(), strict=True)
+    return examples.part(sorted({pair: row for row, pair in reversed([*enumerate(pairs)])}.values()))
 
 
 def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:

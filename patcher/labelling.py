@@ -147,6 +147,7 @@ def add_labels(
     watch = Stopwatch()
     target = repository.classifier(classifier)
     texts, repeated = _distinct(_new(_checked(examples), target.head(), target.name, skip_known=skip_known))
+    evaluation = evaluation and _unseen(evaluation, texts)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
         words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
@@ -273,6 +274,12 @@ def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[
             first.setdefault(words, text)
         kept[label] = list(first.values())
     return kept, tuple(repeated)
+
+
+def _unseen(evaluation: Examples, texts: Mapping[str, Sequence[str]]) -> Examples:
+    """Without the examples: what a fit says of those it saw is worth nothing."""
+    seen = {plain_words(text) for group in texts.values() for text in group}
+    return evaluation.part([row for row, text in enumerate(evaluation.texts) if plain_words(text) not in seen])
 
 
 def _check_backbone(classifier: Classifier, head: Head) -> None:

@@ -1,7 +1,8 @@
 """A head as one plain linear layer on the classifier features, for those who need just that.
 
 Rows patched in look at features that a fine-tuned layer does not see. Here each of them is fitted again on the
-classifier features alone, from what the memory keeps of its examples, in the order in which they were added. Such a row
+classifier features alone, from what the memory keeps of its examples, in the order in which they were added;
+after a refit, which changed every row, all of them are, as discriminants. Such a row
 finds a few inputs less (``tests/benchmarks/quality.py``: the classifier's features alone).
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from patcher.errors import InputError
 from patcher.fit import fit
+from patcher.fit.closed import discriminants
 from patcher.head import Head
 
 if TYPE_CHECKING:
@@ -70,6 +72,9 @@ def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head
             "memory with features (`patcher remember --data FILE`)"
         )
     narrow = narrow_memory(memory)
+    if not plain.labels:  # a refit had put its own rows in the place of all that were fine-tuned
+        rows = discriminants(narrow, labels)
+        return Head.from_linear(labels, rows.weight, rows.bias, plain.split, plain.lineage.backbone)
     examples = {}
     for label in labels:
         examples[label] = narrow.sample[narrow.sample_labels == narrow.labels.index(label)].astype(np.float32)

@@ -150,9 +150,10 @@ def _scope(parent: Head, made: Fit, grown: Memory | None, evaluation: Labelled |
     """Fitted anew: a new row raises every input's logsumexp, and the new label is in scope now."""
     if grown is None:
         return parent.scope
-    fresh = None if evaluation is None else evaluation[0]
-    white, stretch = made.old.whitening, stretch_of(parent.scope)
-    return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch, white=white)
+    # Those of the new labels alone would set the limit of all.
+    fresh = None if evaluation is None else evaluation[0][evaluation[1] < len(parent.labels)]
+    # Whitened with the new label in the memory: what no old input ever did may be what its inputs do.
+    return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope))
 
 
 def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:

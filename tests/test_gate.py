@@ -182,3 +182,90 @@ def test_next_to_nothing_remembered_vouches_for_nothing():
     assert "which vouch for nothing" in result.sentence
     fresh = verdict({"new": new(10)}, head, few, max_flips=0.1, evaluation=(features, ids))
     assert fresh.passed
+
+
+def overlapping(seed, labels=24, width=48, others=100, first=100):
+    """Labels as Gaussians of unit spread, ``first`` texts of the first one; and a draw of inputs near some of them."""
+    rng = np.random.default_rng(seed)
+    means = rng.standard_normal((labels, width)).astype(np.float32)
+    ids = np.repeat(np.arange(labels), [first, *[others] * (labels - 1)])
+
+    def draw(places, away=0.0):
+        step = rng.standard_normal(width).astype(np.float32)
+        noise = rng.standard_normal((len(places), width)).astype(np.float32)
+        return means[places] + np.float32(away) * step / np.linalg.norm(step) + noise
+
+    names = [f"label {i}" for i in range(labels)]
+    head = Head.from_linear(names, means, -0.5 * (means**2).sum(axis=1), width, "f" * 64)
+    return head, Memory.build(draw(ids), ids, names, width), draw, ids
+
+
+def flips_of(head, made, rows, ids):
+    before, after = head.logits(rows).argmax(axis=1), made.apply(head).logits(rows).argmax(axis=1)
+    return float(((before == ids) & (after != ids)).mean())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_bound_holds_for_labels_that_overlap_old_ones(count):
+    # Each row stops just short of one more flip, and was fitted on the nearest inputs: neither may be lost sight of.
+    broken = 0
+    for seed in range(12):
+        head, memory, draw, ids = overlapping(seed)
+        examples = {f"new {j}": draw(np.full(10, j), 3.5) for j in range(count)}
+        made = fit(examples, head, memory)
+        bound = judge(head, made, examples, memory).flips_upper_bound
+        test = np.repeat(ids, 5)
+        broken += flips_of(head, made, draw(test), test) > bound
+    assert broken <= 1
+
+
+def test_a_flip_weighs_what_its_label_weighs():
+    head, memory, draw, ids = overlapping(1, labels=12, others=40, first=4000)
+    examples = {"new": draw(np.full(10, 0), 3.0)}
+    made = fit(examples, head, memory, max_flips=0.05)
+    result = judge(head, made, examples, memory, max_flips=0.05)
+    # 20 of each label are remembered, and nine tenths of the texts have the first one.
+    lost = sum(count for label, count in result.losing.items() if label == head.labels[0])
+    assert result.flips == pytest.approx(
+        lost * (4000 / 20) / len(ids) + (sum(result.losing.values()) - lost) / 220 * 440 / len(ids), abs=1e-6
+    )
+    assert flips_of(head, made, draw(ids), ids) <= result.flips_upper_bound
+    assert result.flips_upper_bound > 0.1
+    assert "each label weighed by its texts" in result.sentence or not result.passed
+
+
+def test_a_label_that_is_lost_whole_is_taken_over_however_few_there_are():
+    head, memory, draw, _ = overlapping(2)
+    rare = draw(np.full(2, 0), 40.0)
+    memory = memory.add(["rare"], rare, np.zeros(2, np.int64))
+    head = head.with_rows(("rare",), rare.mean(axis=0)[None] * 0.1, np.zeros(1, np.float32))
+    examples = {
+        "new": rare.mean(axis=0) + np.random.default_rng(0).normal(0, 0.3, (10, rare.shape[1])).astype(np.float32)
+    }
+    result = judge(head, fit(examples, head, memory), examples, memory)
+    assert result.flips < 0.005
+    assert "'rare' alone would lose 2 of its 2" in result.sentence
+
+
+def test_what_neither_memory_nor_evaluation_knows_is_named():
+    head, memory, draw, ids = overlapping(3)
+    for label in head.labels[4:]:
+        memory = memory.remove(label)
+    examples = {"new": draw(np.full(10, 0), 30.0)}
+    made = fit(examples, head, memory)
+    rows = draw(ids[:200])
+    result = judge(head, made, examples, memory, evaluation=(rows, ids[:200]))
+    assert any("nothing is remembered of 20 of 24 labels" in advice for advice in result.advice)
+
+
+def test_a_multi_label_text_counts_once_whatever_its_labels():
+    head, memory, draw, _ = overlapping(4, labels=4)
+    head = dataclasses.replace(head, problem=MULTI_LABEL)
+    rows = draw(np.zeros(12, np.int64))
+    memory = Memory.build(np.repeat(rows, 2, axis=0), np.tile([0, 1], 12), head.labels[:2], rows.shape[1])
+    examples = {"new": draw(np.full(10, 2), 30.0)}
+    result = judge(head, fit(examples, head, memory), examples, memory)
+    assert result.calibration_size == 12
+    # A text that is an example of the new label is none that the label may not have.
+    examples = {"new": rows[:10]}
+    assert judge(head, fit(examples, head, memory), examples, memory).calibration_size == 2

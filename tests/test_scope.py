@@ -10,8 +10,10 @@ from patcher.fit.scope import fit_scope
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.head_file import read_head, write_head
 from patcher.memory import Memory
+from patcher.patch import DEFAULTS, Given, make_patch
 from patcher.runtime import open_session, run_head
 from patcher.scope import Scope
+from patcher.stopwatch import Stopwatch
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((6, 20)).astype(np.float32) * 3
@@ -159,3 +161,16 @@ def test_features_of_tiny_numbers():
     usual = fit_scope(Memory.build(FEATURES, IDS, LABELS, 10), make_head()).score(FEATURES, np.zeros((300, 6)))
     assert np.isfinite(scope.distance.projection).all()
     assert abs(known - usual).mean() < 0.1
+
+
+def test_what_no_old_text_ever_did_does_not_put_a_new_label_out_of_scope():
+    # A unit that is dead in all remembered texts, and wakes up for the new label's.
+    dead = np.concatenate([FEATURES, np.zeros((300, 1), np.float32)], axis=1)
+    new = np.concatenate([FEATURES[:10] + 9.0, np.full((10, 1), 3.0, np.float32)], axis=1)
+    centres = np.concatenate([CENTRES, np.zeros((6, 1), np.float32)], axis=1)
+    head = Head.from_linear(LABELS, centres, np.zeros(6, np.float32), 21, "f" * 64)
+    patch = make_patch(head, Memory.build(dead, IDS, LABELS, 21), Given({"new": new}, {}), DEFAULTS, Stopwatch())
+    write_head(patch.head)
+    fresh = np.concatenate([FEATURES[10:40] + 9.0, np.full((30, 1), 3.0, np.float32)], axis=1)
+    assert np.isfinite(patch.head.scope.score(fresh, patch.head.logits(fresh))).all()
+    assert (patch.head.scope.score(fresh, patch.head.logits(fresh)) > 0.5).mean() > 0.5

@@ -81,6 +81,18 @@ def test_rows_on_the_classifier_features_find_the_label():
     assert narrow_head(head, None).base_weight.tobytes() == head.base_weight.tobytes()
 
 
+@pytest.mark.parametrize("method", ["ridge", "lda"])
+def test_rows_that_were_all_refitted_are_fitted_on_the_classifier_features(method):
+    head, memory, features, ids, new = world()
+    from patcher.fit import fit
+
+    wide = fit({"new": new(10)}, head, memory, method=method).apply(head)
+    plain = narrow_head(wide, memory.add(["new"], new(10), np.zeros(10, np.int64)))
+    assert (plain.width, plain.labels) == (head.split, wide.labels)
+    assert (plain.logits(new(200, seed=9)[:, :12]).argmax(axis=1) == 8).mean() > 0.8
+    assert (plain.logits(features[:, :12]).argmax(axis=1) == ids).mean() > 0.95
+
+
 def test_what_does_not_fit_is_refused_and_nothing_written(bert, patched, tmp_path):
     other = checkpoints.save_checkpoint(tmp_path / "other", "bert", hidden_size=16, num_attention_heads=2)
     with pytest.raises(ParityError, match="exported from another checkpoint"):

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.fit.inputs import OldInputs, own_logits
+from patcher.fit.inputs import OldInputs, old_inputs, own_logits
 from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.minimise import minimise
-from patcher.fit.model import OldLabels, Rows, full_rows, log_sum_exp
+from patcher.fit.model import OldLabels, Rows, from_memory, full_rows, log_sum_exp
+from patcher.fit.settings import SETTINGS, Settings
+from patcher.head import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from patcher.fit.logistic import NewRow
-    from patcher.fit.settings import Settings
-    from patcher.head import Head
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Found = tuple[Doubles, Doubles]
 
-__all__ = ["closed_rows", "lda_rows", "ridge_rows"]
+__all__ = ["closed_rows", "discriminants", "lda_rows", "ridge_rows"]
 
 _LEAST_SCALE, _FLAT = 0.05, 1e-4
 _LOOKED_AT = 1000
@@ -85,6 +85,15 @@ def closed_rows(
     mine = {label: new[label] for label in examples}
     rows = rows_of(mine)
     return Rows(np.concatenate([weight, rows.weight]), np.concatenate([bias, rows.bias])), mine
+
+
+def discriminants(memory: Memory, labels: Sequence[str], settings: Settings = SETTINGS) -> Rows:
+    """Rows for labels of which nothing is known but a memory, which knows them all: ``lda_rows``, as logits."""
+    weight = np.zeros((len(labels), memory.width), np.float32)
+    nothing = Head.from_linear(labels, weight, weight[:, 0], memory.width, "")
+    places = np.array([memory.labels.index(label) for label in labels], np.int64)
+    old = from_memory(memory, nothing, settings)
+    return Rows(*_scaled(lda_rows(memory, places, old, settings), old, old_inputs(memory, None, nothing)))
 
 
 def _are_there(found: Found, kept: Ints, head: Head, old: OldLabels, inputs: OldInputs | None) -> bool:

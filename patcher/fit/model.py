@@ -127,7 +127,7 @@ def from_memory(memory: Memory, head: Head, settings: Settings = SETTINGS, white
     means = memory.sums[theirs] / memory.counts[theirs, None]
     places = np.array([mine for mine, _ in known], np.int64)
     weight, bias = full_rows(head)
-    white = white or whitening(memory, settings)
+    white = whitening(memory, settings)
     return OldLabels(white, means, places, weight.astype(np.float64), bias.astype(np.float64))
 
 
