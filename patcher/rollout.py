@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from patcher.errors import LockLost, NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
+from patcher.errors import (
+    ControlRefused,
+    LockLost,
+    NotServed,
+    PatcherError,
+    ServerError,
+    ServerUnreachable,
+    StorageError,
+    VersionError,
+)
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
@@ -39,6 +49,10 @@ __all__ = [
 
 PROBE_TEXT = "is anybody there?"
 """Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
+
+
+_DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
+"""What Triton says of a model whose Python process died, and of each ensemble that asks it."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,8 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
 def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:
     """ServerUnreachable where no server answers; before anything is published, so that it costs nothing.
 
-    With a ``classifier`` whose versions are loaded by model control also ServerRefused, where a server wants another
-    key for that: its list of models asks for the same one. A head store is told of a version by a plain request.
+    With a ``classifier`` whose versions are loaded by model control also ControlRefused, where a server takes none, or
+    wants another key for that. A head store is told of a version by a plain request.
     """
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
@@ -142,7 +156,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
             "--url or $TRITON_URL names another, --no-load does without"
         )
     for replica in present(server) if classifier is not None and not classifier.in_store else ():
-        replica.repository_index()
+        replica.check_control()
 
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
@@ -220,7 +234,8 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
     """Finish or undo the change that was interrupted, and say which; None where none was. The lock must be held.
 
     The pin decides: a version that was pinned is loaded and proven (or else put back), one that was not is withdrawn,
-    for nobody was told that it serves. Without a server the files alone are brought in order.
+    for nobody was told that it serves. A server that does not answer, or takes no model control, says nothing of the
+    version: then nothing is decided. Without a server the files alone are brought in order.
     """
     _finish_pruning(classifier)
     pending = classifier.journal.pending()
@@ -232,7 +247,10 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
     serving, (before, after) = classifier.serving(), pending.switched
     if serving == after != before and not pending.back:
         try:
-            _serve_all(classifier, after, server)
+            head = classifier.head()
+            each(present(server), lambda replica: _bring(classifier, head, replica))
+        except (ServerUnreachable, ControlRefused):
+            raise
         except PatcherError:
             classifier.pin(before)
             classifier.note("switch", **{"from": before, "to": before})  # the servers have yet to learn of it
@@ -246,7 +264,32 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
 
 def _serve_all(classifier: Classifier, version: int, server: TritonServer | None) -> None:
     head = classifier.head(version)
-    each(present(server), lambda replica: serve(classifier, head, replica))
+    each(present(server), lambda replica: _serve_revived(classifier, head, replica))
+
+
+def _bring(classifier: Classifier, head: Head, replica: TritonServer) -> str:
+    """Have ``replica`` serve ``head``, which is pinned: ``agreed`` where it does already, else ``caught up``."""
+    with contextlib.suppress(PatcherError):
+        probe(classifier, head, replica)
+        return "agreed"
+    _serve_revived(classifier, head, replica)
+    return "caught up"
+
+
+def _serve_revived(classifier: Classifier, head: Head, replica: TritonServer) -> None:
+    """:func:`serve`, after models whose process died were loaded anew."""
+    revived: set[str] = set()
+    while True:
+        try:
+            return serve(classifier, head, replica)
+        except ServerError as error:
+            # Triton starts no process again that died, nor does it load a model again whose files are as they were.
+            dead = _DEAD_STUB.search(str(error))
+            if dead is None or dead[1] in revived:
+                raise
+            revived.add(dead[1])
+            replica.unload(dead[1])
+            replica.load(dead[1])
 
 
 def _undo(classifier: Classifier, published: int | None) -> str:
@@ -277,12 +320,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
-            probe(classifier, head, replica)
-            found[replica.url] = "agreed"
-        except PatcherError:
-            try:
-                serve(classifier, head, replica)
-                found[replica.url] = "caught up"
-            except PatcherError as error:
-                found[replica.url] = f"failed: {error}"
+            found[replica.url] = _bring(classifier, head, replica)
+        except PatcherError as error:
+            found[replica.url] = f"failed: {error}"
     return found

@@ -34,8 +34,8 @@ class Server:
         self.classifier, self.faults, self.serving = classifier, faults, classifier.serving()
         self.encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
 
-    def repository_index(self):
-        return []
+    def check_control(self):
+        pass
 
     def _maybe_fail(self, call):
         fault = self.faults.get(call)
