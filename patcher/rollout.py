@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from patcher.classifier import Classifier
 from patcher.errors import (
     ControlRefused,
+    InputError,
     LockLost,
     NotServed,
     PatcherError,
@@ -22,12 +24,13 @@ from patcher.errors import (
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
+from patcher.repository import CANARY, holds
 from patcher.runtime import check_head_file
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from patcher.classifier import Classifier
     from patcher.head import Head
     from patcher.memory import Memory
     from patcher.triton.client import TritonServer
@@ -37,6 +40,8 @@ __all__ = [
     "Switch",
     "catch_up",
     "changing",
+    "let_go",
+    "on_trial",
     "probe",
     "recover",
     "require_live",
@@ -45,6 +50,7 @@ __all__ = [
     "serve",
     "set_aside",
     "validate",
+    "withdrawing",
 ]
 
 PROBE_TEXT = "is anybody there?"
@@ -113,14 +119,20 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
     require_live(server, classifier)
     validate(write_head(head), head)
     classifier.publish(head, memory)
-    try:
+    with withdrawing(classifier, head.lineage.version):
         return _switch(classifier, head, server)
+
+
+@contextlib.contextmanager
+def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
+    """Withdraw ``version`` where the body fails, unless a server refused it: what nobody asked for leaves no trace."""
+    try:
+        yield
     except NotServed:
         raise
     except BaseException:
-        # Not a version that a server refused, but one that nobody ever asked for: it leaves no trace.
-        with contextlib.suppress(StorageError):
-            classifier.withdraw(head.lineage.version)
+        with uninterrupted(), contextlib.suppress(StorageError):
+            classifier.withdraw(version)
         raise
 
 
@@ -141,7 +153,26 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
     """Publish ``head`` beside the version that goes on serving; the lock must be held."""
     validate(write_head(head), head)
     classifier.publish(head, memory)
-    classifier.note("done", serving=classifier.serving())
+    with withdrawing(classifier, head.lineage.version):
+        classifier.journal.append("done", serving=classifier.serving())
+
+
+def on_trial(classifier: Classifier) -> Classifier | None:
+    """The model beside a classifier that serves the version on trial; None where there is none."""
+    name = classifier.name + CANARY
+    return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
+
+
+def let_go(name: str, replica: TritonServer) -> bool:
+    """Have ``replica`` let go of a head and the ensemble above it; whether it held them.
+
+    Without a head it is no classifier: a model ``name`` alone may be somebody else's.
+    """
+    held = replica.is_ready(f"{name}_head")
+    if held:
+        replica.unload(name)
+        replica.unload(f"{name}_head")
+    return held
 
 
 def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:
@@ -171,21 +202,28 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
                     watch(classifier, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
-    except BaseException as error:
-        if not isinstance(error, LockLost) and classifier.serving() != previous:
-            # Only where files are far away: the one that pins could be replaced, and then not any more.
-            raise NotServed(
-                f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
-                f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
-                "so does the next verb that changes anything",
-                {"version": version, "parent_version": previous, "published": True, "served": False},
-            ) from error
-        # Whatever it was, the files are as before; now the servers that were asked have to be, too.
-        if not asked or version == previous:
-            classifier.note("undone", serving=previous)
-            raise
-        _put_back(classifier, version, asked, error)
+    except BaseException as error:  # noqa: BLE001 - raised again, or what became of it
+        with uninterrupted():
+            _come_back(classifier, version, previous, asked, error)
     return Switch(version, previous, served=server is not None)
+
+
+def _come_back(
+    classifier: Classifier, version: int, previous: int, asked: Sequence[TritonServer], error: BaseException
+) -> NoReturn:
+    if not isinstance(error, LockLost) and classifier.serving() != previous:
+        # Only where files are far away: the one that pins could be replaced, and then not any more.
+        raise NotServed(
+            f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
+            f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
+            "so does the next verb that changes anything",
+            {"version": version, "parent_version": previous, "published": True, "served": False},
+        ) from error
+    # Whatever it was, the files are as before; now the servers that were asked have to be, too.
+    if not asked or version == previous:
+        classifier.note("undone", serving=previous)
+        raise error
+    _put_back(classifier, version, asked, error)
 
 
 def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
@@ -223,11 +261,31 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
 
 @contextlib.contextmanager
 def changing(classifier: Classifier, server: TritonServer | None = None) -> Iterator[None]:
-    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone."""
+    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone.
+
+    Raises InputError for a version on trial, which only ``patcher.canary`` changes, and NotServed where the body is
+    interrupted and leaves something half done.
+    """
+    if classifier.name.endswith(CANARY):
+        name = classifier.name.removesuffix(CANARY)
+        raise InputError(
+            f"{classifier.name} is a version of {name} on trial; expected --classifier {name}, and "
+            "`patcher canary --promote` or `patcher canary --discard` ends the trial"
+        )
     with classifier.repository.lock():
-        recover(classifier, server)
-        classifier.adopt()
-        yield
+        try:
+            recover(classifier, server)
+            classifier.adopt()
+            yield
+        except KeyboardInterrupt as interrupt:
+            with uninterrupted():
+                pending = classifier.journal.pending()
+            if pending is None:
+                raise
+            raise NotServed(
+                f"interrupted, and not undone: {pending}; `patcher doctor --repair` finishes or undoes it, and so does "
+                "the next verb that changes anything"
+            ) from interrupt
 
 
 def recover(classifier: Classifier, server: TritonServer | None = None) -> str | None:
@@ -297,6 +355,10 @@ def _undo(classifier: Classifier, published: int | None) -> str:
     # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
     # command takes it away.
     here = published in classifier.versions() or not classifier.store.in_one_step
+    trial = on_trial(classifier)
+    if trial is not None and published == trial.serving():
+        classifier.note("done", serving=serving)
+        return f"finished: version {published} is on trial, and version {serving} serves"
     if published is not None and here and published != serving:
         classifier.withdraw(published)
         return f"undone: version {published} was never made to serve, and is withdrawn"
@@ -314,13 +376,17 @@ def _finish_pruning(classifier: Classifier) -> None:
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
 
-    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone.
+    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone. The same
+    goes for a version on trial; one whose trial has ended is let go of.
     """
-    head = classifier.head()
+    trial = on_trial(classifier)
+    heads = [(each, each.head()) for each in (classifier, trial) if each is not None]
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
-            found[replica.url] = _bring(classifier, head, replica)
+            states = {_bring(each, head, replica) for each, head in heads}
+            changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
+            found[replica.url] = "caught up" if changed else "agreed"
         except PatcherError as error:
             found[replica.url] = f"failed: {error}"
     return found
