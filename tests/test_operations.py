@@ -544,7 +544,7 @@ def test_pruning_spares_a_version_on_trial(classifier):
     prune(classifier, 1)
     assert tried in classifier.versions()
     # It knows nothing of the labels that came since, which a promotion would take away without a word.
-    with pytest.raises(InputError, match=rf"which version {tried} was made without"):
+    with pytest.raises(InputError, match=rf"version {tried} of intent was made without"):
         canary.promote(classifier)
     canary.discard(classifier)
 
