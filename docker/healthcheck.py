@@ -1,13 +1,17 @@
-"""Exit 0 when every classifier that this container serves is ready, not merely the server around them.
+"""Exit 0 when every classifier that this container serves is ready and answers, not merely the server around them.
 
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
-`patcher drop-classifier` took out of the repository since. With --live it is enough that the server answers at all.
+`patcher drop-classifier` took out of the repository since. Each is asked for one answer, for Triton calls a model ready
+whose process died; not beside gRPC with TLS, where HTTP answers health checks alone. With --live it is enough that the
+server answers at all.
 """
 
 import http.client
+import json
 import os
 import pathlib
 import sys
+import urllib.error
 import urllib.request
 
 LIVE = "--live" in sys.argv[1:]
@@ -29,6 +33,29 @@ def trouble(what: str) -> str:
         return f"{what}: {error}"
 
 
+def refusal(name: str) -> str:
+    """Why no answer comes from the model ``name``, or an empty text; one that takes long is busy, not ill."""
+    given = {"text": "is anybody there?"}
+    if name.endswith("_any"):  # of a head store, which wants to know for whom
+        marks = sorted(REPOSITORY.glob("*_head/store"))
+        stored = [path.parent.name for path in marks if path.read_text().strip() == name.removesuffix("_any")]
+        if not stored:
+            return ""
+        given["classifier"] = stored[0].removesuffix("_head")
+    inputs = [{"name": key, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for key, text in given.items()]
+    body = json.dumps({"inputs": inputs}).encode()
+    try:
+        with DIRECT.open(f"http://{ADDRESS}/v2/models/{name}/infer", body, timeout=2):
+            return ""
+    except TimeoutError:
+        return ""
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        return "" if error.code == http.client.FORBIDDEN else f"{name} does not answer: {said}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{name} does not answer: {error}"
+
+
 def main() -> int:
     """Ask for each classifier."""
     if LIVE:
@@ -42,7 +69,7 @@ def main() -> int:
         return 1
     if REPOSITORY.is_dir():
         names = [name for name in names if (REPOSITORY / name / "config.pbtxt").is_file()]
-    found = [text for name in names if (text := trouble(f"models/{name}/ready"))]
+    found = [text for name in names if (text := trouble(f"models/{name}/ready") or refusal(name))]
     print("\n".join(found) or f"ready: {', '.join(names)}")
     return 1 if found or not names else 0
 

@@ -8,7 +8,6 @@ version is promoted, which is a switch as any other, or the canary is discarded.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
 from patcher.classifier import Classifier
-from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError
+from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError
 from patcher.fleet import each, present
-from patcher.repository import CANARY, holds
-from patcher.rollout import Switch, changing, probe, require_live, roll_back, validate
+from patcher.repository import CANARY
+from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,8 +98,11 @@ class SplitClient:
         """The share of the keys that goes to the canary now; 0 where there is none."""
         if time.monotonic() - self._read >= self.refresh_seconds:
             canary = self.classifier + CANARY
-            there = self.server.is_ready(canary)
-            self._percent = model_config.share_of(self.server.model_config(canary)) if there else 0.0
+            try:
+                there = self.server.is_ready(canary)
+                self._percent = model_config.share_of(self.server.model_config(canary)) if there else 0.0
+            except ServerRefused:  # the trial ended between the two questions
+                self._percent = 0.0
             self._read = time.monotonic()
         return self._percent
 
@@ -132,7 +135,7 @@ def begin(classifier: Classifier, version: int, percent: float, server: TritonSe
     InputError
         for a share that is none, or where another version is on trial.
     NotServed
-        when the server would not serve it; the canary is gone again.
+        when the server would not serve it; the canary is gone again, or has the share that it had.
     """
     with changing(classifier, server):
         return start(classifier, classifier.head(version), percent, server)
@@ -147,25 +150,39 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
     require_live(server, classifier)
     there = require_free(classifier, version)
     repository, name = classifier.repository, classifier.name + CANARY
-    if there is None:
+    before = None if there is None else repository.config_text(name)
+    if before is None:
         validate(classifier.head_bytes(version), head)
         repository.add_classifier(name, head, backbone=classifier.backbone, share=percent)
     else:
-        text = model_config.with_share(repository.store.read(f"{name}/config.pbtxt").decode(), percent)
-        repository.write_configs({name: text})
+        repository.write_configs({name: model_config.with_share(before, percent)})
     trial = Classifier(repository, name)
     try:
         each(present(server), lambda replica: _serve(trial, head, replica))
     except BaseException as error:
-        _remove(trial, server)
-        if isinstance(error, PatcherError):
-            raise NotServed(
-                f"version {version} of {classifier.name} could not be tried: {error}. The canary is gone again, and "
-                f"version {classifier.serving()} serves as before",
-                {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
-            ) from error
-        raise
+        state, back = "The canary is as it was before", True
+        try:
+            with uninterrupted():
+                _put_back(trial, head, before, server)
+        except PatcherError as failed:
+            state, back = f"The way back failed, too ({failed})", False
+        if back and not isinstance(error, PatcherError):
+            raise
+        raise NotServed(
+            f"version {version} of {classifier.name} could not be tried: {str(error) or type(error).__name__}. "
+            f"{state}; version {classifier.serving()} serves as before",
+            {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
+        ) from error
     return Canary(classifier.name, version, percent)
+
+
+def _put_back(trial: Classifier, head: Head, before: str | None, server: TritonServer | None) -> None:
+    """End a trial that could not begin, or give the one that was there its configuration again."""
+    if before is None:
+        _remove(trial, server)
+        return
+    trial.repository.write_configs({trial.name: before})
+    each(present(server), lambda replica: _serve(trial, head, replica))
 
 
 def require_free(classifier: Classifier, version: int | None = None) -> Classifier | None:
@@ -205,8 +222,9 @@ def status(classifier: Classifier, server: TritonServer | None = None) -> Canary
 def promote(classifier: Classifier, server: TritonServer | None = None) -> Switch:
     """Make the version on trial the one that serves, and end the trial.
 
-    Raises InputError where none is on trial, or labels that serve now would go, of a version it was made without;
-    NotServed when the server would not serve it: the trial then goes on.
+    Raises InputError where none is on trial, or it was made without what was changed in the version that serves now;
+    NotServed when the server would not serve it: the trial then goes on. ServerError where a server did not let go of
+    the trial, which has ended.
     """
     with changing(classifier, server):
         trial = _expected(classifier)
@@ -217,39 +235,39 @@ def promote(classifier: Classifier, server: TritonServer | None = None) -> Switc
 
 
 def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
-    """End the trial, and return the version that was tried; it stays on disk. InputError where none is on trial."""
+    """End the trial, and return the version that was tried; it stays on disk.
+
+    Raises InputError where none is on trial; ServerUnreachable and ControlRefused with nothing changed; ServerError
+    where a server did not let go of it, which ``patcher sync`` makes good.
+    """
     with changing(classifier, server):
+        require_live(server, classifier)
         trial = _expected(classifier)
         version = trial.serving()
         _remove(trial, server)
         return version
 
 
-def on_trial(classifier: Classifier) -> Classifier | None:
-    """The model beside a classifier that serves the version on trial; None where there is none."""
-    name = classifier.name + CANARY
-    return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
-
-
 def _refuse_stale(classifier: Classifier, tried: int) -> None:
     serving = classifier.serving()
-    gone = sorted(set(classifier.head(serving).labels) - set(classifier.head(tried).labels))
-    related = tried in _line(classifier, serving) or serving in _line(classifier, tried)
-    if gone and not related:
+    if not (_descends(classifier, tried, serving) or _descends(classifier, serving, tried)):
         raise InputError(
-            f"version {serving} of {classifier.name}, which serves now, has {', '.join(gone[:5])}, which version "
-            f"{tried} was made without: `patcher canary --discard` ends the trial; then add its labels anew, or go to "
-            f"it all the same by `patcher rollback --to {tried}`"
+            f"version {tried} of {classifier.name} was made without what was changed in version {serving}, which "
+            "serves now: `patcher canary --discard` ends the trial; then make its change anew, or go to it all the "
+            f"same by `patcher rollback --to {tried}`"
         )
 
 
-def _line(classifier: Classifier, version: int) -> set[int]:
-    """A version and those that it was made from, as far as they are on disk."""
-    line: set[int] = set()
-    while version in classifier.versions() and version not in line:
-        line.add(version)
-        version = classifier.head(version).lineage.parent or 0
-    return line
+def _descends(classifier: Classifier, version: int, ancestor: int) -> bool:
+    """Whether a version is ``ancestor`` or was made from it; the journal knows pruned and damaged ones, too."""
+    parents = {entry["version"]: entry.get("parent") for entry in classifier.journal.entries() if "parent" in entry}
+    while version > ancestor:
+        if version in parents:
+            parent = parents[version]
+        else:  # of a patcher that wrote no journal
+            parent = classifier.head(version).lineage.parent if version in classifier.versions() else None
+        version = min(parent or 0, version - 1)  # no version was made from a later one
+    return version == ancestor
 
 
 def _expected(classifier: Classifier) -> Classifier:
@@ -263,11 +281,19 @@ def _expected(classifier: Classifier) -> Classifier:
 
 def _remove(trial: Classifier, server: TritonServer | None) -> None:
     """First the files, so that a server that starts meanwhile knows nothing of it; then what the servers hold."""
-    trial.repository.remove_classifier(trial.name)
-    for replica in present(server):
-        for model in (trial.name, trial.head_model):
-            with contextlib.suppress(PatcherError):  # one that never came up cannot go
-                replica.unload(model)
+    failed = []
+    with uninterrupted():
+        trial.repository.remove_classifier(trial.name)
+        for replica in present(server):
+            try:
+                let_go(trial.name, replica)
+            except ServerError as error:
+                failed.append(f"{replica.url}: {error}")
+    if failed:
+        raise ServerError(
+            f"the trial has ended in the repository, but may still be answered from by {'; '.join(failed)}. "
+            "`patcher sync` ends it there, too"
+        )
 
 
 def _arm(classifier: Classifier, server: TritonServer) -> Arm:

@@ -17,6 +17,7 @@ from patcher.head_file import read_head
 from patcher.journal import Journal, hashes
 from patcher.layout import CONFIG, MEMORY, MODEL, version_files, version_numbers
 from patcher.memory import Memory
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,7 +121,10 @@ class Classifier(Backbone):
         try:
             self.store.add({name: files})
         except BaseException:
-            if not self.store.has(f"{name}/{MODEL}"):
+            if self.store.has(f"{name}/{MODEL}"):  # moved into place, and then it could not be flushed
+                with contextlib.suppress(StorageError):
+                    self.withdraw(version)
+            else:
                 self.note("undone", serving=self.serving())
             raise
 
@@ -158,16 +162,19 @@ class Classifier(Backbone):
         previous = self.serving()
         text = self.repository.config_text(self.head_model)
         text = model_config.with_pin(text, (version,), f"{self.repository.location}/{name}") + self.store.stamp()
-        with self.store.replacing(name, text.encode()) as replacement:
-            self.journal.append("switch", **{"from": previous, "to": version})
-            try:
-                replacement.make()
-                yield
-            except BaseException:
-                replacement.undo()
-                self.note("back", to=previous)
-                raise
-        self.note("done", serving=version)
+        with contextlib.ExitStack() as end:
+            with self.store.replacing(name, text.encode()) as replacement:
+                self.journal.append("switch", **{"from": previous, "to": version})
+                try:
+                    replacement.make()
+                    yield
+                    end.enter_context(uninterrupted())  # from here on it has ended well
+                except BaseException:
+                    with uninterrupted():
+                        replacement.undo()
+                        self.note("back", to=previous)
+                    raise
+            self.note("done", serving=version)
 
     def withdraw(self, version: int) -> None:
         """Take a version away that never served; the serving one is refused. The lock must be held."""

@@ -13,8 +13,8 @@ from patcher.errors import PatcherError, RepositoryError
 from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
-from patcher.repository import ModelRepository
-from patcher.rollout import PROBE_TEXT, catch_up, changing, probe, recover, validate
+from patcher.repository import CANARY, ModelRepository
+from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +84,9 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
                 yield _served(repository.classifier(name), member)
             except PatcherError as error:
                 yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+            if name + CANARY not in names and member.is_ready(f"{name}{CANARY}_head"):
+                found = f"its trial has ended, and {member.url} goes on with it; `patcher sync` ends it there, too"
+                yield Check(f"{name}{CANARY}, served", "fault", found)
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
@@ -105,7 +108,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
                     yield Check(what, "note", f"versions {', '.join(map(str, gone))} are written off")
-            with changing(classifier, server):
+                classifier.adopt()
                 for url, state in (catch_up(classifier, server) if server else {}).items():
                     yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
         except PatcherError as error:

@@ -9,7 +9,7 @@ from patcher.canary import require_free
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import Fleet, present
 from patcher.repository import CANARY, check_name
-from patcher.rollout import require_live
+from patcher.rollout import let_go, require_live
 
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
@@ -48,6 +48,7 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         if classifier is not None and not classifier.in_store:
             require_free(classifier)
         held = _unload(name, server)
+        _unload(name + CANARY, server)  # of a trial that ended without a server hearing of it
         there = repository.has_remains(name)
         if there:
             repository.remove_classifier(name)
@@ -67,17 +68,9 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
 
 
 def _unload(name: str, server: TritonServer | None) -> bool:
-    """Have the servers let go of a head and the ensemble above it; whether one held them.
-
-    Without a head it is no classifier: a model ``name`` alone may be somebody else's.
-    """
-    held = False
-    for replica in present(server):
-        if replica.is_ready(f"{name}_head"):
-            replica.unload(name)
-            replica.unload(f"{name}_head")
-            held = True
-    return held
+    """Have the servers let go of a classifier; whether one held it."""
+    held = [let_go(name, replica) for replica in present(server)]
+    return any(held)
 
 
 def _forget(repository: ModelRepository, name: str, server: TritonServer | None) -> None:

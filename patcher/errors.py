@@ -14,7 +14,8 @@ PatcherError                 1  failed, nothing changed
 ├── ServerError              1  the server answered with an error
 │   ├── ServerUnreachable       nobody answers, or not in time
 │   │   └── TlsError            somebody answers, but the connection cannot be secured as asked
-│   └── ServerRefused           the server understood and said no (a missing key, an unknown model)
+│   └── ServerRefused           the server understood and said no (an unknown model)
+│       └── ControlRefused      it takes no model control at all, or not with this key
 ├── ToolError                1  a program or library that is needed is missing or failed
 ├── StorageError             1  the disk, or the object store, would not take what was to be written
 │   └── LockLost                another patcher took over meanwhile, and this one writes nothing any more
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Busy",
     "CheckpointError",
+    "ControlRefused",
     "ExamplesError",
     "ExportError",
     "GateRefused",
@@ -124,6 +126,10 @@ class TlsError(ServerUnreachable):
 
 class ServerRefused(ServerError):
     """The server understood the request and refused it."""
+
+
+class ControlRefused(ServerRefused):
+    """The server takes no model control at all, or not with the key that it got; that says nothing of any model."""
 
 
 class ToolError(PatcherError):

@@ -89,8 +89,11 @@ def waves(replicas: Sequence[TritonServer]) -> list[tuple[TritonServer, ...]]:
     return found
 
 
-def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], None]) -> None:
-    """Do it on all replicas at once; every one is tried, then the first error is raised, with how many failed."""
+def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], object]) -> None:
+    """Do it on all replicas at once; every one is tried, then one error is raised that tells of all that failed.
+
+    Where all failed with the same kind of ServerError, it is of that kind.
+    """
     if len(replicas) == 1:
         do(replicas[0])
         return
@@ -105,7 +108,10 @@ def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], None]) -
         raise unexpected[0]
     if failed:
         said = "; ".join(f"{url}: {error}" for error, url in failed)
-        raise ServerError(f"{len(failed)} of {len(replicas)} replicas failed: {said}") from failed[0][0]
+        kinds = {type(error) for error, _ in failed}
+        kind = kinds.pop() if len(kinds) == 1 else ServerError
+        kind = kind if issubclass(kind, ServerError) else ServerError
+        raise kind(f"{len(failed)} of {len(replicas)} replicas failed: {said}") from failed[0][0]
 
 
 def watch(classifier: Classifier, replica: TritonServer, seconds: float) -> None:

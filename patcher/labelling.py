@@ -18,7 +18,7 @@ from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
-from patcher.rollout import changing, require_live, roll_out, set_aside, validate
+from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ def _published(
             return roll_out(target, patch.head, patch.memory, server).served
         require_live(server, target)
         set_aside(target, patch.head, patch.memory)
-        start(target, patch.head, canary, server)
+        with withdrawing(target, patch.head.lineage.version):
+            start(target, patch.head, canary, server)
         return server is not None
     except NotServed as error:
         raise NotServed(str(error), {**report.to_json(), **error.report}) from error

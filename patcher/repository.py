@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from patcher import layout, model_config
 from patcher.backbone import Backbone
 from patcher.classifier import Classifier
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import InputError, RepositoryError, StorageError
 from patcher.journal import Journal
 from patcher.layout import CONFIG, MODEL, STORE, version_numbers
+from patcher.signals import uninterrupted
 from patcher.store import Store, is_url, open_store
 
 if TYPE_CHECKING:
@@ -183,9 +184,8 @@ class ModelRepository:
         # One that is named is looked for alone: a store may hold thousands.
         if name is not None and holds(self.store, name):
             return Classifier(self, name)
-        names = self.classifiers()
+        names = tuple(each for each in self.classifiers() if not each.endswith(CANARY))
         if name is None:
-            names = tuple(each for each in names if not each.endswith(CANARY))
             if len(names) != 1:
                 found = f"{len(names)} classifiers ({_some(names)})" if names else "no classifier"
                 raise InputError(f"{self.location} holds {found}; expected --classifier NAME with one of them")
@@ -350,11 +350,18 @@ class ModelRepository:
                 f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
                 f"{backbone} is {fingerprint[:12]} with {width}"
             )
-        self._add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
-        # Of a classifier that was here before under this name, and whose folders somebody took away.
-        self.store.remove(f"{name}{_JOURNAL}")
-        classifier = Classifier(self, name)
-        classifier.adopt()
+        try:
+            self._add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
+            # Of a classifier that was here before under this name, and whose folders somebody took away.
+            self.store.remove(f"{name}{_JOURNAL}")
+            classifier = Classifier(self, name)
+            classifier.adopt()
+        except InputError:  # what is there is somebody else's
+            raise
+        except BaseException:
+            with uninterrupted(), contextlib.suppress(StorageError):
+                self.remove_classifier(name)
+            raise
         return classifier
 
     def remove_backbone(self, name: str) -> None:

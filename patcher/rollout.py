@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from patcher.errors import LockLost, NotServed, PatcherError, ServerError, ServerUnreachable, StorageError, VersionError
+from patcher.classifier import Classifier
+from patcher.errors import (
+    ControlRefused,
+    InputError,
+    LockLost,
+    NotServed,
+    PatcherError,
+    ServerError,
+    ServerUnreachable,
+    StorageError,
+    VersionError,
+)
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
+from patcher.repository import CANARY, holds
 from patcher.runtime import check_head_file
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from patcher.classifier import Classifier
     from patcher.head import Head
     from patcher.memory import Memory
     from patcher.triton.client import TritonServer
@@ -27,6 +40,8 @@ __all__ = [
     "Switch",
     "catch_up",
     "changing",
+    "let_go",
+    "on_trial",
     "probe",
     "recover",
     "require_live",
@@ -35,10 +50,15 @@ __all__ = [
     "serve",
     "set_aside",
     "validate",
+    "withdrawing",
 ]
 
 PROBE_TEXT = "is anybody there?"
 """Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
+
+
+_DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
+"""What Triton says of a model whose Python process died, and of each ensemble that asks it."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +119,20 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
     require_live(server, classifier)
     validate(write_head(head), head)
     classifier.publish(head, memory)
-    try:
+    with withdrawing(classifier, head.lineage.version):
         return _switch(classifier, head, server)
+
+
+@contextlib.contextmanager
+def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
+    """Withdraw ``version`` where the body fails, unless a server refused it: what nobody asked for leaves no trace."""
+    try:
+        yield
     except NotServed:
         raise
     except BaseException:
-        # Not a version that a server refused, but one that nobody ever asked for: it leaves no trace.
-        with contextlib.suppress(StorageError):
-            classifier.withdraw(head.lineage.version)
+        with uninterrupted(), contextlib.suppress(StorageError):
+            classifier.withdraw(version)
         raise
 
 
@@ -127,14 +153,33 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
     """Publish ``head`` beside the version that goes on serving; the lock must be held."""
     validate(write_head(head), head)
     classifier.publish(head, memory)
-    classifier.note("done", serving=classifier.serving())
+    with withdrawing(classifier, head.lineage.version):
+        classifier.journal.append("done", serving=classifier.serving())
+
+
+def on_trial(classifier: Classifier) -> Classifier | None:
+    """The model beside a classifier that serves the version on trial; None where there is none."""
+    name = classifier.name + CANARY
+    return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
+
+
+def let_go(name: str, replica: TritonServer) -> bool:
+    """Have ``replica`` let go of a head and the ensemble above it; whether it held them.
+
+    Without a head it is no classifier: a model ``name`` alone may be somebody else's.
+    """
+    held = replica.is_ready(f"{name}_head")
+    if held:
+        replica.unload(name)
+        replica.unload(f"{name}_head")
+    return held
 
 
 def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:
     """ServerUnreachable where no server answers; before anything is published, so that it costs nothing.
 
-    With a ``classifier`` whose versions are loaded by model control also ServerRefused, where a server wants another
-    key for that: its list of models asks for the same one. A head store is told of a version by a plain request.
+    With a ``classifier`` whose versions are loaded by model control also ControlRefused, where a server takes none, or
+    wants another key for that. A head store is told of a version by a plain request.
     """
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
@@ -142,7 +187,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
             "--url or $TRITON_URL names another, --no-load does without"
         )
     for replica in present(server) if classifier is not None and not classifier.in_store else ():
-        replica.repository_index()
+        replica.check_control()
 
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
@@ -157,21 +202,28 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
                     watch(classifier, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
-    except BaseException as error:
-        if not isinstance(error, LockLost) and classifier.serving() != previous:
-            # Only where files are far away: the one that pins could be replaced, and then not any more.
-            raise NotServed(
-                f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
-                f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
-                "so does the next verb that changes anything",
-                {"version": version, "parent_version": previous, "published": True, "served": False},
-            ) from error
-        # Whatever it was, the files are as before; now the servers that were asked have to be, too.
-        if not asked or version == previous:
-            classifier.note("undone", serving=previous)
-            raise
-        _put_back(classifier, version, asked, error)
+    except BaseException as error:  # noqa: BLE001 - raised again, or what became of it
+        with uninterrupted():
+            _come_back(classifier, version, previous, asked, error)
     return Switch(version, previous, served=server is not None)
+
+
+def _come_back(
+    classifier: Classifier, version: int, previous: int, asked: Sequence[TritonServer], error: BaseException
+) -> NoReturn:
+    if not isinstance(error, LockLost) and classifier.serving() != previous:
+        # Only where files are far away: the one that pins could be replaced, and then not any more.
+        raise NotServed(
+            f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
+            f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
+            "so does the next verb that changes anything",
+            {"version": version, "parent_version": previous, "published": True, "served": False},
+        ) from error
+    # Whatever it was, the files are as before; now the servers that were asked have to be, too.
+    if not asked or version == previous:
+        classifier.note("undone", serving=previous)
+        raise error
+    _put_back(classifier, version, asked, error)
 
 
 def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
@@ -209,18 +261,39 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
 
 @contextlib.contextmanager
 def changing(classifier: Classifier, server: TritonServer | None = None) -> Iterator[None]:
-    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone."""
+    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone.
+
+    Raises InputError for a version on trial, which only ``patcher.canary`` changes, and NotServed where the body is
+    interrupted and leaves something half done.
+    """
+    if classifier.name.endswith(CANARY):
+        name = classifier.name.removesuffix(CANARY)
+        raise InputError(
+            f"{classifier.name} is a version of {name} on trial; expected --classifier {name}, and "
+            "`patcher canary --promote` or `patcher canary --discard` ends the trial"
+        )
     with classifier.repository.lock():
-        recover(classifier, server)
-        classifier.adopt()
-        yield
+        try:
+            recover(classifier, server)
+            classifier.adopt()
+            yield
+        except KeyboardInterrupt as interrupt:
+            with uninterrupted():
+                pending = classifier.journal.pending()
+            if pending is None:
+                raise
+            raise NotServed(
+                f"interrupted, and not undone: {pending}; `patcher doctor --repair` finishes or undoes it, and so does "
+                "the next verb that changes anything"
+            ) from interrupt
 
 
 def recover(classifier: Classifier, server: TritonServer | None = None) -> str | None:
     """Finish or undo the change that was interrupted, and say which; None where none was. The lock must be held.
 
     The pin decides: a version that was pinned is loaded and proven (or else put back), one that was not is withdrawn,
-    for nobody was told that it serves. Without a server the files alone are brought in order.
+    for nobody was told that it serves. A server that does not answer, or takes no model control, says nothing of the
+    version: then nothing is decided. Without a server the files alone are brought in order.
     """
     _finish_pruning(classifier)
     pending = classifier.journal.pending()
@@ -232,7 +305,10 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
     serving, (before, after) = classifier.serving(), pending.switched
     if serving == after != before and not pending.back:
         try:
-            _serve_all(classifier, after, server)
+            head = classifier.head()
+            each(present(server), lambda replica: _bring(classifier, head, replica))
+        except (ServerUnreachable, ControlRefused):
+            raise
         except PatcherError:
             classifier.pin(before)
             classifier.note("switch", **{"from": before, "to": before})  # the servers have yet to learn of it
@@ -246,7 +322,32 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
 
 def _serve_all(classifier: Classifier, version: int, server: TritonServer | None) -> None:
     head = classifier.head(version)
-    each(present(server), lambda replica: serve(classifier, head, replica))
+    each(present(server), lambda replica: _serve_revived(classifier, head, replica))
+
+
+def _bring(classifier: Classifier, head: Head, replica: TritonServer) -> str:
+    """Have ``replica`` serve ``head``, which is pinned: ``agreed`` where it does already, else ``caught up``."""
+    with contextlib.suppress(PatcherError):
+        probe(classifier, head, replica)
+        return "agreed"
+    _serve_revived(classifier, head, replica)
+    return "caught up"
+
+
+def _serve_revived(classifier: Classifier, head: Head, replica: TritonServer) -> None:
+    """:func:`serve`, after models whose process died were loaded anew."""
+    revived: set[str] = set()
+    while True:
+        try:
+            return serve(classifier, head, replica)
+        except ServerError as error:
+            # Triton starts no process again that died, nor does it load a model again whose files are as they were.
+            dead = _DEAD_STUB.search(str(error))
+            if dead is None or dead[1] in revived:
+                raise
+            revived.add(dead[1])
+            replica.unload(dead[1])
+            replica.load(dead[1])
 
 
 def _undo(classifier: Classifier, published: int | None) -> str:
@@ -254,6 +355,10 @@ def _undo(classifier: Classifier, published: int | None) -> str:
     # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
     # command takes it away.
     here = published in classifier.versions() or not classifier.store.in_one_step
+    trial = on_trial(classifier)
+    if trial is not None and published == trial.serving():
+        classifier.note("done", serving=serving)
+        return f"finished: version {published} is on trial, and version {serving} serves"
     if published is not None and here and published != serving:
         classifier.withdraw(published)
         return f"undone: version {published} was never made to serve, and is withdrawn"
@@ -271,18 +376,17 @@ def _finish_pruning(classifier: Classifier) -> None:
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
 
-    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone.
+    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone. The same
+    goes for a version on trial; one whose trial has ended is let go of.
     """
-    head = classifier.head()
+    trial = on_trial(classifier)
+    heads = [(each, each.head()) for each in (classifier, trial) if each is not None]
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
-            probe(classifier, head, replica)
-            found[replica.url] = "agreed"
-        except PatcherError:
-            try:
-                serve(classifier, head, replica)
-                found[replica.url] = "caught up"
-            except PatcherError as error:
-                found[replica.url] = f"failed: {error}"
+            states = {_bring(each, head, replica) for each, head in heads}
+            changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
+            found[replica.url] = "caught up" if changed else "agreed"
+        except PatcherError as error:
+            found[replica.url] = f"failed: {error}"
     return found

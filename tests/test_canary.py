@@ -8,10 +8,23 @@ import shutil
 import pytest
 import tiny
 
-from patcher import ModelRepository, PatchSettings, SplitClient, TritonServer, add_label, canary, rollback
+from patcher import (
+    ModelRepository,
+    PatchSettings,
+    SplitClient,
+    TritonServer,
+    add_label,
+    canary,
+    doctor,
+    remove_label,
+    rename_label,
+    rollback,
+    sync,
+)
 from patcher.canary import takes
 from patcher.cli import main
-from patcher.errors import InputError, NotServed, ServerError, VersionError
+from patcher.errors import InputError, NotServed, ServerError, ServerRefused, ServerUnreachable, VersionError
+from patcher.rollout import recover
 from patcher.triton.server import EmbeddedTriton
 
 KEYS = [f"user-{i}" for i in range(400)]
@@ -138,6 +151,114 @@ def test_a_version_that_the_server_will_not_serve_is_not_on_trial(live, monkeypa
         canary.begin(classifier, report.version, 10, server)
     assert canary.status(classifier) is None
     assert classifier.serving() == 1
+
+
+@pytest.mark.server
+def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live, monkeypatch):
+    classifier, server = live
+
+    def faults():
+        return [check.what for check in doctor.diagnose(classifier.root, server, "url") if check.state == "fault"]
+
+    def hang(_model):
+        raise ServerUnreachable("hangs")
+
+    report = on_trial(live)
+    monkeypatch.setattr(server, "check_control", lambda: hang(""))
+    with pytest.raises(ServerUnreachable, match="hangs"):
+        canary.discard(classifier, server)
+    assert canary.status(classifier).version == report.version
+    monkeypatch.undo()
+    monkeypatch.setattr(server, "unload", hang)
+    with pytest.raises(ServerError, match="`patcher sync` ends it there, too"):
+        canary.discard(classifier, server)
+    monkeypatch.undo()
+    assert faults() == ["intent_canary, served"]
+    assert sync(classifier, server) == {server.url: "caught up"}
+    assert not server.is_ready("intent_canary")
+    assert faults() == []
+    # And one that a server lost.
+    canary.begin(classifier, report.version, 10, server)
+    server.unload("intent_canary")
+    server.unload("intent_canary_head")
+    assert faults() == ["intent_canary, served"]
+    assert sync(classifier, server) == {server.url: "caught up"}
+    assert faults() == []
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("error", [ServerUnreachable("hiccup"), KeyboardInterrupt()])
+def test_a_share_that_cannot_be_changed_is_as_it_was(live, monkeypatch, error):
+    classifier, server = live
+    report = on_trial(live, percent=10.0)
+    load, errors = server.load, [error]
+
+    def once(model):
+        if errors:
+            raise errors.pop()
+        load(model)
+
+    monkeypatch.setattr(server, "load", once)
+    with pytest.raises((NotServed, KeyboardInterrupt)):
+        canary.begin(classifier, report.version, 20, server)
+    assert (canary.status(classifier).version, canary.status(classifier).percent) == (report.version, 10.0)
+    assert SplitClient(server, "intent").percent == 10.0
+
+
+@pytest.mark.server
+def test_a_trial_that_ends_while_a_client_asks_for_its_share(live, monkeypatch):
+    _, server = live
+    on_trial(live)
+    client = SplitClient(server, "intent")
+
+    def gone(_model):
+        raise ServerRefused("unknown model")
+
+    monkeypatch.setattr(server, "model_config", gone)
+    assert client.percent == 0.0
+
+
+@pytest.mark.server
+def test_promote_loses_nothing_that_was_changed_meanwhile(live):
+    classifier, server = live
+    on_trial(live)
+    remove_label(classifier, "travel", server)
+    with pytest.raises(InputError, match="was made without what was changed in version"):
+        canary.promote(classifier, server)
+    assert "travel" not in classifier.head().labels
+
+
+@pytest.mark.server
+def test_promote_needs_no_version_but_two(live):
+    classifier, server = live
+    first = classifier.root / "intent_head" / "1" / "model.onnx"
+    data = first.read_bytes()
+    rename_label(classifier, "music", "songs", server)
+    report = on_trial(live)
+    first.write_bytes(b"damaged")
+    assert canary.promote(classifier, server).version == report.version
+    first.write_bytes(data)
+
+
+@pytest.mark.server
+def test_a_recovery_spares_the_version_on_trial(live):
+    classifier, server = live
+    report = on_trial(live)
+    entry = next(each for each in classifier.journal.entries() if each.get("version") == report.version)
+    classifier.journal.append("publish", version=report.version, parent=1, files=entry["files"])
+    with classifier.repository.lock():
+        assert "is on trial" in recover(classifier, server)
+    assert canary.promote(classifier, server).version == report.version
+
+
+@pytest.mark.server
+def test_a_version_on_trial_is_no_classifier_to_change(live):
+    classifier, server = live
+    on_trial(live)
+    with pytest.raises(InputError, match="expected --classifier intent,"):
+        remove_label(classifier.repository.classifier("intent_canary"), "payday", server)
+    with pytest.raises(InputError, match=r"it holds intent$"):
+        classifier.repository.classifier("nobody")
 
 
 @pytest.mark.server

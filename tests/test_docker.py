@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import shutil
@@ -237,12 +238,24 @@ def test_entrypoint_wants_a_clear_word_on_the_encoder(container: dict[str, str])
 
 
 class Ready(http.server.BaseHTTPRequestHandler):
-    """Answers as a Triton does in which only `intent` is ready, while the server itself says that it is."""
+    """Answers as a Triton does in which only `intent` is ready, while the server itself says that it is.
+
+    Its `inference` is the status of each answer.
+    """
+
+    inference = 200
 
     def do_GET(self) -> None:
         ready = self.path in ("/v2/models/intent/ready", "/v2/health/ready", "/v2/health/live")
         self.send_response(200 if ready else 400)
         self.end_headers()
+
+    def do_POST(self) -> None:
+        (given,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
+        assert (self.path, given["name"], given["shape"]) == ("/v2/models/intent/infer", "text", [1, 1])
+        self.send_response(self.inference)
+        self.end_headers()
+        self.wfile.write(b"Stub process 'intent_encoder_0_0' is not healthy." if self.inference == 500 else b"{}")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -268,6 +281,22 @@ def test_health_is_the_readiness_of_every_classifier(tmp_path: Path, served: str
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         server.shutdown()
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("status, code", [(200, 0), (500, 1), (403, 0)])
+def test_health_is_an_answer_where_http_gives_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
+    (tmp_path / "classifiers").write_text("intent")
+    monkeypatch.setattr(Ready, "inference", status)
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(tmp_path / "nowhere")}
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert outcome.returncode == code, outcome.stdout + outcome.stderr
+    assert ("is not healthy" in outcome.stdout) == (status == 500)
 
 
 def test_a_classifier_that_was_dropped_makes_nothing_unready(tmp_path: Path) -> None:

@@ -555,8 +555,8 @@ class TestFaults:
             def is_live(self):
                 return True
 
-            def repository_index(self):
-                return []
+            def check_control(self):
+                pass
 
             def load(self, _model):
                 store.fault = lambda *_: True

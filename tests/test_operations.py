@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
@@ -38,6 +39,7 @@ from patcher.classifier import Classifier
 from patcher.cli import main
 from patcher.errors import (
     Busy,
+    ControlRefused,
     InputError,
     LabelError,
     RepositoryError,
@@ -341,6 +343,55 @@ class TestFaults:
             assert faults(classifier, server) == []
 
     @pytest.mark.server
+    def test_models_whose_process_died_answer_again_after_a_sync(self, classifier, tmp_path):
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            for names in (["intent_encoder"], ["intent_head"], ["intent_encoder", "intent_head"]):
+                for stub in psutil.Process(triton.pid).children():
+                    if stub.status() != psutil.STATUS_ZOMBIE and any(name in stub.cmdline()[1] for name in names):
+                        stub.kill()
+                with pytest.raises(ServerError, match="is not healthy"):
+                    server.classify("intent", TEN)
+                assert server.is_ready("intent")  # Triton's own word
+                assert faults(classifier, server)
+                assert sync(classifier, server) == {server.url: "caught up"}
+                assert server.classify("intent", TEN)[0].head_version == 1
+                assert server.is_ready("intent_features")
+                assert faults(classifier, server) == []
+            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+
+    @pytest.mark.server
+    def test_a_server_that_takes_no_model_control_is_told_so_before_anything_is_published(self, classifier, tmp_path):
+        class Fixed(EmbeddedTriton):
+            def command(self):
+                loaded = [word for word in super().command() if not word.startswith("--load-model")]
+                return [word.replace("=explicit", "=none") for word in loaded]
+
+        with Fixed(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            with pytest.raises(ControlRefused, match="start it with --model-control-mode=explicit"):
+                add_label(classifier.repository, "payday", TEN, server=server)
+            assert (classifier.versions(), classifier.journal.pending()) == ((1,), None)
+            # What was interrupted, and is what the server serves, needs no model control.
+            classifier.journal.append("switch", **{"from": 2, "to": 1})
+            assert recover(classifier, server) == "finished: version 1 serves"
+
+    @pytest.mark.server
+    def test_a_recovery_without_the_key_decides_nothing(self, classifier, tmp_path):
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", admin_key="k" * 32) as triton:
+            with triton.client() as server:
+                add_label(classifier.repository, "payday", TEN, server=server)
+            classifier.journal.append("switch", **{"from": 1, "to": 2})  # killed before it could say that it is done
+            with TritonServer(triton.url) as stranger:
+                assert recover(classifier, stranger) == "finished: version 2 serves"
+                patched(classifier, "pizza")  # without a server
+                classifier.journal.append("switch", **{"from": 2, "to": 3})
+                with classifier.repository.lock(), pytest.raises(ControlRefused, match="no admin key"):
+                    recover(classifier, stranger)
+            assert classifier.serving() == 3
+            with triton.client() as server:
+                assert recover(classifier, server) == "finished: version 3 serves"
+                assert server.classify("intent", TEN)[0].head_version == 3
+
+    @pytest.mark.server
     def test_what_lies_beside_or_was_loaded_by_others_does_not_serve(self, classifier, tmp_path):
         """TRITON.md's traps: restart beside a corrupt version, readiness after a refused load, load by bytes."""
         patched(classifier)
@@ -493,7 +544,7 @@ def test_pruning_spares_a_version_on_trial(classifier):
     prune(classifier, 1)
     assert tried in classifier.versions()
     # It knows nothing of the labels that came since, which a promotion would take away without a word.
-    with pytest.raises(InputError, match=rf"which version {tried} was made without"):
+    with pytest.raises(InputError, match=rf"version {tried} of intent was made without"):
         canary.promote(classifier)
     canary.discard(classifier)
 

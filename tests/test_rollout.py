@@ -6,6 +6,7 @@ The real server's part is in ``test_road.py``.
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import NotServed
+from patcher import NotServed, PatchSettings, add_label, disk
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
 from patcher.head_file import write_head
+from patcher.journal import Journal
 from patcher.lineage import next_lineage
-from patcher.rollout import roll_back, roll_out, validate
+from patcher.rollout import changing, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
 from patcher.triton.client import Answer
 
@@ -34,8 +36,8 @@ class Server:
         self.classifier, self.faults, self.serving = classifier, faults, classifier.serving()
         self.encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
 
-    def repository_index(self):
-        return []
+    def check_control(self):
+        pass
 
     def _maybe_fail(self, call):
         fault = self.faults.get(call)
@@ -107,6 +109,96 @@ def test_whatever_fails_the_previous_version_is_back(classifier, case):
     assert (classifier.serving(), server.serving) == (1, 1)
     assert (classifier.root / "intent_head" / "config.pbtxt").read_bytes() == config
     assert not list(classifier.root.rglob(".patcher-staging-*"))
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_stop_the_way_back(classifier, second):
+    signals = [signal.SIGINT, second]
+
+    class Signalled(Server):
+        def load(self, model):
+            if signals:
+                os.kill(os.getpid(), signals.pop(0))
+            super().load(model)
+
+    server = Signalled(classifier)
+    with classifier.repository.lock(), pytest.raises(KeyboardInterrupt):
+        roll_out(classifier, next_head(classifier), None, server)
+    assert (classifier.serving(), server.serving, classifier.journal.pending()) == (1, 1, None)
+    assert not signals
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_after_success_changes_nothing(classifier, monkeypatch):
+    append = Journal.append
+
+    def signalled(self, event, **values):
+        if event == "done":
+            os.kill(os.getpid(), signal.SIGINT)
+        append(self, event, **values)
+
+    monkeypatch.setattr(Journal, "append", signalled)
+    server = Server(classifier)
+    with classifier.repository.lock():
+        assert roll_out(classifier, next_head(classifier), None, server).version == 2
+    assert (classifier.serving(), server.serving, classifier.journal.pending()) == (2, 2, None)
+
+
+def test_an_interruption_that_leaves_something_says_so(classifier):
+    def interrupted():
+        with changing(classifier):
+            classifier.journal.append("switch", **{"from": 2, "to": 1})
+            raise KeyboardInterrupt
+
+    with pytest.raises(NotServed, match="interrupted, and not undone: version 1 was about to serve"):
+        interrupted()
+    with pytest.raises(KeyboardInterrupt), changing(classifier):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("publish", [roll_out, set_aside])
+def test_a_folder_that_cannot_be_flushed_is_not_published(classifier, tree, monkeypatch, publish):
+    before = tree(classifier.root)
+    flush, failures = disk.flush_folder, [OSError(28, "No space left on device")]
+
+    def once(folder, **options):
+        if folder == classifier.root / "intent_head" and failures and (folder / "2").is_dir():
+            raise failures.pop()
+        flush(folder, **options)
+
+    monkeypatch.setattr(disk, "flush_folder", once)
+    with classifier.repository.lock(), pytest.raises(StorageError, match="nothing was changed"):
+        publish(classifier, next_head(classifier), None, *([None] if publish is roll_out else []))
+    assert tree(classifier.root) == before
+    assert classifier.journal.pending() is None
+
+
+def test_a_version_set_aside_whose_entry_is_lost_is_withdrawn(classifier, tree, monkeypatch):
+    before = tree(classifier.root)
+    append, errors = Journal.append, [StorageError("full")]
+
+    def lost(self, event, **values):
+        if event == "done" and errors:
+            raise errors.pop()
+        append(self, event, **values)
+
+    monkeypatch.setattr(Journal, "append", lost)
+    with classifier.repository.lock(), pytest.raises(StorageError, match="full"):
+        set_aside(classifier, next_head(classifier), None)
+    assert tree(classifier.root) == before
+    assert classifier.journal.pending() is None
+
+
+def test_a_trial_that_cannot_be_noted_leaves_nothing(classifier, tree, monkeypatch):
+    before = tree(classifier.root)
+
+    def full(*_):
+        raise StorageError("full")
+
+    monkeypatch.setattr(Classifier, "adopt", lambda self: full() if self.name.endswith("_canary") else ())
+    with pytest.raises(StorageError, match="full"):
+        add_label(classifier.repository, "payday", tiny.sentences("payday", 10), settings=PatchSettings(canary=10.0))
+    assert tree(classifier.root) == before
 
 
 def test_when_the_way_back_fails_too_the_message_says_so(classifier):

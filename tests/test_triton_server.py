@@ -229,6 +229,21 @@ class TestServeCommand:
         assert not psutil.wait_procs(stubs, timeout=10)[1]
         assert "ended by itself with exit code -9" in said
 
+    def test_ends_when_a_process_of_a_model_dies(self, classifier, tmp_path):
+        with serving(classifier, tmp_path / "log") as (served, output, url):
+            with TritonServer(url) as client:
+                for _ in range(3):  # stubs that Triton ends itself are none that died
+                    client.unload("intent_head")
+                    client.load("intent_head")
+                time.sleep(2.5)
+                assert served.poll() is None
+                (triton,) = psutil.Process(served.pid).children()
+                (encoder,) = [each for each in triton.children() if "intent_encoder" in " ".join(each.cmdline())]
+                encoder.kill()
+            said = output.read()
+            assert served.wait(20) == 1
+        assert "a Python process of tritonserver died" in said
+
 
 class TestClient:
     def test_answers_in_order_whatever_the_lengths(self, client):

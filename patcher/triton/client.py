@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, TlsError
+from patcher.errors import ControlRefused, InputError, ServerError, ServerRefused, ServerUnreachable, TlsError
 from patcher.triton.tls import handshake_problem, speaks_tls
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _PROBE_SECONDS = 5.0
 _LARGEST_MESSAGE = 2**31 - 1
 _LARGEST_PORT = 2**16 - 1
 _RECONNECT_MS = (100, 1000)
+_NO_MODEL = "patcher.json"
+"""A name that no model of a repository has (``check_name`` refuses it)."""
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 
@@ -172,12 +174,8 @@ class TritonServer:
     def _error(self, what: str, error: Any, seconds: float) -> ServerError:
         status = (error.status() or "").removeprefix("StatusCode.")
         message = " ".join((error.message() or "no reason given").split())
-        if "protocol is restricted" in message:
-            got = "the wrong admin key" if self._headers else "no admin key"
-            return ServerRefused(
-                f"{self.url} restricts model control and got {got}; "
-                "give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
-            )
+        if problem := self._control_problem(message):
+            return ControlRefused(f"{self.url} {problem}")
         if status == "DEADLINE_EXCEEDED":
             return ServerUnreachable(
                 f"{self.url} did not {what} within {seconds:g} s: is it hanging, overloaded, or no gRPC port? "
@@ -196,6 +194,19 @@ class TritonServer:
         ):
             return ServerRefused(f"{self.url} refused to {what}: {message}")
         return ServerError(f"{self.url} failed to {what}: {message} ({status or 'no status'})")
+
+    def _control_problem(self, message: str) -> str | None:
+        if "protocol is restricted" in message:
+            got = "the wrong admin key" if self._headers else "no admin key"
+            return (
+                f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
+            )
+        if "explicit model load / unload is not allowed" in message:
+            return (
+                "takes no model control: it runs with --model-control-mode=none or poll; start it with "
+                "--model-control-mode=explicit, as `patcher serve` does"
+            )
+        return None
 
     def _unreachable(self, message: str) -> ServerUnreachable:
         if problem := self._tls_problem():
@@ -272,6 +283,11 @@ class TritonServer:
         """Have the server stop serving ``model``."""
         with self._asked(f"unload {model}") as options:
             self._client.unload_model(model, **options)
+
+    def check_control(self) -> None:
+        """ControlRefused where the server would load and unload no model for us; changes nothing."""
+        with self._asked("take model control") as options:
+            self._client.unload_model(_NO_MODEL, **options)
 
     def refresh(self, store: str, classifier: str, width: int) -> None:
         """Have a head store serve the version of ``classifier`` that the files pin; no other head is touched.

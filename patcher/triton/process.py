@@ -18,7 +18,7 @@ from patcher.errors import InputError, ServerError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["accepts", "free_ports", "has_gpu", "hide_argument", "start_with_parent", "telling_lines"]
+__all__ = ["accepts", "dead_children", "free_ports", "has_gpu", "hide_argument", "start_with_parent", "telling_lines"]
 
 # Asks the kernel for SIGTERM when the parent goes, then becomes the server. Done by a program of its own, since code
 # run between fork and exec of a process with threads may hang.
@@ -29,6 +29,20 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the starting process is gone")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+def dead_children(pid: int) -> list[int]:
+    """Children of a process that ended without its asking whether they did, as Triton's stubs when they are killed.
+
+    Triton asks after each that it ends itself, or that fails to start.
+    """
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone meanwhile
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if (state, parent) == ("Z", str(pid)):
+                found.append(int(path.parent.name))
+    return found
 
 
 def start_with_parent(command: Sequence[str], environment: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:

@@ -23,7 +23,15 @@ from patcher.errors import InputError, ServerError
 from patcher.store import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
-from patcher.triton.process import accepts, free_ports, has_gpu, hide_argument, start_with_parent, telling_lines
+from patcher.triton.process import (
+    accepts,
+    dead_children,
+    free_ports,
+    has_gpu,
+    hide_argument,
+    start_with_parent,
+    telling_lines,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedTriton"]
 
 _POLL_SECONDS = 0.02
+_WATCH_SECONDS = 1.0
 _PORT_TRIES = 3
 _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
@@ -272,10 +281,25 @@ class EmbeddedTriton:
         return data
 
     def wait(self) -> None:
-        """Wait for as long as the server runs; ServerError with its log's words when it ends by itself."""
-        if self._process is not None:
-            code = self._process.wait()
-            raise ServerError(f"tritonserver ended by itself with exit code {code}.{self._log_says()}")
+        """Wait for as long as the server runs; ServerError with its log's words when it ends by itself.
+
+        It is ended when one of its Python processes dies: Triton starts none again, says that all is well, and answers
+        no request to the models of that process.
+        """
+        process = self._process
+        if process is None:
+            return
+        dead: set[int] = set()
+        while process.poll() is None:
+            before, dead = dead, set(dead_children(process.pid))
+            if before & dead:  # one that Triton itself ended may be seen once, before it asks
+                process.kill()
+                raise ServerError(
+                    "a Python process of tritonserver died (killed, or out of memory?), and the models in it could not "
+                    f"answer any more, so the server was ended; start it again.{self._log_says()}"
+                )
+            time.sleep(_WATCH_SECONDS)
+        raise ServerError(f"tritonserver ended by itself with exit code {process.returncode}.{self._log_says()}")
 
     @cached_property
     def installation(self) -> Installation:
