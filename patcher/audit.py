@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import sys
 import time
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from patcher.provenance import author
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["CHANGES", "begin", "finish", "note", "read_events"]
 
@@ -81,19 +80,40 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
         record["error"] = error[:_MOST_ERROR]
     line = json.dumps(record, ensure_ascii=True, default=str)
     if to_stderr:
-        sys.stderr.write(line + "\n")
+        _complain(line)
     path = os.environ.get("PATCHER_AUDIT_LOG")
     if path and record["verb"] in CHANGES:
+        data = (b"" if _ends_whole(Path(path)) else b"\n") + line.encode() + b"\n"
         try:
             # One write to a file opened for appending: lines of several patchers do not mix.
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
             try:
-                os.write(descriptor, line.encode() + b"\n")
+                if (written := os.write(descriptor, data)) < len(data):
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes of this event fitted")
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as problem:
-            sys.stderr.write(f"warning: the audit log {path} cannot be written: {problem.strerror or problem}\n")
+            _complain(f"warning: the audit log {path} cannot be written: {problem.strerror or problem}")
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file ends with a whole line, if there is one: else what follows would be part of the torn line."""
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return True
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+    except OSError:  # who may write and not read cannot tell: an empty line is nothing that a reader minds
+        return False
+
+
+def _complain(line: str) -> None:
+    if sys.stderr is not None:  # closed at the start (`2>&-`)
+        sys.stderr.write(line + "\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,9 @@ _WORKING = ".patcher-working"
 _STAGING = ".patcher-staging-"
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
+_LATER_NS = 1_000_000
+_FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
+"""What a new folder takes over from the one around it, and what a file in it does: nobody else may ever write."""
 
 
 class Disk:
@@ -107,7 +111,7 @@ class Disk:
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content by one rename."""
         with self._staging(_parent(name)) as staging:
-            replace(self.root / name, data, staging)
+            replace(self.root / name, data, staging, newer_than=self._newest(name))
 
     @contextlib.contextmanager
     def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
@@ -119,7 +123,17 @@ class Disk:
                 before.hardlink_to(path)
             except OSError:  # a file system without hard links
                 shutil.copy2(path, before)
-            yield _Replacement(path, data, before)
+            yield _Replacement(path, data, before, self._newest(name))
+
+    def _newest(self, name: str) -> int:
+        """The latest time of anything in the model that a file belongs to; 0 for a file of no model.
+
+        A server loads a model again only where that has grown, which the clock alone does not see to: files may be
+        dated ahead of it, where it was set back or where they were copied from another machine.
+        """
+        model, *below = PurePosixPath(name).parts
+        paths = (self.root / model, *(self.root / model).rglob("*")) if below else ()
+        return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
 
     def stamp(self) -> str:
         """Nothing: the kernel's lock goes with its process, so that nobody writes who lost it."""
@@ -137,6 +151,7 @@ class Disk:
                 target, made = self.root / name, staging / PurePosixPath(name).name
                 if target.exists():
                     target.rename(staging / f"leftover-{target.name}")
+                _share(made, target.parent.stat().st_mode)
                 flush_tree(made)
                 made.rename(target)
             flush_folder(self.root / parent)
@@ -152,11 +167,12 @@ class Disk:
         """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
         path = self.root / name
         try:
-            with path.open("ab") as file:
+            # Unbuffered: what a buffer still holds of a line that did not fit would follow when the file is closed.
+            with path.open("ab", buffering=0) as file:
                 try:
                     file.truncate(size)  # the torn line of a process that was killed while it wrote
-                    file.write(data)
-                    file.flush()
+                    while data:
+                        data = data[file.write(data) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.truncate(path, size)
@@ -240,13 +256,15 @@ class Disk:
 
 
 class _Replacement:
-    def __init__(self, path: Path, data: bytes, before: Path) -> None:
-        self.path, self.data, self.before = path, data, before
+    def __init__(self, path: Path, data: bytes, before: Path, newest: int) -> None:
+        self.path, self.data, self.before, self.newest = path, data, before, newest
 
     def make(self) -> None:
-        replace(self.path, self.data, self.before.parent)
+        self.newest = replace(self.path, self.data, self.before.parent, newer_than=self.newest)
 
     def undo(self) -> None:
+        with contextlib.suppress(PermissionError):  # somebody else's file: to rename it is allowed, to date it is not
+            _date(self.before, self.newest)
         self.before.replace(self.path)
         flush_folder(self.path.parent, tolerant=True)
 
@@ -263,6 +281,15 @@ def _write(folder: Path, files: Mapping[str, bytes | Path]) -> None:
             path.write_bytes(content)
         else:
             shutil.copyfile(content, path)
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Let those who may read and change a folder of this mode do the same with ``folder`` and all below it.
+
+    The umask of whoever runs patcher may be narrower, and a server is often another user.
+    """
+    for path in (folder, *folder.rglob("*")):
+        _set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else _FILE_BITS))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -282,19 +309,39 @@ def storage(root: Path) -> Iterator[None]:
         raise StorageError(f"cannot write to {root}: {error.strerror or error}; nothing was changed") from error
 
 
-def replace(path: Path, data: bytes, staging: Path | None = None) -> None:
-    """Give a file new content by one rename, flushed; written in ``staging``, a folder on the same file system."""
+def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0) -> int:
+    """Give a file new content by one rename, flushed; written in ``staging``, a folder on the same file system.
+
+    It keeps its mode, so that whoever could read it still can. Returns its time, which is after ``newer_than``.
+    """
     temporary = (staging or path.parent) / f".{path.name}.new"
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            _set_mode(temporary, path.stat().st_mode)
+        time_ns = _date(temporary, newer_than)
     except OSError:  # half a file on a full disk helps nobody
         temporary.unlink(missing_ok=True)
         raise
     temporary.replace(path)
     flush_folder(path.parent)
+    return time_ns
+
+
+def _date(path: Path, newer_than: int) -> int:
+    """Date a file after ``newer_than`` (in nanoseconds), unless it is; returns its time."""
+    if path.stat().st_mtime_ns <= newer_than:
+        os.utime(path, ns=(newer_than + _LATER_NS,) * 2)
+    return path.stat().st_mtime_ns
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file or folder a mode, unless it has it: some file systems have one for all, and let nobody set it."""
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
+        path.chmod(stat.S_IMODE(mode))
 
 
 def flush_tree(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -362,6 +363,15 @@ def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_what_was_done_is_done_with_the_output_closed(closed, classifier, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    command = f"{sys.executable} -m patcher rename-label music songs --no-load --repo {classifier.root} {closed}"
+    environment = {**os.environ, "PATCHER_AUDIT_LOG": str(log), "PATCHER_LOG": "json"}
+    assert subprocess.run(["bash", "-c", command], env=environment, check=False).returncode == 0
+    assert json.loads(log.read_text())["outcome"] == "done"
+
+
 def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):
     before = tree(classifier.root)
     data = tiny.write_csv(tmp_path / "many.csv", {"weather": [f"what about {i}" for i in range(400_000)]})

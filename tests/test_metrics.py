@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import urllib.request
@@ -127,6 +128,19 @@ def test_an_audit_log_that_cannot_be_written_undoes_nothing(classifier, monkeypa
     assert main(["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)]) == 0
     assert "cannot be written" in capsys.readouterr().err
     assert classifier.serving() == 2
+
+
+def test_an_event_that_does_not_fit_is_said_and_spoils_none_after_it(classifier, monkeypatch, capsys, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    write = os.write
+    monkeypatch.setattr("os.write", lambda descriptor, data: write(descriptor, data[:50]))  # the disk is full
+    assert main(["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)]) == 0
+    assert "only 50 of" in capsys.readouterr().err
+    monkeypatch.setattr("os.write", write)
+    assert main(["rename-label", "songs", "tunes", "--no-load", "--repo", str(classifier.root)]) == 0
+    assert [event["verb"] for event in read_events(log)] == ["rename-label"]
+    assert len(log.read_bytes().splitlines()) == 2
 
 
 def test_history_shows_the_data(classifier, capsys, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,21 @@ class TestJournal:
         assert classifier.journal.entries() == before
         assert patched(classifier) == 2
         assert faults(classifier) == []
+
+    def test_a_line_that_does_not_fit_leaves_nothing(self, classifier):
+        """A disk that fills up within the line: the kernel writes a part of it, then refuses the rest."""
+        path = classifier.journal.path
+        before = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        try:
+            with pytest.raises(StorageError, match="File too large; nothing was changed"):
+                classifier.journal.append("done", serving=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert path.read_bytes() == before
 
     def test_numbers_are_never_given_twice(self, classifier):
         patched(classifier)
@@ -422,6 +438,27 @@ class TestFaults:
             assert "answers from head version 2; expected 1" in faults(classifier, server)[0].finding
             assert sync(classifier, server) == {server.url: "caught up"}
             assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_files_dated_ahead_of_the_clock(self, classifier, tmp_path, monkeypatch):
+        """Triton loads a model again only where the newest time in its folder has grown."""
+        ahead = time.time() + 3600
+        for path in (classifier.root / "intent_head").rglob("*"):
+            os.utime(path, (ahead, ahead))
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            assert add_label(classifier.repository, "payday", TEN, server=server).served
+            assert rollback(classifier, server=server).served
+            load = TritonServer.load
+
+            def refused(self, model):
+                load(self, model)
+                if classifier.serving() == 2:
+                    raise ServerError("no memory")
+
+            monkeypatch.setattr(TritonServer, "load", refused)
+            with pytest.raises(NotServed, match="Version 1 serves again"):
+                rollback(classifier, 2, server)
+            assert server.classify("intent", TEN)[0].head_version == 1
 
     @pytest.mark.server
     def test_swaps_under_load(self):

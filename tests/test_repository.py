@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import stat
 
 import pytest
 import tiny
@@ -204,6 +205,26 @@ def test_a_read_only_folder(classifier, tree, monkeypatch):
     with pytest.raises(StorageError, match="Permission denied; nothing was changed"):
         classifier.publish(next_head(classifier), None)
     assert tree(classifier.root) == before
+
+
+def test_a_narrow_umask_keeps_nobody_out(classifier):
+    config = classifier.root / "intent_head" / "config.pbtxt"
+    config.chmod(0o664)
+    (classifier.root / "intent_head").chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        with classifier.repository.lock():
+            classifier.publish(next_head(classifier), None)
+            classifier.pin(2)
+            classifier.repository.add_classifier("topic", classifier.head(), backbone="intent")
+    finally:
+        os.umask(before)
+    new = classifier.root / "intent_head" / "2"
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (config, new, new / "model.onnx")}
+    assert modes == {config: 0o664, new: 0o2775, new / "model.onnx": 0o664}
+    root = stat.S_IMODE(classifier.root.stat().st_mode)
+    assert stat.S_IMODE((classifier.root / "topic_head" / "2").stat().st_mode) == root
+    assert stat.S_IMODE((classifier.root / "topic" / "config.pbtxt").stat().st_mode) == root & 0o666
 
 
 def test_a_full_disk(classifier, tree, monkeypatch):

@@ -17,6 +17,8 @@ __all__ = ["not_installed", "percent", "seconds", "table", "tell"]
 def tell(text: str = "", *, err: bool = False) -> None:
     """Print; what was done stays done when nobody can read of it (`| head` has gone, the disk is full)."""
     stream = sys.stderr if err else sys.stdout
+    if stream is None:  # started with it closed (`>&-`), as some daemons are
+        return
     try:
         stream.write(text.encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
         stream.flush()
