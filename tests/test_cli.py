@@ -310,6 +310,14 @@ def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(pat
     assert any("nothing is remembered of" in line for line in json.loads(out)["verdict"]["advice"])
 
 
+def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_label(patcher, tmp_path):
+    file = tmp_path / "mixed.csv"
+    file.write_text("text,topic\n" + "".join(f"{text},pay\n" for text in tiny.sentences("payday", 10)))
+    code, _, err = patcher("add-label", "payday", "--examples", file, "--dry-run")
+    assert code == 0, err
+    assert "only the texts are read (not 'topic'): all 10 are taken as 'payday'" in err
+
+
 def test_a_share_that_is_none_is_refused_before_anything_is_published(patcher, classifier, examples):
     for share in ("nan", "100", "0"):
         code, _, err = patcher("add-label", "--examples", examples, "--no-load", "--canary", share)
