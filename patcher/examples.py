@@ -312,7 +312,16 @@ def split_labels(label: str) -> tuple[str, ...]:
     return tuple(part for part in label.split("|") if part)
 
 
-def _lines(content: str, _: Path) -> Iterator[Record]:
+def _lines(content: str, path: Path) -> Iterator[Record]:
+    first = content.split("\n", 1)[0]
+    for delimiter, ending in ((",", ".csv"), (";", ".csv"), ("\t", ".tsv")):
+        names = [name.strip() for name in first.split(delimiter)]
+        # A sentence may begin with "Question, ..." too, but a header is single words.
+        if len(names) > 1 and not any(" " in name for name in names) and _column(names, TEXT_COLUMNS):
+            raise ExamplesError(
+                f"{path} looks like a table: its first line {first.strip()!r:.60} is a header, each line of a .txt is "
+                f"one text; end its name in {ending}"
+            )
     # Not splitlines: it also splits at form feeds and the like, which no editor counts as lines.
     for line, text in enumerate(content.split("\n"), 1):
         if text.strip():
