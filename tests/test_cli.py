@@ -68,6 +68,18 @@ def test_the_new_label_is_found_and_the_old_ones_still_are(patcher, examples, tm
     assert len(difference["gains"]) >= 18
 
 
+def test_labels_that_neither_version_knows_are_refused_or_told(patcher, examples, tmp_path):
+    patcher("add-label", "--examples", examples, "--no-load")
+    strange = tiny.write_csv(tmp_path / "strange.csv", {"wetter": ["is it raining"], "Weather": ["will it snow"]})
+    code, out, err = patcher("diff", 1, 2, "--eval", strange)
+    assert (code, out) == (2, "")
+    assert "none of the file's 2 labels (Weather, wetter …) is one of the 7 of versions 1 and 2" in err
+    some = tiny.write_csv(tmp_path / "some.csv", {"wetter": ["is it raining"], "weather": tiny.sentences("weather", 3)})
+    code, out, err = patcher("diff", 1, 2, "--eval", some)
+    assert (code, "neither version knows: 1" in out) == (0, True), err
+    assert json.loads(patcher("diff", 1, 2, "--eval", some, "--json")[1])["unknown"] == 1
+
+
 def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, classifier, tmp_path):
     groups = {label: tiny.sentences(label, 10) for label in (*tiny.NEW, tiny.OLD[0])}
     code, out, err = patcher(
