@@ -83,7 +83,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
             try:
                 yield _served(repository.classifier(name), member)
             except PatcherError as error:
-                yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+                yield Check(f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
