@@ -18,9 +18,10 @@ from export.parity import check_parity, token_batch
 from export.precision import LIMITS
 from export.split import find_split
 from export.tokenizer import embeddings, prepare_tokenizer
-from patcher.errors import ExportError, InputError, ParityError, StorageError
+from patcher.errors import CheckpointError, ExportError, InputError, ParityError, StorageError
 from patcher.evaluation import answers
 from patcher.narrow import narrow_head
+from patcher.runtime import open_session
 
 if TYPE_CHECKING:
     import os
@@ -76,7 +77,16 @@ def to_transformers(
     plain = narrow_head(head, memory)
     loaded = load_checkpoint(str(checkpoint), **flags)
     details = classifier.head(1).lineage.details if 1 in classifier.versions() else head.lineage.details
-    encoder = prepare_tokenizer(loaded, details.get("max_length"))
+    other = f"{classifier.name} was not exported from {checkpoint}"
+    try:
+        encoder = prepare_tokenizer(loaded, details.get("max_length"))
+    except CheckpointError:
+        raise
+    except InputError as error:  # the length that was exported is too long here
+        raise ParityError(f"{other}: it was exported for {error}") from error
+    wanted = {tensor.name for tensor in open_session(classifier.backbone_path).get_inputs()}
+    if missing := wanted - set(encoder.inputs):
+        raise ParityError(f"{other}: its backbone takes {', '.join(sorted(missing))}, the checkpoint does not")
     tokens = token_batch(encoder, embeddings(loaded.model).num_embeddings, _TRACED_LENGTHS)
     split = find_split(loaded.model, tokens, len(loaded.labels))
     if split.split != head.split:
@@ -90,7 +100,7 @@ def to_transformers(
         )
     except ParityError as error:
         unknown = "" if "precision" in details else ", or in a lower precision (version 1 would tell, and is gone)"
-        raise ParityError(f"{classifier.name} was not exported from {checkpoint}{unknown}: {error}") from error
+        raise ParityError(f"{other}{unknown}: {error}") from error
     model = _with_layer(loaded.model, split.layer, plain)
     _save(model, loaded.tokenizer, target)
     agreement = None

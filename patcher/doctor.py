@@ -83,7 +83,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
             try:
                 yield _served(repository.classifier(name), member)
             except PatcherError as error:
-                yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+                yield Check(f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
             if name + CANARY not in names and member.is_ready(f"{name}{CANARY}_head"):
                 found = f"its trial has ended, and {member.url} goes on with it; `patcher sync` ends it there, too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)

@@ -13,13 +13,13 @@ from patcher.examples import split_labels
 from patcher.head import MULTI_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
     from patcher.head import Head
 
-__all__ = ["Evaluation", "LabelScore", "answers", "evaluate_head", "expected_sets"]
+__all__ = ["Evaluation", "LabelScore", "answers", "evaluate_head", "expected_sets", "unknown_labels"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,7 @@ def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[st
     """
     expected, answered = expected_sets(head, labels), answers(head, features)
     occurring = sorted(frozenset().union(*expected))
-    unknown = tuple(label for label in occurring if label not in head.labels)
-    if len(unknown) == len(occurring):
-        raise LabelError(
-            f"none of the file's {len(occurring)} labels ({', '.join(occurring[:3])} …) is one of version "
-            f"{head.lineage.version}'s {len(head.labels)}; `patcher labels` lists them"
-        )
+    unknown = unknown_labels(expected, head.labels, f"version {head.lineage.version}")
     right = sum(a == b for a, b in zip(expected, answered, strict=True))
     scores = _scores(expected, answered)
     confusions = Counter(
@@ -91,6 +86,18 @@ def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[st
         confusions=tuple((a, b, n) for (a, b), n in sorted(confusions.items(), key=lambda item: (-item[1], item[0]))),
         unknown=unknown,
     )
+
+
+def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], of: str) -> tuple[str, ...]:
+    """The labels of a file that are not ``known``; LabelError where none of them is, which is never meant."""
+    occurring = sorted(frozenset().union(*expected))
+    unknown = tuple(label for label in occurring if label not in known)
+    if len(unknown) == len(occurring):
+        raise LabelError(
+            f"none of the file's {len(occurring)} labels ({', '.join(occurring[:3])} …) is one of the {len(known)} of "
+            f"{of}; `patcher labels` lists them"
+        )
+    return unknown
 
 
 def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:

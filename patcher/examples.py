@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
@@ -63,6 +64,8 @@ class Examples:
     labels: tuple[str, ...] | None
     source: str
     lines: tuple[int, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Columns of the file that are neither its texts nor its labels."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -160,8 +163,8 @@ def read_examples(path: str | Path) -> Examples:
     Raises
     ------
     ExamplesError
-        with the line, for whatever cannot be used: no such file, no text column, an unfinished quote, a row too short,
-        an empty text, a NUL byte, bytes that are not UTF-8.
+        with the line, for whatever cannot be used: no such file, no text column, a misspelt label column, an unfinished
+        quote, a row too short, an empty text, a NUL byte, bytes that are not UTF-8.
     """
     path = Path(path)
     kind = _KINDS.get(path.suffix.lower())
@@ -176,7 +179,8 @@ def read_examples(path: str | Path) -> Examples:
         records = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "lines": _lines}[kind](content, path)
     texts: list[str] = []
     labels, lines = [], []
-    for line, text, label in records:
+    unread: dict[str, None] = {}
+    for line, text, label, others in records:
         where = f"{path}, line {line}"
         if len(texts) == MAX_EXAMPLES:
             raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or part the file")
@@ -186,14 +190,16 @@ def read_examples(path: str | Path) -> Examples:
             labels.append(check_label(label, where))
         elif labels:
             raise ExamplesError(f"{where}: no label, though the lines before have one")
+        unread.update(dict.fromkeys(others))
     if not texts:
         raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
     if labels and len(labels) != len(texts):
         raise ExamplesError(f"{path}: {len(texts)} texts, but only {len(labels)} labels")
-    return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines))
+    return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines), tuple(unread))
 
 
-Record = tuple[int, Any, Any]
+Record = tuple[int, Any, Any, tuple[str, ...]]
+"""Line, text, label, and the names of the columns that are neither."""
 
 
 def _check_size(path: Path) -> None:
@@ -224,14 +230,28 @@ def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in known if name in by_lower), None)
 
 
-def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[str, str | None]:
+def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[str, str | None, tuple[str, ...]]:
+    """The columns of the texts and of the labels, and all others."""
     text = _column(names, TEXT_COLUMNS)
     if text is None:
         found = ", ".join(repr(name[:60]) for name in names[:8])
         raise ExamplesError(
             f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS[:-1])}{hint}"
         )
-    return text, _column(names, LABEL_COLUMNS)
+    label = _column(names, LABEL_COLUMNS)
+    others = tuple(name for name in names if name not in (text, label))
+    if label is None:
+        _refuse_misspelt(others, where)
+    return text, label, others
+
+
+def _refuse_misspelt(names: Sequence[str], where: Path | str) -> None:
+    # A label column that is not known for one would leave its texts without labels: all would be taken for one label's.
+    for name in names:
+        written = name.strip().lower()
+        near = difflib.get_close_matches(written, LABEL_COLUMNS, 1, 0.8)
+        if near and abs(len(written) - len(near[0])) <= 1:
+            raise ExamplesError(f"{where} has a column {name!r}; did you mean {near[0]!r}? Rename or remove it")
 
 
 def _header_hint(names: Sequence[str], delimiter: str) -> str:
@@ -254,7 +274,7 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
     rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
-        text, label = _columns(names, path, _header_hint(names, delimiter))
+        text, label, others = _columns(names, path, _header_hint(names, delimiter))
         at, label_at = names.index(text), names.index(label) if label is not None else None
         before = rows.line_num
         for row in rows:
@@ -266,7 +286,7 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
                     f"{path}, line {line}: {len(row)} fields, expected {len(names)} ({delimiter.join(names)}); "
                     "is the file cut off, or a quote missing?"
                 )
-            yield line, row[at], row[label_at] if label_at is not None else None
+            yield line, row[at], row[label_at] if label_at is not None else None, others
     except csv.Error as error:
         raise ExamplesError(f"{path}, line {rows.line_num}: {error}; is the file cut off inside quotes?") from error
 
@@ -285,8 +305,8 @@ def _jsonl(content: str, path: Path) -> Iterator[Record]:
             raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict):
             raise ExamplesError(f"{path}, line {line}: expected an object, got {type(record).__name__}")
-        text, label = _columns(list(record), f"{path}, line {line}")
-        yield line, record[text], _joined(record[label]) if label is not None else None
+        text, label, others = _columns(list(record), f"{path}, line {line}")
+        yield line, record[text], _joined(record[label]) if label is not None else None, others
 
 
 def _joined(label: Any) -> Any:
@@ -301,11 +321,20 @@ def split_labels(label: str) -> tuple[str, ...]:
     return tuple(part for part in label.split("|") if part)
 
 
-def _lines(content: str, _: Path) -> Iterator[Record]:
+def _lines(content: str, path: Path) -> Iterator[Record]:
+    first = content.split("\n", 1)[0]
+    for delimiter, ending in ((",", ".csv"), (";", ".csv"), ("\t", ".tsv")):
+        names = [name.strip() for name in first.split(delimiter)]
+        # A sentence may begin with "Question, ..." too, but a header is single words.
+        if len(names) > 1 and not any(" " in name for name in names) and _column(names, TEXT_COLUMNS):
+            raise ExamplesError(
+                f"{path} looks like a table: its first line {first.strip()!r:.60} is a header, each line of a .txt is "
+                f"one text; end its name in {ending}"
+            )
     # Not splitlines: it also splits at form feeds and the like, which no editor counts as lines.
     for line, text in enumerate(content.split("\n"), 1):
         if text.strip():
-            yield line, text.rstrip("\r"), None
+            yield line, text.rstrip("\r"), None, ()
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -316,7 +345,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise ToolError(f"reading {path} needs pyarrow: pip install 'triton-label-patcher[parquet]'") from error
     try:
         table = parquet.read_table(path)
-        text, label = _columns(table.column_names, path)
+        text, label, others = _columns(table.column_names, path)
         texts = table.column(text).to_pylist()
         labels: Iterable[Any] = table.column(label).to_pylist() if label is not None else [None] * table.num_rows
     except UnicodeDecodeError as error:
@@ -324,4 +353,4 @@ def _parquet(path: Path) -> Iterator[Record]:
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
     for line, (value, name) in enumerate(zip(texts, labels, strict=True), 1):
-        yield line, value, _joined(name) if label is not None else None
+        yield line, value, _joined(name) if label is not None else None, others

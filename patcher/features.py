@@ -51,7 +51,15 @@ def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
     """ServerError where the server's backbone is not the repository's; it is loaded where no ensemble brought it."""
     ours = backbone.fingerprint()
     if not server.is_ready(backbone.backbone_model):
-        server.load(backbone.backbone_model)
+        try:
+            server.load(backbone.backbone_model)
+        except ServerError as error:
+            if "failed to poll" not in str(error) and "unknown model" not in str(error):
+                raise
+            raise ServerError(
+                f"the server at {server.url} has no model {backbone.backbone_model}, which the repository "
+                f"{backbone.repository.location} holds ({error}); does --repo name the server's repository?"
+            ) from error
     theirs = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
     if ours != theirs:
         raise ServerError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import canary
 from patcher.errors import InputError, RepositoryError
-from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets
+from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets, unknown_labels
 from patcher.features import extract_features
 from patcher.head import Lineage
 from patcher.rollout import Switch, catch_up, changing, roll_back
@@ -142,6 +142,8 @@ class Difference:
     examples: int = 0
     flips: tuple[Flip, ...] | None = None
     gains: tuple[Flip, ...] | None = None
+    unknown: int = 0
+    """Texts with a label that neither version has: no answer to them is right."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields; lists of flips as objects."""
@@ -157,7 +159,8 @@ def diff(
 ) -> Difference:
     """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
 
-    A label that was only renamed between the two counts as the same, under its name in ``b``.
+    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises LabelError where
+    neither version has any label of the examples.
     """
     before, after = classifier.head(a), classifier.head(b)
     # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
@@ -182,6 +185,7 @@ def diff(
     expected = [
         frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
     ]
+    strange = set(unknown_labels(expected, {*before.labels, *after.labels}, f"versions {a} and {b}"))
     features = extract_features(classifier, examples.texts) if features is None else features
     rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
     flips = [
@@ -192,6 +196,7 @@ def diff(
         examples=len(examples),
         flips=tuple(_flip(*row) for row in flips if row[2] == row[1]),
         gains=tuple(_flip(*row) for row in flips if row[3] == row[1]),
+        unknown=sum(not strange.isdisjoint(labels) for labels in expected),
     )
 
 

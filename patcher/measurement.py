@@ -137,12 +137,23 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def check_targets(csv_file: Path | None, plot_file: Path | None) -> None:
-    """InputError, before minutes of measuring, for files that could not be written afterwards."""
+    """InputError (ToolError for a plot without matplotlib), before minutes of measuring, for what fails afterwards."""
     for path in (csv_file, plot_file):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     if plot_file is not None and plot_file.suffix.lower() not in _DRAWN:
         raise InputError(f"cannot draw {plot_file}: expected a name that ends in {', '.join(_DRAWN)}")
+    if plot_file is not None:
+        _figure_type()
+
+
+def _figure_type() -> Any:
+    """Matplotlib's Figure; ToolError where it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ToolError("a plot needs matplotlib: pip install 'triton-label-patcher[plot]'") from None
+    return Figure
 
 
 def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
@@ -168,11 +179,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     """
     if not measurements:
         raise InputError("no measurement to plot")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ToolError("a plot needs matplotlib: pip install 'triton-label-patcher[plot]'") from None
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = _figure_type()(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for color, model in enumerate(dict.fromkeys(each.model for each in measurements)):
         points = [each for each in measurements if each.model == model]

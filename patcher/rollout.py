@@ -86,9 +86,9 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
     A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
     """
-    check_same_backbone(classifier, server)
     if not server.is_ready(classifier.ensemble):
-        raise ServerError(f"the server's {classifier.ensemble} is not ready")
+        raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
+    check_same_backbone(classifier, server)  # an ensemble that is ready has its backbone loaded
     (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(

@@ -69,6 +69,18 @@ def test_the_new_label_is_found_and_the_old_ones_still_are(patcher, examples, tm
     assert len(difference["gains"]) >= 18
 
 
+def test_labels_that_neither_version_knows_are_refused_or_told(patcher, examples, tmp_path):
+    patcher("add-label", "--examples", examples, "--no-load")
+    strange = tiny.write_csv(tmp_path / "strange.csv", {"wetter": ["is it raining"], "Weather": ["will it snow"]})
+    code, out, err = patcher("diff", 1, 2, "--eval", strange)
+    assert (code, out) == (2, "")
+    assert "none of the file's 2 labels (Weather, wetter …) is one of the 7 of versions 1 and 2" in err
+    some = tiny.write_csv(tmp_path / "some.csv", {"wetter": ["is it raining"], "weather": tiny.sentences("weather", 3)})
+    code, out, err = patcher("diff", 1, 2, "--eval", some)
+    assert (code, "neither version knows: 1" in out) == (0, True), err
+    assert json.loads(patcher("diff", 1, 2, "--eval", some, "--json")[1])["unknown"] == 1
+
+
 def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, classifier, tmp_path):
     groups = {label: tiny.sentences(label, 10) for label in (*tiny.NEW, tiny.OLD[0])}
     code, out, err = patcher(
@@ -309,6 +321,14 @@ def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(pat
     more = tiny.write_csv(tmp_path / "more.csv", {"refund": tiny.sentences("refund", 10)})
     out = patcher("add-label", "--examples", more, "--no-load", "--force", "--json")[1]
     assert any("nothing is remembered of" in line for line in json.loads(out)["verdict"]["advice"])
+
+
+def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_label(patcher, tmp_path):
+    file = tmp_path / "mixed.csv"
+    file.write_text("text,topic\n" + "".join(f"{text},pay\n" for text in tiny.sentences("payday", 10)))
+    code, _, err = patcher("add-label", "payday", "--examples", file, "--dry-run")
+    assert code == 0, err
+    assert "only the texts are read (not 'topic'): all 10 are taken as 'payday'" in err
 
 
 def test_a_share_that_is_none_is_refused_before_anything_is_published(patcher, classifier, examples):

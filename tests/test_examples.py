@@ -90,6 +90,10 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1.5}', "line 1: expected a label, got float"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: no label"),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
+        ("a.csv", "text,lable\nhello,x\n", "a.csv has a column 'lable'; did you mean 'label'"),
+        ("a.jsonl", '{"text": "hello", "intents": "x"}', "line 1 has a column 'intents'; did you mean 'intent'"),
+        ("a.txt", "text,label\nhello,x\n", "a.txt looks like a table: .*end its name in .csv"),
+        ("a.txt", "label\tsentence\r\nx\thello\n", "a.txt looks like a table: .*end its name in .tsv"),
         ("a.xlsx", "text", "ending '.xlsx'.*save the spreadsheet as CSV"),
         ("a.parquet", "PAR1 not really", "Parquet"),
     ],
@@ -97,6 +101,17 @@ def test_lines_are_those_an_editor_shows(tmp_path):
 def test_what_cannot_be_used_is_said_with_its_line(tmp_path, name, content, message):
     with pytest.raises(ExamplesError, match=message):
         read_examples(write(tmp_path, name, content))
+
+
+def test_columns_that_are_neither_texts_nor_labels_are_told(tmp_path):
+    examples = read_examples(write(tmp_path, "a.csv", "id,text,lables,label\n7,hello,greetings,x\n"))
+    assert (examples.labels, examples.unread) == (("x",), ("id", "lables"))
+    assert read_examples(write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b", "id": 7}')).unread == ("id",)
+
+
+def test_a_text_with_a_comma_is_no_header(tmp_path):
+    path = write(tmp_path, "a.txt", "Question, how do I pay?\nMessage\n")
+    assert read_examples(path).texts == ("Question, how do I pay?", "Message")
 
 
 def test_no_such_file(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import stat
+import sys
 
 import pytest
 import tiny
@@ -217,3 +218,9 @@ def test_what_could_not_be_written_afterwards_is_refused_before(tmp_path):
         with pytest.raises(InputError, match=said):
             check_targets(None, name)
     check_targets(tmp_path / "figures", tmp_path / "x.PNG")
+
+
+def test_a_plot_without_matplotlib_is_refused_before(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ToolError, match="needs matplotlib"):
+        check_targets(None, tmp_path / "x.PNG")

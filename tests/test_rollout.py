@@ -19,10 +19,11 @@ import tiny
 from patcher import NotServed, PatchSettings, add_label, disk
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
+from patcher.features import check_same_backbone
 from patcher.head_file import write_head
 from patcher.journal import Journal
 from patcher.lineage import next_lineage
-from patcher.rollout import changing, roll_back, roll_out, set_aside, validate
+from patcher.rollout import changing, probe, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
 from patcher.triton.client import Answer
 
@@ -88,6 +89,20 @@ def test_a_good_rollout(classifier):
         switch = roll_out(classifier, next_head(classifier), classifier.memory(), server)
     assert (switch.version, switch.previous, switch.served) == (2, 1, True)
     assert (classifier.serving(), server.serving) == (2, 2)
+
+
+def test_a_probe_loads_nothing(classifier, monkeypatch):
+    server = Server(classifier, load=[AssertionError("a probe asks")])
+    monkeypatch.setattr(server, "is_ready", lambda _: False)
+    with pytest.raises(ServerError, match="intent is not ready; does --repo name the server's repository"):
+        probe(classifier, classifier.head(), server)
+
+
+def test_a_server_that_lacks_the_backbone_reads_another_repository(classifier, monkeypatch):
+    server = Server(classifier, load=[ServerError("failed to load 'intent_backbone', failed to poll from repository")])
+    monkeypatch.setattr(server, "is_ready", lambda _: False)
+    with pytest.raises(ServerError, match=r"has no model intent_backbone.*does --repo name the server's repository"):
+        check_same_backbone(classifier, server)
 
 
 FAULTS = {

@@ -97,6 +97,12 @@ def test_what_does_not_fit_is_refused_and_nothing_written(bert, patched, tmp_pat
     other = checkpoints.save_checkpoint(tmp_path / "other", "bert", hidden_size=16, num_attention_heads=2)
     with pytest.raises(ParityError, match="exported from another checkpoint"):
         to_transformers(patched, other, tmp_path / "new")
+    other = checkpoints.save_checkpoint(tmp_path / "untyped", "distilbert")
+    with pytest.raises(ParityError, match=r"not exported from .*takes token_type_ids, the checkpoint does not"):
+        to_transformers(patched, other, tmp_path / "new")
+    short = checkpoints.save_checkpoint(tmp_path / "short", max_position_embeddings=40)
+    with pytest.raises(ParityError, match=r"not exported from .*for a maximum length of 78 tokens; expected 3 to 40"):
+        to_transformers(patched, short, tmp_path / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="not empty"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher.cli.options import Settings, common_options
-from patcher.cli.output import percent, seconds
+from patcher.cli.output import percent, seconds, tell
 
 if TYPE_CHECKING:
     from patcher.labelling import PatchReport
@@ -105,7 +105,12 @@ def add_label_command(
     classifier = settings.classifier
     if file is not None:
         several = classifier.head().problem == MULTI_LABEL
-        examples = new_examples(read_examples(file), label, several=several)
+        read = read_examples(file)
+        examples = new_examples(read, label, several=several)
+        if label is not None and read.labels is None and read.unread:
+            columns = ", ".join(f"{name!r:.60}" for name in read.unread)
+            told = f"of {read.source} only the texts are read (not {columns}): all {len(read)} are taken as {label!r}"
+            tell(f"warning: {told}", err=True)
     else:
         examples = {str(label): list(texts)}
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.

@@ -96,3 +96,5 @@ def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None,
             f"({percent(len(difference.flips) / difference.examples)}), "
             f"{len(difference.gains)} wrong before and right in the trial"
         )
+        if difference.unknown:
+            settings.say(f"texts with a label that neither version knows: {difference.unknown}")

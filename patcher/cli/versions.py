@@ -86,6 +86,8 @@ def diff_command(a: int, b: int, evaluation: Path | None, settings: Settings) ->
             f"({percent(len(difference.flips) / difference.examples)}), "
             f"{len(difference.gains)} wrong before and right now"
         )
+        if difference.unknown:
+            settings.say(f"texts with a label that neither version knows: {difference.unknown}")
         if difference.flips:
             rows = [(flip.text[:60], flip.label, flip.before, flip.after) for flip in difference.flips[:20]]
             settings.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
