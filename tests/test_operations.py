@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import resource
@@ -569,6 +570,18 @@ def test_an_export_that_fails_takes_nothing_from_one_that_did_not(classifier):
     with pytest.raises(RuntimeError), ModelRepository.making(location):
         raise RuntimeError
     assert ModelRepository(location).classifiers() == ("intent",)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_an_export_that_fails_leaves_the_place_to_one_that_works_there(locked, tmp_path):
+    location = tmp_path / "new"
+    first = ModelRepository.making(location)
+    first.__enter__()
+    with ModelRepository.making(location) as second, second.lock() if locked else contextlib.nullcontext():
+        assert not first.__exit__(RuntimeError, RuntimeError(), None)
+        assert (location / "patcher.json").exists() == locked
+        assert (location / ".patcher.lock").exists() == locked
+    assert ModelRepository(location).classifiers() == ()
 
 
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
