@@ -13,6 +13,7 @@ from patcher.errors import PatcherError, RepositoryError
 from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
+from patcher.layout import MODEL
 from patcher.repository import ModelRepository
 from patcher.rollout import PROBE_TEXT, catch_up, changing, probe, recover, validate
 
@@ -148,6 +149,13 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         return
     faults = [check for version in versions if (check := _version(classifier, version, serving))]
     yield from faults
+    for number in classifier.incomplete():
+        yield Check(
+            f"{name}, version {number}",
+            "note",
+            f"{classifier.head_model}/{number} has files and no {MODEL}, as a copy leaves that was cut off; copy it "
+            "again, or delete the folder",
+        )
     yield _journal(classifier)
     damaged = f", {len(faults)} with a fault" if faults else ""
     yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves{damaged}")

@@ -584,6 +584,16 @@ def test_an_export_that_fails_leaves_the_place_to_one_that_works_there(locked, t
     assert ModelRepository(location).classifiers() == ()
 
 
+def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
+    folder = classifier.root / "intent_head" / "2"
+    folder.mkdir()
+    shutil.copy(classifier.version_path(1) / "memory.safetensors", folder)
+    assert patched(classifier) == 3
+    notes = [check for check in doctor.diagnose(classifier.root, None, "url") if check.what == "intent, version 2"]
+    assert [check.state for check in notes] == ["note"]
+    assert "intent_head/2 has files and no model.onnx" in notes[0].finding
+
+
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
     one, other, *_ = tiny.OLD
     remove_label(classifier, one)
