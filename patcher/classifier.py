@@ -54,6 +54,11 @@ class Classifier(Backbone):
         """Head versions that are there, ascending."""
         return version_numbers(self.store.glob(f"{self.head_model}/*/{MODEL}"))
 
+    def incomplete(self) -> tuple[int, ...]:
+        """Numbers of folders with files in them and no head, ascending: what a copy leaves that was cut off."""
+        folders = version_numbers(self.store.glob(f"{self.head_model}/*/*"))
+        return tuple(sorted(set(folders) - set(self.versions())))
+
     def serving(self) -> int:
         """The version that a server of this repository serves: the one pinned in the head's configuration."""
         pinned = model_config.pinned_versions(self.repository.config(self.head_model))
@@ -108,7 +113,7 @@ class Classifier(Backbone):
 
     def next_version(self) -> int:
         """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
-        return max((*self.versions(), *self.journal.published()), default=0) + 1
+        return max((*self.versions(), *self.incomplete(), *self.journal.published()), default=0) + 1
 
     def publish(self, head: Head, memory: Memory | None) -> None:
         """Add a new version; it serves when it is pinned. The lock must be held."""

@@ -71,13 +71,18 @@ class Disk:
         (self.root / name).unlink(missing_ok=True)
 
     def abandon(self, name: str, *, made: bool) -> None:
-        """Remove file and lock, unless another patcher made something there; with ``made`` the folder too, if empty."""
-        if any(next(self.root.glob(pattern), None) for pattern in (_JOURNALS, "*_features/config.pbtxt")):
+        """Remove file and lock, unless another patcher is or was at work; with ``made`` the folder too, if empty."""
+        if not self.root.is_dir():
             return
-        self.remove(name)
-        self.remove(_LOCK_FILE)
-        if made and self.root.is_dir() and not any(self.root.iterdir()):
-            self.root.rmdir()
+        with contextlib.suppress(Busy, StorageError), self.lock(0):
+            if any(next(self.root.glob(pattern), None) for pattern in (_JOURNALS, "*_features/config.pbtxt")):
+                return
+            self.remove(name)
+            (self.root / _WORKING).unlink(missing_ok=True)
+            # Under the lock: whoever waits for it sees that its file is gone, and takes another.
+            self.remove(_LOCK_FILE)
+            if made and not any(self.root.iterdir()):
+                self.root.rmdir()
 
     def read(self, name: str) -> bytes:
         """A file's content; RepositoryError where it cannot be read."""
@@ -211,6 +216,22 @@ class Disk:
                 working.unlink(missing_ok=True)
         finally:
             lock.release()
+
+    def busy(self) -> bool:
+        """Whether somebody holds the lock at this moment."""
+        import filelock
+
+        lock = filelock.FileLock(self.root / _LOCK_FILE)
+        if not (self.root / _LOCK_FILE).exists():
+            return False
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return True
+        except OSError:  # a folder that nobody can write to: nobody writes to it
+            return False
+        lock.release()
+        return False
 
     def _wait(self, lock: BaseFileLock, timeout: float) -> None:
         import filelock

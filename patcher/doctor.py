@@ -13,8 +13,9 @@ from patcher.errors import PatcherError, RepositoryError
 from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
+from patcher.layout import MODEL
 from patcher.repository import CANARY, ModelRepository
-from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
+from patcher.rollout import PROBE_TEXT, catch_up, changing, probe, recover, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +84,13 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
             try:
                 yield _served(repository.classifier(name), member)
             except PatcherError as error:
-                yield Check(f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
+                yield (
+                    Check(f"{name}, served", "note", f"another patcher is at work: {error}")
+                    if repository.store.busy()
+                    else Check(
+                        f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)"
+                    )
+                )
             if name + CANARY not in names and member.is_ready(f"{name}{CANARY}_head"):
                 found = f"its trial has ended, and {member.url} goes on with it; `patcher sync` ends it there, too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)
@@ -151,6 +158,13 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         return
     faults = [check for version in versions if (check := _version(classifier, version, serving))]
     yield from faults
+    for number in classifier.incomplete():
+        yield Check(
+            f"{name}, version {number}",
+            "note",
+            f"{classifier.head_model}/{number} has files and no {MODEL}, as a copy leaves that was cut off; copy it "
+            "again, or delete the folder",
+        )
     yield _journal(classifier)
     damaged = f", {len(faults)} with a fault" if faults else ""
     yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves{damaged}")
@@ -163,13 +177,16 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
 def _journal(classifier: Classifier) -> Check:
     what = f"{classifier.name}, journal"
     try:
+        there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
+        if pending and classifier.store.busy():
+            return Check(what, "note", f"under way: {pending}; another patcher is at work")
+        pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
     if pending:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
-    there = set(classifier.versions())
     if gone := _gone(classifier):
         found = ", ".join(map(str, gone))
         done = "restore their folders, or `patcher doctor --repair` writes them off"
@@ -198,6 +215,8 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
         if head.lineage.backbone != classifier.fingerprint():
             raise RepositoryError("belongs to another backbone than the one here")
     except PatcherError as error:
+        if version not in classifier.versions():  # pruned meanwhile
+            return None
         return Check(f"{classifier.name}, version {version}", "fault", str(error))
     return None
 

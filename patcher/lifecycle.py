@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import canary
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import InputError, RepositoryError, VersionError
 from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets, unknown_labels
 from patcher.features import extract_features
 from patcher.head import Lineage
@@ -62,8 +63,11 @@ class Entry:
 
 def history(classifier: Classifier) -> list[Entry]:
     """Every version on disk, oldest first."""
-    serving = classifier.serving()
-    return [entry(classifier, version, serving) for version in classifier.versions()]
+    serving, found = classifier.serving(), []
+    for version in classifier.versions():
+        with contextlib.suppress(VersionError):  # pruned meanwhile
+            found.append(entry(classifier, version, serving))
+    return found
 
 
 def entry(classifier: Classifier, version: int, serving: int) -> Entry:
@@ -71,6 +75,7 @@ def entry(classifier: Classifier, version: int, serving: int) -> Entry:
     try:
         head = classifier.head(version)
     except RepositoryError:
+        classifier.version_name(version)  # one that was pruned while it was read is not damaged
         # One damaged file must not hide the history of all others; `patcher doctor` says what is wrong with it.
         return Entry(Lineage(version, backbone="", method="damaged"), 0, version == serving)
     return Entry(head.lineage, len(head.labels), version == serving)
@@ -210,6 +215,8 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
         return {new: old for old, new in _renames(classifier, b, a).items()}
     steps, version = [], b
     while version > a:
+        if version not in classifier.versions():  # pruned, with what it renamed
+            return _same_rows(classifier, a, b)
         lineage = classifier.head(version).lineage
         steps.append(lineage.renamed)
         version = lineage.parent or 0
@@ -220,6 +227,13 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
         first = next((name for name, now in names.items() if now == old), old)
         names[first] = new
     return names
+
+
+def _same_rows(classifier: Classifier, a: int, b: int) -> dict[str, str]:
+    """Names in ``a`` that ``b`` does not have, and the name there of the label with the very same row."""
+    before, after = classifier.head(a).rows_hash(), classifier.head(b).rows_hash()
+    new = {row: label for label, row in after.items() if label not in before}
+    return {label: new[row] for label, row in before.items() if label not in after and row in new}
 
 
 def evaluate(

@@ -123,6 +123,7 @@ class ModelRepository:
         try:
             store.create(_FORMAT_FILE, _format())
             yield cls(location, store=store)
+            store.create(_FORMAT_FILE, _format())  # another one that failed meanwhile may have taken it away
         except BaseException:
             if new:
                 store.abandon(_FORMAT_FILE, made=not there)

@@ -7,19 +7,20 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from patcher.errors import RepositoryError
+from patcher.errors import RepositoryError, VersionError
 from patcher.serving import serving_of
 from patcher.triton.process import has_gpu
 from patcher.triton.server import EmbeddedTriton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from patcher.classifier import Classifier
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ServerTls
 
-__all__ = ["advice", "cache_options", "serve", "served_models"]
+__all__ = ["advice", "cache_options", "damaged", "serve", "served_models"]
 
 _CACHE_BYTES = 64 << 20
 _MANY_CORES = 8
@@ -45,7 +46,8 @@ def serve(
     Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
     itself.
     """
-    models = served_models(repository)
+    left_out = damaged(repository)
+    models = served_models(repository, left_out)
     server = EmbeddedTriton(
         repository.store.served_from,
         models,
@@ -57,14 +59,16 @@ def serve(
         tls=tls,
         metrics_host=metrics_host,
         log_file=log_file,
-        options=cache_options(repository),
+        options=cache_options(repository, left_out),
         environment=repository.store.server_environment(),
         encoder_runs_backbone=encoder_runs_backbone,
         onnxruntime_backend=onnxruntime_backend,
     )
-    hints = advice(repository, len(os.sched_getaffinity(0)))
+    hints = advice(repository, len(os.sched_getaffinity(0)), left_out)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        for name, error in left_out.items():
+            say(f"warning: {name} is not served: {error}; once that is repaired, `patcher sync` has it served")
         say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
         server.start()
         if not server.key_hidden:
@@ -85,7 +89,25 @@ def serve(
     return code or 0
 
 
-def advice(repository: ModelRepository, cores: int) -> list[str]:
+def damaged(repository: ModelRepository) -> dict[str, RepositoryError | VersionError]:
+    """Classifiers with a model of their own that a server would fail to load, and why: it would then load none at all.
+
+    Raises the error where no classifier is without one.
+    """
+    names, found = repository.classifiers(), {}
+    for name in names:
+        try:
+            classifier = repository.classifier(name)
+            if not classifier.in_store:  # the head store looks after that itself
+                classifier.head()
+        except (RepositoryError, VersionError) as error:
+            found[name] = error
+    if found and len(found) == len(names):
+        raise found[names[0]]
+    return found
+
+
+def advice(repository: ModelRepository, cores: int, left_out: Collection[str] = ()) -> list[str]:
     """A line for each backbone that is left to one session over so many cores as short texts do not fill.
 
     With 32 texts at once 16 cores answered 383 a second so, about as many as two (``results/gpu-h200.json``). Nothing
@@ -93,7 +115,7 @@ def advice(repository: ModelRepository, cores: int) -> list[str]:
     """
     if cores < _MANY_CORES or has_gpu():
         return []
-    parts = {each.backbone_model: each for each in map(repository.classifier, repository.classifiers())}
+    parts = {each.backbone_model: each for each in _classifiers(repository, left_out)}
     lines = []
     for model, each in parts.items():
         with contextlib.suppress(RepositoryError):  # what is wrong with a configuration, the server says better
@@ -106,17 +128,17 @@ def advice(repository: ModelRepository, cores: int) -> list[str]:
     return lines
 
 
-def cache_options(repository: ModelRepository) -> list[str]:
+def cache_options(repository: ModelRepository, left_out: Collection[str] = ()) -> list[str]:
     """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
-    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+    classifiers = _classifiers(repository, left_out)
     models = {model for each in classifiers for model in (each.text_model, each.backbone_model)}
     asked = any(repository.config(model).response_cache.enable for model in models)
     return [f"--cache-config=local,size={_CACHE_BYTES}"] if asked else []
 
 
-def served_models(repository: ModelRepository) -> list[str]:
-    """What a server is told to load for all that the repository holds."""
-    classifiers = [repository.classifier(name) for name in repository.classifiers()]
+def served_models(repository: ModelRepository, left_out: Collection[str] = ()) -> list[str]:
+    """What a server is told to load for all that the repository holds, but the classifiers ``left_out``."""
+    classifiers = _classifiers(repository, left_out)
     # An encoder asks its backbone by itself, so that no ensemble brings that one.
     names = [name for each in classifiers for name in (each.ensemble, each.features_model, each.backbone_model)]
     # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
@@ -127,3 +149,7 @@ def served_models(repository: ModelRepository) -> list[str]:
         repository.require_folder()
     names += [repository.backbone(name).any_model for name in stores]
     return list(dict.fromkeys(names))
+
+
+def _classifiers(repository: ModelRepository, left_out: Collection[str]) -> list[Classifier]:
+    return [repository.classifier(name) for name in repository.classifiers() if name not in left_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import resource
@@ -620,6 +621,72 @@ def test_an_export_that_fails_takes_nothing_from_one_that_did_not(classifier):
     with pytest.raises(RuntimeError), ModelRepository.making(location):
         raise RuntimeError
     assert ModelRepository(location).classifiers() == ("intent",)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_an_export_that_fails_leaves_the_place_to_one_that_works_there(locked, tmp_path):
+    location = tmp_path / "new"
+    first = ModelRepository.making(location)
+    first.__enter__()
+    with ModelRepository.making(location) as second, second.lock() if locked else contextlib.nullcontext():
+        assert not first.__exit__(RuntimeError, RuntimeError(), None)
+        assert (location / "patcher.json").exists() == locked
+        assert (location / ".patcher.lock").exists() == locked
+    assert ModelRepository(location).classifiers() == ()
+
+
+def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
+    folder = classifier.root / "intent_head" / "2"
+    folder.mkdir()
+    shutil.copy(classifier.version_path(1) / "memory.safetensors", folder)
+    assert patched(classifier) == 3
+    notes = [check for check in doctor.diagnose(classifier.root, None, "url") if check.what == "intent, version 2"]
+    assert [check.state for check in notes] == ["note"]
+    assert "intent_head/2 has files and no model.onnx" in notes[0].finding
+
+
+def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifier):
+    def journal():
+        (check,) = [each for each in doctor.diagnose(classifier.root, None, "url") if each.what == "intent, journal"]
+        return check.state, check.finding
+
+    classifier.journal.append("switch", **{"from": 1, "to": 2})
+    with classifier.repository.lock():
+        assert journal() == ("note", "under way: version 2 was about to serve after 1; another patcher is at work")
+    assert journal()[0] == "fault"
+
+
+def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, monkeypatch):
+    patched(classifier)
+    read = Classifier.head_bytes
+
+    def pruned(self, version):
+        if version == 1 and 1 in self.versions():
+            shutil.rmtree(self.version_path(1))
+        return read(self, version)
+
+    monkeypatch.setattr(Classifier, "head_bytes", pruned)
+    assert [entry.lineage.version for entry in history(classifier)] == [2]
+    monkeypatch.undo()
+    assert doctor._version(classifier, 1, 2) is None
+
+
+def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
+    for old, new in (("music", "m1"), ("m1", "m2"), ("m2", "m3")):
+        rename_label(classifier, old, new)
+    rollback(classifier, 1)
+    assert prune(classifier, 1) == (2, 3)
+    assert diff(classifier, 1, 4).renamed == (("music", "m3"),)
+    assert diff(classifier, 4, 1).renamed == (("m3", "music"),)
+
+
+def test_a_path_that_is_not_utf8_is_named(classifier, capsys):
+    odd = os.fsdecode(os.fsencode(classifier.root) + b"\xff")
+    classifier.root.rename(odd)
+    assert main(["doctor", "--repo", odd]) == 1
+    captured = capsys.readouterr()
+    assert "expected one in UTF-8" in captured.out
+    assert "a fault of patcher" not in captured.err
 
 
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):

@@ -22,7 +22,8 @@ import pytest
 import tiny
 
 from patcher import TritonServer
-from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError
+from patcher.serve import damaged
 from patcher.triton import installation, process
 from patcher.triton.server import EmbeddedTriton
 
@@ -217,6 +218,19 @@ class TestServeCommand:
         for end in ends:
             assert isinstance(end, ServerUnreachable) or "has no available versions" in str(end)
         assert "Traceback" not in rest
+
+    @pytest.mark.parametrize("file", ["1/model.onnx", "config.pbtxt"])
+    def test_one_damaged_classifier_keeps_no_other_from_serving(self, file, classifier, tmp_path):
+        with classifier.repository.lock():
+            classifier.repository.add_classifier("other", classifier.head(), backbone="intent")
+        (classifier.root / "other_head" / file).write_bytes(b"junk {")
+        with serving(classifier, tmp_path / "log") as (_, _, url), TritonServer(url) as server:
+            assert server.classify("intent", ["please tell me"])
+            assert not server.is_ready("other")
+        assert list(damaged(classifier.repository)) == ["other"]
+        shutil.rmtree(classifier.root / "intent_head" / "1")
+        with pytest.raises(VersionError, match="intent has no version 1"):
+            damaged(classifier.repository)
 
     def test_says_when_the_server_dies(self, classifier, tmp_path):
         with serving(classifier, tmp_path / "log") as (served, output, _):
