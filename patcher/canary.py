@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
 from patcher.classifier import Classifier
-from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError
+from patcher.errors import InputError, NotServed, PatcherError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
 from patcher.repository import CANARY, holds
 from patcher.rollout import Switch, changing, probe, require_live, roll_back, validate
@@ -160,8 +160,8 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
         _remove(trial, server)
         if isinstance(error, PatcherError):
             raise NotServed(
-                f"version {version} of {classifier.name} could not be tried: {error}. The canary is gone again, and "
-                f"version {classifier.serving()} serves as before",
+                f"version {version} of {classifier.name} could not be tried: {as_sentence(error)} The canary is "
+                f"gone again, and version {classifier.serving()} serves as before",
                 {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
             ) from error
         raise
