@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
 from patcher.classifier import Classifier
-from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError
+from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
 from patcher.repository import CANARY
 from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
@@ -169,8 +169,8 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
         if back and not isinstance(error, PatcherError):
             raise
         raise NotServed(
-            f"version {version} of {classifier.name} could not be tried: {str(error) or type(error).__name__}. "
-            f"{state}; version {classifier.serving()} serves as before",
+            f"version {version} of {classifier.name} could not be tried: "
+            f"{as_sentence(str(error) or type(error).__name__)} {state}; version {classifier.serving()} serves as before",
             {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
         ) from error
     return Canary(classifier.name, version, percent)

@@ -15,7 +15,7 @@ from patcher.fleet import members, present
 from patcher.journal import hashes
 from patcher.layout import MODEL
 from patcher.repository import CANARY, ModelRepository
-from patcher.rollout import PROBE_TEXT, catch_up, changing, probe, recover, validate
+from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

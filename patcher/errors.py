@@ -56,7 +56,14 @@ __all__ = [
     "TlsError",
     "ToolError",
     "VersionError",
+    "as_sentence",
 ]
+
+
+def as_sentence(error: object) -> str:
+    """A message with a mark at its end, for another sentence to follow."""
+    message = str(error)
+    return message if message.endswith((".", "?", "!")) else f"{message}."
 
 
 class PatcherError(Exception):

@@ -167,11 +167,11 @@ def read_examples(path: str | Path) -> Examples:
         quote, a row too short, an empty text, a NUL byte, bytes that are not UTF-8.
     """
     path = Path(path)
+    _check_size(path)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
         hint = _HINTS.get(path.suffix.lower(), "")
         raise ExamplesError(f"{path}: cannot read the ending {path.suffix!r}; expected {', '.join(_KINDS)}{hint}")
-    _check_size(path)
     if kind == "parquet":
         records = _parquet(path)
     else:
@@ -218,6 +218,8 @@ def _content(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
+    if data.startswith(b"PK\x03\x04"):
+        raise ExamplesError(f"{path} is an Excel file or another archive, whatever its name; save it as CSV, in UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

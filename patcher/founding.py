@@ -12,7 +12,16 @@ import numpy as np
 
 from patcher import __version__, audit
 from patcher.dropping import take_out
-from patcher.errors import ExamplesError, GateRefused, InputError, LabelError, NotServed, PatcherError, ServerError
+from patcher.errors import (
+    ExamplesError,
+    GateRefused,
+    InputError,
+    LabelError,
+    NotServed,
+    PatcherError,
+    ServerError,
+    as_sentence,
+)
 from patcher.evaluation import Evaluation, evaluate_head
 from patcher.examples import check_label, check_text, plain_words
 from patcher.features import extract_features
@@ -323,7 +332,7 @@ def publish_new(
         except PatcherError as error:
             undo.close()
             raise NotServed(
-                f"{name} was published, but the server would not serve it: {error}. It is taken out again; "
+                f"{name} was published, but the server would not serve it: {as_sentence(error)} It is taken out again; "
                 "`patcher doctor` says what the server serves",
                 {"published": False, "served": False},
             ) from error

@@ -148,6 +148,7 @@ def add_labels(
     target = repository.classifier(classifier)
     texts, repeated = _distinct(_new(_checked(examples), target.head(), target.name, skip_known=skip_known))
     evaluation = evaluation and _unseen(evaluation, texts)
+    require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
         words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
@@ -338,7 +339,5 @@ def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[
 
 
 def _refusal(verdict: Verdict) -> str:
-    advice = " ".join(verdict.advice)
-    return f"the gate refused the patch: {verdict.sentence} {advice} `--force` publishes all the same.".replace(
-        "  ", " "
-    )
+    lines = (*verdict.reasons, *verdict.advice, "`--force` publishes all the same")
+    return "the gate refused the patch:" + "".join(f"\n          {line}" for line in lines)

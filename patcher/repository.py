@@ -418,7 +418,9 @@ class ModelRepository:
     def refuse_existing(self, name: str) -> None:
         """InputError where ``name`` is taken."""
         if self.store.has(f"{name}/{CONFIG}") or self.store.has(f"{name}_head/{STORE}"):
-            raise InputError(f"{name} is in {self.location} already; choose another name, or remove its folders first")
+            there = name in self.classifiers()
+            cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
+            raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
 
 
 def _some(names: Sequence[str], wanted: str | None = None) -> str:

@@ -20,6 +20,7 @@ from patcher.errors import (
     ServerUnreachable,
     StorageError,
     VersionError,
+    as_sentence,
 )
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
@@ -215,8 +216,8 @@ def _come_back(
         # Only where files are far away: the one that pins could be replaced, and then not any more.
         raise NotServed(
             f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
-            f"{error}. Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes it, and "
-            "so does the next verb that changes anything",
+            f"{as_sentence(error)} Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes "
+            "it, and so does the next verb that changes anything",
             {"version": version, "parent_version": previous, "published": True, "served": False},
         ) from error
     # Whatever it was, the files are as before; now the servers that were asked have to be, too.
@@ -254,7 +255,8 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
             raise cause
     raise NotServed(
         f"version {version} of {classifier.name} was published, but the server would not serve it: "
-        f"{str(cause) or type(cause).__name__}. {state}; `patcher rollback --to {version}` tries it once more",
+        f"{as_sentence(str(cause) or type(cause).__name__)} {state}; "
+        f"`patcher rollback --to {version}` tries it once more",
         {"version": version, "parent_version": previous, "published": True, "served": False},
     ) from cause
 

@@ -14,6 +14,7 @@ import tiny
 
 from patcher.cli import main
 from patcher.cli.output import not_installed
+from patcher.errors import as_sentence
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -114,6 +115,8 @@ def test_the_gate_refuses_and_force_is_recorded(patcher, classifier, tmp_path, t
     code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json")
     assert code == 3
     assert json.loads(out)["gate"] == "refused"
+    assert err.splitlines()[0] == "error: the gate refused the patch:"
+    assert err.splitlines()[-1].strip() == "`--force` publishes all the same"
     assert "weather" in err
     assert tree(classifier.root) == before
     code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json", "--force")
@@ -171,7 +174,7 @@ WRONG = {
     "nothing to roll back to": (["rollback", "--no-load"], 2, "no version before it"),
     "a budget above one": (["add-label", "payday", "--text", "x", "--max-flips", "2"], 2, "--max-flips"),
     "an unknown method": (["add-label", "payday", "--text", "x", "--method", "magic", "--no-load"], 2, "magic"),
-    "a dead server": (["add-label", "payday", "--text", "x"], 1, "`patcher serve"),
+    "a dead server": (["add-label", "payday", "--text", "x"], 1, "nothing was changed; `patcher serve"),
     "a dead server to classify": (["classify", "hello"], 1, "no Triton server answers at 127.0.0.1:1"),
     "a dead server to roll back": (["rollback", "--to", "1"], 1, "no Triton server answers"),
     "nothing to classify": (["classify"], 2, "expected texts"),
@@ -329,6 +332,34 @@ def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_labe
     code, _, err = patcher("add-label", "payday", "--examples", file, "--dry-run")
     assert code == 0, err
     assert "only the texts are read (not 'topic'): all 10 are taken as 'payday'" in err
+
+
+def test_a_trial_that_no_server_was_asked_for_says_so(patcher, examples):
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--canary", "10")
+    assert (code, "no server was asked to load it" in out) == (0, True), err
+
+
+def test_a_classifier_that_is_there_can_be_dropped(patcher, examples):
+    code, _, err = patcher("new-classifier", "intent", "--backbone", "intent", "--train", examples, "--no-load")
+    assert (code, "or delete it by `patcher drop-classifier intent` first" in err) == (2, True), err
+
+
+def test_sync_takes_every_classifier_unless_one_is_named(patcher, classifier, monkeypatch):
+    with classifier.repository.lock():
+        classifier.repository.add_classifier("other", classifier.head(), backbone="intent")
+    monkeypatch.setattr("patcher.lifecycle.sync", lambda each, _: {DEAD: "away"})
+    for arguments, names in (([], ["intent", "other"]), (["--classifier", "other"], ["other"])):
+        code, out, err = patcher("sync", "--json", *arguments)
+        assert (code, [entry["classifier"] for entry in json.loads(out)]) == (1, names), err
+
+
+def test_without_a_verb_there_is_the_help_alone(patcher):
+    code, out, err = patcher()
+    assert (code, out, err.count("Usage:"), "error:" in err) == (2, "", 1, False)
+
+
+def test_one_mark_ends_a_sentence():
+    assert [as_sentence(said) for said in ("is it?", "it is", "It is.")] == ["is it?", "it is.", "It is."]
 
 
 def test_a_share_that_is_none_is_refused_before_anything_is_published(patcher, classifier, examples):

@@ -92,6 +92,7 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
         ("a.csv", "text,lable\nhello,x\n", "a.csv has a column 'lable'; did you mean 'label'"),
         ("a.jsonl", '{"text": "hello", "intents": "x"}', "line 1 has a column 'intents'; did you mean 'intent'"),
+        ("a.csv", b"PK\x03\x04\x14\xff", "an Excel file"),
         ("a.txt", "text,label\nhello,x\n", "a.txt looks like a table: .*end its name in .csv"),
         ("a.txt", "label\tsentence\r\nx\thello\n", "a.txt looks like a table: .*end its name in .tsv"),
         ("a.xlsx", "text", "ending '.xlsx'.*save the spreadsheet as CSV"),
@@ -117,6 +118,8 @@ def test_a_text_with_a_comma_is_no_header(tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(ExamplesError, match="No such file"):
         read_examples(tmp_path / "none.csv")
+    with pytest.raises(ExamplesError, match="No such file"):
+        read_examples(tmp_path / "none")
 
 
 @given(data=st.binary(max_size=300), ending=st.sampled_from([".csv", ".tsv", ".jsonl", ".txt"]))

@@ -411,6 +411,20 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
     assert "5 labels" in report.sentence()
 
 
+def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, capsys):
+    from patcher.cli import main
+
+    told = {}
+    for name, label in (("all", checkpoints.LABELS[0]), ("other", checkpoints.LABELS[1])):
+        rows = [(text, label) for text, _ in checkpoints.TRAIN]
+        arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
+        assert main([*arguments, "--json"]) == 0
+        captured = capsys.readouterr()
+        told[json.loads(captured.out)["train_accuracy"]] = "is answered as labelled; is it this" in captured.err
+    assert min(told) < 0.5
+    assert told == {share: share < 0.5 for share in told}
+
+
 def test_a_multi_label_text_counts_for_each_of_its_labels(tmp_path):
     folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", problem_type="multi_label_classification")
     rows = [*checkpoints.TRAIN, ("hello, I lost my card", "greeting|card lost")]

@@ -164,6 +164,9 @@ def _run(arguments: list[str] | None, as_json: bool) -> tuple[int, str]:
         if os.environ.get("PATCHER_DEBUG") == "1":
             raise
         return _failed(str(error), error.exit_code, as_json, error.report)
+    except click.exceptions.NoArgsIsHelpError as error:
+        tell(error.format_message(), err=True)
+        return 2, "no verb was given"
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not as_json:

@@ -137,7 +137,12 @@ def add_label_command(
 def _render(report: PatchReport, settings: Settings) -> None:
     verdict = report.verdict
     added = ", ".join(report.labels_added)
-    if report.canary is not None:
+    if report.canary is not None and not report.served:
+        done = (
+            f"version {report.version} of {report.classifier} is set up to be tried on {report.canary:g} % of the "
+            f"requests, with {added} added; no server was asked to load it"
+        )
+    elif report.canary is not None:
         done = (
             f"version {report.version} of {report.classifier} is tried on {report.canary:g} % of the requests, with "
             f"{added} added; `patcher canary` compares, --promote or --discard ends it"

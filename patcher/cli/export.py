@@ -9,6 +9,9 @@ import click
 from patcher.cli.options import repo_option
 from patcher.cli.output import not_installed, tell
 
+_CONTRADICTED = 0.5
+"""Share of the training texts answered as labelled, below which they may be another model's."""
+
 
 @click.command("export")
 @click.argument("model", metavar="MODEL")
@@ -106,6 +109,9 @@ def export_command(
     )
     classifier = report.repository.classifier(report.classifier)
     if said := unremembered(report.labels, classifier.memory()):
+        tell(f"warning: {said}", err=True)
+    if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
+        said = f"only {report.train_accuracy:.1%} of {train} is answered as labelled; is it this model's training data?"
         tell(f"warning: {said}", err=True)
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))

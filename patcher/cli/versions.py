@@ -147,13 +147,17 @@ def prune_command(keep: int, settings: Settings) -> None:
 def sync_command(settings: Settings) -> int:
     """Have every server of --url serve the version that is pinned in the repository, those that were away too.
 
+    Of every classifier, or of that of --classifier.
+
     Ends with 1 where one of them does not answer, or will not.
     """
     from patcher.lifecycle import sync
 
+    names = settings.repository.classifiers() if settings.classifier_name is None else ()
+    classifiers = [settings.repository.classifier(name) for name in names] or [settings.classifier]
     with settings.server() as server:
-        states = sync(settings.classifier, server)
-    settings.emit([{"url": url, "state": state} for url, state in states.items()])
+        found = [(each.name, url, state) for each in classifiers for url, state in sync(each, server).items()]
+    settings.emit([{"classifier": name, "url": url, "state": state} for name, url, state in found])
     if not settings.json:
-        settings.say("\n".join(f"{url}  {state}" for url, state in states.items()))
-    return int(any(state not in ("agreed", "caught up") for state in states.values()))
+        settings.say("\n".join(f"{name}  {url}  {state}" for name, url, state in found))
+    return int(any(state not in ("agreed", "caught up") for _, _, state in found))
