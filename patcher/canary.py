@@ -170,7 +170,8 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
             raise
         raise NotServed(
             f"version {version} of {classifier.name} could not be tried: "
-            f"{as_sentence(str(error) or type(error).__name__)} {state}; version {classifier.serving()} serves as before",
+            f"{as_sentence(str(error) or type(error).__name__)} {state}; "
+            f"version {classifier.serving()} serves as before",
             {"version": version, "parent_version": classifier.serving(), "published": False, "served": False},
         ) from error
     return Canary(classifier.name, version, percent)
