@@ -217,6 +217,22 @@ class Disk:
         finally:
             lock.release()
 
+    def busy(self) -> bool:
+        """Whether somebody holds the lock at this moment."""
+        import filelock
+
+        lock = filelock.FileLock(self.root / _LOCK_FILE)
+        if not (self.root / _LOCK_FILE).exists():
+            return False
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return True
+        except OSError:  # a folder that nobody can write to: nobody writes to it
+            return False
+        lock.release()
+        return False
+
     def _wait(self, lock: BaseFileLock, timeout: float) -> None:
         import filelock
 

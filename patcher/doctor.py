@@ -84,7 +84,11 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
             try:
                 yield _served(repository.classifier(name), member)
             except PatcherError as error:
-                yield Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+                yield (
+                    Check(f"{name}, served", "note", f"another patcher is at work: {error}")
+                    if repository.store.busy()
+                    else Check(f"{name}, served", "fault", f"{error} (`patcher doctor --repair` or `patcher sync`)")
+                )
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
@@ -168,13 +172,16 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
 def _journal(classifier: Classifier) -> Check:
     what = f"{classifier.name}, journal"
     try:
+        there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
+        if pending and classifier.store.busy():
+            return Check(what, "note", f"under way: {pending}; another patcher is at work")
+        pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
     if pending:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
-    there = set(classifier.versions())
     if gone := _gone(classifier):
         found = ", ".join(map(str, gone))
         done = "restore their folders, or `patcher doctor --repair` writes them off"
@@ -203,6 +210,8 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
         if head.lineage.backbone != classifier.fingerprint():
             raise RepositoryError("belongs to another backbone than the one here")
     except PatcherError as error:
+        if version not in classifier.versions():  # pruned meanwhile
+            return None
         return Check(f"{classifier.name}, version {version}", "fault", str(error))
     return None
 

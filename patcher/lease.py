@@ -57,7 +57,7 @@ class Lease:
         while True:
             found = self._bucket.get(self._name)
             holder = None if found is None else _holder(found.data)
-            if found is None or holder is None or found.age > LAPSE_SECONDS or _gone(holder):
+            if found is None or holder is None or _lapsed(found.age, holder):
                 # Another one that looks at the same time loses this race, and waits.
                 with contextlib.suppress(LockLost):
                     self._write(_me(), found.tag if found else None)
@@ -75,6 +75,12 @@ class Lease:
                     "when it is done"
                 )
             time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  so that those who wait do not march in step
+
+    def held(self) -> bool:
+        """Whether somebody holds the lock at this moment."""
+        found = self._bucket.get(self._name)
+        holder = None if found is None else _holder(found.data)
+        return found is not None and holder is not None and not _lapsed(found.age, holder)
 
     def _prove_conditions(self) -> None:
         """StorageError for a store that writes whatever the condition: nothing here would hold there."""
@@ -131,6 +137,10 @@ def _holder(data: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):  # nothing that a patcher wrote; it has no meaning, and no holder
         return None
     return holder if isinstance(holder, dict) else None
+
+
+def _lapsed(age: float, holder: dict[str, Any]) -> bool:
+    return age > LAPSE_SECONDS or _gone(holder)
 
 
 def _me() -> dict[str, Any]:

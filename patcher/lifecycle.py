@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import canary
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import InputError, RepositoryError, VersionError
 from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets
 from patcher.features import extract_features
 from patcher.head import Lineage
@@ -62,8 +63,11 @@ class Entry:
 
 def history(classifier: Classifier) -> list[Entry]:
     """Every version on disk, oldest first."""
-    serving = classifier.serving()
-    return [entry(classifier, version, serving) for version in classifier.versions()]
+    serving, found = classifier.serving(), []
+    for version in classifier.versions():
+        with contextlib.suppress(VersionError):  # pruned meanwhile
+            found.append(entry(classifier, version, serving))
+    return found
 
 
 def entry(classifier: Classifier, version: int, serving: int) -> Entry:
@@ -71,6 +75,7 @@ def entry(classifier: Classifier, version: int, serving: int) -> Entry:
     try:
         head = classifier.head(version)
     except RepositoryError:
+        classifier.version_name(version)  # one that was pruned while it was read is not damaged
         # One damaged file must not hide the history of all others; `patcher doctor` says what is wrong with it.
         return Entry(Lineage(version, backbone="", method="damaged"), 0, version == serving)
     return Entry(head.lineage, len(head.labels), version == serving)

@@ -194,6 +194,10 @@ class ObjectStore:
             self._lease, self._known, self._listed = None, {}, None
             lease.release()
 
+    def busy(self) -> bool:
+        """Whether somebody holds the lock object, and keeps it fresh."""
+        return Lease(self.bucket, _LOCK).held()
+
     def _progress(self) -> dict[str, str]:
         return {name: tag for name, tag in self.bucket.names().items() if name.endswith(".journal")}
 

@@ -112,6 +112,9 @@ class Store(Protocol):
         Raises Busy when nobody who holds it has finished anything for ``timeout`` seconds.
         """
 
+    def busy(self) -> bool:
+        """Whether somebody holds the lock at this moment."""
+
 
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether a location is a URL rather than a folder."""

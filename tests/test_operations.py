@@ -594,6 +594,32 @@ def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
     assert "intent_head/2 has files and no model.onnx" in notes[0].finding
 
 
+def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifier):
+    def journal():
+        (check,) = [each for each in doctor.diagnose(classifier.root, None, "url") if each.what == "intent, journal"]
+        return check.state, check.finding
+
+    classifier.journal.append("switch", **{"from": 1, "to": 2})
+    with classifier.repository.lock():
+        assert journal() == ("note", "under way: version 2 was about to serve after 1; another patcher is at work")
+    assert journal()[0] == "fault"
+
+
+def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, monkeypatch):
+    patched(classifier)
+    read = Classifier.head_bytes
+
+    def pruned(self, version):
+        if version == 1 and 1 in self.versions():
+            shutil.rmtree(self.version_path(1))
+        return read(self, version)
+
+    monkeypatch.setattr(Classifier, "head_bytes", pruned)
+    assert [entry.lineage.version for entry in history(classifier)] == [2]
+    monkeypatch.undo()
+    assert doctor._version(classifier, 1, 2) is None
+
+
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
     one, other, *_ = tiny.OLD
     remove_label(classifier, one)
