@@ -210,6 +210,8 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
         return {new: old for old, new in _renames(classifier, b, a).items()}
     steps, version = [], b
     while version > a:
+        if version not in classifier.versions():  # pruned, with what it renamed
+            return _same_rows(classifier, a, b)
         lineage = classifier.head(version).lineage
         steps.append(lineage.renamed)
         version = lineage.parent or 0
@@ -220,6 +222,13 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
         first = next((name for name, now in names.items() if now == old), old)
         names[first] = new
     return names
+
+
+def _same_rows(classifier: Classifier, a: int, b: int) -> dict[str, str]:
+    """Names in ``a`` that ``b`` does not have, and the name there of the label with the very same row."""
+    before, after = classifier.head(a).rows_hash(), classifier.head(b).rows_hash()
+    new = {row: label for label, row in after.items() if label not in before}
+    return {label: new[row] for label, row in before.items() if label not in after and row in new}
 
 
 def evaluate(

@@ -620,6 +620,15 @@ def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, 
     assert doctor._version(classifier, 1, 2) is None
 
 
+def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
+    for old, new in (("music", "m1"), ("m1", "m2"), ("m2", "m3")):
+        rename_label(classifier, old, new)
+    rollback(classifier, 1)
+    assert prune(classifier, 1) == (2, 3)
+    assert diff(classifier, 1, 4).renamed == (("music", "m3"),)
+    assert diff(classifier, 4, 1).renamed == (("m3", "music"),)
+
+
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
     one, other, *_ = tiny.OLD
     remove_label(classifier, one)
