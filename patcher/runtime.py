@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,13 @@ def open_session(model: bytes | Path, threads: int = 0) -> Any:
     options.log_severity_level = 3
     source = str(model) if isinstance(model, Path) else model
     try:
+        if isinstance(source, str):
+            source.encode()
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except UnicodeEncodeError as error:
+        raise RepositoryError(
+            f"{os.fsencode(source)!r} is no path that ONNX Runtime can open; expected one in UTF-8: rename it"
+        ) from error
     except onnxruntime_errors() as error:
         name = model if isinstance(model, Path) else "the file"
         raise RepositoryError(f"ONNX Runtime cannot load {name}: {error}") from error

@@ -629,6 +629,15 @@ def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
     assert diff(classifier, 4, 1).renamed == (("m3", "music"),)
 
 
+def test_a_path_that_is_not_utf8_is_named(classifier, capsys):
+    odd = os.fsdecode(os.fsencode(classifier.root) + b"\xff")
+    classifier.root.rename(odd)
+    assert main(["doctor", "--repo", odd]) == 1
+    captured = capsys.readouterr()
+    assert "expected one in UTF-8" in captured.out
+    assert "a fault of patcher" not in captured.err
+
+
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
     one, other, *_ = tiny.OLD
     remove_label(classifier, one)
