@@ -14,6 +14,7 @@ import numpy as np
 from patcher import model_config
 from patcher.errors import InputError, RepositoryError
 from patcher.fit import Fit, fit
+from patcher.fit.model import woken
 from patcher.fit.scope import fit_scope
 from patcher.gate import Verdict, judge
 from patcher.scope import Scope, stretch_of
@@ -137,7 +138,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
             )
         with watch("scope"):
             grown = _grown(memory, given.examples)
-            scope = _scope(parent, made, grown, given.evaluation)
+            scope = _scope(parent, made, memory, grown, given.evaluation)
     except np.linalg.LinAlgError as error:
         raise RepositoryError(
             f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` builds it anew"
@@ -146,14 +147,17 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
     return Patch(dataclasses.replace(made.apply(parent), scope=scope), grown, made, verdict, gate)
 
 
-def _scope(parent: Head, made: Fit, grown: Memory | None, evaluation: Labelled | None) -> Scope | None:
+def _scope(
+    parent: Head, made: Fit, memory: Memory | None, grown: Memory | None, evaluation: Labelled | None
+) -> Scope | None:
     """Fitted anew: a new row raises every input's logsumexp, and the new label is in scope now."""
     if grown is None:
         return parent.scope
     # Those of the new labels alone would set the limit of all.
     fresh = None if evaluation is None else evaluation[0][evaluation[1] < len(parent.labels)]
-    # Whitened with the new label in the memory: what no old input ever did may be what its inputs do.
-    return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope))
+    # What no old input ever did, and the new label's do, is no measure of how far apart inputs lie.
+    white = None if memory is None or woken(memory, grown) else made.old.whitening
+    return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope), white=white)
 
 
 def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:

@@ -30,6 +30,7 @@ __all__ = [
     "full_rows",
     "log_sum_exp",
     "whitening",
+    "woken",
 ]
 
 
@@ -37,6 +38,8 @@ _LEAST_PIVOT = 0.5
 """No pivot of a covariance with a ridge on it is below the ridge; what is below so much of it, was none."""
 _COARSE = 2.0**-8
 """Of its mean, what a feature spreads at least: four times the distance of two numbers that FP16 holds."""
+_WIDER = 4.0
+"""Variance; a few examples widen no feature of many old inputs by so much that was in use."""
 _SMALL = 96
 """Up to this size LAPACK's own routines are as fast."""
 
@@ -127,7 +130,7 @@ def from_memory(memory: Memory, head: Head, settings: Settings = SETTINGS, white
     means = memory.sums[theirs] / memory.counts[theirs, None]
     places = np.array([mine for mine, _ in known], np.int64)
     weight, bias = full_rows(head)
-    white = whitening(memory, settings)
+    white = white or whitening(memory, settings)
     return OldLabels(white, means, places, weight.astype(np.float64), bias.astype(np.float64))
 
 
@@ -145,6 +148,15 @@ def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
     wide -= roots.T @ roots
     variance = np.diag(memory.second_moment) / total - center**2
     return _widened(center, wide, variance, memory.split, settings)
+
+
+def woken(before: Memory, after: Memory) -> bool:
+    """Whether a feature spreads far wider in a memory than in the one before it, where it hardly ever varied."""
+    then, now = (
+        memory.second_moment.diagonal() / memory.counts.sum() - (memory.sums.sum(axis=0) / memory.counts.sum()) ** 2
+        for memory in (before, after)
+    )
+    return bool((now > _WIDER * np.maximum(then, 1e-12 * now.max())).any())
 
 
 def from_rows(head: Head, examples: Floats, settings: Settings = SETTINGS) -> OldLabels:

@@ -14,6 +14,7 @@ from patcher.scope import Distance, Scope
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from patcher.fit.model import Whitening
     from patcher.head import Head
     from patcher.memory import Memory
 
@@ -53,17 +54,19 @@ def fit_scope(
     fresh: Floats | None = None,
     stretch: float = 1.0,
     false_alarms: float = 0.05,
+    white: Whitening | None = None,
     settings: Settings = SETTINGS,
 ) -> Scope:
     """The scorer of a head, from the memory of its labels; ``false_alarms`` of the known inputs should score below 0.5.
 
     The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, if
     there are twenty at least, or else ``stretch`` times that of the memory's real features. Without those (a memory of
-    statistics, or none) the largest probability has to do.
+    statistics, or none) the largest probability has to do. ``white``, that of the fit of which this is the end, is most
+    of the work.
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem, stretch=stretch)
-    old = from_memory(memory, head, settings)
+    old = from_memory(memory, head, settings, white)
     axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
     directions = old.whitening.points @ axes
     # Features of tiny numbers are stretched beyond what FP16 holds; distances in another unit do as well.

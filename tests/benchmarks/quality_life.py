@@ -85,7 +85,7 @@ def _one_by_one(setting: Setting, kept: tuple[str, ...], pool: dict[str, Floats]
         judge(head, made, {label: examples}, memory)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
         patched = made.apply(head)
-        head = dataclasses.replace(patched, scope=fit_scope(memory, patched))
+        head = dataclasses.replace(patched, scope=fit_scope(memory, patched, white=made.old.whitening))
         seconds.append(time.perf_counter() - start)
     places = np.array([head.index(label) for label in (*setting.head.labels, *setting.new)])
     answers = head.logits(setting.everything)[:, places].argmax(axis=1)

@@ -226,7 +226,7 @@ def _one_after_another(setting: Setting, n: int, draw: int, way: Sequence[str]) 
         judge(head, fitted, {label: examples}, memory)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
         patched = fitted.apply(head)
-        head = dataclasses.replace(patched, scope=fit_scope(memory, patched))
+        head = dataclasses.replace(patched, scope=fit_scope(memory, patched, white=fitted.old.whitening))
         seconds["whole add"].append(time.perf_counter() - start)
     after = head.rows_hash()
     order = [head.index(label) for label in (*setting.head.labels, *setting.new)]
@@ -339,7 +339,7 @@ def _lap(head: Head, memory: Memory, examples: Floats) -> dict[str, float]:
     ticks.append(time.perf_counter())
     grown = memory.add(["new"], examples, np.zeros(len(examples), np.int64))
     ticks.append(time.perf_counter())
-    fit_scope(grown, fitted.apply(head))
+    fit_scope(grown, fitted.apply(head), white=fitted.old.whitening)
     ticks.append(time.perf_counter())
     return dict(zip(("fit", "gate", "memory", "scope"), np.diff(ticks).tolist(), strict=True))
 
