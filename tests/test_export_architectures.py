@@ -303,8 +303,9 @@ def test_positions_that_begin_behind_some_rows_are_counted(tmp_path):
 
 def test_torch_says_nothing_on_stdout_of_a_model_that_it_cannot_export(tmp_path, capfd):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    rope["original_max_position_embeddings"] = 96
-    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "original_max_position_embeddings": 96}
+    rope["original_max_position_embeddings"] = 384
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "original_max_position_embeddings": 384}
+    sizes["max_position_embeddings"] = 384
     model, tokenizer = long_decoder("Phi3", rope_parameters=rope, **sizes)
     with pytest.raises(ExportError, match="torch cannot export Phi3ForSequenceClassification"):
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
