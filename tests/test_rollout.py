@@ -126,8 +126,16 @@ def test_whatever_fails_the_previous_version_is_back(classifier, case):
     assert not list(classifier.root.rglob(".patcher-staging-*"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where a shell started the tests in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_stop_the_way_back(classifier, second):
+def test_a_second_signal_does_not_stop_the_way_back(classifier, second, interruptible):
     signals = [signal.SIGINT, second]
 
     class Signalled(Server):
@@ -144,7 +152,7 @@ def test_a_second_signal_does_not_stop_the_way_back(classifier, second):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_after_success_changes_nothing(classifier, monkeypatch):
+def test_a_signal_after_success_changes_nothing(classifier, monkeypatch, interruptible):
     append = Journal.append
 
     def signalled(self, event, **values):
