@@ -270,16 +270,22 @@ def test_live_is_less_than_ready() -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
+def checked(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The health check beside a stand-in for the server's HTTP; ``folder`` says what the container serves."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
+        environment = {**os.environ, "TMPDIR": str(folder), "TRITON_MODEL_REPO": str(folder / "nowhere")}
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        server.shutdown()
+    return outcome
+
+
 @pytest.mark.parametrize("served, code", [("intent", 0), ("intent\ntopic", 1), ("", 1), (None, 1)])
 def test_health_is_the_readiness_of_every_classifier(tmp_path: Path, served: str | None, code: int) -> None:
     if served is not None:
         (tmp_path / "classifiers").write_text(served)
-    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
-        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(tmp_path / "nowhere")}
-        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        server.shutdown()
+    outcome = checked(tmp_path)
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
 
 
@@ -289,12 +295,7 @@ def test_health_is_an_answer_where_http_gives_one(
 ) -> None:
     (tmp_path / "classifiers").write_text("intent")
     monkeypatch.setattr(Ready, "inference", status)
-    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
-        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(tmp_path / "nowhere")}
-        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        server.shutdown()
+    outcome = checked(tmp_path)
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
     assert ("is not healthy" in outcome.stdout) == (status == 500)
 
