@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 BIN = Path(sys.executable).parent
 
@@ -106,3 +107,28 @@ def test_no_figure_waits_to_be_filled_in():
         body = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
         assert body, mark
         assert len(body[1]) > 200, mark
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [str(page.relative_to(ROOT)) for page in (*ROOT.glob("*.md"), *ROOT.glob("[dt]*/**/README.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there.read_text()), target
+
+
+def test_every_benchmark_is_told_on_its_page():
+    page = (ROOT / "tests/benchmarks/README.md").read_text()
+    scripts = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert [path.name for path in scripts if f"`{path.name}`" not in page] == []
