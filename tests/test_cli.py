@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -236,6 +237,21 @@ def test_doctor_finds_what_is_wrong(patcher, classifier):
     code, out, _ = patcher("doctor")
     assert code == 1
     assert "FAULT  intent_backbone: its file's SHA-256 is" in out
+
+
+def test_the_shell_completes_verbs_and_options():
+    def completed(words):
+        environment = {
+            **os.environ,
+            "_PATCHER_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        command = [str(Path(sys.executable).parent / "patcher")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.split()
+
+    assert completed("patcher ro") == ["plain,rollback"]
+    assert completed("patcher add-label --me") == ["plain,--method"]
 
 
 def test_every_verb_teaches(patcher):

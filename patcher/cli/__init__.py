@@ -22,61 +22,46 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# Verb -> module and command: a verb's imports are paid by that verb alone, so that `--help` answers at once.
-_VERBS = {
-    "export": "export:export_command",
-    "serve": "serve:serve_command",
-    "new-classifier": "new_classifier:new_classifier_command",
-    "drop-classifier": "new_classifier:drop_classifier_command",
-    "add-label": "add_label:add_label_command",
-    "classify": "classify:classify_command",
-    "labels": "versions:labels_command",
-    "history": "versions:history_command",
-    "diff": "versions:diff_command",
-    "rollback": "versions:rollback_command",
-    "canary": "canary:canary_command",
-    "prune": "versions:prune_command",
-    "sync": "versions:sync_command",
-    "remove-label": "relabel:remove_label_command",
-    "rename-label": "relabel:rename_label_command",
-    "merge-labels": "relabel:merge_labels_command",
-    "remember": "remember:remember_command",
-    "evaluate": "evaluate:evaluate_command",
-    "report": "report:report_command",
-    "to-transformers": "to_transformers:to_transformers_command",
-    "loadtest": "loadtest:loadtest_command",
-    "metrics": "metrics:metrics_command",
-    "tune": "tune:tune_command",
-    "upgrade": "upgrade:upgrade_command",
-    "doctor": "doctor:doctor_command",
+# Section -> verb -> module, command and one line of help: a verb's imports are paid by that verb alone, so that
+# `--help` answers at once.
+_SECTIONS = {
+    "To start": {
+        "export": ("export:export_command", "A fine-tuned checkpoint into a model repository."),
+        "serve": ("serve:serve_command", "A real Triton server on this machine."),
+        "new-classifier": ("new_classifier:new_classifier_command", "A classifier from labelled texts, on a backbone."),
+        "remember": ("remember:remember_command", "Build the memory from labelled data, after the export."),
+    },
+    "Labels": {
+        "add-label": ("add_label:add_label_command", "New labels from a few examples, live."),
+        "rename-label": ("relabel:rename_label_command", "Give a label another name."),
+        "merge-labels": ("relabel:merge_labels_command", "Make one label of several."),
+        "remove-label": ("relabel:remove_label_command", "Take a label out."),
+    },
+    "Versions": {
+        "labels": ("versions:labels_command", "What a version knows."),
+        "history": ("versions:history_command", "Where each version comes from."),
+        "rollback": ("versions:rollback_command", "An earlier version serves again."),
+        "canary": ("canary:canary_command", "Try a version on a share of the requests."),
+        "prune": ("versions:prune_command", "Delete old versions."),
+        "drop-classifier": ("new_classifier:drop_classifier_command", "Delete a classifier; its backbone stays."),
+        "to-transformers": ("to_transformers:to_transformers_command", "The patched head back into a checkpoint."),
+    },
+    "Answers": {
+        "classify": ("classify:classify_command", "Ask the server."),
+        "evaluate": ("evaluate:evaluate_command", "Accuracy of a version on a labelled file."),
+        "diff": ("versions:diff_command", "What changed between two versions."),
+        "report": ("report:report_command", "One page about a version: what changed, before and after."),
+    },
+    "Operations": {
+        "doctor": ("doctor:doctor_command", "What is installed, what the server says, whether all agree; repairs."),
+        "sync": ("versions:sync_command", "Every server serves what is pinned."),
+        "loadtest": ("loadtest:loadtest_command", "Throughput and latency, by perf_analyzer."),
+        "tune": ("tune:tune_command", "The fastest settings for this machine."),
+        "metrics": ("metrics:metrics_command", "For Prometheus: what each replica serves, patches, refusals."),
+        "upgrade": ("upgrade:upgrade_command", "An export of an earlier version gets what this one has."),
+    },
 }
-_HELP = {
-    "export": "A fine-tuned checkpoint into a model repository, once.",
-    "serve": "A real Triton server on this machine.",
-    "new-classifier": "A classifier from labelled texts, on a backbone that is there.",
-    "drop-classifier": "Delete a classifier; its backbone stays.",
-    "add-label": "New labels from a few examples, live.",
-    "classify": "Ask the server.",
-    "labels": "What a head version knows.",
-    "history": "The lineage of the head versions.",
-    "diff": "What changed between two versions.",
-    "rollback": "An earlier version serves again.",
-    "canary": "Try a version on a share of the requests.",
-    "prune": "Delete old versions.",
-    "sync": "Every server serves what is pinned.",
-    "remove-label": "Take a label out.",
-    "rename-label": "Give a label another name.",
-    "merge-labels": "Make one label of several.",
-    "remember": "Build the memory from labelled data, after the export.",
-    "evaluate": "Accuracy of a version on a labelled file.",
-    "report": "One page about a version: what changed, before and after.",
-    "to-transformers": "The patched head back into a checkpoint.",
-    "loadtest": "Throughput and latency, by perf_analyzer.",
-    "metrics": "For Prometheus: versions and labels on each replica, patches, refusals.",
-    "tune": "The fastest settings for this machine.",
-    "upgrade": "An export of an earlier version gets what this one has.",
-    "doctor": "What is installed, what the server says, whether all agree.",
-}
+_VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in section.items()}
 
 
 class _Verbs(click.Group):
@@ -103,8 +88,10 @@ class _Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # Not through the commands themselves, which would import them all.
-        with formatter.section("Verbs"):
-            formatter.write_dl(list(_HELP.items()))
+        width = max(map(len, _VERBS))
+        for section, verbs in _SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(verb.ljust(width), line) for verb, (_, line) in verbs.items()])
 
 
 @click.group(
