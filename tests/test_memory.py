@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.memory import Memory
+from patcher.memory_file import read_memory, write_memory
 
 LABELS = ("ask", "buy", "call")
 
@@ -132,16 +133,16 @@ def test_clusters_follow_the_labels_life() -> None:
 
 def test_a_memory_of_format_1_has_each_label_as_one_cluster() -> None:
     memory = some_memory()
-    again = Memory.from_bytes(as_format_1(memory))
+    again = read_memory(as_format_1(memory))
     assert again.clusters.labels.tolist() == [0, 1, 2] and again.clusters.counts.tolist() == [20, 20, 20]
     assert np.allclose(again.clusters.means.astype(float), memory.means(), atol=2e-3)
     assert np.array_equal(again.sample, memory.sample)
-    assert not len(Memory.from_bytes(as_format_1(some_memory(per_label=0))).clusters.means)
+    assert not len(read_memory(as_format_1(some_memory(per_label=0))).clusters.means)
 
 
 def as_format_1(memory: Memory) -> bytes:
     """The bytes that version 0.6 wrote."""
-    tensors = load(memory.to_bytes())
+    tensors = load(write_memory(memory))
     kept = {name: array for name, array in tensors.items() if not name.startswith("cluster_")}
     about = {"format": 1, "labels": memory.labels, "split": memory.split, "per_label": memory.per_label, "seed": 0}
     return save(kept, metadata={"patcher": json.dumps(about)})
@@ -189,31 +190,31 @@ def test_wrong_features_are_refused(features: np.ndarray, ids: list[int], messag
 
 def test_bytes_round_trip() -> None:
     memory = some_memory()
-    data = memory.to_bytes()
-    again = Memory.from_bytes(data)
-    assert again.to_bytes() == data
+    data = write_memory(memory)
+    again = read_memory(data)
+    assert write_memory(again) == data
     assert again.labels == memory.labels and again.per_label == 5 and again.split == 4
     assert np.array_equal(again.second_moment, memory.second_moment)
     assert memory.size < len(data) < memory.size + 2000
 
 
 def test_damaged_bytes_are_refused() -> None:
-    data = some_memory().to_bytes()
+    data = write_memory(some_memory())
     for broken in (b"", b"nonsense", data[:100], data[:-8], b"\xff" * 64):
         with pytest.raises(RepositoryError, match="no memory of ours"):
-            Memory.from_bytes(broken)
+            read_memory(broken)
 
 
 def test_a_newer_format_says_so() -> None:
-    tensors = {**load(some_memory().to_bytes()), "of_tomorrow": np.zeros(3)}
+    tensors = {**load(write_memory(some_memory())), "of_tomorrow": np.zeros(3)}
     with pytest.raises(RepositoryError, match=r"format 3.*update patcher"):
-        Memory.from_bytes(save(tensors, metadata={"patcher": json.dumps({"format": 3})}))
+        read_memory(save(tensors, metadata={"patcher": json.dumps({"format": 3})}))
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    data = bytearray(some_memory().to_bytes())
+    data = bytearray(write_memory(some_memory()))
     memory = some_memory()
     at = bytes(data).index(memory.sums.tobytes())
     data[at : at + 8] = np.float64(np.nan).tobytes()
     with pytest.raises(RepositoryError, match="damaged"):
-        Memory.from_bytes(bytes(data))
+        read_memory(bytes(data))
