@@ -24,7 +24,7 @@ REFITS = [method for method in METHODS if method not in ("auto", "offset-logisti
 @pytest.mark.parametrize("method", REFITS)
 def test_a_refit_finds_the_new_label_and_the_old_ones(method):
     head, memory, features, ids, new = world(per_label=60)
-    replay = (features, ids) if method == "anchored" else None
+    replay = Labelled(features, ids) if method == "anchored" else None
     made = fit({"new": new(10), "other": new(10, 1)}, head, memory, method=method, replay=replay)
     after = made.apply(head)
     assert after.labels == (*head.labels, "new", "other")
