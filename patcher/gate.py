@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.flips import Flips, count_flips, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
-from patcher.screening import known_already, repeats
+from patcher.screening import alike, known_already, repeats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -98,6 +98,7 @@ def judge(
     evaluation: Labelled | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
     repeated: Sequence[Repeat] = (),
+    left_out: Mapping[str, int] | None = None,
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -114,12 +115,13 @@ def judge(
         The examples in words, for naming them; numbers are used without.
     repeated
         Pairs of examples with the same words, of which the second is none of ``examples``.
+    left_out
+        How many texts of a file, by the option that named it, have the words of another and are not counted.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
-    alike = (pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))
-    duplicates = (*repeated, *alike)
+    duplicates = [*repeated, *(pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))]
     known = tuple(
         hit
         for label, rows in examples.items()
@@ -134,6 +136,7 @@ def judge(
         advice=(
             *_advice(flips, recall, lost_to, known, too_few, duplicates),
             *_unseen(head, [flips, *others], max_flips),
+            *_asides(fit, head, left_out or {}),
         ),
         calibration=flips.calibration,
         calibration_size=flips.size,
@@ -143,7 +146,7 @@ def judge(
         estimated_recall=recall,
         confused_with=lost_to,
         losing=flips.losing,
-        duplicates=duplicates,
+        duplicates=tuple(duplicates),
         known=known,
         too_few=too_few,
     )
@@ -289,6 +292,14 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
             f"{math.ceil(3 / max_flips):,} without a flip would be needed"
         )
     return tuple(filter(None, said))
+
+
+def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
+    """What is to be said of texts that were not counted, and of names."""
+    for file, count in left_out.items():
+        yield f"{count} text(s) of {file} say what another says, and are left out: the same words count once"
+    for label, other in alike(fit.labels, head.labels):
+        yield f"{label!r} is {other!r} but for case, spaces, '_' and '-': is it the same label?"
 
 
 def _bound_words(flips: Flips) -> str:

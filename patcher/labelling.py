@@ -148,11 +148,12 @@ def add_labels(
     """
     watch = Stopwatch()
     target = repository.classifier(classifier)
-    texts, repeated = _distinct(_new(_checked(examples), target.head(), target.name, skip_known=skip_known))
+    head = target.head()
+    texts, repeated = _distinct(_new(_checked(examples), head, target.name, skip_known=skip_known))
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
-        features = _features(target, texts, replay, evaluation, server, use_name=settings.use_name)
+        features = _features(target, head, texts, replay, evaluation, server, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         with watch("read"):
             parent, memory = _read(target, on_trial=settings.canary is not None)
@@ -293,10 +294,11 @@ def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | Non
 
 
 class _Data(NamedTuple):
-    """Labelled texts and their features, float32 ``[n, width]``."""
+    """Labelled texts, each once, and their features, float32 ``[n, width]``; so many more there were ``repeated``."""
 
     examples: Examples
     features: Floats
+    repeated: int
 
 
 class _Features(NamedTuple):
@@ -310,6 +312,7 @@ class _Features(NamedTuple):
 
 def _features(
     classifier: Classifier,
+    head: Head,
     texts: Mapping[str, Sequence[str]],
     replay: Examples | None,
     evaluation: Examples | None,
@@ -324,16 +327,20 @@ def _features(
     return _Features(
         dict(zip(texts, groups, strict=True)),
         dict(zip(words, names, strict=True)),
-        _data(classifier, replay, server),
-        _data(classifier, evaluation and _unseen(evaluation, texts), server),
+        _data(classifier, head, replay, (), server),
+        _data(classifier, head, evaluation and _unseen(evaluation, texts), tuple(texts), server),
     )
 
 
-def _data(classifier: Classifier, examples: Examples | None, server: TritonServer | None) -> _Data | None:
+def _data(
+    classifier: Classifier, head: Head, examples: Examples | None, new: Sequence[str], server: TritonServer | None
+) -> _Data | None:
+    """Old data; a text that comes again tells nothing new, and would make what is counted on it look surer."""
     if examples is None:
         return None
-    examples.labelled()  # before the work
-    return _Data(examples, extract_features(classifier, examples.texts, server))
+    label_ids(head, examples, new)  # before the work, and before a repeated text can hide a label that is none
+    once = examples.once(several=not head.exclusive)
+    return _Data(once, extract_features(classifier, once.texts, server), len(examples) - len(once))
 
 
 def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features, repeated: Sequence[Repeat]) -> Given:
@@ -345,6 +352,11 @@ def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features
         _labelled(parent, features.replay),
         _labelled(parent, features.evaluation, tuple(texts)),
         repeated,
+        {
+            name: data.repeated
+            for name, data in (("--replay", features.replay), ("--eval", features.evaluation))
+            if data is not None and data.repeated
+        },
     )
 
 

@@ -78,6 +78,8 @@ class Given:
         Labelled data, of the old labels; ``evaluation`` of the old labels followed by the new ones.
     repeated
         Examples that were left out because another has the same words.
+    left_out
+        How many texts of ``--replay`` and ``--eval`` were left out for that reason.
     """
 
     examples: Mapping[str, Floats]
@@ -86,6 +88,7 @@ class Given:
     replay: Labelled | None = None
     evaluation: Labelled | None = None
     repeated: Sequence[Repeat] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 memory,
                 texts=given.texts,
                 repeated=given.repeated,
+                left_out=given.left_out,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,

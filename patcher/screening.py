@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from patcher.examples import plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Known", "Repeat", "known_already", "repeats"]
+__all__ = ["Known", "Repeat", "alike", "known_already", "repeats"]
 
 _SURE = 0.9
 _SAME_TEXT = 0.9
@@ -44,6 +45,13 @@ class Known(NamedTuple):
     label: str
     example: str
     old: str
+
+
+def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
+    """Each new label that is an old one, or a new one before it, but for case, spaces, ``_`` and ``-``; with that."""
+    first: dict[str, str] = {}
+    pairs = [(label, first.setdefault(re.sub(r"[\s_-]", "", label.casefold()), label)) for label in (*old, *new)]
+    return [(label, other) for label, other in pairs[len(old) :] if label != other]
 
 
 def repeats(label: str, names: list[str], rows: Floats) -> list[Repeat]:

@@ -167,6 +167,29 @@ def test_a_multi_label_text_may_have_the_new_label_beside_old_ones():
     assert (wrong.flips, wrong.losing) == (1.0, {"b": 40})
 
 
+@pytest.mark.parametrize("replayed", [True, False])
+def test_where_all_that_is_known_of_a_multi_label_text_is_the_new_label_nothing_is_counted(replayed):
+    head, memory, draw, _ = overlapping(4, labels=4)
+    head = dataclasses.replace(head, problem=MULTI_LABEL)
+    rows, ids = draw(np.zeros(8, np.int64)), np.zeros(8, np.int64)
+    memory = Memory.build(rows, ids, head.labels, rows.shape[1])
+    replay = Labelled(rows, ids) if replayed else None
+    result = judge(head, fit({"new": rows}, head, memory, replay=replay), {"new": rows}, memory)
+    assert (result.calibration, result.flips) == ("draws", None)
+
+
+def test_a_name_that_is_another_but_for_its_spelling_is_told():
+    head, memory, _, _, new = world()
+    head = dataclasses.replace(head, labels=("card_lost", *head.labels[1:]))
+    memory = memory.rename("l0", "card_lost")
+    advice = "\n".join(verdict({"Card-lost": new(10), "other": new(10, 1)}, head, memory).advice)
+    assert "'Card-lost' is 'card_lost' but for case" in advice
+    assert "other" not in advice
+    twice = verdict({"my pay": new(10), "MyPay": new(10, 1)}, head, memory)
+    assert any("'MyPay' is 'my pay' but for case" in line for line in twice.advice)
+    assert not any("but for case" in line for line in verdict({"card lost 2": new(10)}, head, memory).advice)
+
+
 def test_where_the_bound_comes_from_is_in_the_sentence():
     head, memory, features, ids, new = world()
     said = verdict({"new": new(10)}, head, memory).sentence
