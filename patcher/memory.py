@@ -281,7 +281,10 @@ class Memory:
         return dataclasses.replace(self, labels=(*self.labels[:place], new, *self.labels[place + 1 :]))
 
     def merge(self, labels: Sequence[str], into: str) -> Memory:
-        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features."""
+        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features.
+
+        Of each label as many as a sample of all their sentences would hold, for what is counted on it later.
+        """
         places = [self._place(label) for label in dict.fromkeys(labels)]
         first = min(places)
         if into in self.labels and into not in labels:
@@ -291,7 +294,7 @@ class Memory:
         counts, sums = self.counts.copy(), self.sums.copy()
         counts[first], sums[first] = self.counts[places].sum(), self.sums[places].sum(axis=0)
         ids = np.array([goes_to[i] for i in self.sample_labels.tolist()], np.int64)
-        chosen = self._chosen(ids, ids == keep.index(first))
+        chosen = self._chosen(places)
         return dataclasses.replace(
             self,
             labels=tuple(into if i == first else self.labels[i] for i in keep),
@@ -323,13 +326,16 @@ class Memory:
             owners.append(np.full(len(kept), place, np.int64))
         return np.concatenate(parts), np.concatenate(owners)
 
-    def _chosen(self, ids: Ints, crowded: NDArray[np.bool_]) -> Ints:
-        """Positions in the sample, at most ``per_label`` of the crowded ones."""
-        places = np.flatnonzero(crowded)
-        if len(places) > self.per_label:
-            rng = np.random.default_rng([self.seed, len(ids)])
-            places = rng.choice(places, self.per_label, replace=False)
-        return np.sort(np.concatenate([np.flatnonzero(~crowded), places]))
+    def _chosen(self, places: Sequence[int]) -> Ints:
+        """Positions in the sample where the labels at ``places`` are one: each sentence had the same chance."""
+        counts = self.counts[places]
+        rng = np.random.default_rng([self.seed, len(self.sample)])
+        shares = rng.multivariate_hypergeometric(counts, min(self.per_label, int(counts.sum())), method="marginals")
+        kept = [np.flatnonzero(~np.isin(self.sample_labels, places))]
+        for place, share in zip(places, shares.tolist(), strict=True):
+            held = np.flatnonzero(self.sample_labels == place)
+            kept.append(rng.permutation(held)[:share])
+        return np.sort(np.concatenate(kept))
 
 
 def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Generator) -> Ints:

@@ -46,18 +46,16 @@ def write_memory(memory: Memory) -> bytes:
 def read_memory(data: bytes) -> Memory:
     """Read a memory back; RepositoryError where the bytes are not one of ours."""
     about, arrays = _read(data)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise RepositoryError("this memory is damaged: it holds values that are not finite")
     try:
         names = ("split", "per_label", "seed", *(["most_clusters"] if about["format"] > 1 else []))
         settings: dict[str, Any] = {name: int(about[name]) for name in names}
         kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-        memory = Memory(
-            labels=tuple(str(label) for label in about["labels"]), clusters=_clusters(arrays), **kept, **settings
-        )
+        labels = tuple(str(label) for label in about["labels"])
+        return Memory(labels=labels, clusters=_clusters(arrays), **kept, **settings)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise RepositoryError("this memory is damaged: it holds values that are not finite")
-    return memory
 
 
 def _read(data: bytes) -> tuple[Mapping[str, Any], Arrays]:

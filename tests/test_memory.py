@@ -163,6 +163,33 @@ def test_rename_and_merge() -> None:
     assert merged.merge(["ask", "trade"], "ask").labels == ("ask",)
 
 
+def test_a_merged_labels_sample_has_of_each_part_its_share() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat([0, 1, 2], [400, 10, 20])
+    rare = 0
+    for seed in range(60):
+        memory = Memory.build(rng.normal(size=(430, 2)) + 100 * ids[:, None], ids, LABELS, 2, seed=seed)
+        merged = memory.merge(["ask", "buy"], "talk")
+        sample = merged.features_of("talk")
+        assert len(sample) == 20 and len(merged.features_of("call")) == 20
+        rare += int((sample[:, 0] > 50).sum())
+    assert 10 <= rare <= 55  # 10 of 410 texts: 29 in 60 samples of 20, where 400 would be as many as are kept
+
+
+def test_features_that_fp16_cannot_hold_are_refused_and_not_cut_off() -> None:
+    rows = np.full((4, 3), 7e4, np.float32)
+    with pytest.raises(InputError, match=r"7e\+04.*65,504"):
+        Memory.build(rows, np.zeros(4, int), ["a"], 2)
+    assert Memory.build(rows, np.zeros(4, int), ["a"], 2, per_label=0).means().max() == 7e4
+    assert Memory.build(rows * 0.93, np.zeros(4, int), ["a"], 2).features_of("a").max() == pytest.approx(65100, abs=32)
+
+
+def test_features_of_a_label_are_those_that_are_kept() -> None:
+    memory = some_memory()
+    assert np.array_equal(memory.features_of("buy"), memory.sample[memory.sample_labels == 1].astype(np.float32))
+    assert memory.features_of("never").shape == (0, 6)
+
+
 def test_wrong_names_are_refused() -> None:
     memory = some_memory()
     with pytest.raises(LabelError, match="no label 'sell'"):
