@@ -245,6 +245,7 @@ class Memory:
         """
         place = self._place(label)
         mean = self.sums[place] / self.counts[place]
+        held: Floats | Doubles
         if features is None:
             held = self.features_of(label).astype(np.float64)
             # Rounded as they are stored, they would leave what no sum of squares is: their mean at least is known.
@@ -359,7 +360,7 @@ def _rows(features: ArrayLike) -> Floats:
     return rows
 
 
-def _moment(rows: Floats) -> Doubles:
+def _moment(rows: Floats | Doubles) -> Doubles:
     """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
     for start in range(0, len(rows), 4096):
