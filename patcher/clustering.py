@@ -118,8 +118,9 @@ def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generato
 def half(rows: Floats | Doubles) -> Halves:
     """Features as they are stored, float16; InputError for larger ones than that can hold.
 
-    Encoders end in a normalisation, behind which features are tens at most. Held to the largest number, larger ones
-    would be those of another text, and a bound on flips that is counted on them would hold for nothing.
+    A mean of hidden states, each brought to a root mean square of 1, is the root of the width at most, and what enters
+    a classifier comes out of a normalisation or a tanh. Cut off, larger features would be those of another text, and
+    what is counted on them would say nothing of the labels' own.
     """
     with np.errstate(over="ignore"):
         stored = np.asarray(rows).astype(np.float16)
