@@ -118,8 +118,8 @@ def _readable(classifier: Classifier) -> Memory | None:
 def _beside(memory: Memory, before: Memory | None, head: Head) -> Memory:
     if before is None:
         return memory
-    for label in head.labels:
+    for label in [label for label in head.labels if label not in memory.labels]:
         rows = before.features_of(label)
-        if label not in memory.labels and len(rows):
+        if len(rows):
             memory = memory.add((label,), rows, np.zeros(len(rows), np.int64))
     return memory

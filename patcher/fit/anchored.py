@@ -47,12 +47,7 @@ def held_back(count: int) -> Ints:
     return np.arange(0, count, _HELD_BACK)
 
 
-def anchored_rows(
-    examples: Mapping[str, Floats],
-    start: Rows,
-    task: Task,
-    inputs: OldInputs,
-) -> Anchored:
+def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
     """Refit on replayed ``inputs`` from ``start``: the head's rows, then rows of the new labels by another method.
 
     Every label weighs the same in the loss, however many of its inputs were replayed. Of the steps along the way that
