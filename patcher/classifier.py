@@ -16,7 +16,7 @@ from patcher.errors import RepositoryError, StorageError, VersionError
 from patcher.head_file import read_head
 from patcher.journal import Journal, hashes
 from patcher.layout import CONFIG, MEMORY, MODEL, version_files, version_numbers
-from patcher.memory import Memory
+from patcher.memory_file import read_memory
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from patcher.head import Head
+    from patcher.memory import Memory
     from patcher.repository import ModelRepository
 
 __all__ = ["Classifier"]
@@ -105,7 +106,7 @@ class Classifier(Backbone):
         if data is None:
             return None
         try:
-            return Memory.from_bytes(data)
+            return read_memory(data)
         except RepositoryError as error:
             raise RepositoryError(
                 f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` builds it anew"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Clusters", "half", "k_means"]
 
-_HALF_MAX = 60000.0
 _STEPS = 20
 _LEAST_SPREAD = 1e-3
 """Of a feature, next to the widest: less is rounding."""
@@ -115,8 +116,20 @@ def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generato
 
 
 def half(rows: Floats | Doubles) -> Halves:
-    """Features as they are stored: float16, held to what that can hold."""
-    return np.clip(rows, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+    """Features as they are stored, float16; InputError for larger ones than that can hold.
+
+    A mean of hidden states, each brought to a root mean square of 1, is the root of the width at most, and what enters
+    a classifier comes out of a normalisation or a tanh. Cut off, larger features would be those of another text, and
+    what is counted on them would say nothing of the labels' own.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.asarray(rows).astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise InputError(
+            f"features as large as {np.abs(rows).max():.3g}, and a memory keeps those of single texts as FP16, up to "
+            f"{np.finfo(np.float16).max:,.0f}; `patcher remember --memory statistics` keeps none"
+        )
+    return stored
 
 
 def _squared(points: Floats, centres: Floats) -> Doubles:

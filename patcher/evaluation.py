@@ -10,7 +10,6 @@ import numpy as np
 
 from patcher.errors import LabelError
 from patcher.examples import split_labels
-from patcher.head import MULTI_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -103,16 +102,14 @@ def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], o
 def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
     """What the head answers: the best label, or for multi-label every label whose probability is above one half."""
     logits = head.logits(features)
-    if head.problem == MULTI_LABEL:
-        return [frozenset(head.labels[i] for i in np.flatnonzero(row > 0)) for row in logits]
-    return [frozenset([head.labels[i]]) for i in logits.argmax(axis=1)]
+    if head.exclusive:
+        return [frozenset([head.labels[i]]) for i in logits.argmax(axis=1)]
+    return [frozenset(head.labels[i] for i in np.flatnonzero(row > 0)) for row in logits]
 
 
 def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:
     """The labels of each text as a set; ``a|b`` is two for a multi-label head."""
-    if head.problem == MULTI_LABEL:
-        return [frozenset(split_labels(label)) for label in labels]
-    return [frozenset([label]) for label in labels]
+    return [frozenset([label] if head.exclusive else split_labels(label)) for label in labels]
 
 
 def _scores(expected: Sequence[frozenset[str]], answered: Sequence[frozenset[str]]) -> dict[str, LabelScore]:

@@ -82,6 +82,17 @@ class Examples:
             self, texts=texts, labels=labels, lines=tuple(self.lines[row] for row in rows if self.lines)
         )
 
+    def once(self, *, several: bool = False) -> Examples:
+        """Each text once, the same words being the same text: under its first label, or with ``several`` under all."""
+        places: dict[str, list[int]] = {}
+        for row, text in enumerate(self.texts):
+            places.setdefault(plain_words(text), []).append(row)
+        kept, labels = self.part([rows[0] for rows in places.values()]), self.labelled()
+        if not several:
+            return kept
+        parts = ([part for row in rows for part in split_labels(labels[row])] for rows in places.values())
+        return dataclasses.replace(kept, labels=tuple("|".join(dict.fromkeys(each)) for each in parts))
+
     def labelled(self) -> tuple[str, ...]:
         """The labels; ExamplesError where the file has none."""
         if self.labels is None:

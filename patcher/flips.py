@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.fit.inputs import old_inputs
+from patcher.fit.inputs import Labelled, old_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,12 +101,12 @@ def count_flips(
     head: Head,
     fit: Fit,
     memory: Memory | None,
-    evaluation: tuple[Floats, Ints] | None,
+    evaluation: Labelled | None,
 ) -> list[Flips]:
     """On the best inputs there are, which the bound comes from, and on all others: none may hide what another shows."""
     counted = []
     if evaluation is not None:
-        found = _on_evaluation(head, fit, *evaluation)
+        found = _on_evaluation(head, fit, evaluation)
         counted += [found] if found.size else []
     for each in fit.counted:
         lost = np.union1d(_flipped(each.inputs, head, fit), each.taken)
@@ -134,19 +134,19 @@ def _counted(inputs: OldInputs, lost: Ints, head: Head, thresholds: int = 1) -> 
 def _in_full(found: Flips, head: Head, fit: Fit, memory: Memory | None) -> Flips:
     """With many labels few inputs of each are looked at: for those that lose some, all there are."""
     inputs = old_inputs(memory, None, head, only=found.losing) if found.losing else None
-    if inputs is None or memory is None or len(memory.sample) <= found.size or head.problem != "single_label":
+    if inputs is None or memory is None or len(memory.sample) <= found.size or not head.exclusive:
         return found
     whole = _counted(inputs, _flipped(inputs, head, fit), head)
     return replace(found, losing={**found.losing, **whole.losing}, sizes={**found.sizes, **whole.sizes})
 
 
-def _on_evaluation(head: Head, fit: Fit, features: Floats, ids: Ints) -> Flips:
+def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
     old = len(head.labels)
-    if head.problem == "single_label":
-        mine = ids < old
-        inputs = old_inputs(None, (features[mine], ids[mine]), head, "eval")
+    if head.exclusive:
+        mine = evaluation.ids < old
+        inputs = old_inputs(None, Labelled(evaluation.features[mine], evaluation.ids[mine]), head, "eval")
         return Flips("eval") if inputs is None else _counted(inputs, _flipped(inputs, head, fit), head)
-    rows, theirs = _sentences(features, ids, old + len(fit.labels))
+    rows, theirs = _sentences(evaluation, old + len(fit.labels))
     known = theirs[:, :old].any(axis=1)
     new = logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
     lost = ((new > 0) & ~theirs[known, old:]).any(axis=1)
@@ -157,8 +157,9 @@ def _on_evaluation(head: Head, fit: Fit, features: Floats, ids: Ints) -> Flips:
     return Flips("eval", size, count, dict(losing.most_common()), sizes, rate, effective=size)
 
 
-def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]:
+def _sentences(data: Labelled, labels: int) -> tuple[Floats, Bools]:
     """Each sentence once, float32 ``[t, width]``, with its labels ``[t, labels]``, from a row for each of them."""
+    features, ids = data
     first = np.ones(len(ids), np.bool_)
     first[1:] = (features[1:] != features[:-1]).any(axis=1)
     theirs = np.zeros((int(first.sum()), labels), np.bool_)
@@ -168,17 +169,16 @@ def _sentences(features: Floats, ids: Ints, labels: int) -> tuple[Floats, Bools]
 
 def _flipped(inputs: OldInputs, head: Head, fit: Fit) -> Ints:
     """Places of the inputs that were answered rightly and are no longer."""
-    single = head.problem == "single_label"
     # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
     # need the logits of all labels.
     near = np.arange(len(inputs))
     if fit.old_rows is None:
         rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
-        near = np.flatnonzero(rival > (inputs.own if single else 0.0))
+        near = np.flatnonzero(rival > (inputs.own if head.exclusive else 0.0))
     rows, ids = inputs.features[near], inputs.ids[near]
     before = head.logits(rows)
     after = logits_after(rows, before, fit, head)
-    if single:
+    if head.exclusive:
         lost = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
     else:  # no label displaces another here: a new one that shows up where it does not belong is the harm
         lost = (after[:, before.shape[1] :] > 0).any(axis=1)

@@ -15,7 +15,6 @@ from patcher.dropping import take_out
 from patcher.errors import (
     ExamplesError,
     GateRefused,
-    InputError,
     LabelError,
     NotServed,
     PatcherError,
@@ -30,6 +29,7 @@ from patcher.fit.softmax import fit_softmax
 from patcher.fleet import each, present
 from patcher.head import Head
 from patcher.head_file import write_head
+from patcher.limits import MIN_ACCURACY, check_limit
 from patcher.memory import Memory
 from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
@@ -67,14 +67,13 @@ class FoundingSettings:
     """
 
     in_store: bool = False
-    min_accuracy: float = 0.5
+    min_accuracy: float = MIN_ACCURACY
     force: bool = False
     dry_run: bool = False
     per_label: int = FEATURES_A_LABEL
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_accuracy <= 1:  # NaN, which no comparison stops, is refused here too
-            raise InputError(f"min_accuracy is {self.min_accuracy}; expected a share from 0 to 1")
+        check_limit("min_accuracy", self.min_accuracy)
 
 
 @dataclass(frozen=True)
@@ -187,15 +186,7 @@ def new_classifier(
         memory = Memory.build(features, ids, labels, features.shape[1], **kept)
         head = _head(base, labels, made, memory, report, examples)
     with watch("publish"):
-        data = write_head(head)
-        validate(data, head)
-        report.head_bytes, report.memory_bytes = len(data), memory.size
-        if not settings.dry_run:
-            try:
-                publish_new(base, name, head, memory, server, in_store=settings.in_store)
-            except NotServed as error:
-                raise NotServed(str(error), {**report.to_json(), **error.report}) from error
-            report.published, report.served = True, server is not None
+        _publish(base, head, memory, report, settings, server)
     report.seconds = watch.stop()
     return report
 
@@ -309,6 +300,27 @@ def _head(
         **facts,
     )
     return dataclasses.replace(head, scope=fit_scope(memory, head))
+
+
+def _publish(
+    base: Backbone,
+    head: Head,
+    memory: Memory,
+    report: NewClassifierReport,
+    settings: FoundingSettings,
+    server: TritonServer | None,
+) -> None:
+    """Publish it and have it served, or with ``dry_run`` see that it could be; the report then says so."""
+    data = write_head(head)
+    validate(data, head)
+    report.head_bytes, report.memory_bytes = len(data), memory.size
+    if settings.dry_run:
+        return
+    try:
+        publish_new(base, report.classifier, head, memory, server, in_store=settings.in_store)
+    except NotServed as error:
+        raise NotServed(str(error), {**report.to_json(), **error.report}) from error
+    report.published, report.served = True, server is not None
 
 
 def publish_new(

@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.flips import Flips, count_flips, logits_after, upper_bound
-from patcher.screening import known_already, repeats
+from patcher.limits import MAX_FLIPS, MIN_RECALL
+from patcher.screening import alike, known_already, repeats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
+    from patcher.fit.inputs import Labelled
     from patcher.head import Head
     from patcher.memory import Memory
+    from patcher.screening import Known, Repeat
 
     Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
 
 __all__ = ["Verdict", "judge", "unremembered"]
 
-MAX_FLIPS = 0.005
-MIN_RECALL = 0.5
 FEW = 5
 _GOOD_RECALL = 0.9
 _MOST_OF_ONE = 0.25
@@ -61,9 +61,9 @@ class Verdict:
     losing
         Flips by old label, most first.
     duplicates
-        Examples that say what one before them says: (label, that one, the other).
+        Examples that say what one before them says.
     known
-        Examples that belong to an old label with confidence: (label, example, old label).
+        Examples that belong to an old label with confidence.
     too_few
         New labels with fewer than five examples.
     """
@@ -80,8 +80,8 @@ class Verdict:
     estimated_recall: Mapping[str, float | None]
     confused_with: Mapping[str, str | None]
     losing: Mapping[str, int]
-    duplicates: tuple[tuple[str, str, str], ...]
-    known: tuple[tuple[str, str, str], ...]
+    duplicates: tuple[Repeat, ...]
+    known: tuple[Known, ...]
     too_few: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,9 +95,10 @@ def judge(
     examples: Mapping[str, Floats],
     memory: Memory | None,
     *,
-    evaluation: tuple[Floats, Ints] | None = None,
+    evaluation: Labelled | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
-    repeated: Sequence[tuple[str, str, str]] = (),
+    repeated: Sequence[Repeat] = (),
+    left_out: Mapping[str, int] | None = None,
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -108,26 +109,26 @@ def judge(
     head, fit, examples, memory
         The head as it was, the new rows, the features they were fitted on, and the memory of the old labels.
     evaluation
-        Features of labelled sentences, float32 ``[n, width]``, and their positions INT64 ``[n]`` in the old labels
-        followed by the new ones: what the bound on flips is taken from, instead of the real inputs that the fit had. A
-        sentence with several labels is there once for each, side by side.
+        Labelled sentences, of the old labels followed by the new ones: what the bound on flips is taken from, instead
+        of the real inputs that the fit had.
     texts
         The examples in words, for naming them; numbers are used without.
     repeated
         Pairs of examples with the same words, of which the second is none of ``examples``.
+    left_out
+        How many texts of a file, by the option that named it, have the words of another and are not counted.
     """
     names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
-    alike = (pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))
-    duplicates = (*repeated, *alike)
+    duplicates = [*repeated, *(pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))]
     known = tuple(
         hit
         for label, rows in examples.items()
         for hit in known_already(label, names[label], rows, head, fit.old, memory)
     )
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
-    reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.problem == "single_label")
+    reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
     return Verdict(
         passed=not reasons,
         sentence=_sentence(fit, flips, recall, reasons, max_flips),
@@ -135,6 +136,7 @@ def judge(
         advice=(
             *_advice(flips, recall, lost_to, known, too_few, duplicates),
             *_unseen(head, [flips, *others], max_flips),
+            *_asides(fit, head, left_out or {}),
         ),
         calibration=flips.calibration,
         calibration_size=flips.size,
@@ -144,7 +146,7 @@ def judge(
         estimated_recall=recall,
         confused_with=lost_to,
         losing=flips.losing,
-        duplicates=duplicates,
+        duplicates=tuple(duplicates),
         known=known,
         too_few=too_few,
     )
@@ -154,17 +156,15 @@ def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) ->
     return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
 
 
-def _recall(
-    fit: Fit, head: Head, evaluation: tuple[Floats, Ints] | None
-) -> tuple[dict[str, float | None], dict[str, str | None]]:
+def _recall(fit: Fit, head: Head, evaluation: Labelled | None) -> tuple[dict[str, float | None], dict[str, str | None]]:
     recall: dict[str, float | None] = {}
     lost_to: dict[str, str | None] = {}
     for position, label in enumerate(fit.labels, start=len(head.labels)):
-        if evaluation is not None and bool((evaluation[1] == position).any()):
-            rows = evaluation[0][evaluation[1] == position]
+        if evaluation is not None and bool((evaluation.ids == position).any()):
+            rows = evaluation.features[evaluation.ids == position]
             logits = logits_after(rows, head.logits(rows), fit, head)
             best = logits.argmax(axis=1)
-            hit = best == position if head.problem == "single_label" else logits[:, position] > 0
+            hit = best == position if head.exclusive else logits[:, position] > 0
             every = (*head.labels, *fit.labels)
             rivals = [every[i] for i in best[~hit].tolist() if i != position]
             recall[label] = float(hit.mean())
@@ -232,9 +232,9 @@ def _advice(
     flips: Flips,
     recall: Mapping[str, float | None],
     lost_to: Mapping[str, str | None],
-    known: Sequence[tuple[str, str, str]],
+    known: Sequence[Known],
     too_few: Sequence[str],
-    duplicates: Sequence[tuple[str, str, str]],
+    duplicates: Sequence[Repeat],
 ) -> tuple[str, ...]:
     advice = [
         f"{label!r} has fewer than {FEW} examples; ten different ones make it far more reliable" for label in too_few
@@ -246,9 +246,9 @@ def _advice(
                 f"{label!r} is confused with {rival!r}: add examples that tell them apart, "
                 "or fine-tune the backbone again if more do not help"
             )
-    for label in dict.fromkeys(hit[0] for hit in known):
-        hits = [hit for hit in known if hit[0] == label]
-        most = Counter(old for _, _, old in hits).most_common(1)[0][0]
+    for label in dict.fromkeys(hit.label for hit in known):
+        hits = [hit for hit in known if hit.label == label]
+        most = Counter(hit.old for hit in hits).most_common(1)[0][0]
         advice.append(
             f"{len(hits)} example(s) of {label!r} already belong to an old label, mostly {most!r}: is it the same?"
         )
@@ -292,6 +292,14 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
             f"{math.ceil(3 / max_flips):,} without a flip would be needed"
         )
     return tuple(filter(None, said))
+
+
+def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
+    """What is to be said of texts that were not counted, and of names."""
+    for file, count in left_out.items():
+        yield f"{count} text(s) of {file} say what another says, and are left out: the same words count once"
+    for label, other in alike(fit.labels, head.labels):
+        yield f"{label!r} is {other!r} but for case, spaces, '_' and '-': is it the same label?"
 
 
 def _bound_words(flips: Flips) -> str:

@@ -147,6 +147,11 @@ class Head:
             lineage=Lineage(version=1, backbone=backbone, **lineage),
         )
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether labels exclude each other (softmax), so that the best one is the answer; else each is by itself."""
+        return self.problem == SINGLE_LABEL
+
     def logits(self, features: Floats) -> Floats:
         """FP32 ``[n, C]`` from features FP32 ``[n, width]``, in numpy (the served figures come from ONNX Runtime)."""
         base = features[:, : self.split] @ self.base_weight.T + self.base_bias
@@ -229,5 +234,5 @@ class Head:
 
 def refuse_joined(head: Head, label: str) -> None:
     """LabelError for a new label that the files of a multi-label classifier would read as two."""
-    if head.problem == MULTI_LABEL and "|" in label:
+    if not head.exclusive and "|" in label:
         raise LabelError(f"{label!r}: '|' parts the labels of a text in the files of a multi-label classifier")

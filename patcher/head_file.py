@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.errors import RepositoryError
-from patcher.head import SINGLE_LABEL, TOP_K, Head, Lineage
+from patcher.head import TOP_K, Head, Lineage
 from patcher.onnx_file import parse_model
 from patcher.scope import Scope, scope_graph
 
@@ -131,7 +131,7 @@ def _model(head: Head) -> onnx.ModelProto:
     from onnx import TensorProto, helper
 
     nodes, constants = _logits_graph(head)
-    nodes += _answer_nodes(head.problem)
+    nodes += _answer_nodes(head)
     if head.scope is None:
         nodes.append(helper.make_node("ReduceMax", ["scores"], ["in_scope"], axes=[1], keepdims=1))
     else:
@@ -207,18 +207,17 @@ def _logits_graph(head: Head) -> tuple[list[onnx.NodeProto], list[onnx.TensorPro
     return nodes, constants
 
 
-def _answer_nodes(problem: str) -> list[onnx.NodeProto]:
+def _answer_nodes(head: Head) -> list[onnx.NodeProto]:
     """From ``logits`` to the best labels with their scores, and which version says so."""
     from onnx import helper
 
     node = helper.make_node
-    single = problem == SINGLE_LABEL
     return [
         node("Shape", ["columns"], ["label_count"]),
         node("Min", ["label_count", "top_k"], ["k"]),
         node("TopK", ["logits", "k"], ["top_logits", "top"], axis=1),
         node("Gather", ["labels", "top"], ["label"], axis=0),
-        node("Softmax", ["logits"], ["scores"], axis=1) if single else node("Sigmoid", ["logits"], ["scores"]),
+        node("Softmax", ["logits"], ["scores"], axis=1) if head.exclusive else node("Sigmoid", ["logits"], ["scores"]),
         node("GatherElements", ["scores", "top"], ["score"], axis=1),
         node("Concat", ["batch", "one"], ["version_shape"], axis=0),
         node("Expand", ["version", "version_shape"], ["head_version"]),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from patcher.canary import require_free, start
 from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
-from patcher.examples import Examples, check_label, check_text, data_hash, label_words, plain_words
+from patcher.examples import check_label, check_text, data_hash, label_words, plain_words
 from patcher.features import extract_features
+from patcher.fit.inputs import Labelled
 from patcher.head import refuse_joined
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
 from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
+from patcher.screening import Repeat
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
+    from patcher.examples import Examples
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
+    from patcher.memory import Memory
     from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
-    Data = tuple[Examples, NDArray[np.float32]]
-    Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
+    Floats = NDArray[np.float32]
 
 __all__ = ["PatchReport", "add_label", "add_labels", "new_examples"]
 
@@ -146,43 +148,26 @@ def add_labels(
     """
     watch = Stopwatch()
     target = repository.classifier(classifier)
-    texts, repeated = _distinct(_new(_checked(examples), target.head(), target.name, skip_known=skip_known))
-    evaluation = evaluation and _unseen(evaluation, texts)
+    head = target.head()
+    texts, repeated = _distinct(_new(_checked(examples), head, target.name, skip_known=skip_known))
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
-        words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
-        flat = [text for group in texts.values() for text in group]
-        features = extract_features(target, [*flat, *words.values()], server)
-        groups = _grouped(features[: len(flat)], texts)
-        names = dict(zip(words, features[len(flat) :], strict=True))
-        old, held_out = (_features(target, data, server) for data in (replay, evaluation))
+        features = _features(target, head, texts, replay, evaluation, server, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         with watch("read"):
-            parent, memory = target.head(), target.memory()
-            _check_backbone(target, parent)
-            if settings.canary is not None:
-                require_free(target)
+            parent, memory = _read(target, on_trial=settings.canary is not None)
             # Another patcher may have added some of them meanwhile.
             texts = _new(texts, parent, target.name, skip_known=skip_known)
-            groups = {label: groups[label] for label in texts}
-        known = parent.with_rows(tuple(texts), *_no_rows(parent, len(texts)))
-        given = Given(groups, texts, names, _labelled(parent, old), _labelled(known, held_out), repeated)
+            given = _given(parent, texts, features, repeated)
         patch = make_patch(parent, memory, given, settings, watch)
-        lineage = _lineage(target, parent, patch, texts)
-        patch = dataclasses.replace(patch, head=dataclasses.replace(patch.head, lineage=lineage))
+        patch = patch.with_lineage(_lineage(target, parent, patch, texts))
         report = _report(target, patch, parent, texts)
         if report.gate == "refused":
             report.seconds = watch.stop()
             raise GateRefused(_refusal(report.verdict), report.to_json())
         with watch("publish"):
-            data = write_head(patch.head)
-            report.head_bytes = len(data)
-            if settings.dry_run:
-                validate(data, patch.head)
-            else:
-                report.served = _published(target, patch, report, settings.canary, server)
-                report.published, report.canary = True, settings.canary
+            _publish(target, patch, report, settings, server)
     report.seconds = watch.stop()
     return report
 
@@ -201,19 +186,30 @@ def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, 
     )
 
 
-def _published(
-    target: Classifier, patch: Patch, report: PatchReport, canary: float | None, server: TritonServer | None
-) -> bool:
+def _publish(
+    target: Classifier, patch: Patch, report: PatchReport, settings: PatchSettings, server: TritonServer | None
+) -> None:
+    """Publish a patch and have it served, or with ``dry_run`` see that it could be; the report then says so."""
+    data = write_head(patch.head)
+    report.head_bytes = len(data)
+    if settings.dry_run:
+        validate(data, patch.head)
+        return
     try:
-        if canary is None:
-            return roll_out(target, patch.head, patch.memory, server).served
-        require_live(server, target)
-        set_aside(target, patch.head, patch.memory)
-        with withdrawing(target, patch.head.lineage.version):
-            start(target, patch.head, canary, server)
-        return server is not None
+        report.served = _served(target, patch, settings.canary, server)
     except NotServed as error:
         raise NotServed(str(error), {**report.to_json(), **error.report}) from error
+    report.published, report.canary = True, settings.canary
+
+
+def _served(target: Classifier, patch: Patch, canary: float | None, server: TritonServer | None) -> bool:
+    if canary is None:
+        return roll_out(target, patch.head, patch.memory, server).served
+    require_live(server, target)
+    set_aside(target, patch.head, patch.memory)
+    with withdrawing(target, patch.head.lineage.version):
+        start(target, patch.head, canary, server)
+    return server is not None
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
@@ -261,8 +257,8 @@ def _new(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known
     return {label: group for label, group in texts.items() if label not in known}
 
 
-def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[tuple[str, str, str], ...]]:
-    """Each label's texts without those whose words were there before, and those: label, the first, the other.
+def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[Repeat, ...]]:
+    """Each label's texts without those whose words were there before, and those.
 
     What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
     """
@@ -272,7 +268,7 @@ def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[
         for text in group:
             words = plain_words(text)
             if words in first:
-                repeated.append((label, first[words], text))
+                repeated.append(Repeat(label, first[words], text))
             first.setdefault(words, text)
         kept[label] = list(first.values())
     return kept, tuple(repeated)
@@ -284,37 +280,92 @@ def _unseen(evaluation: Examples, texts: Mapping[str, Sequence[str]]) -> Example
     return evaluation.part([row for row, text in enumerate(evaluation.texts) if plain_words(text) not in seen])
 
 
-def _check_backbone(classifier: Classifier, head: Head) -> None:
+def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:
+    """The head that serves and what is remembered, where both are of this backbone and no other trial is in the way."""
+    head = classifier.head()
     if head.lineage.backbone != classifier.fingerprint():
         raise RepositoryError(
             f"version {head.lineage.version} belongs to backbone {head.lineage.backbone[:12]}, "
             f"{classifier.backbone_model} is {classifier.fingerprint()[:12]}; `patcher doctor` tells more"
         )
+    if on_trial:
+        require_free(classifier)
+    return head, classifier.memory()
 
 
-def _grouped(features: NDArray[np.float32], texts: Mapping[str, Sequence[str]]) -> dict[str, NDArray[np.float32]]:
-    ends = np.cumsum([len(group) for group in texts.values()])[:-1]
-    return dict(zip(texts, np.split(features, ends), strict=True))
+class _Data(NamedTuple):
+    """Labelled texts, each once, and their features, float32 ``[n, width]``; so many more there were ``repeated``."""
+
+    examples: Examples
+    features: Floats
+    repeated: int
 
 
-def _features(classifier: Classifier, examples: Examples | None, server: TritonServer | None) -> Data | None:
+class _Features(NamedTuple):
+    """Of each new label's examples, float32 ``[n, width]``, of the names that are words ``[width]``, of old data."""
+
+    examples: dict[str, Floats]
+    names: dict[str, Floats]
+    replay: _Data | None
+    evaluation: _Data | None
+
+
+def _features(
+    classifier: Classifier,
+    head: Head,
+    texts: Mapping[str, Sequence[str]],
+    replay: Examples | None,
+    evaluation: Examples | None,
+    server: TritonServer | None,
+    *,
+    use_name: bool,
+) -> _Features:
+    words = {label: text for label in texts if (text := label_words(label))} if use_name else {}
+    flat = [text for group in texts.values() for text in group]
+    features = extract_features(classifier, [*flat, *words.values()], server)
+    *groups, names = np.split(features, np.cumsum([len(group) for group in texts.values()]))
+    return _Features(
+        dict(zip(texts, groups, strict=True)),
+        dict(zip(words, names, strict=True)),
+        _data(classifier, head, replay, (), server),
+        _data(classifier, head, evaluation and _unseen(evaluation, texts), tuple(texts), server),
+    )
+
+
+def _data(
+    classifier: Classifier, head: Head, examples: Examples | None, new: Sequence[str], server: TritonServer | None
+) -> _Data | None:
+    """Old data; a text that comes again tells nothing new, and would make what is counted on it look surer."""
     if examples is None:
         return None
-    examples.labelled()  # before the work
-    return examples, extract_features(classifier, examples.texts, server)
+    label_ids(head, examples, new)  # before the work, and before a repeated text can hide a label that is none
+    once = examples.once(several=not head.exclusive)
+    return _Data(once, extract_features(classifier, once.texts, server), len(examples) - len(once))
 
 
-def _no_rows(head: Head, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    return np.zeros((count, head.width), np.float32), np.zeros(count, np.float32)
+def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features, repeated: Sequence[Repeat]) -> Given:
+    """What a patch of ``parent`` by some ``texts`` is made from."""
+    return Given(
+        {label: features.examples[label] for label in texts},
+        texts,
+        features.names,
+        _labelled(parent, features.replay),
+        _labelled(parent, features.evaluation, tuple(texts)),
+        repeated,
+        {
+            name: data.repeated
+            for name, data in (("--replay", features.replay), ("--eval", features.evaluation))
+            if data is not None and data.repeated
+        },
+    )
 
 
-def _labelled(head: Head, data: Data | None) -> Labelled | None:
-    """Features and label indices of old data; texts of labels that the head lacks are refused."""
+def _labelled(head: Head, data: _Data | None, new: Sequence[str] = ()) -> Labelled | None:
+    """Old data by the head's labels and the ``new`` ones behind them; texts of any other label are refused."""
     if data is None:
         return None
-    examples, features = data
-    rows, ids = label_ids(head, examples)
-    return features[rows], ids
+    rows, ids = label_ids(head, data.examples, new)
+    return Labelled(data.features[rows], ids)
 
 
 def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[str, Sequence[str]]) -> Lineage:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from patcher import model_config
 from patcher.head_file import write_head
+from patcher.memory_file import write_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,4 +158,4 @@ def version_numbers(names: Sequence[str]) -> tuple[int, ...]:
 
 def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
     """The files of a version; the head comes last, since it makes the version one."""
-    return ({} if memory is None else {MEMORY: memory.to_bytes()}) | {MODEL: write_head(head)}
+    return ({} if memory is None else {MEMORY: write_memory(memory)}) | {MODEL: write_head(head)}

@@ -1,4 +1,4 @@
-"""What is kept of the old labels, so that a new one can be fitted without the old data.
+"""What is kept of the old labels, so that a new one can be fitted without the old data (``memory_file`` writes it).
 
 Per label a count and a sum, over all labels one second moment, and a small random sample of real features: enough for
 each label's mean, the covariance inside labels, and a calibration of the flips on real inputs. Everything that is added
@@ -10,7 +10,6 @@ the clusters that each label's sentences fall into: they tell whether an input i
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -30,16 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory"]
 
-_FORMAT = 2
-"""1 knew no clusters."""
-_ARRAYS = {
+_TYPES = {
     "counts": np.dtype(np.int64),
     "sums": np.dtype(np.float64),
     "second_moment": np.dtype(np.float64),
     "sample": np.dtype(np.float16),
     "sample_labels": np.dtype(np.int64),
-}
-_CLUSTERS = {
     "cluster_means": np.dtype(np.float16),
     "cluster_counts": np.dtype(np.int64),
     "cluster_labels": np.dtype(np.int64),
@@ -100,9 +95,9 @@ class Memory:
         for holds, what in checks:
             if not holds:
                 raise RepositoryError(f"this is no consistent memory: {what}")
-        for name, dtype in (_ARRAYS | _CLUSTERS).items():
-            if self._array(name).dtype != dtype:
-                raise RepositoryError(f"this is no consistent memory: {name} is {self._array(name).dtype}, not {dtype}")
+        for name, array in self.arrays().items():
+            if array.dtype != _TYPES[name]:
+                raise RepositoryError(f"this is no consistent memory: {name} is {array.dtype}, not {_TYPES[name]}")
         if self.counts.min(initial=1) < 1:
             raise RepositoryError("this is no consistent memory: a label without a sentence")
         for name, ids in (("sample", self.sample_labels), ("clusters", self.clusters.labels)):
@@ -166,7 +161,19 @@ class Memory:
     @property
     def size(self) -> int:
         """Bytes of everything that is kept."""
-        return sum(int(self._array(name).nbytes) for name in _ARRAYS | _CLUSTERS)
+        return sum(int(array.nbytes) for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything that is kept, under the names that it has in the memory's file."""
+        names = ("counts", "sums", "second_moment", "sample", "sample_labels")
+        clusters = {f"cluster_{name}": array for name, array in vars(self.clusters).items()}
+        return {name: getattr(self, name) for name in names} | clusters
+
+    def features_of(self, label: str) -> Floats:
+        """The real features that are kept of a label, float32 ``[k, width]``; k = 0 for one that it does not know."""
+        mine = self.sample_labels == (self.labels.index(label) if label in self.labels else -1)
+        features: Floats = self.sample[mine].astype(np.float32)
+        return features
 
     def means(self) -> Doubles:
         """Each label's mean features, float64 ``[C, width]``."""
@@ -238,8 +245,9 @@ class Memory:
         """
         place = self._place(label)
         mean = self.sums[place] / self.counts[place]
+        held: Floats | Doubles
         if features is None:
-            held = self.sample[self.sample_labels == place].astype(np.float64)
+            held = self.features_of(label).astype(np.float64)
             # Rounded as they are stored, they would leave what no sum of squares is: their mean at least is known.
             held += mean - held.mean(axis=0) if len(held) else 0.0
         else:
@@ -274,7 +282,10 @@ class Memory:
         return dataclasses.replace(self, labels=(*self.labels[:place], new, *self.labels[place + 1 :]))
 
     def merge(self, labels: Sequence[str], into: str) -> Memory:
-        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features."""
+        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features.
+
+        Of each label as many as a sample of all their sentences would hold, for what is counted on it later.
+        """
         places = [self._place(label) for label in dict.fromkeys(labels)]
         first = min(places)
         if into in self.labels and into not in labels:
@@ -284,7 +295,7 @@ class Memory:
         counts, sums = self.counts.copy(), self.sums.copy()
         counts[first], sums[first] = self.counts[places].sum(), self.sums[places].sum(axis=0)
         ids = np.array([goes_to[i] for i in self.sample_labels.tolist()], np.int64)
-        chosen = self._chosen(ids, ids == keep.index(first))
+        chosen = self._chosen(places)
         return dataclasses.replace(
             self,
             labels=tuple(into if i == first else self.labels[i] for i in keep),
@@ -294,45 +305,6 @@ class Memory:
             sample_labels=ids[chosen],
             clusters=self.clusters.relabelled(goes_to),
         )
-
-    def to_bytes(self) -> bytes:
-        """The memory as one safetensors file; the same memory gives the same bytes."""
-        from safetensors.numpy import save
-
-        about = {
-            "format": _FORMAT,
-            "labels": self.labels,
-            "split": self.split,
-            "per_label": self.per_label,
-            "seed": self.seed,
-            "most_clusters": self.most_clusters,
-        }
-        tensors = {name: np.ascontiguousarray(self._array(name)) for name in _ARRAYS | _CLUSTERS}
-        data: bytes = save(tensors, metadata={"patcher": json.dumps(about, ensure_ascii=False)})
-        return data
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Memory:
-        """Read a memory back; RepositoryError where the bytes are not one of ours."""
-        about, arrays = _read(data)
-        try:
-            names = ("split", "per_label", "seed", *(["most_clusters"] if about["format"] > 1 else []))
-            settings: dict[str, Any] = {name: int(about[name]) for name in names}
-            clusters = _clusters(arrays)
-            kept = {name: arrays[name] for name in _ARRAYS}
-            memory = cls(
-                labels=tuple(str(label) for label in about["labels"]), clusters=clusters, **{**kept, **settings}
-            )
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise RepositoryError("this memory is damaged: it holds values that are not finite")
-        return memory
-
-    def _array(self, name: str) -> NDArray[Any]:
-        owner = self.clusters if name in _CLUSTERS else self
-        array: NDArray[Any] = getattr(owner, name.removeprefix("cluster_"))
-        return array
 
     def _place(self, label: str) -> int:
         try:
@@ -355,13 +327,16 @@ class Memory:
             owners.append(np.full(len(kept), place, np.int64))
         return np.concatenate(parts), np.concatenate(owners)
 
-    def _chosen(self, ids: Ints, crowded: NDArray[np.bool_]) -> Ints:
-        """Positions in the sample, at most ``per_label`` of the crowded ones."""
-        places = np.flatnonzero(crowded)
-        if len(places) > self.per_label:
-            rng = np.random.default_rng([self.seed, len(ids)])
-            places = rng.choice(places, self.per_label, replace=False)
-        return np.sort(np.concatenate([np.flatnonzero(~crowded), places]))
+    def _chosen(self, places: Sequence[int]) -> Ints:
+        """Positions in the sample where the labels at ``places`` are one: each sentence had the same chance."""
+        counts = self.counts[places]
+        rng = np.random.default_rng([self.seed, len(self.sample)])
+        shares = rng.multivariate_hypergeometric(counts, min(self.per_label, int(counts.sum())), method="marginals")
+        kept = [np.flatnonzero(~np.isin(self.sample_labels, places))]
+        for place, share in zip(places, shares.tolist(), strict=True):
+            held = np.flatnonzero(self.sample_labels == place)
+            kept.append(rng.permutation(held)[:share])
+        return np.sort(np.concatenate(kept))
 
 
 def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Generator) -> Ints:
@@ -376,14 +351,6 @@ def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Gen
     return kept
 
 
-def _clusters(arrays: Mapping[str, NDArray[Any]]) -> Clusters:
-    """Those of the file; of a format that knew none, one for each label where real features are kept."""
-    if set(_CLUSTERS) <= set(arrays):
-        return Clusters(*(arrays[name] for name in _CLUSTERS))
-    counts = arrays["counts"] if len(arrays["sample"]) else arrays["counts"][:0]
-    return Clusters.of_means(arrays["sums"][: len(counts)] / np.maximum(counts, 1)[:, None], counts)
-
-
 def _rows(features: ArrayLike) -> Floats:
     rows = np.asarray(features, np.float32)
     if rows.ndim != 2:  # noqa: PLR2004  a matrix
@@ -393,32 +360,10 @@ def _rows(features: ArrayLike) -> Floats:
     return rows
 
 
-def _moment(rows: Floats) -> Doubles:
+def _moment(rows: Floats | Doubles) -> Doubles:
     """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
     for start in range(0, len(rows), 4096):
         block = rows[start : start + 4096].astype(np.float64)
         total += block.T @ block
     return total
-
-
-def _read(data: bytes) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
-    """Header and arrays of a safetensors file, each of the type and order it must have."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        about = json.loads(header["__metadata__"]["patcher"])
-        arrays = load(data)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
-    number = about.get("format") if isinstance(about, dict) else None
-    if isinstance(number, int) and number > _FORMAT:
-        raise RepositoryError(
-            f"this memory has format {number}, and this patcher reads up to {_FORMAT}; update patcher"
-        )
-    if number is None or set(arrays) != set(_ARRAYS if number == 1 else _ARRAYS | _CLUSTERS):
-        raise RepositoryError(f"this file is no memory of ours: it holds {', '.join(sorted(arrays))}")
-    return about, arrays

@@ -63,13 +63,11 @@ def narrow_head(head: Head, memory: Memory | None) -> Head:
 
 
 def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head:
-    kept = () if memory is None else memory.labels
-    counts = {label: 0 if memory is None or label not in kept else _kept(memory, label) for label in labels}
-    if memory is None or not all(counts.values()):
-        lacking = ", ".join(repr(label) for label, count in counts.items() if not count)
+    lacking = [label for label in labels if memory is None or not len(memory.features_of(label))]
+    if memory is None or lacking:
         raise InputError(
-            f"nothing is remembered of {lacking}, so that no row on the classifier features can be fitted; expected a "
-            "memory with features (`patcher remember --data FILE`)"
+            f"nothing is remembered of {', '.join(map(repr, lacking))}, so that no row on the classifier features can "
+            "be fitted; expected a memory with features (`patcher remember --data FILE`)"
         )
     narrow = narrow_memory(memory)
     if not plain.labels:  # a refit had put its own rows in the place of all that were fine-tuned
@@ -77,14 +75,10 @@ def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head
         return Head.from_linear(labels, rows.weight, rows.bias, plain.split, plain.lineage.backbone)
     examples = {}
     for label in labels:
-        examples[label] = narrow.sample[narrow.sample_labels == narrow.labels.index(label)].astype(np.float32)
+        examples[label] = narrow.features_of(label)
         whole = len(examples[label]) == narrow.counts[narrow.labels.index(label)]
         narrow = narrow.remove(label, examples[label] if whole else None)
     for label in labels:
         plain = fit({label: examples[label]}, plain, narrow).apply(plain)
         narrow = narrow.add([label], examples[label], np.zeros(len(examples[label]), np.int64))
     return plain
-
-
-def _kept(memory: Memory, label: str) -> int:
-    return int((memory.sample_labels == memory.labels.index(label)).sum())

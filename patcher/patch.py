@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher import model_config
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import RepositoryError
 from patcher.fit import Fit, fit
 from patcher.fit.model import woken
 from patcher.fit.scope import fit_scope
 from patcher.gate import Verdict, judge
+from patcher.limits import MAX_FLIPS, MIN_RECALL, check_limit
 from patcher.scope import Scope, stretch_of
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patcher.head import Head
+    from patcher.fit.inputs import Labelled
+    from patcher.head import Head, Lineage
     from patcher.memory import Memory
+    from patcher.screening import Repeat
     from patcher.stopwatch import Stopwatch
 
     Floats = NDArray[np.float32]
-    Labelled = tuple[Floats, NDArray[np.int64]]
 
 __all__ = ["DEFAULTS", "Given", "Patch", "PatchSettings", "make_patch"]
 
@@ -44,8 +46,8 @@ class PatchSettings:
     more; ``canary`` is a share of the requests, in per cent, on which the version is tried before it serves all.
     """
 
-    max_flips: float = 0.005
-    min_recall: float = 0.5
+    max_flips: float = MAX_FLIPS
+    min_recall: float = MIN_RECALL
     method: str = "auto"
     force: bool = False
     dry_run: bool = False
@@ -54,9 +56,7 @@ class PatchSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_flips", "min_recall"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
-                raise InputError(f"{name} is {value}; expected a share from 0 to 1")
+            check_limit(name, getattr(self, name))
         if self.canary is not None:
             model_config.check_share(self.canary)
 
@@ -75,10 +75,11 @@ class Given:
     names
         Features float32 ``[width]`` of the names that are words.
     replay, evaluation
-        Features and ids of labelled data, the ids positions in the old labels; of ``evaluation`` in the old labels
-        followed by the new ones. A text with several labels is there once for each, side by side.
+        Labelled data, of the old labels; ``evaluation`` of the old labels followed by the new ones.
     repeated
-        Examples that were left out because another has the same words: label, that one, the one left out.
+        Examples that were left out because another has the same words.
+    left_out
+        How many texts of ``--replay`` and ``--eval`` were left out for that reason.
     """
 
     examples: Mapping[str, Floats]
@@ -86,7 +87,8 @@ class Given:
     names: Mapping[str, Floats] = field(default_factory=dict)
     replay: Labelled | None = None
     evaluation: Labelled | None = None
-    repeated: Sequence[tuple[str, str, str]] = ()
+    repeated: Sequence[Repeat] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class Patch:
     fit: Fit
     verdict: Verdict
     gate: str
+
+    def with_lineage(self, lineage: Lineage) -> Patch:
+        """The same with the lineage of the version that it becomes."""
+        return dataclasses.replace(self, head=dataclasses.replace(self.head, lineage=lineage))
 
 
 def make_patch(parent: Head, memory: Memory | None, given: Given, settings: PatchSettings, watch: Stopwatch) -> Patch:
@@ -132,6 +138,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 memory,
                 texts=given.texts,
                 repeated=given.repeated,
+                left_out=given.left_out,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,
@@ -154,7 +161,7 @@ def _scope(
     if grown is None:
         return parent.scope
     # Those of the new labels alone would set the limit of all.
-    fresh = None if evaluation is None else evaluation[0][evaluation[1] < len(parent.labels)]
+    fresh = None if evaluation is None else evaluation.features[evaluation.ids < len(parent.labels)]
     # What no old input ever did, and the new label's do, is no measure of how far apart inputs lie.
     white = None if memory is None or woken(memory, grown) else made.old.whitening
     return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope), white=white)

@@ -14,6 +14,7 @@ from patcher.fit import fit
 from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import refuse_joined
+from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
 from patcher.rollout import changing, roll_out
@@ -21,6 +22,8 @@ from patcher.scope import Scope, stretch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
     from patcher.gate import Verdict
@@ -83,8 +86,8 @@ def merge_labels(
     into: str,
     server: TritonServer | None = None,
     *,
-    max_flips: float = 0.005,
-    min_recall: float = 0.5,
+    max_flips: float = MAX_FLIPS,
+    min_recall: float = MIN_RECALL,
     force: bool = False,
 ) -> Change:
     """Make one label of several: they leave, and a row fitted on their remembered features comes in their place.
@@ -118,7 +121,7 @@ def merge_labels(
         rest = memory
         for label in labels:
             rest = _forgotten(rest, label)
-        examples = {into: np.concatenate(features).astype(np.float32)}
+        examples = {into: np.concatenate(features)}
         made = fit(examples, head, rest, max_flips=limits.max_flips)
         verdict = judge(head, made, examples, rest, max_flips=limits.max_flips, min_recall=limits.min_recall)
         if not (verdict.passed or force):
@@ -132,11 +135,9 @@ def merge_labels(
         return dataclasses.replace(change, verdict=verdict)
 
 
-def _remembered(memory: Memory | None, label: str) -> Any:
-    rows = (
-        memory.sample[memory.sample_labels == memory.labels.index(label)] if memory and label in memory.labels else ()
-    )
-    if not len(rows):
+def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
+    rows = None if memory is None else memory.features_of(label)
+    if rows is None or not len(rows):
         raise InputError(
             f"nothing is remembered of {label!r}, so that no row can be fitted for it; "
             "merging needs a memory with features (`patcher export … --train FILE`)"

@@ -11,19 +11,19 @@ from patcher.errors import ExamplesError, LabelError, RepositoryError
 from patcher.examples import split_labels
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
-from patcher.head import MULTI_LABEL, Head
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
 from patcher.rollout import Switch, changing, roll_out
 from patcher.scope import stretch_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
     from patcher.examples import Examples
+    from patcher.head import Head
     from patcher.triton.client import TritonServer
 
 __all__ = ["build_memory", "label_ids", "remember"]
@@ -35,16 +35,17 @@ STORED_CLUSTERS = 1
 """Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
 
 
-def label_ids(head: Head, examples: Examples) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which text has which label: indices into ``examples`` and into the head's labels, one pair a text and label.
+def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which text has which label, one pair a text and label: places in ``examples``, and in the head's labels.
 
-    Raises LabelError, with the line, for a label that the head lacks.
+    Labels of a patch to come, ``new``, follow those of the head. Raises LabelError, with the line, for any other.
     """
+    place = {label: index for index, label in enumerate((*head.labels, *new))}
     rows, ids = [], []
     for row, written in enumerate(examples.labelled()):
-        for label in split_labels(written) if head.problem == MULTI_LABEL else (written,):
+        for label in (written,) if head.exclusive else split_labels(written):
             try:
-                ids.append(head.index(label))
+                ids.append(place[label] if label in place else head.index(label))
             except LabelError as error:
                 raise LabelError(f"{examples.where(row)}: {error}") from None
             rows.append(row)
@@ -115,9 +116,10 @@ def _readable(classifier: Classifier) -> Memory | None:
 
 
 def _beside(memory: Memory, before: Memory | None, head: Head) -> Memory:
-    lacking = [label for label in head.labels if label not in memory.labels]
-    for label in lacking if before else ():
-        if before and label in before.labels:
-            rows = before.sample[before.sample_labels == before.labels.index(label)].astype(np.float32)
-            memory = memory.add((label,), rows, np.zeros(len(rows), np.int64)) if len(rows) else memory
+    if before is None:
+        return memory
+    for label in [label for label in head.labels if label not in memory.labels]:
+        rows = before.features_of(label)
+        if len(rows):
+            memory = memory.add((label,), rows, np.zeros(len(rows), np.int64))
     return memory

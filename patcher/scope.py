@@ -71,6 +71,11 @@ class Scope:
     stretch: float = 1.0
 
     @property
+    def exclusive(self) -> bool:
+        """As of the head."""
+        return self.problem == "single_label"
+
+    @property
     def calibrated(self) -> bool:
         """Whether 0.5 means anything."""
         return self.false_alarms is not None
@@ -78,7 +83,7 @@ class Scope:
     def score(self, features: Floats, logits: Floats) -> Floats:
         """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
         if self.distance is None:
-            return _largest_probability(logits, self.problem)
+            return _largest_probability(logits, exclusive=self.exclusive)
         ratio = self.distance.squared(features).min(axis=1) / self.distance.limit
         scores: Floats = (1.0 / (1.0 + ratio * ratio)).astype(np.float32)
         return scores
@@ -124,8 +129,7 @@ def scope_graph(
 
     node = helper.make_node
     if scope.distance is None:
-        single = scope.problem == "single_label"
-        chances = node("Softmax", [logits], ["scope_chances"], axis=1) if single else None
+        chances = node("Softmax", [logits], ["scope_chances"], axis=1) if scope.exclusive else None
         return [
             chances or node("Sigmoid", [logits], ["scope_chances"]),
             node("ReduceMax", ["scope_chances"], [out], axes=[1], keepdims=1),
@@ -160,8 +164,8 @@ def scope_graph(
     return nodes, [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
 
 
-def _largest_probability(logits: Floats, problem: str) -> Floats:
-    if problem == "single_label":
+def _largest_probability(logits: Floats, *, exclusive: bool) -> Floats:
+    if exclusive:
         above = logits - logits.max(axis=1, keepdims=True)
         chances: Floats = (1.0 / np.exp(above).sum(axis=1)).astype(np.float32)
     else:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from patcher.examples import plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["known_already", "repeats"]
+__all__ = ["Known", "Repeat", "alike", "known_already", "repeats"]
 
 _SURE = 0.9
 _SAME_TEXT = 0.9
@@ -30,13 +31,36 @@ _MOST_COMPARED = 500
 """Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
 
 
-def repeats(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, str]]:
+class Repeat(NamedTuple):
+    """An example of a label that says what another one, the first, says."""
+
+    label: str
+    first: str
+    other: str
+
+
+class Known(NamedTuple):
+    """An example of a label that an old one knows already."""
+
+    label: str
+    example: str
+    old: str
+
+
+def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
+    """Each new label that is an old one, or a new one before it, but for case, spaces, ``_`` and ``-``; with that."""
+    first: dict[str, str] = {}
+    pairs = [(label, first.setdefault(re.sub(r"[\s_-]", "", label.casefold()), label)) for label in (*old, *new)]
+    return [(label, other) for label, other in pairs[len(old) :] if label != other]
+
+
+def repeats(label: str, names: list[str], rows: Floats) -> list[Repeat]:
     """Each example that says what one before it said, with that one; near the same only among the first few hundred."""
     if all(name.startswith("example ") for name in names):
         same = (
             np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
         )
-        return [(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
+        return [Repeat(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
     plain = [plain_words(name) for name in names]
     first: dict[str, int] = {}
     pairs = []
@@ -45,7 +69,7 @@ def repeats(label: str, names: list[str], rows: Floats) -> list[tuple[str, str, 
         if place == i:
             place = next((first[other] for other in _alike(text, first)), i) if i < _MOST_COMPARED else i
         if place != i:
-            pairs.append((label, names[place], names[i]))
+            pairs.append(Repeat(label, names[place], names[i]))
     return pairs
 
 
@@ -62,18 +86,18 @@ def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
 
 def known_already(
     label: str, names: list[str], rows: Floats, head: Head, old: OldLabels, memory: Memory | None
-) -> list[tuple[str, str, str]]:
-    """Each example that an old label takes with confidence, and as a typical one of its own: (label, example, old)."""
+) -> list[Known]:
+    """Each example that an old label takes with confidence, and as a typical one of its own."""
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
-    if head.problem == "single_label":
+    if head.exclusive:
         chance = 1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
     else:
         chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
     sure = chance >= _SURE
     if sure.any() and memory is not None and len(memory.sample):
         sure &= _typical(rows, best, old, memory)
-    return [(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
+    return [Known(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
 
 
 def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:

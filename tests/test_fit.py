@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit import fit
 from patcher.fit.bias import Calibration, best_shift, normal_below
+from patcher.fit.inputs import Labelled
 from patcher.fit.minimise import minimise
 from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS
@@ -129,7 +130,7 @@ def test_the_budget_of_flips_is_kept_on_the_calibration_inputs(budget):
 
 def test_replay_takes_the_place_of_the_sample():
     head, memory, features, ids, new = world()
-    assert fit({"new": new(10)}, head, memory, replay=(features, ids)).calibration == "replay"
+    assert fit({"new": new(10)}, head, memory, replay=Labelled(features, ids)).calibration == "replay"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from patcher.errors import InputError
 from patcher.fit import METHODS, fit
 from patcher.fit.anchored import held_back
 from patcher.fit.closed import lda_rows, ridge_rows
+from patcher.fit.inputs import Labelled
 from patcher.fit.model import from_memory
 from patcher.fit.settings import SETTINGS
 from patcher.gate import judge
@@ -23,7 +24,7 @@ REFITS = [method for method in METHODS if method not in ("auto", "offset-logisti
 @pytest.mark.parametrize("method", REFITS)
 def test_a_refit_finds_the_new_label_and_the_old_ones(method):
     head, memory, features, ids, new = world(per_label=60)
-    replay = (features, ids) if method == "anchored" else None
+    replay = Labelled(features, ids) if method == "anchored" else None
     made = fit({"new": new(10), "other": new(10, 1)}, head, memory, method=method, replay=replay)
     after = made.apply(head)
     assert after.labels == (*head.labels, "new", "other")
@@ -103,7 +104,7 @@ def test_the_first_refit_gives_labels_of_earlier_patches_such_rows_as_well(metho
 def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget():
     head, memory, features, ids, new = world(seed=3)
     examples = {"new": new(10)}
-    made = fit(examples, head, memory, method="anchored", replay=(features, ids), max_flips=0.0)
+    made = fit(examples, head, memory, method="anchored", replay=Labelled(features, ids), max_flips=0.0)
     inputs = made.counted[0].inputs
     np.testing.assert_array_equal(inputs.features, features[held_back(len(ids))])
     verdict = judge(head, made, examples, memory, max_flips=0.0)
@@ -111,8 +112,8 @@ def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget(
     assert verdict.flips == 0.0
     # Held fast, it stays where it began: the default method's rows.
     still = dataclasses.replace(SETTINGS, anchor=1e9)
-    fast = fit(examples, head, memory, method="anchored", replay=(features, ids), settings=still)
-    plain = fit(examples, head, memory, replay=(features, ids))
+    fast = fit(examples, head, memory, method="anchored", replay=Labelled(features, ids), settings=still)
+    plain = fit(examples, head, memory, replay=Labelled(features, ids))
     np.testing.assert_allclose(fast.weight, plain.weight, atol=1e-4)
 
 

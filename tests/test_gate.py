@@ -8,6 +8,7 @@ import pytest
 from test_fit import world
 
 from patcher.fit import fit
+from patcher.fit.inputs import Labelled
 from patcher.fit.softmax import fit_softmax
 from patcher.flips import upper_bound
 from patcher.gate import judge
@@ -50,10 +51,10 @@ def test_an_old_label_under_another_name_is_noticed():
 def test_flips_are_counted_on_the_best_data_there_is():
     head, memory, features, ids, new = world()
     examples = {"new": new(10)}
-    assert verdict(examples, head, memory, replay=(features, ids)).calibration == "replay"
+    assert verdict(examples, head, memory, replay=Labelled(features, ids)).calibration == "replay"
     fresh = np.concatenate([features[:50], new(20, seed=5)])
     labels = np.concatenate([ids[:50], np.full(20, len(head.labels))])
-    result = verdict(examples, head, memory, evaluation=(fresh, labels))
+    result = verdict(examples, head, memory, evaluation=Labelled(fresh, labels))
     assert (result.calibration, result.calibration_size) == ("eval", 50)
     assert result.estimated_recall["new"] > 0.9
 
@@ -112,7 +113,7 @@ def test_the_same_words_are_found_among_very_many_examples_too():
 def test_a_few_replayed_texts_hide_nothing_of_what_the_memory_shows():
     head, memory, features, ids, _ = world()
     near = {"new": features[ids == 2][:10] + np.float32(0.01)}
-    made = fit(near, head, memory, replay=(features[ids == 0][:2], ids[ids == 0][:2]))
+    made = fit(near, head, memory, replay=Labelled(features[ids == 0][:2], ids[ids == 0][:2]))
     replayed = judge(head, made, near, memory, min_recall=0.0)
     assert (replayed.calibration, replayed.calibration_size, replayed.flips) == ("replay", 2, 0.0)
     rows = memory.sample.astype(np.float32)
@@ -121,7 +122,7 @@ def test_a_few_replayed_texts_hide_nothing_of_what_the_memory_shows():
     assert (right & (before != after)).mean() <= 0.005
     # The budget holds on the few as well as on the many.
     for few in range(2, 40, 6):
-        some = features[ids == 2][:few], ids[ids == 2][:few]
+        some = Labelled(features[ids == 2][:few], ids[ids == 2][:few])
         kept = judge(head, fit(near, head, memory, replay=some), near, memory, min_recall=0.0)
         assert not any("would flip" in reason for reason in kept.reasons)
     # A row that takes them all the same, whatever it was fitted on, is refused on what the memory holds.
@@ -157,20 +158,43 @@ def test_a_multi_label_text_may_have_the_new_label_beside_old_ones():
     memory = Memory.build(features, ids, labels, 16)
     examples = {"new": (centres[4] + 0.3 * rng.standard_normal((10, 16))).astype(np.float32)}
     both = (centres[4] + centres[1] + 0.3 * rng.standard_normal((40, 16))).astype(np.float32)
-    pairs = np.repeat(both, 2, axis=0), np.tile([1, 4], 40)
+    pairs = Labelled(np.repeat(both, 2, axis=0), np.tile([1, 4], 40))
     result = verdict(examples, head, memory, evaluation=pairs)
     assert (result.calibration, result.calibration_size, result.flips) == ("eval", 40, 0.0)
     assert result.estimated_recall["new"] == 1.0
     # Without it in the file the same answers are what should not be.
-    wrong = verdict(examples, head, memory, evaluation=(both, np.full(40, 1)))
+    wrong = verdict(examples, head, memory, evaluation=Labelled(both, np.full(40, 1)))
     assert (wrong.flips, wrong.losing) == (1.0, {"b": 40})
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_where_all_that_is_known_of_a_multi_label_text_is_the_new_label_nothing_is_counted(replayed):
+    head, memory, draw, _ = overlapping(4, labels=4)
+    head = dataclasses.replace(head, problem=MULTI_LABEL)
+    rows, ids = draw(np.zeros(8, np.int64)), np.zeros(8, np.int64)
+    memory = Memory.build(rows, ids, head.labels, rows.shape[1])
+    replay = Labelled(rows, ids) if replayed else None
+    result = judge(head, fit({"new": rows}, head, memory, replay=replay), {"new": rows}, memory)
+    assert (result.calibration, result.flips) == ("draws", None)
+
+
+def test_a_name_that_is_another_but_for_its_spelling_is_told():
+    head, memory, _, _, new = world()
+    head = dataclasses.replace(head, labels=("card_lost", *head.labels[1:]))
+    memory = memory.rename("l0", "card_lost")
+    advice = "\n".join(verdict({"Card-lost": new(10), "other": new(10, 1)}, head, memory).advice)
+    assert "'Card-lost' is 'card_lost' but for case" in advice
+    assert "other" not in advice
+    twice = verdict({"my pay": new(10), "MyPay": new(10, 1)}, head, memory)
+    assert any("'MyPay' is 'my pay' but for case" in line for line in twice.advice)
+    assert not any("but for case" in line for line in verdict({"card lost 2": new(10)}, head, memory).advice)
 
 
 def test_where_the_bound_comes_from_is_in_the_sentence():
     head, memory, features, ids, new = world()
     said = verdict({"new": new(10)}, head, memory).sentence
     assert "remembered inputs flip (--max-flips allows 0.50%), so at most" in said
-    evaluated = verdict({"new": new(10)}, head, memory, evaluation=(features, ids))
+    evaluated = verdict({"new": new(10)}, head, memory, evaluation=Labelled(features, ids))
     assert "inputs of the evaluation file flip" in evaluated.sentence
 
 
@@ -180,7 +204,7 @@ def test_next_to_nothing_remembered_vouches_for_nothing():
     result = verdict({"new": new(10)}, head, few, max_flips=0.1)
     assert (len(few.sample) < 10, result.passed) == (True, False)
     assert "which vouch for nothing" in result.sentence
-    fresh = verdict({"new": new(10)}, head, few, max_flips=0.1, evaluation=(features, ids))
+    fresh = verdict({"new": new(10)}, head, few, max_flips=0.1, evaluation=Labelled(features, ids))
     assert fresh.passed
 
 
@@ -254,7 +278,7 @@ def test_what_neither_memory_nor_evaluation_knows_is_named():
     examples = {"new": draw(np.full(10, 0), 30.0)}
     made = fit(examples, head, memory)
     rows = draw(ids[:200])
-    result = judge(head, made, examples, memory, evaluation=(rows, ids[:200]))
+    result = judge(head, made, examples, memory, evaluation=Labelled(rows, ids[:200]))
     assert any("nothing is remembered of 20 of 24 labels" in advice for advice in result.advice)
 
 

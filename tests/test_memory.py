@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load, save
 
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.memory import Memory
+from patcher.memory_file import read_memory, write_memory
 
 LABELS = ("ask", "buy", "call")
 
@@ -132,16 +134,22 @@ def test_clusters_follow_the_labels_life() -> None:
 
 def test_a_memory_of_format_1_has_each_label_as_one_cluster() -> None:
     memory = some_memory()
-    again = Memory.from_bytes(as_format_1(memory))
+    again = read_memory(as_format_1(memory))
     assert again.clusters.labels.tolist() == [0, 1, 2] and again.clusters.counts.tolist() == [20, 20, 20]
     assert np.allclose(again.clusters.means.astype(float), memory.means(), atol=2e-3)
     assert np.array_equal(again.sample, memory.sample)
-    assert not len(Memory.from_bytes(as_format_1(some_memory(per_label=0))).clusters.means)
+    assert not len(read_memory(as_format_1(some_memory(per_label=0))).clusters.means)
+
+
+def test_means_that_no_file_can_hold_are_damage() -> None:
+    memory = dataclasses.replace(some_memory(), sums=some_memory().sums * 1e9)
+    with pytest.raises(RepositoryError, match="damaged"):
+        read_memory(as_format_1(memory))
 
 
 def as_format_1(memory: Memory) -> bytes:
     """The bytes that version 0.6 wrote."""
-    tensors = load(memory.to_bytes())
+    tensors = load(write_memory(memory))
     kept = {name: array for name, array in tensors.items() if not name.startswith("cluster_")}
     about = {"format": 1, "labels": memory.labels, "split": memory.split, "per_label": memory.per_label, "seed": 0}
     return save(kept, metadata={"patcher": json.dumps(about)})
@@ -160,6 +168,33 @@ def test_rename_and_merge() -> None:
     assert np.allclose(merged.sums.sum(0), memory.sums.sum(0))
     assert np.bincount(merged.sample_labels).tolist() == [5, 5]
     assert merged.merge(["ask", "trade"], "ask").labels == ("ask",)
+
+
+def test_a_merged_labels_sample_has_of_each_part_its_share() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.repeat([0, 1, 2], [400, 10, 20])
+    rare = 0
+    for seed in range(60):
+        memory = Memory.build(rng.normal(size=(430, 2)) + 100 * ids[:, None], ids, LABELS, 2, seed=seed)
+        merged = memory.merge(["ask", "buy"], "talk")
+        sample = merged.features_of("talk")
+        assert len(sample) == 20 and len(merged.features_of("call")) == 20
+        rare += int((sample[:, 0] > 50).sum())
+    assert 10 <= rare <= 55  # 10 of 410 texts: 29 in 60 samples of 20, where 400 would be as many as are kept
+
+
+def test_features_that_fp16_cannot_hold_are_refused_and_not_cut_off() -> None:
+    rows = np.full((4, 3), 7e4, np.float32)
+    with pytest.raises(InputError, match=r"7e\+04.*65,504"):
+        Memory.build(rows, np.zeros(4, int), ["a"], 2)
+    assert Memory.build(rows, np.zeros(4, int), ["a"], 2, per_label=0).means().max() == 7e4
+    assert Memory.build(rows * 0.93, np.zeros(4, int), ["a"], 2).features_of("a").max() == pytest.approx(65100, abs=32)
+
+
+def test_features_of_a_label_are_those_that_are_kept() -> None:
+    memory = some_memory()
+    assert np.array_equal(memory.features_of("buy"), memory.sample[memory.sample_labels == 1].astype(np.float32))
+    assert memory.features_of("never").shape == (0, 6)
 
 
 def test_wrong_names_are_refused() -> None:
@@ -189,31 +224,31 @@ def test_wrong_features_are_refused(features: np.ndarray, ids: list[int], messag
 
 def test_bytes_round_trip() -> None:
     memory = some_memory()
-    data = memory.to_bytes()
-    again = Memory.from_bytes(data)
-    assert again.to_bytes() == data
+    data = write_memory(memory)
+    again = read_memory(data)
+    assert write_memory(again) == data
     assert again.labels == memory.labels and again.per_label == 5 and again.split == 4
     assert np.array_equal(again.second_moment, memory.second_moment)
     assert memory.size < len(data) < memory.size + 2000
 
 
 def test_damaged_bytes_are_refused() -> None:
-    data = some_memory().to_bytes()
+    data = write_memory(some_memory())
     for broken in (b"", b"nonsense", data[:100], data[:-8], b"\xff" * 64):
         with pytest.raises(RepositoryError, match="no memory of ours"):
-            Memory.from_bytes(broken)
+            read_memory(broken)
 
 
 def test_a_newer_format_says_so() -> None:
-    tensors = {**load(some_memory().to_bytes()), "of_tomorrow": np.zeros(3)}
+    tensors = {**load(write_memory(some_memory())), "of_tomorrow": np.zeros(3)}
     with pytest.raises(RepositoryError, match=r"format 3.*update patcher"):
-        Memory.from_bytes(save(tensors, metadata={"patcher": json.dumps({"format": 3})}))
+        read_memory(save(tensors, metadata={"patcher": json.dumps({"format": 3})}))
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    data = bytearray(some_memory().to_bytes())
+    data = bytearray(write_memory(some_memory()))
     memory = some_memory()
     at = bytes(data).index(memory.sums.tobytes())
     data[at : at + 8] = np.float64(np.nan).tobytes()
     with pytest.raises(RepositoryError, match="damaged"):
-        Memory.from_bytes(bytes(data))
+        read_memory(bytes(data))

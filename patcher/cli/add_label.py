@@ -10,6 +10,7 @@ import click
 
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, seconds, tell
+from patcher.limits import MAX_FLIPS, MIN_RECALL
 
 if TYPE_CHECKING:
     from patcher.labelling import PatchReport
@@ -28,12 +29,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--max-flips",
     type=click.FloatRange(0, 1),
-    default=0.005,
+    default=MAX_FLIPS,
     show_default=True,
     help="Share of old inputs that may flip.",
 )
 @click.option(
-    "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
+    "--min-recall",
+    type=click.FloatRange(0, 1),
+    default=MIN_RECALL,
+    show_default=True,
+    help="Recall the new label must reach.",
 )
 @click.option(
     "--method",
@@ -91,7 +96,6 @@ def add_label_command(
     patcher add-label card_lost --text "I lost my card" --text "my card is gone" --dry-run
     """
     from patcher.examples import read_examples
-    from patcher.head import MULTI_LABEL
     from patcher.labelling import add_labels, new_examples
     from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
@@ -104,7 +108,7 @@ def add_label_command(
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = settings.classifier
     if file is not None:
-        several = classifier.head().problem == MULTI_LABEL
+        several = not classifier.head().exclusive
         read = read_examples(file)
         examples = new_examples(read, label, several=several)
         if label is not None and read.labels is None and read.unread:

@@ -12,6 +12,7 @@ import click
 from patcher import audit
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, seconds
+from patcher.limits import MIN_ACCURACY
 from patcher.repository import check_name
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _SHOWN = 5
 @click.option(
     "--min-accuracy",
     type=click.FloatRange(0, 1),
-    default=0.5,
+    default=MIN_ACCURACY,
     show_default=True,
     help="Share of the held-out texts that must be answered right.",
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patcher.cli.options import Settings, common_options
+from patcher.limits import MAX_FLIPS, MIN_RECALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,8 +44,8 @@ def rename_label_command(old: str, new: str, no_load: bool, settings: Settings) 
 @click.command("merge-labels")
 @click.argument("labels", nargs=-1, required=True)
 @click.option("--into", required=True, metavar="LABEL", help="The label they become; may be one of them.")
-@click.option("--max-flips", type=click.FloatRange(0, 1), default=0.005, show_default=True)
-@click.option("--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True)
+@click.option("--max-flips", type=click.FloatRange(0, 1), default=MAX_FLIPS, show_default=True)
+@click.option("--min-recall", type=click.FloatRange(0, 1), default=MIN_RECALL, show_default=True)
 @click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
 @_no_load
 @common_options

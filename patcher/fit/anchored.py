@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit.inputs import OldInputs
-    from patcher.fit.model import OldLabels
-    from patcher.fit.settings import Settings
+    from patcher.fit.task import Task
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
@@ -48,21 +47,14 @@ def held_back(count: int) -> Ints:
     return np.arange(0, count, _HELD_BACK)
 
 
-def anchored_rows(
-    examples: Mapping[str, Floats],
-    start: Rows,
-    old: OldLabels,
-    inputs: OldInputs,
-    max_flips: float,
-    settings: Settings,
-) -> Anchored:
-    """Refit from ``start``: the head's rows followed by rows of the new labels from another method.
+def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
+    """Refit on replayed ``inputs`` from ``start``: the head's rows, then rows of the new labels by another method.
 
     Every label weighs the same in the loss, however many of its inputs were replayed. Of the steps along the way that
     flip at most ``max_flips`` of the held-back inputs, the one that answers most of them rightly is taken, the shortest
     of equals.
     """
-    white = old.whitening
+    white = task.old.whitening
     unseen = held_back(len(inputs))
     seen = np.setdiff1d(np.arange(len(inputs)), unseen)
     count = len(start.weight) - len(examples)
@@ -73,7 +65,7 @@ def anchored_rows(
     weights = 1.0 / np.bincount(ids, minlength=count + len(examples))[ids]
     began = np.column_stack([start.weight @ white.rows, start.bias + start.weight @ white.center])
     points = np.column_stack([white.of(features), np.ones(len(features))]).astype(np.float32)
-    ended = _refit(points, ids, weights / weights.sum(), began, settings.anchor)
+    ended = _refit(points, ids, weights / weights.sum(), began, task.settings.anchor)
     best, rows, way = -1.0, start, 0.0
     before = inputs.features[unseen] @ start.weight[:count].T + start.bias[:count]
     right = before.argmax(axis=1) == inputs.ids[unseen]
@@ -82,7 +74,7 @@ def anchored_rows(
         raw = there[:, :-1] @ white.points.T
         here = Rows(raw.astype(np.float32), (there[:, -1] - raw @ white.center).astype(np.float32)) if share else start
         good = (inputs.features[unseen] @ here.weight.T + here.bias).argmax(axis=1) == inputs.ids[unseen]
-        if (right & ~good).mean() <= max_flips and good.mean() > best:
+        if (right & ~good).mean() <= task.max_flips and good.mean() > best:
             best, rows, way = float(good.mean()), here, float(share)
     return Anchored(rows, way)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.fit.inputs import OldInputs, old_inputs, own_logits
+from patcher.fit.inputs import old_inputs, own_logits
 from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.minimise import minimise
 from patcher.fit.model import OldLabels, Rows, from_memory, full_rows, log_sum_exp
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.fit.inputs import OldInputs
     from patcher.fit.logistic import NewRow
+    from patcher.fit.task import Task
     from patcher.memory import Memory
 
     Floats = NDArray[np.float32]
@@ -50,35 +52,27 @@ _FEW = 0.5
 
 
 def closed_rows(
-    method: str,
-    examples: Mapping[str, Floats],
-    head: Head,
-    memory: Memory,
-    old: OldLabels,
-    inputs: OldInputs | None,
-    max_flips: float,
-    settings: Settings,
+    method: str, examples: Mapping[str, Floats], task: Task, memory: Memory
 ) -> tuple[Rows, dict[str, NewRow]]:
     """Rows of the new labels, behind those of all old ones where they change, and more about those of the new ones.
 
-    ``examples`` float32 ``[n, width]`` by new label, ``method`` ``ridge`` or ``lda``, the rest as of ``offset_rows``.
-    The memory knows all labels of the head.
+    ``examples`` float32 ``[n, width]`` by new label, ``method`` ``ridge`` or ``lda``; ``memory`` is the task's and
+    knows all labels of the head.
     """
+    head, settings = task.head, task.settings
     place = {label: i for i, label in enumerate(memory.labels)}
     places = np.array([place[label] for label in head.labels], np.int64)
-    found = {"ridge": ridge_rows, "lda": lda_rows}[method](memory, places, old, settings)
+    found = {"ridge": ridge_rows, "lda": lda_rows}[method](memory, places, task.old, settings)
     few = _few(head, memory, places)
     kept = np.array([i for i, label in enumerate(head.labels) if label not in few], np.int64)
-    priced = dataclasses.replace(settings, taken_weight=settings.refit_taken_weight)
-    if _are_there(found, kept, head, old, inputs):
-        new = offset_rows(examples, head, old, inputs, max_flips, priced)
+    task = dataclasses.replace(task, settings=dataclasses.replace(settings, taken_weight=settings.refit_taken_weight))
+    if _are_there(found, kept, task):
+        new = offset_rows(examples, task)
         return rows_of(new), new
-    weight, bias = _scaled(found, old, inputs)
-    known = dataclasses.replace(head, labels=tuple(head.labels[i] for i in kept), order=head.order[kept])
-    known = known.refitted(weight[kept], bias[kept])
-    budget = max_flips * (len(few) + len(examples)) / len(examples)
-    others, seen = _of(old, kept, known), _inputs_of(inputs, kept, known)
-    new = offset_rows({**few, **examples}, known, others, seen, budget, priced)
+    weight, bias = _scaled(found, task.old, task.inputs)
+    budget = task.max_flips * (len(few) + len(examples)) / len(examples)
+    known = _of(task, kept, Rows(weight[kept], bias[kept]))
+    new = offset_rows({**few, **examples}, dataclasses.replace(known, max_flips=budget))
     for label in few:
         at = head.labels.index(label)
         weight[at], bias[at] = new[label].weight, new[label].bias
@@ -96,14 +90,14 @@ def discriminants(memory: Memory, labels: Sequence[str], settings: Settings = SE
     return Rows(*_scaled(lda_rows(memory, places, old, settings), old, old_inputs(memory, None, nothing)))
 
 
-def _are_there(found: Found, kept: Ints, head: Head, old: OldLabels, inputs: OldInputs | None) -> bool:
+def _are_there(found: Found, kept: Ints, task: Task) -> bool:
     """Whether the head's own rows say about the same, but for their scale, as they do once it was refitted.
 
     To refit it again would only flip a few answers to and fro, so then its rows stay.
     """
-    features = _some(inputs, old)[0]
+    features = _some(task.inputs, task.old)[0]
     weight, bias = found[0][kept].astype(np.float32), found[1][kept].astype(np.float32)
-    theirs, ours = head.logits(features)[:, kept], features @ weight.T + bias
+    theirs, ours = task.head.logits(features)[:, kept], features @ weight.T + bias
     theirs, ours = (logits - logits.mean(axis=1, keepdims=True) for logits in (theirs, ours))
     common = float((theirs * ours).sum()) ** 2
     return common >= (1.0 - _OTHER) * float((theirs**2).sum() * (ours**2).sum())
@@ -114,27 +108,24 @@ def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Floats]:
     least = _FEW * float(np.median(memory.counts[places]))
     found = {}
     for label, place in zip(head.labels, places.tolist(), strict=True):
-        held = memory.sample_labels == place
-        if memory.counts[place] < least and held.sum() == memory.counts[place]:
-            found[label] = memory.sample[held].astype(np.float32)
+        if memory.counts[place] < least and len(held := memory.features_of(label)) == memory.counts[place]:
+            found[label] = held
     return found
 
 
-def _of(old: OldLabels, kept: Ints, head: Head) -> OldLabels:
-    """Some of the old labels, with the rows of a head that knows just these."""
+def _of(task: Task, kept: Ints, rows: Rows) -> Task:
+    """The task where the head knows some of its labels only, by other ``rows``."""
+    head, old, inputs = task.head, task.old, task.inputs
+    head = dataclasses.replace(head, labels=tuple(head.labels[i] for i in kept), order=head.order[kept])
+    head = head.refitted(rows.weight, rows.bias)
     mine = np.isin(old.places, kept)
-    places = np.searchsorted(kept, old.places[mine])
-    weight, bias = (rows.astype(np.float64) for rows in full_rows(head))
-    return OldLabels(old.whitening, old.means[mine], places, weight, bias)
-
-
-def _inputs_of(inputs: OldInputs | None, kept: Ints, head: Head) -> OldInputs | None:
-    """The inputs of some labels, under a head that knows just these."""
-    if inputs is None:
-        return None
-    part = inputs.part(np.flatnonzero(np.isin(inputs.ids, kept)))
-    ids = np.searchsorted(kept, part.ids)
-    return dataclasses.replace(part, ids=ids, own=own_logits(part.features, ids, head))
+    weight, bias = (array.astype(np.float64) for array in full_rows(head))
+    old = OldLabels(old.whitening, old.means[mine], np.searchsorted(kept, old.places[mine]), weight, bias)
+    if inputs is not None:
+        part = inputs.part(np.flatnonzero(np.isin(inputs.ids, kept)))
+        ids = np.searchsorted(kept, part.ids)
+        inputs = dataclasses.replace(part, ids=ids, own=own_logits(part.features, ids, head))
+    return dataclasses.replace(task, head=head, old=old, inputs=inputs)
 
 
 def _some(inputs: OldInputs | None, old: OldLabels) -> tuple[Floats, Ints]:

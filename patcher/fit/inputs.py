@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Nearest", "OldInputs", "old_inputs", "own_logits"]
+__all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "own_logits"]
 
 _MOST = 20_000
 """Inputs looked at: with none of so many taken, at most 0.015 % are, and thousands of labels stay quick."""
+
+
+class Labelled(NamedTuple):
+    """Labelled data: features float32 ``[n, width]``, and the positions INT64 ``[n]`` of their labels.
+
+    What has several labels is there once for each, side by side.
+    """
+
+    features: Floats
+    ids: Ints
 
 
 @dataclass(frozen=True)
@@ -75,16 +86,22 @@ class OldInputs:
         own, weights = self.own[places], self.weights[places]
         return OldInputs(self.features[places], self.ids[places], own, weights, self.source, others)
 
+    def apart(self) -> tuple[OldInputs, OldInputs]:
+        """These alone, and those of the memory that were put beside them; either may be none."""
+        own = len(self) - self.others
+        mine, theirs = self.part(np.arange(own)), self.part(np.arange(own, len(self)))
+        return mine, dataclasses.replace(theirs, source="features", others=0)
+
     def groups(self, places: Ints) -> list[tuple[float, Bools]]:
         """Each part that a budget holds on: what its inputs weigh together, and which of ``places`` are of it."""
         own = len(self) - self.others
         parts = ((self.weights[:own], places < own), (self.weights[own:], places >= own))
         return [(float(weights.sum()), mine) for weights, mine in parts if len(weights)]
 
-    def without(self, features: Floats) -> OldInputs:
-        """Those whose features, as a memory stores them, are none of ``features``."""
-        there = np.isin(_bytes(half(self.features)), _bytes(half(features)))
-        return self.part(np.flatnonzero(~there))
+    def without(self, features: Floats) -> OldInputs | None:
+        """Those whose features, as a memory stores them, are none of ``features``; None where all are."""
+        left = np.flatnonzero(~np.isin(_bytes(half(self.features)), _bytes(half(features))))
+        return self.part(left) if len(left) else None
 
     def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int, also: Ints | None = None) -> Nearest:
         """The ``count`` inputs with the least margin to a new row, float32 ``[width]``, and those at ``also``.
@@ -93,11 +110,10 @@ class OldInputs:
         difference between a second and a minute.
         """
         new = self.features @ weight + bias
-        single = head.problem == "single_label"
-        places = _least(self.own - new if single else -new, count)
+        places = _least(self.own - new if head.exclusive else -new, count)
         if also is not None:
             places = np.union1d(places, also)
-        if not single:
+        if not head.exclusive:
             return Nearest(places, -new[places].astype(np.float64), np.ones(len(places), np.bool_))
         logits = head.logits(self.features[places])
         right = logits.argmax(axis=1) == self.ids[places]
@@ -106,18 +122,18 @@ class OldInputs:
 
 def old_inputs(
     memory: Memory | None,
-    replay: tuple[Floats, Ints] | None,
+    replay: Labelled | None,
     head: Head,
     source: str = "replay",
     only: Collection[str] | None = None,
 ) -> OldInputs | None:
-    """The real inputs there are: ``replay`` (features, positions in the head), else the memory's sample, else None.
+    """The real inputs there are: ``replay``, of labels of the head, else the memory's sample, else None.
 
     A text of several labels, which either has once for each, counts once. ``only`` takes all that the memory's sample
     holds of some labels, where else there may be more than are looked at.
     """
     if replay is not None:
-        features, ids = np.asarray(replay[0], np.float32), np.asarray(replay[1], np.int64)
+        features, ids = np.asarray(replay.features, np.float32), np.asarray(replay.ids, np.int64)
         weights = np.ones(len(ids))
     elif memory is not None and len(memory.sample):
         place = {label: index for index, label in enumerate(head.labels) if only is None or label in only}
@@ -128,7 +144,7 @@ def old_inputs(
         weights = _weights(memory, memory.sample_labels[kept])
     else:
         return None
-    if head.problem != "single_label" and len(ids):
+    if not head.exclusive and len(ids):
         first = np.unique(_bytes(half(features)), return_index=True)[1]
         features, ids, weights = features[first], ids[first], np.ones(len(first))
     return OldInputs(features, ids, own_logits(features, ids, head), weights, source) if len(ids) else None

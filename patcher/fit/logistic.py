@@ -16,6 +16,7 @@ import numpy as np
 from patcher.fit.bias import Calibration, best_shift
 from patcher.fit.model import Rows, log_sum_exp
 from patcher.fit.offset import Cloud, RowLoss, fit_row, join, span
+from patcher.fit.task import Task
 from patcher.rounding import rounding
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patcher.fit.inputs import OldInputs
-    from patcher.fit.model import OldLabels
     from patcher.fit.settings import Settings
-    from patcher.head import Head
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
@@ -65,21 +63,16 @@ def rows_of(new: Mapping[str, NewRow]) -> Rows:
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """What all new labels of a patch are fitted against, in whitened features."""
+class _Scene(Task):
+    """A task in whitened features: old labels that the examples may be mistaken for take part by their ``means``."""
 
-    head: Head
-    old: OldLabels
-    inputs: OldInputs | None
     means: Cloud
-    single: bool
-    settings: Settings
 
     def cloud(self, features: Floats, weights: Doubles) -> Cloud:
         """Inputs as clouds: what they offer the old labels is what a new row has to beat."""
         points = self.old.whitening.of(features)
         spread = np.full(len(points), self.settings.positive_variance)
-        if not self.single:
+        if not self.head.exclusive:
             return Cloud(points, np.zeros(len(points)), np.zeros_like(points), spread, weights)
         logits = features.astype(np.float64) @ self.old.weight.T + self.old.bias
         offsets = log_sum_exp(logits)
@@ -88,7 +81,7 @@ class _Scene:
 
     def raised(self, cloud: Cloud, rows: Sequence[Doubles]) -> Cloud:
         """The cloud where other new rows, bias last, have to be beaten as well."""
-        for row in rows if self.single else ():
+        for row in rows if self.head.exclusive else ():
             logits = cloud.points @ row[:-1] + row[-1]
             offsets = np.logaddexp(cloud.offsets, logits)
             share = np.exp(logits - offsets)[:, None]
@@ -113,7 +106,7 @@ class _Scene:
 
     def answers(self, places: Ints) -> tuple[Doubles, Bools]:
         """What a new logit has to beat at some real old inputs, and whether they are answered rightly as things are."""
-        if self.inputs is None or not self.single:
+        if self.inputs is None or not self.head.exclusive:
             return np.zeros(len(places)), np.ones(len(places), np.bool_)
         logits = self.head.logits(self.inputs.features[places])
         best: Doubles = logits.max(axis=1).astype(np.float64)
@@ -122,7 +115,7 @@ class _Scene:
     def slopes_of(self, ids: Ints) -> Doubles:
         """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
         found, back = np.unique(ids, return_inverse=True)
-        rows = self.old.weight[found] if self.single else np.zeros((len(found), self.head.width))
+        rows = self.old.weight[found] if self.head.exclusive else np.zeros((len(found), self.head.width))
         slopes: Doubles = self.old.whitening.slopes(rows)[back]
         return slopes
 
@@ -165,22 +158,12 @@ class _Unseen:
     margins: Doubles
 
 
-def offset_rows(
-    examples: Mapping[str, Floats],
-    head: Head,
-    old: OldLabels,
-    inputs: OldInputs | None,
-    max_flips: float,
-    settings: Settings,
-) -> dict[str, NewRow]:
-    """Rows for new labels that leave every old row as it is.
-
-    ``examples`` float32 ``[n, width]`` by label; ``inputs`` are real ones of old labels, where there are any;
-    ``max_flips`` is the share of them that may be lost to all new labels together.
-    """
-    scene = _scene(examples, head, old, inputs, settings)
+def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]:
+    """Rows for new labels, with ``examples`` float32 ``[n, width]`` each, that leave every old row as it is."""
+    old, settings = task.old, task.settings
+    scene = _scene(examples, task)
     clouds = {label: scene.cloud(rows, np.full(len(rows), 1.0 / len(rows))) for label, rows in examples.items()}
-    priors = {label: _prior(rows, head, old, settings) for label, rows in examples.items()}
+    priors = {label: _prior(rows, task) for label, rows in examples.items()}
     rough = {label: _solve(cloud, scene.means, priors[label], settings) for label, cloud in clouds.items()}
     found = {}
     rows = dict(rough)
@@ -192,10 +175,10 @@ def offset_rows(
         outside = join(*(scene.raised(cloud, rivals) for cloud in against))
         made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), settings)
         weight, bias = old.whitening.row(made.row[:-1], float(made.row[-1]))
-        margins = made.held_out - _best(examples[label], head, others, old)
+        margins = made.held_out - _best(examples[label], others, task)
         best, right = scene.answers(hard)
         unseen = _Unseen(hard, best - made.unseen)
-        seen = scene.calibration(made.row, weight, bias, max_flips / len(examples), unseen)
+        seen = scene.calibration(made.row, weight, bias, task.max_flips / len(examples), unseen)
         shift = best_shift(margins[np.isfinite(margins)], seen, settings)
         rows[label] = np.append(made.row[:-1], made.row[-1] + shift)
         taken = hard[right & (unseen.margins < shift)]
@@ -203,21 +186,19 @@ def offset_rows(
     return found
 
 
-def _scene(
-    examples: Mapping[str, Floats], head: Head, old: OldLabels, inputs: OldInputs | None, settings: Settings
-) -> _Scene:
-    near = _near(np.concatenate(list(examples.values())), old, settings)
-    means, places = old.means[near], old.places[near]
-    single = head.problem == "single_label"
-    offsets = log_sum_exp(means @ old.weight.T + old.bias) if single else np.zeros(len(means))
-    rows = old.weight[places] if single else np.zeros((len(places), head.width))
-    ones = np.ones(len(means))
-    cloud = Cloud(old.points[near], offsets, old.whitening.slopes(rows), ones, ones)
-    return _Scene(head, old, inputs, cloud, single, settings)
+def _scene(examples: Mapping[str, Floats], task: Task) -> _Scene:
+    old, exclusive = task.old, task.head.exclusive
+    near = _near(np.concatenate(list(examples.values())), task)
+    offsets = log_sum_exp(old.means[near] @ old.weight.T + old.bias) if exclusive else np.zeros(len(near))
+    rows = old.weight[old.places[near]] if exclusive else np.zeros((len(near), task.head.width))
+    ones = np.ones(len(near))
+    means = Cloud(old.points[near], offsets, old.whitening.slopes(rows), ones, ones)
+    return _Scene(**vars(task), means=means)
 
 
-def _near(examples: Floats, old: OldLabels, settings: Settings) -> Ints:
+def _near(examples: Floats, task: Task) -> Ints:
     """Old labels that the examples may be mistaken for."""
+    old, settings = task.old, task.settings
     if len(old.means) <= settings.near_floor:
         return np.arange(len(old.means))
     logits = (examples @ old.weight[old.places].T.astype(np.float32)).max(axis=0) + old.bias[old.places]
@@ -227,17 +208,17 @@ def _near(examples: Floats, old: OldLabels, settings: Settings) -> Ints:
     return np.union1d(np.argsort(-logits, kind="stable")[:count], np.argsort(distances, kind="stable")[:count])
 
 
-def _prior(examples: Floats, head: Head, old: OldLabels, settings: Settings) -> Doubles:
+def _prior(examples: Floats, task: Task) -> Doubles:
     """Where the penalty pulls a row, in whitened features: to nothing, or to the row that a rule would give.
 
     ``imprint`` (arXiv 1712.07136) is the examples' mean as long as an average old row, ``lda`` their whitened mean,
     calibrated by what it takes to bring the old labels' means to the length of their rows.
     """
-    white = old.whitening
-    if settings.prior == "zero":
+    head, old, white = task.head, task.old, task.old.whitening
+    if task.settings.prior == "zero":
         return np.zeros(white.points.shape[1])
     lengths = np.linalg.norm(old.weight, axis=1)
-    if settings.prior == "imprint":
+    if task.settings.prior == "imprint":
         mean = np.zeros(head.width)
         mean[: head.split] = examples[:, : head.split].mean(axis=0)
         row: Doubles = (mean / np.linalg.norm(mean) * lengths.mean()) @ white.rows
@@ -289,12 +270,12 @@ def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real:
     return _Fitted(np.append(axes @ found[:-1], found[-1]), held_out, unseen)
 
 
-def _best(features: Floats, head: Head, others: Mapping[str, Doubles], old: OldLabels) -> Doubles:
+def _best(features: Floats, others: Mapping[str, Doubles], task: Task) -> Doubles:
     """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
-    if head.problem != "single_label":
+    if not task.head.exclusive:
         return np.zeros(len(features))
-    best: Doubles = head.logits(features).max(axis=1).astype(np.float64)
-    points = old.whitening.of(features)
+    best: Doubles = task.head.logits(features).max(axis=1).astype(np.float64)
+    points = task.old.whitening.of(features)
     for row in others.values():
         best = np.maximum(best, points @ row[:-1] + row[-1])
     return best

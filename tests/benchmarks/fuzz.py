@@ -51,6 +51,7 @@ class Readers:
         import tiny
 
         from patcher.memory import Memory
+        from patcher.memory_file import write_memory
 
         self.folder = folder
         self.classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
@@ -66,7 +67,7 @@ class Readers:
             "examples.txt": b"one\ntwo\nthree\n",
             "head": self.classifier.head_bytes(1),
             "backbone": self.classifier.backbone_path.read_bytes(),
-            "memory": small.to_bytes(),
+            "memory": write_memory(small),
             "journal": self.classifier.journal.path.read_bytes(),
             "config": (self.classifier.root / "intent_head" / "config.pbtxt").read_bytes(),
             "format": (self.classifier.root / "patcher.json").read_bytes(),
@@ -79,7 +80,7 @@ class Readers:
         from patcher.audit import read_events
         from patcher.examples import read_examples
         from patcher.head_file import read_head
-        from patcher.memory import Memory
+        from patcher.memory_file import read_memory
         from patcher.onnx_file import check_backbone_file
         from patcher.repository import ModelRepository
 
@@ -107,7 +108,7 @@ class Readers:
         known: dict[str, Callable[[bytes], object]] = {
             "head": read_head,
             "backbone": lambda data: check_backbone_file(written("backbone.onnx", data)),
-            "memory": Memory.from_bytes,
+            "memory": read_memory,
             "journal": journal,
             "config": config,
             "format": layout,

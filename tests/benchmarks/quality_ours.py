@@ -11,6 +11,7 @@ import numpy as np
 
 from patcher.errors import InputError
 from patcher.fit import METHODS, Fit, fit
+from patcher.fit.inputs import Labelled
 from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.gate import judge
 from patcher.head import Head
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tests.benchmarks.quality_data import Setting
 
     Floats = NDArray[np.float32]
-    Labelled = tuple[Floats, NDArray[np.int64]]
 
 __all__ = ["BUDGETS", "COUNTS", "RATES", "bound", "methods", "one_label", "scope", "sequential", "speed"]
 
@@ -130,11 +130,11 @@ def methods(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     every: list[tuple[str, str, Memory | None, Labelled | None]] = [
         ("auto, statistics only in the memory", "auto", setting.statistics, None),
         ("auto, no memory", "auto", None, None),
-        ("auto, old data as replay", "auto", setting.memory, (setting.train, setting.train_ids)),
+        ("auto, old data as replay", "auto", setting.memory, Labelled(setting.train, setting.train_ids)),
     ]
     for method in METHODS:
         if method not in ("auto", default):
-            replay = (setting.train, setting.train_ids) if method == "anchored" else None
+            replay = Labelled(setting.train, setting.train_ids) if method == "anchored" else None
             every.append((method, method, setting.memory, replay))
     found: dict[str, Any] = {}
     for name, method, memory, replay in every:
@@ -244,7 +244,7 @@ def _many(setting: Setting, width: int) -> Labelled:
     """All old data, and at most ``MANY`` examples of each new label."""
     new = [label.train[:MANY] for label in setting.new.values()]
     ids = np.repeat(np.arange(len(new)) + len(setting.head.labels), [len(rows) for rows in new])
-    return np.concatenate([setting.train, *new])[:, :width], np.concatenate([setting.train_ids, ids])
+    return Labelled(np.concatenate([setting.train, *new])[:, :width], np.concatenate([setting.train_ids, ids]))
 
 
 def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:

@@ -33,9 +33,10 @@ import numpy as np
 from patcher.errors import PatcherError
 from patcher.fit import fit
 from patcher.fit.scope import fit_scope
-from patcher.gate import MAX_FLIPS, judge
+from patcher.gate import judge
 from patcher.head import Head
 from patcher.head_file import write_head
+from patcher.limits import MAX_FLIPS
 from patcher.memory import Memory
 from patcher.runtime import check_head_file
 

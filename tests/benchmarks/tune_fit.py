@@ -23,6 +23,7 @@ import numpy as np
 
 import patcher.fit.scope
 from patcher.fit import fit
+from patcher.fit.inputs import Labelled
 from patcher.fit.scope import fit_scope
 from patcher.fit.settings import SETTINGS
 from patcher.head import Head
@@ -97,7 +98,7 @@ class Tuning:
     pose_places: Ints
     names: dict[str, Floats]
     outside: Floats
-    train: tuple[Floats, Ints]
+    train: Labelled
 
 
 def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
@@ -126,7 +127,7 @@ def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
         pose_places=pose["places"],
         names=names,
         outside=rows["oos"],
-        train=(rows["train"], ids["train"]),
+        train=Labelled(rows["train"], ids["train"]),
     )
 
 
