@@ -293,7 +293,7 @@ def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
     report = run_export(model, tmp_path / "repository", tokenizer=tokenizer, max_length=384)
     assert report.max_length == 384
-    assert not capfd.readouterr().out.strip()
+    assert not capfd.readouterr().out  # where scripts read JSON; torch writes blank lines there, from C++
 
 
 def test_positions_that_begin_behind_some_rows_are_counted(tmp_path):
@@ -309,7 +309,8 @@ def test_torch_says_nothing_on_stdout_of_a_model_that_it_cannot_export(tmp_path,
     model, tokenizer = long_decoder("Phi3", rope_parameters=rope, **sizes)
     with pytest.raises(ExportError, match="torch cannot export Phi3ForSequenceClassification"):
         run_export(model, tmp_path / "repository", tokenizer=tokenizer)
-    assert not capfd.readouterr().out.strip()
+    written = capfd.readouterr()
+    assert (written.out, "graph(" in written.err) == ("", False)
 
 
 def test_long_texts_go_through_a_few_at_a_time(tmp_path, monkeypatch):
