@@ -8,10 +8,7 @@ attention exports to plain MatMul and Softmax, whose mask is a tensor of the gra
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
-import os
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,7 +100,7 @@ class _Backbone(nn.Module):
 
 def _traced(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], path: Path) -> onnx.ModelProto:
     names = tuple(inputs)
-    with _plain_attention(model), without_layer(model, split.layer), torch.no_grad(), _quiet(), _stdout_kept():
+    with _plain_attention(model), without_layer(model, split.layer), torch.no_grad(), _quiet():
         try:
             torch.onnx.export(
                 _Backbone(model, names).eval(),
@@ -135,28 +132,6 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(attention)
         if cache is not None:
             model.config.use_cache = cache
-
-
-@contextlib.contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """Whatever is written to the process's standard output goes to the standard error instead.
-
-    torch's exporter prints there from C++, which ``sys.stdout`` knows nothing of, and our callers write JSON there.
-    """
-    if sys.stdout is None or sys.stderr is None:  # started with it closed: its number may be another file's
-        yield
-        return
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        # What C has buffered would else follow when file 1 is the standard output again.
-        sys.stdout.flush()
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager

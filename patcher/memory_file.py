@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.clustering import Clusters
-from patcher.errors import RepositoryError
+from patcher.errors import InputError, RepositoryError
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
@@ -85,4 +85,7 @@ def _clusters(arrays: Arrays) -> Clusters:
     if set(_CLUSTERS) <= set(arrays):
         return Clusters(*(arrays[name] for name in _CLUSTERS))
     counts = arrays["counts"] if len(arrays["sample"]) else arrays["counts"][:0]
-    return Clusters.of_means(arrays["sums"][: len(counts)] / np.maximum(counts, 1)[:, None], counts)
+    try:
+        return Clusters.of_means(arrays["sums"][: len(counts)] / np.maximum(counts, 1)[:, None], counts)
+    except InputError as error:
+        raise RepositoryError(f"this memory is damaged: {error}") from error

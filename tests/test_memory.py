@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -138,6 +139,12 @@ def test_a_memory_of_format_1_has_each_label_as_one_cluster() -> None:
     assert np.allclose(again.clusters.means.astype(float), memory.means(), atol=2e-3)
     assert np.array_equal(again.sample, memory.sample)
     assert not len(read_memory(as_format_1(some_memory(per_label=0))).clusters.means)
+
+
+def test_means_that_no_file_can_hold_are_damage() -> None:
+    memory = dataclasses.replace(some_memory(), sums=some_memory().sums * 1e9)
+    with pytest.raises(RepositoryError, match="damaged"):
+        read_memory(as_format_1(memory))
 
 
 def as_format_1(memory: Memory) -> bytes:
