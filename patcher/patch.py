@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher import model_config
+from patcher import configs
 from patcher.errors import RepositoryError
 from patcher.fit import Fit, fit
 from patcher.fit.model import woken
@@ -58,7 +58,7 @@ class PatchSettings:
         for name in ("max_flips", "min_recall"):
             check_limit(name, getattr(self, name))
         if self.canary is not None:
-            model_config.check_share(self.canary)
+            configs.check_share(self.canary)
 
 
 DEFAULTS = PatchSettings()

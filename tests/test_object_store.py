@@ -308,7 +308,8 @@ class TestKilled:
     def patch(self, at, count=1):
         """Run add-label in a process of its own that ends just before the ``count``-th write of ``at``."""
         code = (
-            "import os, sys; from patcher.cli import main; from patcher.s3 import Bucket; left = [int(sys.argv[2])]\n"
+            "import os, sys; from patcher.cli import main; from patcher.s3 import Bucket\n"
+            "left = [int(sys.argv[2])]\n"
             "def put(self, name, *rest, put=Bucket.put):\n"
             "    if name.endswith(sys.argv[1]):\n"
             "        left[0] -= 1\n"
@@ -529,7 +530,7 @@ class TestFaults:
     def test_a_folder_pays_nothing_for_it(self, classifier):
         code = "import sys; from patcher.cli import main; main(sys.argv[1:])\n"
         code += (
-            "sys.exit(any(name.split('.')[0] == 'botocore' or name == 'patcher.object_store' for name in sys.modules))"
+            "sys.exit(any(name.split('.')[0] == 'botocore' or name.endswith('.object_store') for name in sys.modules))"
         )
         command = [sys.executable, "-c", code, "labels", "--repo", str(classifier.root)]
         assert subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -604,6 +605,10 @@ class TestFaults:
         assert faults() == []
         assert bucket.tag("intent.journal.damaged-1")
 
+    def test_a_part_of_a_repository_is_said_to_lie_in_one(self, remote):
+        with pytest.raises(RepositoryError, match=rf"expected --repo {URL} --classifier intent$"):
+            ModelRepository(f"{URL}/intent")
+
     def test_a_folder_is_no_object_store(self, remote):
         with pytest.raises(InputError, match="is no folder"):
             _ = remote.root
@@ -639,7 +644,7 @@ class TestNewClassifier:
         code = main(["new-classifier", "topics", "--train", str(file), "--in-store", "--no-load", "--repo", URL])
         assert (code, "a head store reads its heads from one" in capsys.readouterr().err) == (2, True)
         with remote.repository.lock(), pytest.raises(InputError, match="is no folder"):
-            remote.repository.add_store(remote.repository.backbone())
+            remote.add_store()
         assert objects() == before
 
     def test_one_that_was_copied_there_is_not_served(self, remote, tmp_path, capsys):

@@ -9,9 +9,9 @@ import stat
 import pytest
 import tiny
 
-from patcher import ModelRepository, model_config
+from patcher import ModelRepository, configs, model_config
 from patcher.errors import Busy, InputError, PatcherError, RepositoryError, StorageError, VersionError
-from patcher.repository import check_name
+from patcher.names import check_name
 
 
 def next_head(classifier):
@@ -50,7 +50,7 @@ def test_configs_parse_back_to_what_the_contract_says(classifier):
         ("label", [-1]), ("score", [-1]), ("logits", [-1]), ("head_version", [1]), ("in_scope", [1])
     ]  # fmt: skip
     assert [step.model_name for step in config.ensemble_scheduling.step] == ["intent_encoder", "intent_head"]
-    assert model_config.asked_by(classifier.repository.config("intent_encoder")) == "intent_backbone"
+    assert configs.asked_by(classifier.repository.config("intent_encoder")) == "intent_backbone"
     head = classifier.repository.config("intent_head")
     assert (head.backend, head.max_batch_size) == ("onnxruntime", 64)
     assert model_config.pinned_versions(head) == (1,)
@@ -119,6 +119,18 @@ def test_no_repository(tmp_path):
         ModelRepository(tmp_path / "none")
     with pytest.raises(RepositoryError, match=r"no patcher\.json"):
         ModelRepository(tmp_path)
+
+
+def test_a_folder_of_a_repository_is_said_to_lie_in_one(classifier, monkeypatch):
+    root = classifier.root
+    for name, expected in (("intent", f"--repo {root} --classifier intent"), ("intent_head", f"--repo {root}")):
+        with pytest.raises(RepositoryError, match=rf"lies in: expected {expected}$"):
+            ModelRepository(root / name)
+    with pytest.raises(RepositoryError, match=rf"no such folder; .* lies in: expected --repo {root}$"):
+        ModelRepository(root / "nobody")
+    monkeypatch.chdir(root / "intent")
+    with pytest.raises(RepositoryError, match=r"--classifier intent$"):
+        ModelRepository(".")
 
 
 def test_which_classifier(classifier, tmp_path):
