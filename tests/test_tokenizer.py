@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +140,36 @@ def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack, larg
         assert len(group) <= (largest or len(group))
         shared = lengths[group[-1]][0]
         assert sum((shared - lengths[place][0]) * lengths[place][1] for place in group) <= slack
+
+
+def test_a_text_that_is_asked_for_again_alone_is_as_short_as_it_is(tokenizer, tmp_path, monkeypatch):
+    """The backbone refuses two texts together, and gets each by itself without the padding beside the other."""
+    utils = SimpleNamespace(
+        Tensor=lambda name, value: SimpleNamespace(name=name, value=value),
+        InferenceResponse=lambda tensors: {tensor.name: tensor.value for tensor in tensors},
+        get_input_tensor_by_name=lambda request, _: SimpleNamespace(as_numpy=lambda: np.array(request, dtype=object)),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    asked = []
+
+    def run(_names, tensors):
+        asked.append(tensors["input_ids"].tolist())
+        if len(asked[-1]) > 1:
+            raise RuntimeError("out of memory")
+        return [np.full((1, 2), tensors["attention_mask"].sum(), np.float32)]
+
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "tokenizer.json").write_text(tokenizer.to_str())
+    parameters = {"backbone_model": "b", "token_inputs": "input_ids,attention_mask"}
+    config = {"output": [], "parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    model = tokenizer_model.TritonPythonModel()
+    model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
+    model._run = run
+    answers = model.execute([[b"please tell me"], [b"please"]])
+    assert [answer["features"].tolist() for answer in answers] == [[[5, 5]], [[3, 3]]]
+    together, *alone = asked
+    assert [len(ids) for ids in together] == [5, 5]
+    assert sorted(len(ids) for (ids,) in alone) == [3, 5]
 
 
 def test_needs_nothing_that_nvidias_container_could_lack():

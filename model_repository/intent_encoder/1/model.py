@@ -63,14 +63,20 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> 
 def _tensors(
     encodings: Sequence[Any], padding: Mapping[str, Any] | None, names: Sequence[str], shortest: int = 1
 ) -> dict[str, NDArray[np.int64]]:
-    options = dict(padding or {})
-    multiple = options.pop("pad_to_multiple_of", None) or 1
+    options = padding or {}
+    multiple = options.get("pad_to_multiple_of") or 1
     # An empty text may have no token at all; one of padding keeps the model's shapes alive.
-    length = max(1, shortest, options.pop("length", None) or 0, *(len(each) for each in encodings))
+    length = max(1, shortest, options.get("length") or 0, *(len(each) for each in encodings))
     length = -(-length // multiple) * multiple
-    for each in encodings:
-        each.pad(length, **options)
-    return {name: np.array([getattr(each, _FIELDS[name]) for each in encodings], dtype=np.int64) for name in names}
+    filling = {"input_ids": options.get("pad_id", 0), "token_type_ids": options.get("pad_type_id", 0)}
+    left = options.get("direction") == "left"
+    # Not by the encodings' own `pad`, which stays: a text that is asked for again alone should be as short as it is.
+    tensors = {name: np.full((len(encodings), length), filling.get(name, 0), np.int64) for name in names}
+    for name, rows in tensors.items():
+        for row, each in zip(rows, encodings, strict=True):
+            start = length - len(each) if left else 0
+            row[start : start + len(each)] = getattr(each, _FIELDS[name])
+    return tensors
 
 
 def read_text(value: bytes | str) -> str:
