@@ -16,6 +16,7 @@ from patcher.errors import (
     LockLost,
     NotServed,
     PatcherError,
+    RepositoryError,
     ServerError,
     ServerUnreachable,
     StorageError,
@@ -262,8 +263,11 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
 
 
 @contextlib.contextmanager
-def changing(classifier: Classifier, server: TritonServer | None = None) -> Iterator[None]:
+def changing(classifier: Classifier, server: TritonServer | None = None, *, leaving: bool = False) -> Iterator[None]:
     """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone.
+
+    With ``leaving`` the body goes to another version whatever serves now: that the serving one is damaged, so that no
+    server could be brought back to it, is then no reason to stop, and the body's own switch ends what is half done.
 
     Raises InputError for a version on trial, which only ``patcher.canary`` changes, and NotServed where the body is
     interrupted and leaves something half done.
@@ -276,7 +280,11 @@ def changing(classifier: Classifier, server: TritonServer | None = None) -> Iter
         )
     with classifier.repository.lock():
         try:
-            recover(classifier, server)
+            try:
+                recover(classifier, server)
+            except (RepositoryError, VersionError):  # where it is of the journal, the next line says it again
+                if not leaving:
+                    raise
             classifier.adopt()
             yield
         except KeyboardInterrupt as interrupt:

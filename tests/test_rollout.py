@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import NotServed, PatchSettings, add_label, disk
+from patcher import NotServed, PatchSettings, add_label, disk, prune, rollback
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
 from patcher.features import check_same_backbone
@@ -289,6 +289,22 @@ def test_going_back_to_a_damaged_file_is_refused(classifier, tree):
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="ONNX Runtime cannot load"):
         roll_back(classifier, 1)
     assert tree(classifier.root) == before
+
+
+def test_a_damaged_head_in_the_middle_of_a_change_can_be_left(classifier):
+    with classifier.repository.lock():
+        roll_out(classifier, next_head(classifier), None, None)
+    classifier.journal.append("switch", **{"from": 2, "to": 1})
+    classifier.journal.append("back", to=2)  # killed on the way back
+    (classifier.version_path(2) / "model.onnx").write_bytes(b"damaged")
+    for change in (lambda: rollback(classifier), lambda: prune(classifier, 1)):
+        with pytest.raises(RepositoryError, match="`patcher rollback --to N` needs none but version N"):
+            change()
+    assert rollback(classifier, 1).version == 1
+    assert classifier.journal.pending() is None
+    classifier.journal.path.write_text("nonsense\n")
+    with pytest.raises(RepositoryError, match="line 1, is no entry"):
+        rollback(classifier, 1)
 
 
 def test_a_head_that_is_not_what_it_says_is_not_published(classifier):
