@@ -394,6 +394,8 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
+            if not replica.is_live():  # one that hangs would be waited for at each question
+                raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
             states = {_bring(each, head, replica) for each, head in heads}
             changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
             found[replica.url] = "caught up" if changed else "agreed"

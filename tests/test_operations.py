@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,12 +51,13 @@ from patcher.errors import (
     StorageError,
     VersionError,
 )
-from patcher.fleet import addresses, watch, waves
+from patcher.fleet import addresses, resolved, watch, waves
 from patcher.lifecycle import diff, history
 from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.repository import check_name
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
+from patcher.tune import tune
 
 MODELS = ["intent", "intent_features", "intent_backbone"]
 TEN = tiny.sentences("payday", 10)
@@ -281,7 +283,7 @@ class TestFaults:
         assert patched(classifier) > 1
         assert faults(classifier) == []
 
-    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree):
+    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree, monkeypatch):
         full = ModelRepository(shutil.copytree(classifier.root, mounted / "repository")).classifier()
         with pytest.raises(OSError, match="No space left"):
             fill(mounted / "ballast")
@@ -294,7 +296,9 @@ class TestFaults:
         assert faults(full) == []
         subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
         before = tree(full.root)
-        for change in (rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)):
+        monkeypatch.setattr(EmbeddedTriton, "start", lambda _: pytest.fail("tuned for nothing"))
+        changes = [rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)]
+        for change in (*changes, lambda target: tune(target, TEN)):
             with pytest.raises(StorageError, match="Read-only file system; nothing was changed"):
                 change(full)
         assert tree(full.root) == before
@@ -358,6 +362,26 @@ class TestFaults:
                 rollback(classifier, 1, TritonServer("127.0.0.1:1"))
             assert add_label(classifier.repository, "payday", TEN, server=server).served
             assert faults(classifier, server) == []
+
+    @pytest.mark.server
+    def test_a_server_that_hangs_is_waited_for_once(self, classifier, tmp_path):
+        with classifier.repository.lock():
+            other = classifier.repository.add_classifier("other", classifier.head(), backbone="intent")
+        with EmbeddedTriton(classifier.root, [*MODELS, "other"], log_file=tmp_path / "log") as triton:
+            with TritonServer(triton.url, timeout=2) as server:
+                assert faults(classifier, server) == []
+                os.kill(triton.pid, signal.SIGSTOP)
+                try:
+                    (fault,) = faults(classifier, server)
+                    started = time.monotonic()
+                    (state,) = sync(other, server).values()
+                    waited = time.monotonic() - started
+                finally:
+                    os.kill(triton.pid, signal.SIGCONT)
+                assert (fault.what, "nothing more was asked of it" in fault.finding) == ("server", True)
+                assert "does not answer; `patcher sync` once more when it does" in state
+                assert waited < 3.5
+                assert sync(other, server) == {triton.url: "agreed"}
 
     @pytest.mark.server
     def test_models_whose_process_died_answer_again_after_a_sync(self, classifier, tmp_path):
@@ -476,13 +500,31 @@ def _as_json(classifier):
     return json_format.MessageToDict(config, preserving_proto_field_name=True)
 
 
-def test_addresses_and_waves(monkeypatch):
+def test_addresses_and_waves():
     assert addresses("a:1, b:2,a:1") == ("a:1", "b:2")
     assert addresses("localhost:8001") == ("localhost:8001",)
-    known = [(2, 1, 6, "", (f"10.0.0.{number}", 8001)) for number in (1, 2, 3)]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: known)
-    assert addresses("triton:8001") == ("10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001")
+    assert resolved("localhost:8001") == ["127.0.0.1:8001"]
+    assert resolved("no.such.host.invalid:8001") == ["no.such.host.invalid:8001"]
     assert [len(wave) for wave in waves([TritonServer("a:1")] * 9)] == [1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "older, newer, found",
+    [
+        (3, 0, ["10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001"]),
+        (0, 2, ["[fd00::1]:8001", "[fd00::2]:8001"]),
+        (2, 2, ["10.0.0.1:8001", "10.0.0.2:8001"]),  # each machine has both
+        (1, 1, ["triton:8001"]),
+        (0, 1, ["triton:8001"]),
+    ],
+)
+def test_a_name_of_several_machines_stands_for_each_of_them_once(monkeypatch, older, newer, found):
+    known = [(socket.AF_INET, 1, 6, "", (f"10.0.0.{number + 1}", 8001)) for number in range(older)]
+    known += [(socket.AF_INET6, 1, 6, "", (f"fd00::{number + 1}", 8001, 0, 0)) for number in range(newer)]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: known)
+    assert list(addresses("triton:8001")) == found
+    for url in found:
+        assert TritonServer(url).url == url
 
 
 @pytest.mark.server
