@@ -390,13 +390,12 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     goes for a version on trial; one whose trial has ended is let go of.
     """
     trial = on_trial(classifier)
-    heads = [(each, each.head()) for each in (classifier, trial) if each is not None]
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
             if not replica.is_live():  # one that hangs would be waited for at each question
                 raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
-            states = {_bring(each, head, replica) for each, head in heads}
+            states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
             changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
             found[replica.url] = "caught up" if changed else "agreed"
         except PatcherError as error:

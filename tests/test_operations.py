@@ -382,6 +382,9 @@ class TestFaults:
                 assert "does not answer; `patcher sync` once more when it does" in state
                 assert waited < 3.5
                 assert sync(other, server) == {triton.url: "agreed"}
+                (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
+                (state,) = sync(other, server).values()  # which keeps `patcher sync` from no other
+                assert state.startswith("failed: ") and "other_head/1/model.onnx" in state
 
     @pytest.mark.server
     def test_models_whose_process_died_answer_again_after_a_sync(self, classifier, tmp_path):
