@@ -1,7 +1,7 @@
 """Exit 0 when every classifier that this container serves is ready and answers, not merely the server around them.
 
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
-`patcher drop-classifier` took out of the repository since. Each is asked for one answer, for Triton calls a model ready
+`patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
 whose process died; not beside gRPC with TLS, where HTTP answers health checks alone. With --live it is enough that the
 server answers at all.
 """
@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 LIVE = "--live" in sys.argv[1:]
 ADDRESS = next((word for word in sys.argv[1:] if word != "--live"), "127.0.0.1:8000")
@@ -37,42 +38,75 @@ def trouble(what: str, seconds: float = PATIENCE) -> str:
         return f"{what}: {error}"
 
 
-def refusal(name: str) -> str:
-    """Why no answer comes from the model ``name``, or an empty text; one that takes long is busy, not ill."""
-    given = {"text": "is anybody there?"}
-    store = name.endswith("_any")
-    if store:  # of a head store, which wants to know for whom
+def setting(model: str) -> dict[str, Any]:
+    """The configuration that a model is served under; empty where HTTP does not tell it, as beside TLS."""
+    try:
+        with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=PATIENCE) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except (OSError, ValueError, http.client.HTTPException):
+        return {}
+
+
+def questions(name: str) -> int:
+    """How many reach every instance of every step of the ensemble ``name``: Triton asks them in turn, dead or not."""
+    steps = [step["model_name"] for step in setting(name).get("ensemble_scheduling", {}).get("step", [])]
+    groups = [setting(step).get("instance_group", []) for step in steps]
+    counts = (sum(each.get("count", 1) * max(len(each.get("gpus", [])), 1) for each in group) for group in groups)
+    return max([1, *counts])
+
+
+def asked_for(name: str) -> dict[str, str] | None:
+    """What the ensemble ``name`` is to be asked, by input; None for a head store without a classifier."""
+    # One that a response cache has seen would not reach the models.
+    given = {"text": f"is anybody there? {time.time_ns()}"}
+    if name.endswith("_any"):  # of a head store, which wants to know for whom
         marks = sorted(REPOSITORY.glob("*_head/store"))
         stored = [path.parent.name for path in marks if path.read_text().strip() == name.removesuffix("_any")]
         if not stored:
-            return ""
+            return None
         given["classifier"] = stored[0].removesuffix("_head")
+    return given
+
+
+def refusal(name: str) -> str:
+    """Why no answer comes from the ensemble ``name``, or an empty text; one that takes long is busy, not ill."""
+    given = asked_for(name)
+    if given is None:
+        return ""
     inputs = [{"name": key, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for key, text in given.items()]
-    body = json.dumps({"inputs": inputs}).encode()
     try:
-        with DIRECT.open(f"http://{ADDRESS}/v2/models/{name}/infer", body, timeout=PATIENCE):
+        with DIRECT.open(
+            f"http://{ADDRESS}/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode(), timeout=PATIENCE
+        ):
             return ""
     except TimeoutError:
         return ""
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         # A store that refuses one classifier, whose head is damaged, answers for all others.
-        fine = error.code == http.client.FORBIDDEN or (store and error.code == http.client.BAD_REQUEST)
-        return "" if fine else f"{name} does not answer: {said}"
+        refused = name.endswith("_any") and error.code == http.client.BAD_REQUEST
+        return "" if refused or error.code == http.client.FORBIDDEN else f"{name} does not answer: {said}"
     except (OSError, http.client.HTTPException) as error:
         return f"{name} does not answer: {error}"
 
 
-def problems(names: list[str]) -> list[str]:
-    """What is wrong with each classifier, as far as the time goes."""
-    found, end = [], time.monotonic() + PATIENCE
-    random.shuffle(names)  # where there is no time for all of them, each gets its turn
-    for name in names:
-        if text := trouble(f"models/{name}/ready") or refusal(name):
-            found.append(text)
-        if time.monotonic() > end:
+def problem_with(name: str, end: float) -> str:
+    """What is wrong with a classifier, as far as the time goes until ``end``, or an empty text."""
+    problem = trouble(f"models/{name}/ready")
+    for _ in range(0 if problem else questions(name)):
+        problem = refusal(name)
+        if problem or time.monotonic() > end:
             break
-    return found
+    return problem
+
+
+def problems(names: list[str]) -> list[str]:
+    """What is wrong with the classifiers, as far as the time goes."""
+    end = time.monotonic() + PATIENCE
+    random.shuffle(names)  # where there is no time for all of them, each gets its turn
+    begun = (name for name in names if time.monotonic() < end)
+    return [problem for name in begun if (problem := problem_with(name, end + PATIENCE))]
 
 
 def main() -> int:

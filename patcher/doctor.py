@@ -15,7 +15,7 @@ from patcher.fleet import members, present
 from patcher.journal import hashes
 from patcher.layout import MODEL
 from patcher.repository import CANARY, ModelRepository
-from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
+from patcher.rollout import catch_up, probe, probe_text, recover, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -253,7 +253,7 @@ def _local_answer(classifier: Classifier) -> Check:
     if not classifier.store.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
-        extract_features(classifier, [PROBE_TEXT])
+        extract_features(classifier, [probe_text()])
     except PatcherError as error:
         return Check(what, "fault", str(error))
     return Check(what, "ok", "tokenizer and backbone give features")

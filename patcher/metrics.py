@@ -19,7 +19,7 @@ import numpy as np
 from patcher.audit import read_events
 from patcher.errors import PatcherError, ToolError
 from patcher.fleet import resolved
-from patcher.rollout import PROBE_TEXT
+from patcher.rollout import probe_text
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[s
     try:
         with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
             start = time.perf_counter()
-            (answer,) = server.classify(address, [PROBE_TEXT])
+            (answer,) = server.classify(address, [probe_text()])
             seconds = time.perf_counter() - start
+            for _ in range(1, server.instances(address)):
+                server.classify(address, [probe_text()])
             sample = server.classify(address, texts)
     except PatcherError:
         return Probe(replica, classifier, up=False)

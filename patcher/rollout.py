@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,13 +39,13 @@ if TYPE_CHECKING:
     from patcher.triton.client import TritonServer
 
 __all__ = [
-    "PROBE_TEXT",
     "Switch",
     "catch_up",
     "changing",
     "let_go",
     "on_trial",
     "probe",
+    "probe_text",
     "recover",
     "require_live",
     "roll_back",
@@ -54,10 +55,6 @@ __all__ = [
     "validate",
     "withdrawing",
 ]
-
-PROBE_TEXT = "is anybody there?"
-"""Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
-
 
 _DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
 """What Triton says of a model whose Python process died, and of each ensemble that asks it."""
@@ -73,6 +70,11 @@ class Switch:
     """Whether a server was seen answering from ``version``; False where none was asked."""
 
 
+def probe_text() -> str:
+    """A text to ask a server for: any does, but one that a response cache has seen would not reach the models."""
+    return f"is anybody there? {secrets.token_hex(4)}"
+
+
 def validate(data: bytes, head: Head) -> None:
     """Prove in ONNX Runtime, on a few made-up features, that the file ``data`` is ``head`` before it may serve.
 
@@ -82,8 +84,8 @@ def validate(data: bytes, head: Head) -> None:
     check_head_file(data, head, rows)
 
 
-def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = PROBE_TEXT) -> None:
-    """ServerError unless the ensemble is ready and answers ``text`` from exactly ``head``.
+def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
+    """ServerError unless the ensemble is ready and answers from exactly ``head``, each instance of its models.
 
     A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
@@ -91,6 +93,7 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
     if not server.is_ready(classifier.ensemble):
         raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
     check_same_backbone(classifier, server)  # an ensemble that is ready has its backbone loaded
+    text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(
@@ -106,6 +109,8 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
         raise ServerError(f"the server's logits are off by {off.max():.3g} from those of version {answer.head_version}")
     if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
         raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+    for _ in range(1, server.instances(classifier.address)):
+        server.classify(classifier.address, [probe_text()])
 
 
 def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: TritonServer | None) -> Switch:

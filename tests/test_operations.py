@@ -53,6 +53,7 @@ from patcher.errors import (
 )
 from patcher.fleet import addresses, resolved, watch, waves
 from patcher.lifecycle import diff, history
+from patcher.metrics import Targets, _probes
 from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.repository import check_name
 from patcher.rollout import changing, recover
@@ -60,6 +61,7 @@ from patcher.triton.server import EmbeddedTriton
 from patcher.tune import tune
 
 MODELS = ["intent", "intent_features", "intent_backbone"]
+HEALTH = Path(__file__).parents[1] / "docker" / "healthcheck.py"
 TEN = tiny.sentences("payday", 10)
 
 
@@ -401,6 +403,34 @@ class TestFaults:
                 assert server.classify("intent", TEN)[0].head_version == 1
                 assert server.is_ready("intent_features")
                 assert faults(classifier, server) == []
+            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+
+    @pytest.mark.server
+    @pytest.mark.slow
+    def test_one_of_several_instances_that_died_is_seen_each_time(self, classifier, tmp_path):
+        for model in ("intent_encoder", "intent_head"):
+            path = classifier.root / model / "config.pbtxt"
+            path.write_text(path.read_text().replace("count: 1", "count: 3"))
+        served = tmp_path / "classifiers"
+        served.write_text("intent")
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(classifier.root)}
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            health = [sys.executable, str(HEALTH), triton.http_url]
+
+            def seen():
+                """By doctor, the container's health check, and the exporter."""
+                check = subprocess.run(health, env=environment, capture_output=True, check=False)
+                probes = _probes(Targets((triton.url,), ("intent",)))
+                return bool(faults(classifier, server)), bool(check.returncode), not all(probe.up for probe in probes)
+
+            assert seen() == (False, False, False)
+            for model in ("intent_encoder", "intent_head"):
+                children = psutil.Process(triton.pid).children()
+                living = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]
+                [each for each in living if f"{model}/" in each.cmdline()[1]][1].kill()
+                assert [seen() for _ in range(2)] == [(True, True, True)] * 2
+                assert sync(classifier, server) == {triton.url: "caught up"}
+                assert seen() == (False, False, False)
             os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
 
     @pytest.mark.server

@@ -56,6 +56,9 @@ class Server:
     def model_config(self, model):
         return self.classifier.repository.config(model)
 
+    def instances(self, _):
+        return 1
+
     def load(self, _):
         self._maybe_fail("load")
         self.serving = self.classifier.serving()
