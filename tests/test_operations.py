@@ -57,6 +57,8 @@ from patcher.metrics import Targets, _probes
 from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.repository import check_name
 from patcher.rollout import changing, recover
+from patcher.serve import cache_options
+from patcher.serving import with_response_cache
 from patcher.triton.server import EmbeddedTriton
 from patcher.tune import tune
 
@@ -404,6 +406,29 @@ class TestFaults:
                 assert server.is_ready("intent_features")
                 assert faults(classifier, server) == []
             os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+
+    @pytest.mark.server
+    def test_a_response_cache_hides_no_encoder_that_died(self, classifier, tmp_path):
+        path = classifier.root / "intent_encoder" / "config.pbtxt"
+        path.write_text(with_response_cache(path.read_text(), enable=True))
+        options = cache_options(classifier.repository)
+        triton = EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", options=options)
+        with triton, triton.client() as server:
+            assert faults(classifier, server) == []
+            (encoder,) = [each for each in psutil.Process(triton.pid).children() if "encoder" in each.cmdline()[1]]
+            encoder.kill()
+            assert "is not healthy" in faults(classifier, server)[0].finding
+            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
+
+    @pytest.mark.server
+    def test_a_server_that_lacks_the_backbone_reads_another_repository(self, classifier, tmp_path):
+        other = shutil.copytree(classifier.root, tmp_path / "other")
+        with EmbeddedTriton(other, ["intent"], log_file=tmp_path / "log") as triton, triton.client() as server:
+            shutil.rmtree(other / "intent_backbone")  # which the encoder has in its own process
+            told = r"has no model intent_backbone.*failed to poll.*does --repo name the server's repository"
+            with pytest.raises(ServerError, match=told):
+                add_label(classifier.repository, "payday", TEN, server=server)
+            assert (classifier.versions(), classifier.journal.pending()) == ((1,), None)
 
     @pytest.mark.server
     @pytest.mark.slow

@@ -19,7 +19,6 @@ import tiny
 from patcher import NotServed, PatchSettings, add_label, disk, prune, rollback
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
-from patcher.features import check_same_backbone
 from patcher.head_file import write_head
 from patcher.journal import Journal
 from patcher.lineage import next_lineage
@@ -99,13 +98,6 @@ def test_a_probe_loads_nothing(classifier, monkeypatch):
     monkeypatch.setattr(server, "is_ready", lambda _: False)
     with pytest.raises(ServerError, match="intent is not ready; does --repo name the server's repository"):
         probe(classifier, classifier.head(), server)
-
-
-def test_a_server_that_lacks_the_backbone_reads_another_repository(classifier, monkeypatch):
-    server = Server(classifier, load=[ServerError("failed to load 'intent_backbone', failed to poll from repository")])
-    monkeypatch.setattr(server, "is_ready", lambda _: False)
-    with pytest.raises(ServerError, match=r"has no model intent_backbone.*does --repo name the server's repository"):
-        check_same_backbone(classifier, server)
 
 
 FAULTS = {
