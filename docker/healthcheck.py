@@ -3,7 +3,7 @@
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
 `patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
 whose process died; not beside gRPC with TLS, where HTTP answers health checks alone. With --live it is enough that the
-server answers at all.
+server answers at all, and that no such process has died: Triton starts none again, only a restart of the server does.
 """
 
 import http.client
@@ -22,17 +22,24 @@ ADDRESS = next((word for word in sys.argv[1:] if word != "--live"), "127.0.0.1:8
 SERVED = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "classifiers"  # noqa: S108 - a tmpfs of the container's own
 REPOSITORY = pathlib.Path(os.environ.get("TRITON_MODEL_REPO", "/models"))
 
-PATIENCE = 1.5
-"""Seconds for each question; one more classifier is begun with within as many. Docker and Kubernetes wait for five."""
+END = time.monotonic() + 4
+"""Docker and Kubernetes wait for five seconds."""
+DEAD = "is not healthy"
+"""What Triton says of a model whose process died, a second after it was asked."""
 
 # Docker puts its user's http_proxy into every container; to ask this one's own server through it would fail.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def trouble(what: str, seconds: float = PATIENCE) -> str:
+def left() -> float:
+    """Seconds until an answer is of no use any more."""
+    return max(END - time.monotonic(), 0.1)
+
+
+def trouble(what: str) -> str:
     """Why the server does not say yes to ``what``, or an empty text."""
     try:
-        with DIRECT.open(f"http://{ADDRESS}/v2/{what}", timeout=seconds):
+        with DIRECT.open(f"http://{ADDRESS}/v2/{what}", timeout=left()):
             return ""
     except (OSError, http.client.HTTPException) as error:
         return f"{what}: {error}"
@@ -41,7 +48,7 @@ def trouble(what: str, seconds: float = PATIENCE) -> str:
 def setting(model: str) -> dict[str, Any]:
     """The configuration that a model is served under; empty where HTTP does not tell it, as beside TLS."""
     try:
-        with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=PATIENCE) as answer:
+        with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=left()) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except (OSError, ValueError, http.client.HTTPException):
@@ -77,7 +84,7 @@ def refusal(name: str) -> str:
     inputs = [{"name": key, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for key, text in given.items()]
     try:
         with DIRECT.open(
-            f"http://{ADDRESS}/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode(), timeout=PATIENCE
+            f"http://{ADDRESS}/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode(), timeout=left()
         ):
             return ""
     except TimeoutError:
@@ -91,37 +98,44 @@ def refusal(name: str) -> str:
         return f"{name} does not answer: {error}"
 
 
-def problem_with(name: str, end: float) -> str:
-    """What is wrong with a classifier, as far as the time goes until ``end``, or an empty text."""
+def problem_with(name: str) -> str:
+    """What is wrong with a classifier, as far as there is time to ask, or an empty text."""
     problem = trouble(f"models/{name}/ready")
     for _ in range(0 if problem else questions(name)):
         problem = refusal(name)
-        if problem or time.monotonic() > end:
+        if problem or left() < 1:
             break
     return problem
 
 
 def problems(names: list[str]) -> list[str]:
-    """What is wrong with the classifiers, as far as the time goes."""
-    end = time.monotonic() + PATIENCE
-    random.shuffle(names)  # where there is no time for all of them, each gets its turn
-    begun = (name for name in names if time.monotonic() < end)
-    return [problem for name in begun if (problem := problem_with(name, end + PATIENCE))]
+    """What is wrong with the classifiers, as far as there is time to ask."""
+    random.shuffle(names)  # where there is none for all of them, each gets its turn
+    begun = (name for name in names if left() > 1)
+    return [problem for name in begun if (problem := problem_with(name))]
+
+
+def served() -> list[str] | None:
+    """The classifiers that this container serves; None where it has not begun to."""
+    try:
+        names = SERVED.read_text().split()
+    except OSError:
+        return None
+    if REPOSITORY.is_dir():
+        names = [name for name in names if (REPOSITORY / name / "config.pbtxt").is_file()]
+    return names
 
 
 def main() -> int:
     """Ask for each classifier."""
+    names = served()
     if LIVE:
-        problem = trouble("health/live", 4)
-        print(problem or "live")
-        return 1 if problem else 0
-    try:
-        names = SERVED.read_text().split()
-    except OSError as error:
-        print(f"entrypoint.sh has not got that far: {error}")
+        dead = trouble("health/live") or "\n".join(each for each in problems(names or []) if DEAD in each)
+        print(dead or "live")
+        return 1 if dead else 0
+    if names is None:
+        print(f"entrypoint.sh has not got that far: it writes {SERVED}")
         return 1
-    if REPOSITORY.is_dir():
-        names = [name for name in names if (REPOSITORY / name / "config.pbtxt").is_file()]
     found = problems(names)
     print("\n".join(found) or f"ready: {', '.join(sorted(names))}")
     return 1 if found or not names else 0

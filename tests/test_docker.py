@@ -265,25 +265,29 @@ class Ready(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_live_is_less_than_ready() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", f"127.0.0.1:{server.server_port}"]
-        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-        server.shutdown()
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
-
-
-def checked(folder: Path, repository: Path | None = None) -> subprocess.CompletedProcess[str]:
+def checked(folder: Path, *options: str, repository: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The health check beside a stand-in for the server's HTTP; ``folder`` says what the container serves."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), *options, f"127.0.0.1:{server.server_port}"]
         models = str(repository or folder / "nowhere")
         environment = {**os.environ, "TMPDIR": str(folder), "TRITON_MODEL_REPO": models}
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         server.shutdown()
     return outcome
+
+
+def test_live_is_less_than_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a model whose process died: nothing but a restart brings it back."""
+    (tmp_path / "classifiers").write_text("intent\ntopic")
+    assert [checked(tmp_path, *options).returncode for options in ((), ("--live",))] == [1, 0]
+    monkeypatch.setattr(Ready, "inference", 500)
+    died = checked(tmp_path, "--live")
+    assert (died.returncode, "'intent_encoder_0_0' is not healthy" in died.stdout) == (1, True)
+    (tmp_path / "classifiers").unlink()
+    assert checked(tmp_path, "--live").returncode == 0
+    command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", "127.0.0.1:1"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
 @pytest.mark.parametrize("served, code", [("intent", 0), ("intent\ntopic", 1), ("", 1), (None, 1)])
@@ -317,11 +321,11 @@ def test_health_of_a_head_store_is_any_answer_of_it(
     (tmp_path / "models" / "intent_any").mkdir()
     (tmp_path / "models" / "intent_any" / "config.pbtxt").touch()
     monkeypatch.setattr(Ready, "inference", status)
-    outcome = checked(tmp_path, tmp_path / "models")
+    outcome = checked(tmp_path, repository=tmp_path / "models")
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
     for mark in (tmp_path / "models").glob("*/store"):
         mark.write_text("other")
-    assert checked(tmp_path, tmp_path / "models").returncode == 0  # nobody is there to be asked for
+    assert checked(tmp_path, repository=tmp_path / "models").returncode == 0  # nobody is there to be asked for
 
 
 def test_health_of_a_busy_server_is_known_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
