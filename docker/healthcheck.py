@@ -1,76 +1,143 @@
 """Exit 0 when every classifier that this container serves is ready and answers, not merely the server around them.
 
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
-`patcher drop-classifier` took out of the repository since. Each is asked for one answer, for Triton calls a model ready
+`patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
 whose process died; not beside gRPC with TLS, where HTTP answers health checks alone. With --live it is enough that the
-server answers at all.
+server answers at all, and that no such process has died: Triton starts none again, only a restart of the server does.
 """
 
 import http.client
 import json
 import os
 import pathlib
+import random
 import sys
+import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 LIVE = "--live" in sys.argv[1:]
 ADDRESS = next((word for word in sys.argv[1:] if word != "--live"), "127.0.0.1:8000")
 SERVED = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "classifiers"  # noqa: S108 - a tmpfs of the container's own
 REPOSITORY = pathlib.Path(os.environ.get("TRITON_MODEL_REPO", "/models"))
 
+END = time.monotonic() + 4
+"""Docker and Kubernetes wait for five seconds."""
+DEAD = "is not healthy"
+"""What Triton says of a model whose process died, a second after it was asked."""
 
 # Docker puts its user's http_proxy into every container; to ask this one's own server through it would fail.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+def left() -> float:
+    """Seconds until an answer is of no use any more."""
+    return max(END - time.monotonic(), 0.1)
+
+
 def trouble(what: str) -> str:
     """Why the server does not say yes to ``what``, or an empty text."""
     try:
-        with DIRECT.open(f"http://{ADDRESS}/v2/{what}", timeout=4):
+        with DIRECT.open(f"http://{ADDRESS}/v2/{what}", timeout=left()):
             return ""
     except (OSError, http.client.HTTPException) as error:
         return f"{what}: {error}"
 
 
-def refusal(name: str) -> str:
-    """Why no answer comes from the model ``name``, or an empty text; one that takes long is busy, not ill."""
-    given = {"text": "is anybody there?"}
+def setting(model: str) -> dict[str, Any]:
+    """The configuration that a model is served under; empty where HTTP does not tell it, as beside TLS."""
+    try:
+        with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=left()) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except (OSError, ValueError, http.client.HTTPException):
+        return {}
+
+
+def questions(name: str) -> int:
+    """How many reach every instance of every step of the ensemble ``name``: Triton asks them in turn, dead or not."""
+    steps = [step["model_name"] for step in setting(name).get("ensemble_scheduling", {}).get("step", [])]
+    groups = [setting(step).get("instance_group", []) for step in steps]
+    counts = (sum(each.get("count", 1) * max(len(each.get("gpus", [])), 1) for each in group) for group in groups)
+    return max([1, *counts])
+
+
+def asked_for(name: str) -> dict[str, str] | None:
+    """What the ensemble ``name`` is to be asked, by input; None for a head store without a classifier."""
+    # One that a response cache has seen would not reach the models.
+    given = {"text": f"is anybody there? {time.time_ns()}"}
     if name.endswith("_any"):  # of a head store, which wants to know for whom
         marks = sorted(REPOSITORY.glob("*_head/store"))
         stored = [path.parent.name for path in marks if path.read_text().strip() == name.removesuffix("_any")]
         if not stored:
-            return ""
+            return None
         given["classifier"] = stored[0].removesuffix("_head")
+    return given
+
+
+def refusal(name: str) -> str:
+    """Why no answer comes from the ensemble ``name``, or an empty text; one that takes long is busy, not ill."""
+    given = asked_for(name)
+    if given is None:
+        return ""
     inputs = [{"name": key, "shape": [1, 1], "datatype": "BYTES", "data": [text]} for key, text in given.items()]
-    body = json.dumps({"inputs": inputs}).encode()
     try:
-        with DIRECT.open(f"http://{ADDRESS}/v2/models/{name}/infer", body, timeout=2):
+        with DIRECT.open(
+            f"http://{ADDRESS}/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode(), timeout=left()
+        ):
             return ""
     except TimeoutError:
         return ""
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
-        return "" if error.code == http.client.FORBIDDEN else f"{name} does not answer: {said}"
+        # A store that refuses one classifier, whose head is damaged, answers for all others.
+        refused = name.endswith("_any") and error.code == http.client.BAD_REQUEST
+        return "" if refused or error.code == http.client.FORBIDDEN else f"{name} does not answer: {said}"
     except (OSError, http.client.HTTPException) as error:
         return f"{name} does not answer: {error}"
 
 
-def main() -> int:
-    """Ask for each classifier."""
-    if LIVE:
-        problem = trouble("health/live")
-        print(problem or "live")
-        return 1 if problem else 0
+def problem_with(name: str) -> str:
+    """What is wrong with a classifier, as far as there is time to ask, or an empty text."""
+    problem = trouble(f"models/{name}/ready")
+    for _ in range(0 if problem else questions(name)):
+        problem = refusal(name)
+        if problem or left() < 1:
+            break
+    return problem
+
+
+def problems(names: list[str]) -> list[str]:
+    """What is wrong with the classifiers, as far as there is time to ask."""
+    random.shuffle(names)  # where there is none for all of them, each gets its turn
+    begun = (name for name in names if left() > 1)
+    return [problem for name in begun if (problem := problem_with(name))]
+
+
+def served() -> list[str] | None:
+    """The classifiers that this container serves; None where it has not begun to."""
     try:
         names = SERVED.read_text().split()
-    except OSError as error:
-        print(f"entrypoint.sh has not got that far: {error}")
-        return 1
+    except OSError:
+        return None
     if REPOSITORY.is_dir():
         names = [name for name in names if (REPOSITORY / name / "config.pbtxt").is_file()]
-    found = [text for name in names if (text := trouble(f"models/{name}/ready") or refusal(name))]
-    print("\n".join(found) or f"ready: {', '.join(names)}")
+    return names
+
+
+def main() -> int:
+    """Ask for each classifier."""
+    names = served()
+    if LIVE:
+        dead = trouble("health/live") or "\n".join(each for each in problems(names or []) if DEAD in each)
+        print(dead or "live")
+        return 1 if dead else 0
+    if names is None:
+        print(f"entrypoint.sh has not got that far: it writes {SERVED}")
+        return 1
+    found = problems(names)
+    print("\n".join(found) or f"ready: {', '.join(sorted(names))}")
     return 1 if found or not names else 0
 
 

@@ -17,6 +17,7 @@ from patcher import configs
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
+from patcher.model_config import pinned_versions
 from patcher.names import CANARY
 from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
 from patcher.signals import uninterrupted
@@ -225,28 +226,54 @@ def promote(classifier: Classifier, server: TritonServer | None = None) -> Switc
 
     Raises InputError where none is on trial, or it was made without what was changed in the version that serves now;
     NotServed when the server would not serve it: the trial then goes on. ServerError where a server did not let go of
-    the trial, which has ended.
+    the trial, which has ended: the version serves all the same.
     """
-    with changing(classifier, server):
-        trial = _expected(classifier)
-        _refuse_stale(classifier, trial.serving())
-        switch = roll_back(classifier, trial.serving(), server)
-        _remove(trial, server)
-        return switch
+    with changing(classifier, server, leaving=True):
+        trial = on_trial(classifier)
+        if trial is None:
+            raise _none(classifier)
+        tried, previous = trial.serving(), classifier.serving()
+        _refuse_stale(classifier, tried)
+        served = f"version {tried} serves, and "
+        try:
+            roll_back(classifier, tried, server)
+            _remove(trial, server, served)
+        except KeyboardInterrupt:
+            if classifier.serving() != tried or tried == previous or classifier.journal.pending():
+                raise
+            # The version serves: to stop here would leave half a promotion, of which it is said that it was undone.
+            _remove(trial, server, served)
+        return Switch(tried, previous, served=server is not None)
 
 
 def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
     """End the trial, and return the version that was tried; it stays on disk.
 
+    One that has ended in the files alone, as a server did not let go of it then, is ended there, too.
+
     Raises InputError where none is on trial; ServerUnreachable and ControlRefused with nothing changed; ServerError
-    where a server did not let go of it, which ``patcher sync`` makes good.
+    where a server did not let go of it, which the same call, or ``patcher sync``, makes good.
     """
     with changing(classifier, server):
         require_live(server, classifier)
-        trial = _expected(classifier)
-        version = trial.serving()
-        _remove(trial, server)
-        return version
+        trial = on_trial(classifier)
+        if trial is not None:
+            version = trial.serving()
+            _remove(trial, server)
+            return version
+        left = _left(classifier, server)
+        if left is None:
+            raise _none(classifier)
+        _release(classifier.name + CANARY, server)
+        return left
+
+
+def _left(classifier: Classifier, server: TritonServer | None) -> int | None:
+    """The version that a server goes on trying although the files say nothing of a trial."""
+    model = f"{classifier.name}{CANARY}_head"
+    holders = (replica for replica in present(server) if replica.is_ready(model))
+    found = (pinned_versions(replica.model_config(model)) for replica in holders)
+    return next((max(versions) for versions in found if versions), None)
 
 
 def _refuse_stale(classifier: Classifier, tried: int) -> None:
@@ -271,28 +298,31 @@ def _descends(classifier: Classifier, version: int, ancestor: int) -> bool:
     return version == ancestor
 
 
-def _expected(classifier: Classifier) -> Classifier:
-    trial = on_trial(classifier)
-    if trial is None:
-        raise InputError(
-            f"no version of {classifier.name} is on trial; `patcher canary --version N --percent 10` starts one"
-        )
-    return trial
+def _none(classifier: Classifier) -> InputError:
+    return InputError(
+        f"no version of {classifier.name} is on trial; `patcher canary --version N --percent 10` starts one"
+    )
 
 
-def _remove(trial: Classifier, server: TritonServer | None) -> None:
+def _remove(trial: Classifier, server: TritonServer | None, before: str = "") -> None:
     """First the files, so that a server that starts meanwhile knows nothing of it; then what the servers hold."""
-    failed = []
     with uninterrupted():
         trial.repository.remove_classifier(trial.name)
+        _release(trial.name, server, before)
+
+
+def _release(name: str, server: TritonServer | None, before: str = "") -> None:
+    """Have the servers let go of a trial; ``before`` is what is to be said first where one would not."""
+    failed = []
+    with uninterrupted():
         for replica in present(server):
             try:
-                let_go(trial.name, replica)
+                let_go(name, replica)
             except ServerError as error:
                 failed.append(f"{replica.url}: {error}")
     if failed:
         raise ServerError(
-            f"the trial has ended in the repository, but may still be answered from by {'; '.join(failed)}. "
+            f"{before}the trial has ended in the repository, but may still be answered from by {'; '.join(failed)}. "
             "`patcher sync` ends it there, too"
         )
 

@@ -9,16 +9,16 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import PatcherError, RepositoryError
+from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.repository import ModelRepository
-from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
+from patcher.rollout import catch_up, probe, probe_text, recover, validate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from patcher.classifier import Classifier
@@ -79,21 +79,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         if member not in present(server):
             yield Check("server", "fault", f"nobody answers at {member.url}, one of {url}; `patcher sync` when it does")
             continue
-        yield Check("server", "ok", f"{member.server_metadata()} at {member.url}")
-        for name in names:
-            try:
-                yield _served(repository.classifier(name), member)
-            except PatcherError as error:
-                yield (
-                    Check(f"{name}, served", "note", f"another patcher is at work: {error}")
-                    if repository.store.busy()
-                    else Check(
-                        f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)"
-                    )
-                )
-            if name + CANARY not in names and member.is_ready(f"{name}{CANARY}_head"):
-                found = f"its trial has ended, and {member.url} goes on with it; `patcher sync` ends it there, too"
-                yield Check(f"{name}{CANARY}, served", "fault", found)
+        yield from _on_server(repository, names, member)
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
@@ -267,15 +253,36 @@ def _local_answer(classifier: Classifier) -> Check:
     if not classifier.store.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
-        extract_features(classifier, [PROBE_TEXT])
+        extract_features(classifier, [probe_text()])
     except PatcherError as error:
         return Check(what, "fault", str(error))
     return Check(what, "ok", "tokenizer and backbone give features")
 
 
-def _served(classifier: Classifier, server: TritonServer) -> Check:
-    head = classifier.head()
-    probe(classifier, head, server)
-    return Check(
-        f"{classifier.name}, served", "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels"
-    )
+def _on_server(repository: ModelRepository, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
+    """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
+    try:
+        yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
+        for name in names:
+            yield _served(repository, name, server)
+            if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
+                found = f"its trial has ended, and {server.url} goes on with it; `patcher sync` ends it there, too"
+                yield Check(f"{name}{CANARY}, served", "fault", found)
+    except ServerError as error:
+        yield Check("server", "fault", f"{error}; nothing more was asked of it")
+
+
+def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:
+    """Whether a classifier is answered for as its files say; ServerUnreachable where the server itself went silent."""
+    what = f"{name}, served"
+    try:
+        classifier = repository.classifier(name)
+        head = classifier.head()
+        probe(classifier, head, server)
+    except PatcherError as error:
+        if isinstance(error, ServerUnreachable) and not server.is_live():
+            raise
+        if repository.store.busy():
+            return Check(what, "note", f"another patcher is at work: {error}")
+        return Check(what, "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
+    return Check(what, "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels")

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
     from patcher.classifier import Classifier
 
-__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "watch", "waves"]
+__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "resolved", "watch", "waves"]
 
 WATCH_SECONDS = 2.0
 _POLL_SECONDS = 0.1
+_KINDS = (socket.AF_INET, socket.AF_INET6)
 
 
 class Fleet(TritonServer):
@@ -51,20 +52,26 @@ def addresses(given: str) -> tuple[str, ...]:
     """The servers that ``--url`` names: separated by commas, or a name that resolves to several addresses."""
     found: list[str] = []
     for url in filter(None, (part.strip() for part in given.split(","))):
-        found += _resolved(url)
+        # One that is a single machine is asked by its name, which is what a certificate of its own is made out to.
+        several = resolved(url)
+        found += several if len(several) > 1 else [url]
     return tuple(dict.fromkeys(found)) or (given,)
 
 
-def _resolved(url: str) -> list[str]:
+def resolved(url: str) -> list[str]:
+    """HOST:PORT of every machine behind a name, sorted; the address itself where it cannot be resolved now.
+
+    A machine may have an IPv4 address and one of IPv6: only those of one kind are taken, the one with more of them.
+    """
     host, _, port = url.rpartition(":")
-    if not port.isdigit() or host in ("", "localhost"):  # which is one machine under two addresses
-        return [url]
     try:
-        known = socket.getaddrinfo(host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError, OverflowError):  # nobody of that name: the call itself will say so
+        known = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, ValueError, OverflowError):  # nobody of that name: the call itself will say so
         return [url]
-    numbers = list(dict.fromkeys(str(entry[4][0]) for entry in known))
-    return [f"{number}:{port}" for number in numbers] if len(numbers) > 1 else [url]
+    older, newer = ({str(entry[4][0]) for entry in known if entry[0] == kind} for kind in _KINDS)
+    if len(newer) > len(older):
+        return sorted(f"[{number}]:{port}" for number in newer)
+    return sorted(f"{number}:{port}" for number in older) or [url]
 
 
 def members(server: TritonServer | None) -> tuple[TritonServer, ...]:

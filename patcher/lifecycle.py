@@ -88,7 +88,7 @@ def rollback(classifier: Classifier, to: int | None = None, server: TritonServer
     NotServed
         when the server would not serve it; the version that served before is put back.
     """
-    with changing(classifier, server):
+    with changing(classifier, server, leaving=to is not None):
         return roll_back(classifier, to, server)
 
 

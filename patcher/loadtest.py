@@ -12,19 +12,19 @@ import json
 import os
 import re
 import resource
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.configs import asked_by
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
 from patcher.measurement import Load, Measurement, StepTime
 from patcher.model_config import steps_of
+from patcher.scratch import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from patcher.triton.client import ModelStatistics, TritonServer
     from patcher.triton.perf_analyzer import PerfAnalyzer
@@ -106,7 +106,7 @@ def load_test(
         raise ServerUnreachable(f"no Triton server answers at {server.url} (gRPC); `patcher serve` starts one")
     found = []
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patcher-load-")))
+        folder = stack.enter_context(scratch("patcher-load-"))
         benches = {}
         if len(set(models)) < len(models):
             raise InputError(f"got {models[0]} against itself; expected another model, or one at another address")

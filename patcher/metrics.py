@@ -8,7 +8,6 @@ several exporters, or one started again, tell the same.
 from __future__ import annotations
 
 import dataclasses
-import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ import numpy as np
 
 from patcher.audit import read_events
 from patcher.errors import PatcherError, ToolError
-from patcher.rollout import PROBE_TEXT
+from patcher.fleet import resolved
+from patcher.rollout import probe_text
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ClientTls
 
-__all__ = ["Probe", "Targets", "expose", "probe_replica", "replicas"]
+__all__ = ["Probe", "Targets", "expose", "probe_replica"]
 
 _TIMEOUT = 5.0
+_AT_ONCE = 16
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -70,27 +71,15 @@ class Probe:
     in_scope: tuple[float, ...] = ()
 
 
-def replicas(url: str) -> list[str]:
-    """The addresses behind HOST:PORT, sorted; the address itself where its name cannot be resolved now."""
-    host, _, port = url.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        return [url]
-    hosts = {str(each[4][0]) for each in found}
-    # One that listens on IPv4 alone shows under both of its loopback addresses, else.
-    if "127.0.0.1" in hosts:
-        hosts.discard("::1")
-    return sorted(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)
-
-
 def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[str], tls: ClientTls | None) -> Probe:
     """Ask one replica: its version, its number of labels, how long an answer takes, and what it says of ``texts``."""
     try:
         with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
             start = time.perf_counter()
-            (answer,) = server.classify(address, [PROBE_TEXT])
+            (answer,) = server.classify(address, [probe_text()])
             seconds = time.perf_counter() - start
+            for _ in range(1, server.instances(address)):
+                server.classify(address, [probe_text()])
             sample = server.classify(address, texts)
     except PatcherError:
         return Probe(replica, classifier, up=False)
@@ -100,18 +89,33 @@ def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[s
 
 
 def _probes(targets: Targets) -> list[Probe]:
-    jobs = []
     names = [(name, _address(targets.repository, name)) for name in targets.names()]
-    for url in targets.urls:
-        tls = targets.tls
-        if tls is not None and tls.server_name is None:
-            # The replicas are reached by address, while the certificate is made out to the name.
-            tls = dataclasses.replace(tls, server_name=url.rpartition(":")[0].strip("[]"))
-        jobs += [(each, *name, targets.texts, tls) for each in replicas(url) for name in names]
-    if not jobs:
+    replicas = [(replica, _named(targets.tls, url)) for url in dict.fromkeys(targets.urls) for replica in resolved(url)]
+    if not replicas or not names:
         return []
-    with ThreadPoolExecutor(min(len(jobs), 16)) as pool:
-        return list(pool.map(lambda job: probe_replica(*job), jobs))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        # One that hangs is waited for once, and not for each of its classifiers: a scrape has ten seconds.
+        live = list(pool.map(lambda replica: _is_live(*replica), replicas))
+        up = [replica for replica, lives in zip(replicas, live, strict=True) if lives]
+        jobs = [(replica, *name, targets.texts, tls) for replica, tls in up for name in names]
+        answered = list(pool.map(lambda job: probe_replica(*job), jobs))
+    down = [replica for replica, lives in zip(replicas, live, strict=True) if not lives]
+    return [*answered, *(Probe(replica, name, up=False) for replica, _ in down for name, _ in names)]
+
+
+def _named(tls: ClientTls | None, url: str) -> ClientTls | None:
+    """Replicas are reached by address, while their certificate is made out to the name."""
+    if tls is None or tls.server_name is not None:
+        return tls
+    return dataclasses.replace(tls, server_name=url.rpartition(":")[0].strip("[]"))
+
+
+def _is_live(replica: str, tls: ClientTls | None) -> bool:
+    try:
+        with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
+            return server.is_live()
+    except PatcherError:
+        return False
 
 
 def _address(repository: ModelRepository | None, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +17,7 @@ from patcher.errors import (
     LockLost,
     NotServed,
     PatcherError,
+    RepositoryError,
     ServerError,
     ServerUnreachable,
     StorageError,
@@ -37,13 +39,13 @@ if TYPE_CHECKING:
     from patcher.triton.client import TritonServer
 
 __all__ = [
-    "PROBE_TEXT",
     "Switch",
     "catch_up",
     "changing",
     "let_go",
     "on_trial",
     "probe",
+    "probe_text",
     "recover",
     "require_live",
     "roll_back",
@@ -53,10 +55,6 @@ __all__ = [
     "validate",
     "withdrawing",
 ]
-
-PROBE_TEXT = "is anybody there?"
-"""Any text does: what counts is that label, logits and version of its answer are those of the version asked for."""
-
 
 _DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
 """What Triton says of a model whose Python process died, and of each ensemble that asks it."""
@@ -72,6 +70,11 @@ class Switch:
     """Whether a server was seen answering from ``version``; False where none was asked."""
 
 
+def probe_text() -> str:
+    """A text to ask a server for: any does, but one that a response cache has seen would not reach the models."""
+    return f"is anybody there? {secrets.token_hex(4)}"
+
+
 def validate(data: bytes, head: Head) -> None:
     """Prove in ONNX Runtime, on a few made-up features, that the file ``data`` is ``head`` before it may serve.
 
@@ -81,8 +84,8 @@ def validate(data: bytes, head: Head) -> None:
     check_head_file(data, head, rows)
 
 
-def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = PROBE_TEXT) -> None:
-    """ServerError unless the ensemble is ready and answers ``text`` from exactly ``head``.
+def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
+    """ServerError unless the ensemble is ready and answers from exactly ``head``, each instance of its models.
 
     A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
@@ -90,6 +93,7 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
     if not server.is_ready(classifier.ensemble):
         raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
     check_same_backbone(classifier, server)  # an ensemble that is ready has its backbone loaded
+    text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(
@@ -105,6 +109,8 @@ def probe(classifier: Classifier, head: Head, server: TritonServer, text: str = 
         raise ServerError(f"the server's logits are off by {off.max():.3g} from those of version {answer.head_version}")
     if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
         raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+    for _ in range(1, server.instances(classifier.address)):
+        server.classify(classifier.address, [probe_text()])
 
 
 def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: TritonServer | None) -> Switch:
@@ -262,8 +268,11 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
 
 
 @contextlib.contextmanager
-def changing(classifier: Classifier, server: TritonServer | None = None) -> Iterator[None]:
+def changing(classifier: Classifier, server: TritonServer | None = None, *, leaving: bool = False) -> Iterator[None]:
     """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone.
+
+    With ``leaving`` the body goes to another version whatever serves now: that the serving one is damaged, so that no
+    server could be brought back to it, is then no reason to stop, and the body's own switch ends what is half done.
 
     Raises InputError for a version on trial, which only ``patcher.canary`` changes, and NotServed where the body is
     interrupted and leaves something half done.
@@ -276,7 +285,11 @@ def changing(classifier: Classifier, server: TritonServer | None = None) -> Iter
         )
     with classifier.repository.lock():
         try:
-            recover(classifier, server)
+            try:
+                recover(classifier, server)
+            except (RepositoryError, VersionError):  # where it is of the journal, the next line says it again
+                if not leaving:
+                    raise
             classifier.adopt()
             yield
         except KeyboardInterrupt as interrupt:
@@ -382,11 +395,12 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     goes for a version on trial; one whose trial has ended is let go of.
     """
     trial = on_trial(classifier)
-    heads = [(each, each.head()) for each in (classifier, trial) if each is not None]
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
-            states = {_bring(each, head, replica) for each, head in heads}
+            if not replica.is_live():  # one that hangs would be waited for at each question
+                raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
+            states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
             changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
             found[replica.url] = "caught up" if changed else "agreed"
         except PatcherError as error:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "HeadAnswer", "check_head_file", "onnxruntime_errors", "open_session", "run_head"]
 
 _BATCH = 32
-_SQUARES = _BATCH * 256**2
-"""Of one batch: each text's tokens, squared. So grows attention's memory, 0.1 GB here with a dozen heads."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +106,14 @@ class Encoder:
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
         """Features FP32 ``[n, width]``; texts of like length share a batch. ``progress`` hears how many are done."""
-        from patcher.triton.tokenizer.model import encode
+        from patcher.triton.tokenizer.model import MOST_PAIRS, encode
 
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         rows: dict[int, NDArray[np.float32]] = {}
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
             tokens: Mapping[str, Any] = encode(self._tokenizer, [texts[index] for index in batch], self._names)
-            at_once = max(1, _SQUARES // tokens["input_ids"].shape[1] ** 2)
+            at_once = max(1, MOST_PAIRS // tokens["input_ids"].shape[1] ** 2)
             try:
                 features = np.concatenate(
                     [

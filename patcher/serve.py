@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from patcher.errors import RepositoryError, VersionError
 from patcher.serving import serving_of
+from patcher.signals import interruptible
 from patcher.triton.process import has_gpu
 from patcher.triton.server import EmbeddedTriton
 
@@ -41,7 +41,7 @@ def serve(
     onnxruntime_backend: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> int:
-    """Serve every classifier of ``repository`` until SIGINT or SIGTERM, then let requests in flight finish.
+    """Serve every classifier of ``repository`` until SIGINT, SIGTERM or SIGHUP, then let requests in flight finish.
 
     Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
     itself.
@@ -65,27 +65,26 @@ def serve(
         onnxruntime_backend=onnxruntime_backend,
     )
     hints = advice(repository, len(os.sched_getaffinity(0)), left_out)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for name, error in left_out.items():
-            say(f"warning: {name} is not served: {error}; once that is repaired, `patcher sync` has it served")
-        say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
-        server.start()
-        if not server.key_hidden:
-            say("warning: this system lets other users see the admin key in the list of processes")
-        say(
-            f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-            f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
-            f"log {server.log_file}; Ctrl-C stops it"
-        )
-        for line in hints:
-            say(line)
-        server.wait()
-    except KeyboardInterrupt:
-        say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
-    finally:
-        code = server.stop()
-        signal.signal(signal.SIGTERM, previous)
+    with interruptible():
+        try:
+            for name, error in left_out.items():
+                say(f"warning: {name} is not served: {error}; once that is repaired, `patcher sync` has it served")
+            say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
+            server.start()
+            if not server.key_hidden:
+                say("warning: this system lets other users see the admin key in the list of processes")
+            say(
+                f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
+                f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
+                f"log {server.log_file}; Ctrl-C stops it"
+            )
+            for line in hints:
+                say(line)
+            server.wait()
+        except KeyboardInterrupt:
+            say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
+        finally:
+            code = server.stop()
     return code or 0
 
 

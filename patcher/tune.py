@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.configs import PADDING_SLACK, asked_by
+from patcher.disk import storage
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import load_test
 from patcher.measurement import Load
 from patcher.model_config import MAX_BATCH_SIZE, parse
 from patcher.repository import ModelRepository
+from patcher.scratch import scratch
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 
 if TYPE_CHECKING:
@@ -110,14 +110,18 @@ def tune(
     from patcher.triton.server import EmbeddedTriton
 
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="patcher-tune-") as name:
-        root = Path(name) / "model_repository"
-        classifier.store.copy_to(root)
+    if write:
+        with classifier.repository.lock():  # where nothing can be written, that is said before all the work
+            pass
+    with scratch("patcher-tune-") as folder:
+        root = folder / "model_repository"
+        with storage(root):
+            classifier.store.copy_to(root)
         copy = ModelRepository(root).classifier(classifier.name)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with (
-            EmbeddedTriton(root, [copy.ensemble, copy.backbone_model], log_file=Path(name) / "triton.log") as triton,
+            EmbeddedTriton(root, [copy.ensemble, copy.backbone_model], log_file=folder / "triton.log") as triton,
             triton.client() as server,
         ):
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))

@@ -113,6 +113,31 @@ def test_promote_makes_it_serve_all_and_discard_leaves_things_as_they_were(live)
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_promotion_that_is_stopped_after_the_switch(live, monkeypatch, end):
+    """A signal comes too late to undo it; what kill -9 leaves, the same verb finishes."""
+    classifier, server = live
+    report = on_trial(live)
+    remove = canary._remove
+
+    def stopped(*arguments):
+        monkeypatch.setattr(canary, "_remove", remove)
+        raise end
+
+    monkeypatch.setattr(canary, "_remove", stopped)
+    killed = end is SystemExit
+    if killed:
+        with pytest.raises(SystemExit):
+            canary.promote(classifier, server)
+        assert canary.status(classifier).version == classifier.serving() == report.version
+    switch = canary.promote(classifier, server)
+    assert (switch.version, switch.previous, switch.served) == (report.version, report.version if killed else 1, True)
+    assert canary.status(classifier) is None
+    assert not server.is_ready("intent_canary")
+    assert server.classify("intent", ["hello"])[0].head_version == classifier.serving() == report.version
+
+
+@pytest.mark.server
 def test_a_client_that_does_not_know_yet_that_the_trial_is_over_asks_the_serving_version(live):
     classifier, server = live
     on_trial(live, percent=99.0)
@@ -170,9 +195,20 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
     assert canary.status(classifier).version == report.version
     monkeypatch.undo()
     monkeypatch.setattr(server, "unload", hang)
-    with pytest.raises(ServerError, match="`patcher sync` ends it there, too"):
-        canary.discard(classifier, server)
+    for _ in range(2):  # the second time there is nothing left in the files
+        with pytest.raises(ServerError, match=r"^the trial has ended .* `patcher sync` ends it there, too"):
+            canary.discard(classifier, server)
     monkeypatch.undo()
+    assert canary.discard(classifier, server) == report.version
+    assert not server.is_ready("intent_canary")
+    with pytest.raises(InputError, match="no version of intent is on trial"):
+        canary.discard(classifier, server)
+    canary.begin(classifier, report.version, 10, server)
+    monkeypatch.setattr(server, "unload", hang)
+    with pytest.raises(ServerError, match=rf"^version {report.version} serves, and the trial has ended"):
+        canary.promote(classifier, server)
+    monkeypatch.undo()
+    rollback(classifier, 1, server)
     assert faults() == ["intent_canary, served"]
     assert sync(classifier, server) == {server.url: "caught up"}
     assert not server.is_ready("intent_canary")

@@ -238,21 +238,25 @@ def test_entrypoint_wants_a_clear_word_on_the_encoder(container: dict[str, str])
 
 
 class Ready(http.server.BaseHTTPRequestHandler):
-    """Answers as a Triton does in which only `intent` is ready, while the server itself says that it is.
+    """Answers as a Triton does in which only `intent` and a head store are ready, while the server itself says it is.
 
-    Its `inference` is the status of each answer.
+    Its `inference` is the status of each answer, which takes `seconds`.
     """
 
-    inference = 200
+    inference, seconds = 200, 0.0
 
     def do_GET(self) -> None:
-        ready = self.path in ("/v2/models/intent/ready", "/v2/health/ready", "/v2/health/live")
+        ready = self.path.removeprefix("/v2/") in ("models/intent/ready", "models/intent_any/ready", "health/live")
         self.send_response(200 if ready else 400)
         self.end_headers()
 
     def do_POST(self) -> None:
-        (given,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
-        assert (self.path, given["name"], given["shape"]) == ("/v2/models/intent/infer", "text", [1, 1])
+        text, *more = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
+        assert (text["name"], text["shape"]) == ("text", [1, 1])
+        assert [(each["name"], each["data"]) for each in more] == (
+            [("classifier", ["stored"])] if "intent_any" in self.path else []
+        )
+        time.sleep(self.seconds)
         self.send_response(self.inference)
         self.end_headers()
         self.wfile.write(b"Stub process 'intent_encoder_0_0' is not healthy." if self.inference == 500 else b"{}")
@@ -261,24 +265,29 @@ class Ready(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_live_is_less_than_ready() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", f"127.0.0.1:{server.server_port}"]
-        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-        server.shutdown()
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
-
-
-def checked(folder: Path) -> subprocess.CompletedProcess[str]:
+def checked(folder: Path, *options: str, repository: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The health check beside a stand-in for the server's HTTP; ``folder`` says what the container serves."""
-    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [sys.executable, str(DOCKER / "healthcheck.py"), f"127.0.0.1:{server.server_port}"]
-        environment = {**os.environ, "TMPDIR": str(folder), "TRITON_MODEL_REPO": str(folder / "nowhere")}
+        command = [sys.executable, str(DOCKER / "healthcheck.py"), *options, f"127.0.0.1:{server.server_port}"]
+        models = str(repository or folder / "nowhere")
+        environment = {**os.environ, "TMPDIR": str(folder), "TRITON_MODEL_REPO": models}
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         server.shutdown()
     return outcome
+
+
+def test_live_is_less_than_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a model whose process died: nothing but a restart brings it back."""
+    (tmp_path / "classifiers").write_text("intent\ntopic")
+    assert [checked(tmp_path, *options).returncode for options in ((), ("--live",))] == [1, 0]
+    monkeypatch.setattr(Ready, "inference", 500)
+    died = checked(tmp_path, "--live")
+    assert (died.returncode, "'intent_encoder_0_0' is not healthy" in died.stdout) == (1, True)
+    (tmp_path / "classifiers").unlink()
+    assert checked(tmp_path, "--live").returncode == 0
+    command = [sys.executable, str(DOCKER / "healthcheck.py"), "--live", "127.0.0.1:1"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
 @pytest.mark.parametrize("served, code", [("intent", 0), ("intent\ntopic", 1), ("", 1), (None, 1)])
@@ -298,6 +307,35 @@ def test_health_is_an_answer_where_http_gives_one(
     outcome = checked(tmp_path)
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
     assert ("is not healthy" in outcome.stdout) == (status == 500)
+
+
+@pytest.mark.parametrize("status, code", [(200, 0), (400, 0), (500, 1)])
+def test_health_of_a_head_store_is_any_answer_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
+    """One stored classifier whose head is damaged (400) must not take the others out of service."""
+    (tmp_path / "classifiers").write_text("intent_any")
+    for name, store in (("another_head", "other"), ("stored_head", "intent"), ("stored_too_head", "intent")):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "store").write_text(f"{store}\n")
+    (tmp_path / "models" / "intent_any").mkdir()
+    (tmp_path / "models" / "intent_any" / "config.pbtxt").touch()
+    monkeypatch.setattr(Ready, "inference", status)
+    outcome = checked(tmp_path, repository=tmp_path / "models")
+    assert outcome.returncode == code, outcome.stdout + outcome.stderr
+    for mark in (tmp_path / "models").glob("*/store"):
+        mark.write_text("other")
+    assert checked(tmp_path, repository=tmp_path / "models").returncode == 0  # nobody is there to be asked for
+
+
+def test_health_of_a_busy_server_is_known_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who checks waits for five seconds, however many classifiers there are."""
+    (tmp_path / "classifiers").write_text("intent\n" * 20)
+    monkeypatch.setattr(Ready, "seconds", 1.2)
+    started = time.monotonic()
+    outcome = checked(tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert time.monotonic() - started < 5
 
 
 def test_a_classifier_that_was_dropped_makes_nothing_unready(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_long_texts_go_through_a_few_at_a_time(tmp_path, monkeypatch):
     classifier = report.repository.classifier()
     encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path, threads=1)
     together = encoder.encode(TEXTS)
-    monkeypatch.setattr("patcher.runtime._SQUARES", 2 * 40**2)
+    monkeypatch.setattr("patcher.triton.tokenizer.model.MOST_PAIRS", 2 * 40**2)
     seen = []
     run = encoder._session.run
     encoder._session = type("Session", (), {"run": lambda _, n, x: seen.append(x["input_ids"].shape) or run(n, x)})()

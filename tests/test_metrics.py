@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import pytest
 import tiny
 import yaml
 
-from patcher import ModelRepository
+from patcher import ModelRepository, metrics
 from patcher.audit import read_events
 from patcher.cli import main
-from patcher.metrics import Targets, _probes, expose, replicas
+from patcher.metrics import Targets, _probes, expose
 from patcher.triton.server import EmbeddedTriton
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
@@ -151,11 +152,6 @@ def test_history_shows_the_data(classifier, capsys, tmp_path):
     assert classifier.head(2).lineage.data_hash[:12] in capsys.readouterr().out
 
 
-def test_a_name_stands_for_its_addresses():
-    assert replicas("localhost:8001") == ["127.0.0.1:8001"]
-    assert replicas("no.such.host.invalid:8001") == ["no.such.host.invalid:8001"]
-
-
 def expressions():
     """Every PromQL expression of the dashboard and of the rules."""
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
@@ -186,6 +182,16 @@ def test_every_metric_in_use_exists(exported, two):
     # Prometheus itself adds `up`; the GPU's are Triton's, where there is a GPU.
     assert {name for name in used - there if not name.startswith("nv_gpu_")} <= {"up"}
     assert used & {"patcher_head_version", "patcher_changes_total", "nv_inference_request_success"}
+
+
+def test_a_replica_that_hangs_is_waited_for_once(monkeypatch):
+    """And not for each of its classifiers: the scrape would be over before."""
+    monkeypatch.setattr(metrics, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(metrics, "probe_replica", lambda *_: pytest.fail("it hangs"))
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        names = tuple(f"c{number}" for number in range(40))
+        probes = _probes(Targets((f"127.0.0.1:{hanging.getsockname()[1]}",), names))
+    assert [(probe.classifier, probe.up) for probe in probes] == [(name, False) for name in names]
 
 
 def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier, tmp_path):

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,14 +52,19 @@ from patcher.errors import (
     StorageError,
     VersionError,
 )
-from patcher.fleet import addresses, watch, waves
+from patcher.fleet import addresses, resolved, watch, waves
 from patcher.lifecycle import history
+from patcher.metrics import Targets, _probes
 from patcher.names import check_name
 from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.rollout import changing, recover
+from patcher.serve import cache_options
+from patcher.serving import with_response_cache
 from patcher.triton.server import EmbeddedTriton
+from patcher.tune import tune
 
 MODELS = ["intent", "intent_features", "intent_backbone"]
+HEALTH = Path(__file__).parents[1] / "docker" / "healthcheck.py"
 TEN = tiny.sentences("payday", 10)
 
 
@@ -282,7 +288,7 @@ class TestFaults:
         assert patched(classifier) > 1
         assert faults(classifier) == []
 
-    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree):
+    def test_a_file_system_without_room_or_read_only(self, classifier, mounted, tree, monkeypatch):
         full = ModelRepository(shutil.copytree(classifier.root, mounted / "repository")).classifier()
         with pytest.raises(OSError, match="No space left"):
             fill(mounted / "ballast")
@@ -295,7 +301,9 @@ class TestFaults:
         assert faults(full) == []
         subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
         before = tree(full.root)
-        for change in (rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)):
+        monkeypatch.setattr(EmbeddedTriton, "start", lambda _: pytest.fail("tuned for nothing"))
+        changes = [rollback, lambda target: patched(target, "pizza"), lambda target: prune(target, 1)]
+        for change in (*changes, lambda target: tune(target, TEN)):
             with pytest.raises(StorageError, match="Read-only file system; nothing was changed"):
                 change(full)
         assert tree(full.root) == before
@@ -361,6 +369,29 @@ class TestFaults:
             assert faults(classifier, server) == []
 
     @pytest.mark.server
+    def test_a_server_that_hangs_is_waited_for_once(self, classifier, tmp_path):
+        with classifier.repository.lock():
+            other = classifier.repository.add_classifier("other", classifier.head(), backbone="intent")
+        with EmbeddedTriton(classifier.root, [*MODELS, "other"], log_file=tmp_path / "log") as triton:
+            with TritonServer(triton.url, timeout=2) as server:
+                assert faults(classifier, server) == []
+                os.kill(triton.pid, signal.SIGSTOP)
+                try:
+                    (fault,) = faults(classifier, server)
+                    started = time.monotonic()
+                    (state,) = sync(other, server).values()
+                    waited = time.monotonic() - started
+                finally:
+                    os.kill(triton.pid, signal.SIGCONT)
+                assert (fault.what, "nothing more was asked of it" in fault.finding) == ("server", True)
+                assert "does not answer; `patcher sync` once more when it does" in state
+                assert waited < 3.5
+                assert sync(other, server) == {triton.url: "agreed"}
+                (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
+                (state,) = sync(other, server).values()  # which keeps `patcher sync` from no other
+                assert state.startswith("failed: ") and "other_head/1/model.onnx" in state
+
+    @pytest.mark.server
     def test_models_whose_process_died_answer_again_after_a_sync(self, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
             for names in (["intent_encoder"], ["intent_head"], ["intent_encoder", "intent_head"]):
@@ -375,6 +406,60 @@ class TestFaults:
                 assert server.classify("intent", TEN)[0].head_version == 1
                 assert server.is_ready("intent_features")
                 assert faults(classifier, server) == []
+            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+
+    @pytest.mark.server
+    def test_a_response_cache_hides_no_encoder_that_died(self, classifier, tmp_path):
+        path = classifier.root / "intent_encoder" / "config.pbtxt"
+        path.write_text(with_response_cache(path.read_text(), enable=True))
+        options = cache_options(classifier.repository)
+        triton = EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", options=options)
+        with triton, triton.client() as server:
+            assert faults(classifier, server) == []
+            (encoder,) = [each for each in psutil.Process(triton.pid).children() if "encoder" in each.cmdline()[1]]
+            encoder.kill()
+            assert "is not healthy" in faults(classifier, server)[0].finding
+            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
+
+    @pytest.mark.server
+    def test_a_server_that_lacks_the_backbone_reads_another_repository(self, classifier, tmp_path):
+        other = shutil.copytree(classifier.root, tmp_path / "other")
+        with EmbeddedTriton(other, ["intent"], log_file=tmp_path / "log") as triton, triton.client() as server:
+            shutil.rmtree(other / "intent_backbone")  # which the encoder has in its own process
+            told = r"has no model intent_backbone.*failed to poll.*does --repo name the server's repository"
+            with pytest.raises(ServerError, match=told):
+                add_label(classifier.repository, "payday", TEN, server=server)
+            assert (classifier.versions(), classifier.journal.pending()) == ((1,), None)
+
+    @pytest.mark.server
+    @pytest.mark.slow
+    def test_one_of_several_instances_that_died_is_seen_each_time(self, classifier, tmp_path):
+        for model in ("intent_encoder", "intent_head"):
+            path = classifier.root / model / "config.pbtxt"
+            path.write_text(path.read_text().replace("count: 1", "count: 3"))
+        served = tmp_path / "classifiers"
+        served.write_text("intent")
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(classifier.root)}
+        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+            health = [sys.executable, str(HEALTH), triton.http_url]
+
+            def seen():
+                """By doctor, both of the container's checks, and the exporter."""
+                (probe,) = _probes(Targets((triton.url,), ("intent",)))
+                codes = [
+                    subprocess.run([*health, *live], env=environment, capture_output=True, check=False).returncode
+                    for live in ((), ("--live",))
+                ]
+                return bool(faults(classifier, server)), *map(bool, codes), not probe.up
+
+            assert not any(seen())
+            for model in ("intent_encoder", "intent_head"):
+                children = psutil.Process(triton.pid).children()
+                living = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]
+                [each for each in living if f"{model}/" in each.cmdline()[1]][1].kill()
+                assert all(seen() + seen())
+                assert sync(classifier, server) == {triton.url: "caught up"}
+                assert not any(seen())
             os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
 
     @pytest.mark.server
@@ -477,13 +562,31 @@ def _as_json(classifier):
     return json_format.MessageToDict(config, preserving_proto_field_name=True)
 
 
-def test_addresses_and_waves(monkeypatch):
+def test_addresses_and_waves():
     assert addresses("a:1, b:2,a:1") == ("a:1", "b:2")
     assert addresses("localhost:8001") == ("localhost:8001",)
-    known = [(2, 1, 6, "", (f"10.0.0.{number}", 8001)) for number in (1, 2, 3)]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: known)
-    assert addresses("triton:8001") == ("10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001")
+    assert resolved("localhost:8001") == ["127.0.0.1:8001"]
+    assert resolved("no.such.host.invalid:8001") == ["no.such.host.invalid:8001"]
     assert [len(wave) for wave in waves([TritonServer("a:1")] * 9)] == [1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "older, newer, found",
+    [
+        (3, 0, ["10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001"]),
+        (0, 2, ["[fd00::1]:8001", "[fd00::2]:8001"]),
+        (2, 2, ["10.0.0.1:8001", "10.0.0.2:8001"]),  # each machine has both
+        (1, 1, ["triton:8001"]),
+        (0, 1, ["triton:8001"]),
+    ],
+)
+def test_a_name_of_several_machines_stands_for_each_of_them_once(monkeypatch, older, newer, found):
+    known = [(socket.AF_INET, 1, 6, "", (f"10.0.0.{number + 1}", 8001)) for number in range(older)]
+    known += [(socket.AF_INET6, 1, 6, "", (f"fd00::{number + 1}", 8001, 0, 0)) for number in range(newer)]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: known)
+    assert list(addresses("triton:8001")) == found
+    for url in found:
+        assert TritonServer(url).url == url
 
 
 @pytest.mark.server

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import NotServed, PatchSettings, add_label, disk
+from patcher import NotServed, PatchSettings, add_label, disk, prune, rollback
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
-from patcher.features import check_same_backbone
 from patcher.head_file import write_head
 from patcher.journal import Journal
 from patcher.lineage import next_lineage
@@ -55,6 +54,9 @@ class Server:
 
     def model_config(self, model):
         return self.classifier.repository.config(model)
+
+    def instances(self, _):
+        return 1
 
     def load(self, _):
         self._maybe_fail("load")
@@ -98,13 +100,6 @@ def test_a_probe_loads_nothing(classifier, monkeypatch):
         probe(classifier, classifier.head(), server)
 
 
-def test_a_server_that_lacks_the_backbone_reads_another_repository(classifier, monkeypatch):
-    server = Server(classifier, load=[ServerError("failed to load 'intent_backbone', failed to poll from repository")])
-    monkeypatch.setattr(server, "is_ready", lambda _: False)
-    with pytest.raises(ServerError, match=r"has no model intent_backbone.*does --repo name the server's repository"):
-        check_same_backbone(classifier, server)
-
-
 FAULTS = {
     "the load is refused": ({"load": [ServerError("no")]}, NotServed),
     "the probe fails": ({"classify": [ServerError("gone")]}, NotServed),
@@ -134,7 +129,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_does_not_stop_the_way_back(classifier, second, interruptible):
     signals = [signal.SIGINT, second]
 
@@ -289,6 +284,22 @@ def test_going_back_to_a_damaged_file_is_refused(classifier, tree):
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="ONNX Runtime cannot load"):
         roll_back(classifier, 1)
     assert tree(classifier.root) == before
+
+
+def test_a_damaged_head_in_the_middle_of_a_change_can_be_left(classifier):
+    with classifier.repository.lock():
+        roll_out(classifier, next_head(classifier), None, None)
+    classifier.journal.append("switch", **{"from": 2, "to": 1})
+    classifier.journal.append("back", to=2)  # killed on the way back
+    (classifier.version_path(2) / "model.onnx").write_bytes(b"damaged")
+    for change in (lambda: rollback(classifier), lambda: prune(classifier, 1)):
+        with pytest.raises(RepositoryError, match="`patcher rollback --to N` needs none but version N"):
+            change()
+    assert rollback(classifier, 1).version == 1
+    assert classifier.journal.pending() is None
+    classifier.journal.path.write_text("nonsense\n")
+    with pytest.raises(RepositoryError, match="line 1, is no entry"):
+        rollback(classifier, 1)
 
 
 def test_a_head_that_is_not_what_it_says_is_not_published(classifier):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -31,6 +36,7 @@ from patcher.serve import served_models
 from patcher.triton.heads import model as store
 from patcher.triton.server import EmbeddedTriton
 
+HEALTH = Path(__file__).parents[1] / "docker" / "healthcheck.py"
 LABELS = (*tiny.OLD, *tiny.NEW)
 IN_STORE = FoundingSettings(in_store=True)
 TEXTS = [tiny.sentences(label, 1, seed=6)[0] for label in LABELS]
@@ -251,6 +257,27 @@ def test_the_exporter_asks_stored_classifiers_too(live):
         ("intent", True, 1, len(tiny.OLD)),
         ("s1", True, 1, 3),
     ]
+
+
+@pytest.mark.server
+def test_the_containers_health_check_takes_the_stores_word(live, triton, tmp_path):
+    """A damaged head is its own classifier's trouble; the store's process is everybody's."""
+    repository, server = live
+    (tmp_path / "classifiers").write_text("intent_any")
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(repository.root)}
+    command = [sys.executable, str(HEALTH), triton.http_url]
+
+    def code():
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+    (repository.classifier("s0").version_path(1) / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(ServerRefused, match="cannot serve"):
+        server.classify("intent_any/s0", ["hello"])
+    assert code() == 0
+    (process,) = [each for each in psutil.Process(triton.pid).children() if "intent_heads" in each.cmdline()[1]]
+    process.kill()
+    assert code() == 1
+    os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
 
 
 @pytest.mark.server

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
+import random
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,13 +112,80 @@ def test_the_longest_text():
         read_text(b"x" * (MAX_BYTES + 1))
 
 
+def tokenizer_of(kind):
+    """Of each kind that cuts words in another way, with 16 tokens to a text; trained on a few sentences."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    unknown = "<unk>"
+    lines = ["where is my card", "my card was lost", "block the card, please", "卡片丢了。请帮我", "12 34 56"] * 3
+    if kind == "words":
+        made = Tokenizer(models.WordPiece(unk_token=unknown))
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        made.train_from_iterator(lines, trainers.WordPieceTrainer(vocab_size=80, special_tokens=[unknown]))
+    elif kind == "bytes":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        made.post_processor = processors.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    elif kind == "pieces":
+        made = Tokenizer(models.Unigram())
+        made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+        made.train_from_iterator(
+            lines, trainers.UnigramTrainer(vocab_size=90, unk_token=unknown, special_tokens=[unknown])
+        )
+    else:  # one word from the first letter to the last, as Llama has it
+        made = Tokenizer(models.BPE(unk_token=unknown, fuse_unk=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=120, special_tokens=[unknown]))
+    made.enable_truncation(16)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "pieces", "whole"])
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_a_long_text_gives_the_tokens_that_all_of_it_gives(kind, direction):
+    made = tokenizer_of(kind)
+    made.enable_truncation(16, direction=direction)
+    drawn = random.Random(0)
+    words = [
+        "where",
+        "is",
+        "my",
+        "card",
+        "lost,",
+        "please",
+        "卡片丢了。",
+        "12",
+        "x" * 300,
+        "\u0301",
+        "  \n\n",
+        "?!...",
+        "ſﬁ",
+    ]
+    texts = ["", "card", " " * 5000 + "card", "x" * 5000, "卡片丢了" * 900, "?" * 3000, ("card" + " " * 900) * 30]
+    texts += [" ".join(drawn.choices(words, k=drawn.randrange(2000))) for _ in range(30)]
+    texts += ["".join(drawn.choices(words, k=drawn.randrange(2000))) for _ in range(30)]
+    whole = made.encode_batch(texts)
+    assert [(each.ids, each.attention_mask) for each in tokenizer_model.tokenize(made, texts)] == [
+        (each.ids, each.attention_mask) for each in whole
+    ]
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "pieces", "whole"])
+def test_of_a_long_text_only_the_beginning_is_tokenized(kind):
+    [found] = tokenizer_model.tokenize(tokenizer_of(kind), ["where is my card, please " * 40_000])
+    assert len(found) == 16
+    assert len(found.overflowing) < 20
+
+
 def test_like_lengths_share_one_and_come_out_in_order():
     lengths = [(20, 1), (5, 1), (6, 1), (19, 2), (5, 1)]
     assert like_lengths(lengths, slack=0) == [[1, 4], [2], [3], [0]]
     assert like_lengths(lengths, slack=2) == [[1, 4, 2], [3, 0]]
     assert like_lengths(lengths, slack=1000) == [[1, 4, 2, 3, 0]]
     assert like_lengths(lengths, slack=1000, largest=2) == [[1, 4], [2, 3], [0]]
-    assert like_lengths([(20, 1)] * 3, slack=0, most=40) == [[0, 1], [2]]
+    assert like_lengths([(20, 1)] * 3, slack=0, most=800) == [[0, 1], [2]]
     assert like_lengths([(50, 1)], slack=0, most=40) == [[0]]
     assert like_lengths([], slack=2) == []
     # Pairs of tokens: 1 x (6 x 6 - 5 x 5) more make 6 of the 5, and 20 x 20 - 19 x 19 make 20 of the 19.
@@ -139,6 +210,36 @@ def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack, larg
         assert sum((shared - lengths[place][0]) * lengths[place][1] for place in group) <= slack
 
 
+def test_a_text_that_is_asked_for_again_alone_is_as_short_as_it_is(tokenizer, tmp_path, monkeypatch):
+    """The backbone refuses two texts together, and gets each by itself without the padding beside the other."""
+    utils = SimpleNamespace(
+        Tensor=lambda name, value: SimpleNamespace(name=name, value=value),
+        InferenceResponse=lambda tensors: {tensor.name: tensor.value for tensor in tensors},
+        get_input_tensor_by_name=lambda request, _: SimpleNamespace(as_numpy=lambda: np.array(request, dtype=object)),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    asked = []
+
+    def run(_names, tensors):
+        asked.append(tensors["input_ids"].tolist())
+        if len(asked[-1]) > 1:
+            raise RuntimeError("out of memory")
+        return [np.full((1, 2), tensors["attention_mask"].sum(), np.float32)]
+
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "tokenizer.json").write_text(tokenizer.to_str())
+    parameters = {"backbone_model": "b", "token_inputs": "input_ids,attention_mask"}
+    config = {"output": [], "parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    model = tokenizer_model.TritonPythonModel()
+    model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
+    model._run = run
+    answers = model.execute([[b"please tell me"], [b"please"]])
+    assert [answer["features"].tolist() for answer in answers] == [[[5, 5]], [[3, 3]]]
+    together, *alone = asked
+    assert [len(ids) for ids in together] == [5, 5]
+    assert sorted(len(ids) for (ids,) in alone) == [3, 5]
+
+
 def test_needs_nothing_that_nvidias_container_could_lack():
     imported = set()
     for node in ast.walk(ast.parse(SOURCE.read_text())):
@@ -153,6 +254,7 @@ def test_needs_nothing_that_nvidias_container_could_lack():
         "json",
         "os",
         "pathlib",
+        "re",
         "typing",
         "collections.abc",
         "numpy",

@@ -169,6 +169,19 @@ class TestServer:
             with pytest.raises(InputError, match=f"{port}.*another port"):
                 EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
 
+    def test_keeps_the_log_of_the_server_before(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        log, kept = tmp_path / "log", tmp_path / "log.1"
+        for earlier in ("", "what a server that died had said\n"):
+            log.write_text(earlier)
+            with EmbeddedTriton(tmp_path / "empty", [], log_file=log):
+                assert kept.read_text() == earlier
+            assert "Started GRPCInferenceService" in log.read_text()
+        log.rename(tmp_path / "elsewhere")
+        log.symlink_to(tmp_path / "elsewhere")  # as /dev/stdout is one
+        with EmbeddedTriton(tmp_path / "empty", [], log_file=log):
+            assert log.is_symlink()
+
     def test_names_a_log_that_cannot_be_written(self, classifier):
         with pytest.raises(InputError, match="log"):
             EmbeddedTriton(classifier.root, MODELS, log_file=Path("/proc/nowhere/log")).start()
@@ -191,7 +204,7 @@ def serving(classifier, log):
 
 
 class TestServeCommand:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_a_signal_ends_it_cleanly_and_no_answer_is_lost(self, number, classifier, tmp_path):
         ends: list[ServerError] = []
 
@@ -435,13 +448,29 @@ class TestInstallation:
         (tmp_path / f"libpython3-abc.{sys.version_info.minor}.so.1.0").touch()
         assert installation.find_libpython(tmp_path) is None
 
-    def test_a_cache_that_cannot_be_written(self, monkeypatch, tmp_path):
+    def test_a_cache_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").touch()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        code = "from patcher.triton.installation import find_installation as find; first = find()\n"
+        code += "assert find() == first; print(first.backends)\n"
+        code += "assert (first.backends / 'python' / 'triton_python_backend_stub').is_file()\n"
+        code += "assert (first.backends / 'onnxruntime' / 'model.py').is_file()"
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_what_was_killed_while_it_was_put_together_is_taken_away(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        code = "import os, shutil; shutil.copy2 = lambda *_: os.kill(os.getpid(), 9)\n"
+        code += "from patcher.triton.installation import find_installation; find_installation()"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+        (left,) = (tmp_path / "patcher").iterdir()
         found = installation.find_installation()
-        assert (found.backends / "python" / "triton_python_backend_stub").is_file()
-        assert (found.backends / "onnxruntime" / "model.py").is_file()
-        shutil.rmtree(found.backends.parent)
+        assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.backends.parent.name]
+        assert left.name.startswith(".triton-")
 
     def test_is_put_together_once(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
-import threading
-from typing import TYPE_CHECKING
 
 import click
 
 from patcher import audit
 from patcher.cli.output import tell
 from patcher.errors import PatcherError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from patcher.signals import interruptible
 
 __all__ = ["main"]
 
@@ -121,27 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
     audit.begin(next((word for word in given if word in _VERBS), ""))
     if "--dry-run" in given:
         audit.note(outcome="dry_run")
-    with _interrupted_by_sigterm():
+    with interruptible():
         code, error = _run(arguments, "--json" in given)
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
     audit.finish(code, error, to_stderr=verbose)
     return code
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM (of `docker stop`, systemd, a timeout) as Ctrl-C: what was begun is undone.
-
-    A container's first process would not even end by it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str] | None, as_json: bool) -> tuple[int, str]:

@@ -73,7 +73,7 @@ def serve_command(
     ask_backbone: bool,
     onnxruntime_backend: Path | None,
 ) -> None:
-    """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C or SIGTERM.
+    """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
     told otherwise; to listen elsewhere takes an admin key, and should take TLS.

@@ -252,6 +252,15 @@ class TritonServer:
         with self._asked(f"tell the configuration of {model}") as options:
             return self._client.get_model_config(model, **options).config
 
+    def instances(self, ensemble: str) -> int:
+        """How many requests, one after the other, reach every instance of every step of ``ensemble``.
+
+        Triton asks the instances of a model in turn, and goes on doing so when the process of one of them has died.
+        """
+        steps = [step.model_name for step in self.model_config(_parts(ensemble)[0]).ensemble_scheduling.step]
+        groups = [self.model_config(step).instance_group for step in steps]
+        return max((sum(each.count * max(len(each.gpus), 1) for each in group) for group in groups), default=1) or 1
+
     def repository_index(self) -> list[ModelStatus]:
         """Every model in the server's repository; those loaded once with their versions and states."""
         with self._asked("list its models") as options:

@@ -14,6 +14,8 @@ installation::
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes.util
 import hashlib
 import importlib.metadata
@@ -24,11 +26,11 @@ import platform
 import shutil
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.errors import InputError, ToolError
+from patcher.scratch import scratch
 
 __all__ = ["Installation", "find_installation", "find_libpython"]
 
@@ -37,6 +39,9 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _INSTALL = "pip install 'triton-label-patcher[serve]'"
 _LIBRARY = "libtriton_onnxruntime.so"
 _VARIABLE = "PATCHER_SERVER_ONNXRUNTIME"
+_kept: dict[str, Path] = {}
+_at_exit = contextlib.ExitStack()
+atexit.register(_at_exit.close)
 
 
 @dataclass(frozen=True)
@@ -166,26 +171,25 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     folder = base / name
     if folder.is_dir():
         return folder
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=base))
-    except OSError:
-        building = Path(tempfile.mkdtemp(prefix="patcher-triton-"))
-        folder = building
-    try:
-        _build(building, sources, paths)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ToolError(
-                f"cannot put the server together in {building}: {error}; $XDG_CACHE_HOME moves it"
-            ) from error
-        raise
-    if folder != building:
+    with contextlib.ExitStack() as stack:
         try:
+            base.mkdir(parents=True, exist_ok=True)
+            building = stack.enter_context(scratch(".triton-", base)) / name
+        except OSError:
+            return _temporary(name, sources, paths)
+        _build(building, sources, paths)
+        with contextlib.suppress(OSError):  # somebody else was faster
             building.rename(folder)
-        except OSError:  # somebody else was faster
-            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _temporary(name: str, sources: dict[str, Path], paths: list[str]) -> Path:
+    """The same folder for as long as this process lives: the server goes with it."""
+    folder = _kept.get(name)
+    if folder is None:
+        folder = _at_exit.enter_context(scratch("patcher-triton-")) / name
+        _build(folder, sources, paths)
+        _kept[name] = folder
     return folder
 
 
@@ -197,6 +201,13 @@ def _package_folders() -> list[str]:
 
 
 def _build(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
+    try:
+        _copy(folder, sources, paths)
+    except OSError as error:
+        raise ToolError(f"cannot put the server together in {folder}: {error}; $XDG_CACHE_HOME moves it") from error
+
+
+def _copy(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
     import py_compile
 
     site = folder / "env" / "lib" / f"python{_PYTHON}" / "site-packages"

@@ -64,8 +64,9 @@ class EmbeddedTriton:
 
     Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
     when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
-    by default in the user's state folder. ``exit_timeout`` is how many seconds :meth:`stop` lets requests in flight
-    finish. When the process that started the server dies, however it does, the server is told to stop, too.
+    by default in the user's state folder; the one before it is kept with ``.1`` behind its name. ``exit_timeout`` is
+    how many seconds :meth:`stop` lets requests in flight finish. When the process that started the server dies, however
+    it does, the server is told to stop, too.
 
     ``admin_key`` restricts model control, trace and log settings over gRPC and HTTP to those who send the key. The
     server takes it on its command line only (no file, no environment variable), which other users of the machine can
@@ -352,8 +353,10 @@ class EmbeddedTriton:
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            if self.log_file.is_file():
-                self.log_file.unlink()  # one that still writes there, writes on into its own
+            if self.log_file.is_file() and not self.log_file.is_symlink():
+                # The log of a server that died is what explains it, and a supervisor starts the next one at once. One
+                # that still writes there writes on into its own.
+                self.log_file.replace(f"{self.log_file}.1")
             log = self.log_file.open("wb")
         except OSError as error:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error

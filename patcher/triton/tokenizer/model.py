@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,18 @@ SLACK = 12
 """Tokens of padding that cost about as much as one more batch (MiniLM on two cores: 0.1 ms a token, 1 ms a batch)."""
 LARGEST = 64
 """Texts that the backbone gets at once."""
-MOST_TOKENS = 1 << 14
-"""Tokens that it gets at once, padding among them: a backbone's memory grows with them, and long texts gain nothing."""
+MOST_PAIRS = 32 * 256**2
+"""Pairs of tokens that it gets at once, padding among them: attention's memory grows with them, and is then kept."""
+CHARACTERS = 16
+"""Of a long text so many a token that counts are tokenized first: about four times as many as a token has."""
 MANY = 3
 """Responses from which on sending them in order of length pays for sending them one by one."""
 
 BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
 """Environment variable that `patcher serve` sets: the file of its onnxruntime backend, for encoders to run theirs."""
 
+_SPACE = re.compile(r"\s")
+_NO_LETTER = re.compile(r"[^\w]")
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _FEATURES = "features"
 
@@ -57,20 +62,56 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> 
 
     ``names`` are some of ``input_ids``, ``attention_mask`` and ``token_type_ids``; ``tokenizer`` is left as it was.
     """
-    return _tensors(tokenizer.encode_batch(list(texts)), tokenizer.padding, names)
+    return _tensors(tokenize(tokenizer, texts), tokenizer.padding, names)
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Any]:
+    """What ``tokenizer.encode_batch`` makes of ``texts``, of each by no more of its beginning than can matter.
+
+    Of a megabyte all but the first few hundred tokens would be made for nothing, in most of a second and 100 MB. A
+    beginning is enough where it has more tokens than are kept and these end in its first half: what follows lies too
+    far off to change them. Else twice as much is taken.
+    """
+    kept = tokenizer.truncation or {"direction": "left"}
+    reach = CHARACTERS * kept["max_length"] if kept["direction"] == "right" else MAX_BYTES
+    taken = [_beginning(text, reach) for text in texts]
+    found: list[Any] = tokenizer.encode_batch(taken)
+    for place, text in enumerate(texts):
+        while len(taken[place]) < len(text) and not _enough(found[place], len(taken[place])):
+            taken[place] = _beginning(text, 2 * len(taken[place]))
+            found[place] = tokenizer.encode(taken[place])
+    return found
+
+
+def _beginning(text: str, reach: int) -> str:
+    """A text up to the end of a word, from ``reach`` to twice as many characters."""
+    if len(text) <= reach:
+        return text
+    cut = _SPACE.search(text, reach, 2 * reach) or _NO_LETTER.search(text, reach, 2 * reach)
+    return text[: cut.start() if cut else 2 * reach]
+
+
+def _enough(encoding: Any, characters: int) -> bool:
+    return bool(encoding.overflowing) and 2 * max(stop for _, stop in encoding.offsets) <= characters
 
 
 def _tensors(
     encodings: Sequence[Any], padding: Mapping[str, Any] | None, names: Sequence[str], shortest: int = 1
 ) -> dict[str, NDArray[np.int64]]:
-    options = dict(padding or {})
-    multiple = options.pop("pad_to_multiple_of", None) or 1
+    options = padding or {}
+    multiple = options.get("pad_to_multiple_of") or 1
     # An empty text may have no token at all; one of padding keeps the model's shapes alive.
-    length = max(1, shortest, options.pop("length", None) or 0, *(len(each) for each in encodings))
+    length = max(1, shortest, options.get("length") or 0, *(len(each) for each in encodings))
     length = -(-length // multiple) * multiple
-    for each in encodings:
-        each.pad(length, **options)
-    return {name: np.array([getattr(each, _FIELDS[name]) for each in encodings], dtype=np.int64) for name in names}
+    filling = {"input_ids": options.get("pad_id", 0), "token_type_ids": options.get("pad_type_id", 0)}
+    left = options.get("direction") == "left"
+    # Not by the encodings' own `pad`, which stays: a text that is asked for again alone should be as short as it is.
+    tensors = {name: np.full((len(encodings), length), filling.get(name, 0), np.int64) for name in names}
+    for name, rows in tensors.items():
+        for row, each in zip(rows, encodings, strict=True):
+            start = length - len(each) if left else 0
+            row[start : start + len(each)] = getattr(each, _FIELDS[name])
+    return tensors
 
 
 def read_text(value: bytes | str) -> str:
@@ -87,13 +128,13 @@ def like_lengths(
     lengths: Sequence[tuple[int, int]],
     slack: int,
     largest: int | None = None,
-    most: int = MOST_TOKENS,
+    most: int = MOST_PAIRS,
     power: int = 1,
 ) -> list[list[int]]:
     """Which items share a length, shortest first: places in ``lengths``, which are (longest text, number of texts).
 
     A batch more costs as much as some ``slack`` tokens of padding, so neighbours in length are padded to one length
-    as long as that adds no more than so many, there are no more than ``largest`` of them, and ``most`` tokens in all.
+    as long as that adds no more than so many, there are no more than ``largest`` of them, and ``most`` pairs of tokens.
     With a ``power`` of 2 it is pairs of tokens that are counted: what padding costs in attention alone.
     """
     groups: list[list[int]] = []
@@ -102,7 +143,7 @@ def like_lengths(
         longest, count = lengths[place]
         texts, own = texts + count, own + longest**power * count
         full = bool(groups) and largest is not None and len(groups[-1]) >= largest
-        if not groups or full or longest**power * texts - own > slack or longest * texts > most:
+        if not groups or full or longest**power * texts - own > slack or longest**2 * texts > most:
             groups.append([])
             texts, own = count, longest**power * count
         groups[-1].append(place)
@@ -148,7 +189,7 @@ class TritonPythonModel:
                 call.fail(index, str(error), pb_utils.TritonError.INVALID_ARG)
             else:
                 call.spans[index] = (start, len(texts))
-        encodings = self._tokenizer.encode_batch(texts)
+        encodings = tokenize(self._tokenizer, texts)
         if self._backbone:
             self._answer_features(call, encodings)
         else:
