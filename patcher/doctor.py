@@ -165,7 +165,7 @@ def _journal(classifier: Classifier) -> Check:
     try:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
-        if pending and classifier.store.busy():
+        if pending and classifier.storage.busy():
             return Check(what, "note", f"under way: {pending}; another patcher is at work")
         pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
@@ -250,7 +250,7 @@ def _local_answer(classifier: Classifier) -> Check:
         what = classifier.text_model
     except PatcherError as error:
         return Check(classifier.features_model, "fault", str(error))
-    if not classifier.store.has(f"{what}/1/model.py"):
+    if not classifier.storage.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
         extract_features(classifier, [probe_text()])
@@ -282,7 +282,7 @@ def _served(repository: ModelRepository, name: str, server: TritonServer) -> Che
     except PatcherError as error:
         if isinstance(error, ServerUnreachable) and not server.is_live():
             raise
-        if repository.store.busy():
+        if repository.storage.busy():
             return Check(what, "note", f"another patcher is at work: {error}")
         return Check(what, "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
     return Check(what, "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels")

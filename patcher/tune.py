@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.configs import PADDING_SLACK, asked_by
-from patcher.disk import storage
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import load_test
 from patcher.measurement import Load
@@ -23,6 +22,7 @@ from patcher.model_config import MAX_BATCH_SIZE, parse
 from patcher.repository import ModelRepository
 from patcher.scratch import scratch
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
+from patcher.storage.disk import storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -115,8 +115,8 @@ def tune(
             pass
     with scratch("patcher-tune-") as folder:
         root = folder / "model_repository"
-        with storage(root):
-            classifier.store.copy_to(root)
+        with storage_errors(root):
+            classifier.storage.copy_to(root)
         copy = ModelRepository(root).classifier(classifier.name)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
