@@ -1,0 +1,89 @@
+"""Imports run one way, and the core knows nothing of files and servers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PURE = (
+    "patcher.clustering",
+    "patcher.feature_map",
+    "patcher.fit",
+    "patcher.flips",
+    "patcher.gate",
+    "patcher.head",
+    "patcher.memory",
+    "patcher.narrow",
+    "patcher.patch",
+    "patcher.rounding",
+    "patcher.screening",
+)
+"""Arrays in, arrays out."""
+OUTSIDE = {
+    "grpc",
+    "io",
+    "onnx",
+    "onnxruntime",
+    "os",
+    "pathlib",
+    "shutil",
+    "socket",
+    "subprocess",
+    "tempfile",
+    "tritonclient",
+}
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for package in ("patcher", "export") for path in (ROOT / package).rglob("*.py")}
+
+
+def imports(name):
+    """What a module imports anywhere, for types alone, too; the modules themselves where those are ours."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= whole & set(FILES) or {node.module}
+    return found
+
+
+def belongs(name, package):
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_no_import_leads_back():
+    below = {name: imports(name) & set(FILES) - {name} for name in FILES}
+    count = 0
+    while count != len(below):  # what leads nowhere, and what nothing leads to, is in no circle
+        count = len(below)
+        needed = set().union(*below.values())
+        below = {name: needs & set(below) for name, needs in below.items() if needs & set(below) and name in needed}
+    assert {name: sorted(needs & set(below)) for name, needs in below.items()} == {}
+
+
+def test_adding_labels_needs_no_exporter():
+    """torch and transformers are installed on the machine that exports alone."""
+    heavy = {name: imports(name) for name in FILES if belongs(name, "patcher") and not belongs(name, "patcher.cli")}
+    wrong = {
+        name: sorted(each for each in needed if each.split(".")[0] in ("export", "torch", "transformers"))
+        for name, needed in heavy.items()
+    }
+    assert {name: needed for name, needed in wrong.items() if needed} == {}
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_the_core_touches_no_file_and_no_server(package):
+    modules = [name for name in FILES if belongs(name, package)]
+    assert modules
+    for name in modules:
+        assert {each.split(".")[0] for each in imports(name)} & OUTSIDE == set(), name
