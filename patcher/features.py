@@ -48,18 +48,9 @@ def extract_features(
 
 
 def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
-    """ServerError where the server's backbone is not the repository's; it is loaded where no ensemble brought it."""
+    """ServerError where the server's backbone is not the repository's; what no ensemble brought of it is loaded."""
     ours = backbone.fingerprint()
-    if not server.is_ready(backbone.backbone_model):
-        try:
-            server.load(backbone.backbone_model)
-        except ServerError as error:
-            if "failed to poll" not in str(error) and "unknown model" not in str(error):
-                raise
-            raise ServerError(
-                f"the server at {server.url} has no model {backbone.backbone_model}, which the repository "
-                f"{backbone.repository.location} holds ({error}); does --repo name the server's repository?"
-            ) from error
+    _load_missing(backbone, backbone.backbone_model, server)
     theirs = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
     if ours != theirs:
         raise ServerError(
@@ -67,3 +58,18 @@ def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
             f"{backbone.repository.location} holds {ours[:12]}: expected one and the same; does --repo name the "
             "server's repository?"
         )
+    _load_missing(backbone, backbone.features_model, server)
+
+
+def _load_missing(backbone: Backbone, model: str, server: TritonServer) -> None:
+    if server.is_ready(model):
+        return
+    try:
+        server.load(model)
+    except ServerError as error:
+        if "failed to poll" not in str(error) and "unknown model" not in str(error):
+            raise
+        raise ServerError(
+            f"the server at {server.url} has no model {model}, which the repository "
+            f"{backbone.repository.location} holds ({error}); does --repo name the server's repository?"
+        ) from error

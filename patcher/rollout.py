@@ -92,7 +92,7 @@ def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
     """
     if not server.is_ready(classifier.ensemble):
         raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
-    check_same_backbone(classifier, server)  # an ensemble that is ready has its backbone loaded
+    check_same_backbone(classifier, server)
     text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:

@@ -295,6 +295,27 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             server.classify("intent_any/unheard", ["hello"])
 
 
+@pytest.mark.server
+def test_one_exported_beside_a_running_server_is_taken_up(classifier, tmp_path, monkeypatch, capsys):
+    file = tiny.write_csv(tmp_path / "more.csv", {"payday": tiny.sentences("payday", 10)})
+    verbs = {
+        "patched": ["add-label", "--examples", str(file), "--classifier", "patched"],
+        "synced": ["sync"],
+        "repaired": ["doctor", "--repair"],
+    }
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
+    models = ["intent", "intent_features"]
+    with EmbeddedTriton(classifier.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
+        monkeypatch.setenv("TRITON_URL", triton.url)
+        for name, verb in verbs.items():
+            tiny.make_repository(classifier.root, tmp_path / "scratch", name)
+            assert main(verb) == 0, capsys.readouterr()
+            assert server.classify(name, ["hello"])[0].head_version == (2 if name == "patched" else 1)
+            assert server.features(f"{name}_features", ["hello"]).shape == (1, tiny.WIDTH)
+            capsys.readouterr()
+            assert main(["doctor"]) == 0, capsys.readouterr().out
+
+
 def test_one_of_very_many_stays_small(tiny_original, tmp_path):
     repository = ModelRepository(shutil.copytree(tiny_original, tmp_path / "model_repository"))
     new_classifier(repository, "small", examples(), settings=FoundingSettings(in_store=True))
