@@ -129,7 +129,7 @@ def _parent(classifier: Classifier, about: Entry) -> int | None:
     if parent is None:
         return None
     try:
-        classifier.version_path(parent)
+        classifier.version_name(parent)
     except VersionError:  # pruned
         return None
     return parent

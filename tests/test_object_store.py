@@ -293,6 +293,15 @@ def test_the_form_of_triton_names_the_endpoint_itself(remote, store, monkeypatch
     assert Bucket("s3://https://minio.example/bucket/p").served_from == "s3://https://minio.example:443/bucket/p"
 
 
+def test_a_report_compares_with_the_version_before(remote, tmp_path, capsys):
+    assert main(["add-label", "payday", *TEXTS, "--no-load", "--repo", URL]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["report", "--html", str(page), "--repo", URL, "--json"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["parent"] == 1
+    assert "payday" in page.read_text()
+
+
 @pytest.mark.parametrize(
     "url", ["gs://bucket/path", "s3://", "s3://B/x", "s3://bucket/a b", "s3://http://user:key@host:1/bucket", "s3:///x"]
 )
