@@ -16,6 +16,7 @@ from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.repository import ModelRepository
 from patcher.rollout import catch_up, probe, probe_text, recover, validate
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -111,7 +112,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
 def _installation() -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     for package in _NEEDED:
-        yield _package(package, "fault", "needed; install triton-label-patcher again")
+        yield _package(package, "fault", f"needed: {install_hint()}")
     runtimes = [_package(f"onnxruntime{kind}", "note", "") for kind in ("-gpu", "")]
     there = [check for check in runtimes if check.state == "ok"]
     yield there[0] if there else Check("onnxruntime", "fault", "missing: pip install onnxruntime-gpu (or onnxruntime)")

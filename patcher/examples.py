@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import ExamplesError, ToolError
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -355,7 +356,8 @@ def _parquet(path: Path) -> Iterator[Record]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
-        raise ToolError(f"reading {path} needs pyarrow: pip install 'triton-label-patcher[parquet]'") from error
+        said = f"reading {path} needs pyarrow, which is not installed: {install_hint('parquet')}"
+        raise ToolError(said) from error
     try:
         table = parquet.read_table(path)
         text, label, others = _columns(table.column_names, path)

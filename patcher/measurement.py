@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ToolError
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,7 +153,7 @@ def _figure_type() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ToolError("a plot needs matplotlib: pip install 'triton-label-patcher[plot]'") from None
+        raise ToolError(f"a plot needs matplotlib, which is not installed: {install_hint('plot')}") from None
     return Figure
 
 

@@ -21,6 +21,7 @@ from patcher.errors import PatcherError, ToolError
 from patcher.fleet import resolved
 from patcher.rollout import probe_text
 from patcher.triton.client import TritonServer
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -213,7 +214,7 @@ def expose(targets: Targets, host: str, port: int) -> tuple[Any, Any]:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:
         raise ToolError(
-            "`patcher metrics` needs prometheus-client: pip install 'triton-label-patcher[metrics]'"
+            f"`patcher metrics` needs prometheus-client, which is not installed: {install_hint('metrics')}"
         ) from error
     registry = CollectorRegistry()
     registry.register(_Collector(targets))

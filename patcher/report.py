@@ -16,6 +16,7 @@ from patcher.features import extract_features
 from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
 from patcher.storage.disk import replace, storage_errors
+from patcher.wording import install_hint, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -143,10 +144,10 @@ def render(report: Report) -> str:
     try:
         import jinja2
     except ImportError:
-        raise ToolError("a report needs jinja2: pip install 'triton-label-patcher[report]'") from None
+        raise ToolError(f"a report needs jinja2, which is not installed: {install_hint('report')}") from None
     # Texts and labels are whatever somebody wrote: all of them are escaped.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = lambda share: "—" if share is None else f"{100 * share:.2f} %"
+    environment.filters["percent"] = percent
     template = environment.from_string(PAGE)
     page: str = template.render(report=report, shown=_SHOWN, changes=_changes(report), picture=_picture(report.map))
     return page

@@ -299,7 +299,7 @@ def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
 def test_an_export_without_its_packages_says_what_to_install(error, said):
     message = str(not_installed("export", error))
     assert said in message
-    assert "triton-label-patcher[export]" in message
+    assert "pip install '.[export]' in the folder of patcher's clone" in message
 
 
 def test_the_same_words_are_one_example(patcher, tmp_path):

@@ -534,7 +534,7 @@ class TestFaults:
         done = subprocess.run(
             [sys.executable, "-c", code, "labels", "--repo", URL], capture_output=True, text=True, check=False
         )
-        assert (done.returncode, "pip install 'triton-label-patcher[s3]'" in done.stderr) == (1, True), done.stderr
+        assert (done.returncode, "pip install '.[s3]'" in done.stderr) == (1, True), done.stderr
 
     def test_a_folder_pays_nothing_for_it(self, classifier):
         code = "import sys; from patcher.cli import main; main(sys.argv[1:])\n"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import patcher
 from patcher import errors
+from patcher.wording import install_hint
 
 HEAVY = ("torch", "transformers", "pytriton", "matplotlib", "pyarrow", "scipy")
 
@@ -29,7 +32,7 @@ def test_every_public_name_is_there_and_says_what_it_is():
      "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
      "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "onnx_file",
      "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
-     "storage.disk", "storage.object_store", "storage.s3"],
+     "storage.disk", "storage.object_store", "storage.s3", "wording"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
     module = importlib.import_module(f"patcher.{name}")
@@ -71,3 +74,13 @@ def test_importing_patcher_costs_next_to_nothing():
     script = "import sys; before = set(sys.modules); import patcher; print(sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert not any(f"'{name}'" in loaded for name in (*HEAVY, "numpy", "onnx", "onnxruntime", "tritonclient"))
+
+
+def test_every_extra_that_a_message_names_is_there():
+    root = Path(__file__).parent.parent
+    sources = "".join(path.read_text() for path in (root / "patcher").rglob("*.py"))
+    named = set(re.findall(r"""install_hint\(['"](\w+)['"]\)""", sources))
+    assert {"export", "serve", "report"} <= named
+    extras = (root / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert named <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+    assert install_hint("report") == "pip install '.[report]' in the folder of patcher's clone"

@@ -137,7 +137,7 @@ def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
     (tmp_path / "a folder").mkdir()
     assert run(patched, "--html", tmp_path / "a folder") == 2
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ToolError, match=r"triton-label-patcher\[report\]"):
+    with pytest.raises(ToolError, match=r"pip install '\.\[report\]'"):
         render(make_report(patched))
     assert run(patched, "--eval", held_out, "--json") == 0  # needs none
 

@@ -424,7 +424,7 @@ class TestClient:
 class TestInstallation:
     def test_no_wheel(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ToolError, match=r"nvidia-pytriton.*pip install 'triton-label-patcher\[serve\]'"):
+        with pytest.raises(ToolError, match=r"nvidia-pytriton.*pip install '\.\[serve\]'"):
             installation.find_installation()
 
     def test_no_stub_for_this_python(self, monkeypatch):

@@ -18,7 +18,8 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
-from patcher.cli.output import percent, seconds, tell
+from patcher.cli.output import seconds, tell
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, version_option
-from patcher.cli.output import percent, table
+from patcher.cli.output import table
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,9 +17,10 @@ from patcher.cli.options import (
     memory_option,
     no_load_option,
 )
-from patcher.cli.output import percent, seconds
+from patcher.cli.output import seconds
 from patcher.limits import MIN_ACCURACY
 from patcher.names import check_name
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path

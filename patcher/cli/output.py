@@ -7,11 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from patcher.errors import ToolError
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["not_installed", "percent", "seconds", "table", "tell"]
+__all__ = ["not_installed", "seconds", "table", "tell"]
 
 
 def tell(text: str = "", *, err: bool = False) -> None:
@@ -30,12 +31,7 @@ def tell(text: str = "", *, err: bool = False) -> None:
 def not_installed(verb: str, error: ModuleNotFoundError) -> ToolError:
     """What to say where an export's packages cannot be imported; transformers names none that it misses itself."""
     what = f"{error.name}, which is not installed" if error.name else f"packages that do not load ({error})"
-    return ToolError(f"`patcher {verb}` needs {what}: pip install 'triton-label-patcher[export]'")
-
-
-def percent(share: float | None, digits: int = 2) -> str:
-    """``0.0123`` as ``1.23 %``; an em dash for None."""
-    return "—" if share is None else f"{100 * share:.{digits}f} %"
+    return ToolError(f"`patcher {verb}` needs {what}: {install_hint('export')}")
 
 
 def seconds(duration: float) -> str:

@@ -13,7 +13,8 @@ from patcher.cli.options import (
     trust_remote_code_option,
     version_option,
 )
-from patcher.cli.output import not_installed, percent
+from patcher.cli.output import not_installed
+from patcher.wording import percent
 
 
 @click.command("to-transformers")

@@ -8,7 +8,8 @@ import click
 
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
-from patcher.cli.output import percent, table
+from patcher.cli.output import table
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path

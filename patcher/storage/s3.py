@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError, ToolError
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,9 +90,7 @@ class Bucket:
             import botocore.config
             import botocore.session
         except ImportError as error:
-            raise ToolError(
-                f"{self.url} needs botocore, which is not installed: pip install 'triton-label-patcher[s3]'"
-            ) from error
+            raise ToolError(f"{self.url} needs botocore, which is not installed: {install_hint('s3')}") from error
         config = botocore.config.Config(
             connect_timeout=5,
             read_timeout=60,

@@ -31,12 +31,12 @@ from pathlib import Path
 
 from patcher.errors import InputError, ToolError
 from patcher.scratch import scratch
+from patcher.wording import install_hint
 
 __all__ = ["Installation", "find_installation", "find_libpython"]
 
 _HERE = Path(__file__).parent
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-_INSTALL = "pip install 'triton-label-patcher[serve]'"
 _LIBRARY = "libtriton_onnxruntime.so"
 _VARIABLE = "PATCHER_SERVER_ONNXRUNTIME"
 _kept: dict[str, Path] = {}
@@ -144,12 +144,16 @@ def _wheel() -> tuple[Path, Path]:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         where = f"{platform.system()} {platform.machine()}"
-        raise ToolError(f"no tritonserver here (nvidia-pytriton, Linux x86-64 only; this is {where}): {_INSTALL}")
+        raise ToolError(
+            f"no tritonserver here (nvidia-pytriton, Linux x86-64 only; this is {where}): {install_hint('serve')}"
+        )
     package = Path(next(iter(spec.submodule_search_locations)))
     server, libraries = package / "tritonserver", package.parent / "nvidia_pytriton.libs"
     for path in (server / "bin" / "tritonserver", server / "backends" / "python" / "libtriton_python.so", libraries):
         if not path.exists():
-            raise ToolError(f"nvidia-pytriton in {package.parent} has no {path.name}; expected version 0.7: {_INSTALL}")
+            raise ToolError(
+                f"nvidia-pytriton in {package.parent} has no {path.name}; expected version 0.7: {install_hint('serve')}"
+            )
     return server, libraries
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, ToolError
+from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from patcher.triton.tls import ClientTls
@@ -147,9 +148,7 @@ def _download(folder: Path) -> Path:
 def _wanted_libraries() -> dict[str, Path]:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise ToolError(
-            "perf_analyzer needs libraries that nvidia-pytriton brings: pip install 'triton-label-patcher[serve]'"
-        )
+        raise ToolError(f"perf_analyzer needs libraries that nvidia-pytriton brings: {install_hint('serve')}")
     folder = Path(next(iter(spec.submodule_search_locations))).parent / "nvidia_pytriton.libs"
     found = {}
     for plain, pattern in _LIBRARIES.items():
