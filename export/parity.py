@@ -13,6 +13,7 @@ from export.split import allowed_gaps
 from export.tokenizer import SAMPLE_TEXTS, embeddings
 from patcher.errors import ParityError, PrecisionError
 from patcher.runtime import onnxruntime_errors, open_session
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -111,8 +112,9 @@ def check_parity(
     noise = _noise(*(np.concatenate(each) for each in zip(*logits, strict=True)))
     if limits is not None and noise > limits.noise:
         raise PrecisionError(
-            f"in this precision the logits move by {noise:.1%} of their spread on {len(rows)} texts; expected at most "
-            f"{limits.noise:.1%}: this model does not take so few bits, a higher --precision keeps more of it"
+            f"in this precision the logits move by {percent(noise, 1)} of their spread on {len(rows)} texts; expected "
+            f"at most {percent(limits.noise, 1)}: this model does not take so few bits, a higher --precision keeps "
+            "more of it"
         )
     return Parity(len(features), len(rows), worst, rows, noise)
 

@@ -21,6 +21,7 @@ from export.fusion import FUSED, quiet
 from export.training import accuracy
 from patcher.errors import ExportError, PrecisionError
 from patcher.evaluation import answers
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -210,13 +211,14 @@ def check_precision(
     )
     limits = LIMITS[precision]
     slack = 1.0 / len(ids) + 1e-9
+    changed = 1 - found.agreement
     for share, limit, what in (
-        (found.loss, limits.loss, f"costs {found.loss:.2%} of accuracy ({found.accuracy_before:.2%} before)"),
-        (1 - found.agreement, limits.disagreement, f"changes the answer to {1 - found.agreement:.2%} of the texts"),
+        (found.loss, limits.loss, f"costs {percent(found.loss)} of accuracy ({percent(found.accuracy_before)} before)"),
+        (changed, limits.disagreement, f"changes the answer to {percent(changed)} of the texts"),
     ):
         if share > max(limit, slack):
             raise PrecisionError(
-                f"{precision} {what} on {found.texts} texts of {source}; expected at most {limit:.2%}: "
+                f"{precision} {what} on {found.texts} texts of {source}; expected at most {percent(limit)}: "
                 f"this model does not take so few bits, --precision {'fp16' if precision == 'int8' else 'fp32'} "
                 "keeps more of it",
                 found.details(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from patcher.wording import percent
+
 if TYPE_CHECKING:
     from export.precision import PrecisionCheck
     from patcher.repository import ModelRepository
@@ -62,16 +64,14 @@ class ExportReport:
         if self.train_accuracy is None:
             memory = "no memory, so later patches come without a bound on their harm (--train FILE builds one)"
         else:
-            memory = (
-                f"a memory of {self.train_examples:,} texts, {self.train_accuracy:.1%} of them answered as labelled"
-            )
+            right = percent(self.train_accuracy, 1)
+            memory = f"a memory of {self.train_examples:,} texts, {right} of them answered as labelled"
         features = f"{self.split} + {self.width - self.split} features"
         if self.precision == "fp32":
             closeness = f"logits within {self.parity:.1g} of the checkpoint's"
         else:
-            closeness = (
-                f"{self.precision}: logits {self.noise:.1%} of their spread off the checkpoint's, {self._cost()}"
-            )
+            noise = percent(self.noise, 1)
+            closeness = f"{self.precision}: logits {noise} of their spread off the checkpoint's, {self._cost()}"
         asked = "" if self.address == self.classifier else f" (asked as {self.address})"
         return (
             f"Exported {self.classifier}{asked}: {len(self.labels)} labels, {features}, "
@@ -83,6 +83,6 @@ class ExportReport:
         if found is None:
             return "accuracy not measured (--train or --eval FILE measures it)"
         return (
-            f"accuracy {found.accuracy_before:.2%} before and {found.accuracy_after:.2%} after on {found.texts:,} "
-            f"texts of {found.source}, {found.agreement:.2%} answered the same"
+            f"accuracy {percent(found.accuracy_before)} before and {percent(found.accuracy_after)} after on "
+            f"{found.texts:,} texts of {found.source}, {percent(found.agreement)} answered the same"
         )

@@ -25,6 +25,7 @@ from patcher.head_file import write_head
 from patcher.layout import BackboneFiles
 from patcher.provenance import now
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -180,7 +181,7 @@ class _Stages:
         with self.watch("convert"):
             file = convert(exact.file, precision, self.folder / f"{precision}.onnx")
         parity = self._parity(split, file, "convert", LIMITS[precision])
-        self.tell(f"{precision}: logits {parity.noise:.1%} of their spread off the checkpoint's")
+        self.tell(f"{precision}: logits {percent(parity.noise, 1)} of their spread off the checkpoint's")
         return Proven(file, parity)
 
     def _parity(self, split: Split, file: BackboneFile, stage: str, limits: Limits | None = None) -> Parity:
@@ -214,7 +215,8 @@ class _Stages:
             seen.ids[some],
             seen.examples.source,
         )
-        self.tell(f"{found.agreement:.2%} of {found.texts} texts answered as in FP32, accuracy {-found.loss:+.2%}")
+        gain = f"{-100 * found.loss:+.2f} %"
+        self.tell(f"{percent(found.agreement)} of {found.texts} texts answered as in FP32, accuracy {gain}")
         return found
 
     def head(

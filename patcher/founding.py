@@ -37,6 +37,7 @@ from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
 from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,9 +113,9 @@ class NewClassifierReport:
     @property
     def sentence(self) -> str:
         """The judgement in words."""
-        right = f"{self.evaluation.accuracy:.1%} of {self.held_out} held-out texts answered right"
+        right = f"{percent(self.evaluation.accuracy, 1)} of {self.held_out} held-out texts answered right"
         word = "Passed" if self.gate == "passed" else "Refused"
-        return f"{word}: {right}, macro F1 {self.evaluation.macro_f1:.1%}."
+        return f"{word}: {right}, macro F1 {percent(self.evaluation.macro_f1, 1)}."
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with the figures of every label."""
@@ -265,8 +266,9 @@ def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
 def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
     worst = ", ".join(f"{weak.label!r} (answered {weak.instead!r})" for weak in report.weak[:_NAMED])
     return (
-        f"the gate refused {report.classifier}: {report.evaluation.accuracy:.1%} of {report.held_out} held-out texts "
-        f"answered right, expected {settings.min_accuracy:.1%} or more. Found least: {worst or 'none in particular'}. "
+        f"the gate refused {report.classifier}: {percent(report.evaluation.accuracy, 1)} of {report.held_out} held-out "
+        f"texts answered right, expected {percent(settings.min_accuracy, 1)} or more. Found least: "
+        f"{worst or 'none in particular'}. "
         "More texts of these help, or another backbone; `--force` publishes all the same."
     )
 

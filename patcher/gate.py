@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.flips import Flips, count_flips, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.screening import alike, known_already, repeats
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,9 +52,9 @@ class Verdict:
     calibration, calibration_size
         On what flips were counted: ``eval``, ``replay``, ``features`` of the memory, ``draws`` from its Gaussians (no
         guarantee), or ``none``; and on how many inputs.
-    flips, flips_upper_bound, bound
-        Rate of flips there (None where nothing could be counted), its one-sided upper bound at 95 % confidence (None
-        where there is none), and in words what the bound means.
+    flipped, flips, flips_upper_bound, bound
+        How many of those flip, the rate of it (None where nothing could be counted), its one-sided upper bound at 95 %
+        confidence (None where there is none), and in words what the bound means.
     estimated_recall
         For each new label the share of its examples that a fit without them finds; None where there is but one.
     confused_with
@@ -74,6 +75,7 @@ class Verdict:
     advice: tuple[str, ...]
     calibration: str
     calibration_size: int
+    flipped: int
     flips: float | None
     flips_upper_bound: float | None
     bound: str
@@ -83,6 +85,16 @@ class Verdict:
     duplicates: tuple[Repeat, ...]
     known: tuple[Known, ...]
     too_few: tuple[str, ...]
+
+    @property
+    def harm(self) -> str:
+        """The flips in a few words; ``bound`` explains them."""
+        if self.flips_upper_bound is None:
+            return self.bound
+        return (
+            f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}; at most "
+            f"{percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain values for JSON."""
@@ -140,6 +152,7 @@ def judge(
         ),
         calibration=flips.calibration,
         calibration_size=flips.size,
+        flipped=flips.count,
         flips=flips.rate,
         flips_upper_bound=flips.bound,
         bound=_bound_words(flips),
@@ -188,7 +201,8 @@ def _reasons(
     exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{_counted(flips)} would flip ({flips.rate:.2%}{_weighed(flips)}), and --max-flips allows {max_flips:.2%}"
+        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}), and --max-flips allows "
+        f"{percent(max_flips)}"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
@@ -203,14 +217,15 @@ def _reasons(
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
             f"only {most.size} {_WHOSE[most.calibration]} are there to count on, which vouch for nothing (at most "
-            f"{upper_bound(most.count, most.size):.0%} flip)"
+            f"{percent(upper_bound(most.count, most.size), 0)} flip)"
         )
     for label, found in recall.items():
         if found is None:
             reasons.append(f"{label!r} has one example, so nothing says whether it would be found")
         elif found < min_recall:
             reasons.append(
-                f"{label!r} would be found in {found:.0%} of its inputs, and --min-recall asks for {min_recall:.0%}"
+                f"{label!r} would be found in {percent(found, 0)} of its inputs, and --min-recall asks for "
+                f"{percent(min_recall, 0)}"
             )
     return tuple(reasons)
 
@@ -288,7 +303,7 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
     flips = counted[0]
     if flips.bound is not None and max_flips and flips.bound > max_flips:
         said.append(
-            f"{flips.size} {_WHOSE[flips.calibration]} are too few to vouch for {max_flips:.2%}: about "
+            f"{flips.size} {_WHOSE[flips.calibration]} are too few to vouch for {percent(max_flips)}: about "
             f"{math.ceil(3 / max_flips):,} without a flip would be needed"
         )
     return tuple(filter(None, said))
@@ -315,7 +330,7 @@ def _bound_words(flips: Flips) -> str:
     as_many = f", as {math.floor(flips.effective):,} inputs of equal weight tell as much" if flips.weighed else ""
     return (
         f"{flips.count} of {flips.size} inputs flip on {where[flips.calibration]}; with 95 % confidence at most "
-        f"{flips.bound:.2%} of inputs like those do (one-sided Clopper-Pearson{as_many})"
+        f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"
     )
 
 
@@ -330,10 +345,10 @@ def _sentence(
     if reasons:
         return f"Refused: {'; '.join(reasons)}."
     found = min((r for r in recall.values() if r is not None), default=None)
-    finds = f"finds {found:.0%} of held-out examples" if found is not None else "has no estimate of its recall"
+    finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimate of its recall"
     harm = (
-        f"{_counted(flips)} flip (--max-flips allows {max_flips:.2%}), so at most {flips.bound:.2%} of inputs like them"
-        f"{_weighed(flips)} (95 % confidence)"
+        f"{_counted(flips)} flip (--max-flips allows {percent(max_flips)}), so at most {percent(flips.bound)} of "
+        f"inputs like them{_weighed(flips)} (95 % confidence)"
         if flips.bound is not None
         else "there is no bound on flips"
     )

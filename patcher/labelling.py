@@ -383,6 +383,7 @@ def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[
             "flips": verdict.flips,
             "flips_upper_bound": verdict.flips_upper_bound,
             "calibration": verdict.calibration,
+            "bound": verdict.bound,
             "estimated_recall": dict(verdict.estimated_recall),
             "verdict": verdict.sentence,
         },

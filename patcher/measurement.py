@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ToolError
-from patcher.wording import install_hint
+from patcher.wording import install_hint, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,8 +124,8 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
         where = f"{each.model} under {each.load}"
         if each.client_share > _BUSY_CLIENT:
             said.append(
-                f"{where}: perf_analyzer took {each.client_share:.0%} of this machine's cores; the client may be the "
-                "bottleneck: measure from another machine"
+                f"{where}: perf_analyzer took {percent(each.client_share, 0)} of this machine's cores; the client may "
+                "be the bottleneck: measure from another machine"
             )
         if each.delayed or (each.request_rate and each.throughput < _KEPT_UP * each.request_rate):
             said.append(
@@ -185,9 +185,9 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     for color, model in enumerate(dict.fromkeys(each.model for each in measurements)):
         points = [each for each in measurements if each.model == model]
         throughput = [each.throughput for each in points]
-        for style, percent in (("-o", 50), ("--s", 95), (":^", 99)):
-            latency = [getattr(each, f"p{percent}_us") / 1000 for each in points]
-            axes.plot(throughput, latency, style, color=f"C{color}", markersize=4, label=f"{model} p{percent}")
+        for style, rank in (("-o", 50), ("--s", 95), (":^", 99)):
+            latency = [getattr(each, f"p{rank}_us") / 1000 for each in points]
+            axes.plot(throughput, latency, style, color=f"C{color}", markersize=4, label=f"{model} p{rank}")
         for each in points:
             mark = f"c{each.concurrency}" if each.concurrency else f"{each.request_rate:g}/s"
             axes.annotate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def test_add_label_without_a_server(patcher, classifier, examples):
     assert classifier.serving() == 2
     assert classifier.head(2).base_hash() == classifier.head(1).base_hash()
     assert classifier.memory(2).labels[-1] == "payday"
+
+
+def test_the_flips_are_a_few_words_and_explained_in_json(patcher, examples):
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--dry-run", "--method", "ridge")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("flips ")]
+    assert re.fullmatch(
+        r"flips     \d+ of \d+ remembered inputs; at most \d+\.\d\d % of inputs like them \(95 % confidence\)", line
+    )
+    assert not re.search(r"\d%", out)
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--dry-run", "--json")
+    assert "one-sided Clopper-Pearson" in json.loads(out)["verdict"]["bound"]
 
 
 def test_the_new_label_is_found_and_the_old_ones_still_are(patcher, examples, tmp_path):

@@ -197,7 +197,7 @@ def test_one_text_may_always_change_but_not_two_of_a_hundred(wrong, refused):
     after[:wrong] = after[:wrong, ::-1]
     ids = [[0]] * 100
     if refused:
-        with pytest.raises(PrecisionError, match=r"costs 2.00% of accuracy .*on 100 texts of file") as caught:
+        with pytest.raises(PrecisionError, match=r"costs 2.00 % of accuracy .*on 100 texts of file") as caught:
             check_precision("int8", two_rows(), before, after, ids, "file")
         assert caught.value.report["loss"] == pytest.approx(0.02)
     else:
@@ -210,7 +210,7 @@ def test_a_change_that_gains_as_much_as_it_loses_still_counts():
     after = before.copy()
     after[:10] = after[:10, ::-1]
     ids = [[0]] * 5 + [[1]] * 5 + [[0]] * 90
-    with pytest.raises(PrecisionError, match=r"changes the answer to 10.00% of the texts"):
+    with pytest.raises(PrecisionError, match=r"changes the answer to 10.00 % of the texts"):
         check_precision("int8", two_rows(), before, after, ids, "file")
 
 

@@ -193,9 +193,18 @@ def test_a_name_that_is_another_but_for_its_spelling_is_told():
 def test_where_the_bound_comes_from_is_in_the_sentence():
     head, memory, features, ids, new = world()
     said = verdict({"new": new(10)}, head, memory).sentence
-    assert "remembered inputs flip (--max-flips allows 0.50%), so at most" in said
+    assert "remembered inputs flip (--max-flips allows 0.50 %), so at most" in said
     evaluated = verdict({"new": new(10)}, head, memory, evaluation=Labelled(features, ids))
     assert "inputs of the evaluation file flip" in evaluated.sentence
+
+
+def test_the_harm_is_told_in_a_few_words():
+    head, memory, features, ids, new = world()
+    found = verdict({"new": new(10)}, head, memory, evaluation=Labelled(features, ids))
+    bound = f"{100 * found.flips_upper_bound:.2f} %"
+    seen = f"{round(found.flips * len(ids))} of {len(ids)} inputs of the evaluation file"
+    assert found.harm == f"{seen}; at most {bound} of inputs like them (95 % confidence)"
+    assert verdict({"new": new(10)}, head, None).harm.startswith("no bound on flips can be given")
 
 
 def test_next_to_nothing_remembered_vouches_for_nothing():

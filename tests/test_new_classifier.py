@@ -152,7 +152,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(classifier, tree):
     # Each text four times: a copy that the fit saw must not answer for one that was held out.
     texts = [text for label in tiny.NEW for text in tiny.sentences(label, 40)] * 4
     labels = np.random.default_rng(0).permutation(np.repeat(list("abcd"), 30)).tolist() * 4
-    with pytest.raises(GateRefused, match=r"held-out texts answered right, expected 50.0% or more. Found least: '\w'"):
+    with pytest.raises(GateRefused, match=r"held-out texts answered right, expected 50.0 % or more. Found least: '\w'"):
         new_classifier(classifier.repository, "noise", Examples(tuple(texts), tuple(labels), "noise"))
     assert tree(classifier.root) == before
     settings = FoundingSettings(force=True, dry_run=True)

@@ -64,6 +64,7 @@ def test_the_page_says_what_the_files_say(patched, held_out, tmp_path, capsys):
     head = patched.head(2)
     assert f"{len(head.labels)} labels" in words
     assert head.lineage.details["verdict"] in words
+    assert head.lineage.details["bound"] in words
     assert f"{len(tiny.OLD)} the same to the bit, 0 changed" in words
     found = make_report(patched, 2, read_examples(held_out))
     for evaluation in (found.before, found.after):

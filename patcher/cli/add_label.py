@@ -168,10 +168,7 @@ def _render(report: PatchReport, options: CommonOptions) -> None:
     options.say(f"gate      {verdict.sentence}{forced}")
     for line in (*verdict.reasons, *verdict.advice):
         options.say(f"          {line}")
-    options.say(
-        f"flips     {percent(verdict.flips)} of old inputs seen to flip, at most {percent(verdict.flips_upper_bound)} "
-        f"({verdict.bound})"
-    )
+    options.say(f"flips     {verdict.harm}")
     options.say(f"recall    {percent(report.estimated_recall, 1)} expected, each example left out in turn")
     options.say(f"method    {report.fit.method}: {report.fit.why}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())

@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, allow_pickle_option, eval_option, repo_option, trust_remote_code_option
 from patcher.cli.output import not_installed, tell
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,7 +112,8 @@ def export_command(
     if said := unremembered(report.labels, classifier.memory()):
         tell(f"warning: {said}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
-        said = f"only {report.train_accuracy:.1%} of {train} is answered as labelled; is it this model's training data?"
+        right = percent(report.train_accuracy, 1)
+        said = f"only {right} of {train} is answered as labelled; is it this model's training data?"
         tell(f"warning: {said}", err=True)
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))

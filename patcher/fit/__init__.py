@@ -17,6 +17,7 @@ from patcher.fit.model import Rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.fit.task import Task
 from patcher.limits import MAX_FLIPS
+from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +192,8 @@ def _why(method: str, found: _Found, task: Task, count: int, *, named: bool) -> 
     if method == "offset-logistic":
         return f"{rows} fitted against {against}{also}; every old row keeps its bits"
     if method == "anchored":
-        return f"all rows refitted on old data and the examples{also}, {found.way:.0%} of the way from the old ones"
+        way = percent(found.way, 0)
+        return f"all rows refitted on old data and the examples{also}, {way} of the way from the old ones"
     if len(found.rows.weight) == count:
         return f"{rows} fitted against {against}{also}; every old row keeps its bits, as they were refitted already"
     return f"old rows refitted from the memory, {rows} against those{also}; old answers may change either way"

@@ -139,7 +139,7 @@ def main() -> None:
     model.save_pretrained(options.checkpoint)
     tokenizer.save_pretrained(options.checkpoint)
     right = accuracy(model, tokenizer, test)
-    print(f"fine-tuned in {seconds:.0f} s; {right:.1%} of {len(test.texts)} test sentences right")
+    print(f"fine-tuned in {seconds:.0f} s; {100 * right:.1f} % of {len(test.texts)} test sentences right")
 
 
 if __name__ == "__main__":
