@@ -17,6 +17,7 @@ from patcher.errors import ExamplesError, InputError
 from patcher.examples import Examples, read_examples
 from patcher.files import require_folder
 from patcher.names import check_name
+from patcher.remembering import FEATURES_A_LABEL
 from patcher.repository import ModelRepository
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class ExportOptions(TypedDict, total=False):
 
     ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
     and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
-    builds the memory beside head version 1. ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
+    builds the memory beside head version 1, with ``per_label`` real features of each label (20 by default; 0 keeps
+    statistics alone). ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
     GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
     ``evaluation``, labelled texts that took no part in the fine-tuning, or else on a part of ``train``; with
     ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
@@ -53,6 +55,7 @@ class ExportOptions(TypedDict, total=False):
     name: str
     backbone: str | None
     train: str | os.PathLike[str] | Examples | None
+    per_label: int
     evaluation: str | os.PathLike[str] | Examples | None
     precision: str | None
     device: str
@@ -102,6 +105,7 @@ class Plan:
     encoder: TextEncoder
     target: Target
     train: Labelled | None
+    per_label: int
     held_out: Labelled | None
 
 
@@ -119,7 +123,8 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
     checkpoint = _checkpoint(model, options)
     train, held_out = (_labelled(each, checkpoint) for each in files)
     encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
-    return Plan(name, backbone, in_store, checkpoint, encoder, target, train, held_out)
+    per_label = options.get("per_label", FEATURES_A_LABEL)
+    return Plan(name, backbone, in_store, checkpoint, encoder, target, train, per_label, held_out)
 
 
 def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:

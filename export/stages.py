@@ -82,7 +82,8 @@ def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch
     )
     checked = stages.checked(split, plain.file, train, held_out)
     with watch("memory"):
-        memory = train and build_memory(train.features, train.ids, plan.checkpoint.labels, split.split)
+        labels, per_label = plan.checkpoint.labels, plan.per_label
+        memory = train and build_memory(train.features, train.ids, labels, split.split, per_label)
         head = stages.head(split, served, memory, held_out, checked)
     return Made(
         files=BackboneFiles(

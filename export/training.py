@@ -55,11 +55,16 @@ def _unknown(label: str, labels: Sequence[str]) -> str:
     return f"the model has no label {label!r} among its {len(labels)}: {hint}"
 
 
-def build_memory(features: NDArray[np.float32], ids: LabelIds, labels: Sequence[str], split: int) -> Memory:
-    """Memory of features FP32 ``[n, width]``; a text with several labels counts for each of them."""
+def build_memory(
+    features: NDArray[np.float32], ids: LabelIds, labels: Sequence[str], split: int, per_label: int
+) -> Memory:
+    """Memory of features FP32 ``[n, width]``; a text with several labels counts for each of them.
+
+    ``per_label`` of them are kept as they are; 0 keeps statistics alone.
+    """
     rows = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
     flat = np.array([label for each in ids for label in each], np.int64)
-    return Memory.build(features[rows], flat, labels, split)
+    return Memory.build(features[rows], flat, labels, split, per_label=per_label)
 
 
 def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:

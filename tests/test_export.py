@@ -26,6 +26,7 @@ from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.checkpoint import from_objects  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
+from patcher.cli import main  # noqa: E402
 from patcher.errors import (  # noqa: E402
     CheckpointError,
     ExamplesError,
@@ -412,8 +413,6 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
 
 
 def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, capsys):
-    from patcher.cli import main
-
     told = {}
     for name, label in (("all", checkpoints.LABELS[0]), ("other", checkpoints.LABELS[1])):
         rows = [(text, label) for text, _ in checkpoints.TRAIN]
@@ -454,6 +453,17 @@ def test_fresh_texts_set_what_counts_as_out_of_scope(bert, tmp_path):
     assert fresh.stretch > 0
     remembered = float(plain.distance.limit[0]) / FINE_TUNED
     assert float(fresh.distance.limit[0]) == pytest.approx(fresh.stretch * remembered, rel=1e-5)
+
+
+def test_an_export_can_keep_nothing_of_a_single_text(bert, tmp_path, capsys):
+    train = str(train_file(tmp_path, checkpoints.TRAIN))
+    command = ["export", str(bert), "--repo", str(tmp_path / "repository"), "--train", train]
+    assert main([*command, "--name", "kept"]) == 0, capsys.readouterr().err
+    assert main([*command, "--name", "apart", "--memory", "statistics"]) == 0, capsys.readouterr().err
+    repository = ModelRepository(tmp_path / "repository")
+    kept, apart = (repository.classifier(name).memory() for name in ("kept", "apart"))
+    assert (len(kept.sample) > 0, len(apart.sample), len(apart.clusters.means)) == (True, 0, 0)
+    np.testing.assert_array_equal(apart.sums, kept.sums)
 
 
 def test_a_memory_that_comes_later_knows_that_its_texts_were_learnt(bert, tmp_path):

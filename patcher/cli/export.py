@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import FILE, allow_pickle_option, eval_option, repo_option, trust_remote_code_option
+from patcher.cli.options import (
+    FILE,
+    allow_pickle_option,
+    eval_option,
+    memory_option,
+    repo_option,
+    trust_remote_code_option,
+)
 from patcher.cli.output import not_installed, tell
 from patcher.wording import percent
 
@@ -26,6 +33,7 @@ _CONTRADICTED = 0.5
     type=FILE,
     help="Labelled file the model was fine-tuned on: builds the memory that bounds the harm of later patches.",
 )
+@memory_option
 @eval_option(
     "Labelled file that took no part in the fine-tuning: sets which texts count as out of scope, and the "
     "cost of a lower precision is measured on it."
@@ -63,6 +71,7 @@ def export_command(
     repo: Path | str,
     name: str,
     train: Path | None,
+    kind: str,
     evaluation: Path | None,
     precision: str | None,
     device: str,
@@ -86,6 +95,7 @@ def export_command(
     import json
 
     from patcher.gate import unremembered
+    from patcher.remembering import FEATURES_A_LABEL
 
     try:
         from export import run_export
@@ -97,6 +107,7 @@ def export_command(
         repo,
         name=name,
         train=train,
+        per_label=FEATURES_A_LABEL if kind == "features" else 0,
         evaluation=evaluation,
         precision=precision,
         device=device,
