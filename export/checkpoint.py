@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import logging
 import re
+import ssl
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -34,6 +39,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
 _LONG = 100
 """Tokens of a batch that is worth a word on its length."""
+_HUB_SECONDS = 5.0
 # What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
@@ -74,8 +80,13 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
         a pickle, or code of its own without the flag that allows it.
     """
     name = _checked_source(source)
+    # The hub's own library asks six times for each file, which takes a minute where nobody answers.
+    common = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": not Path(name).is_dir() and not _hub_answers(),
+    }
     with _quiet():
-        config = _read(name, "configuration", AutoConfig, trust_remote_code=trust_remote_code)
+        config = _read(name, "configuration", AutoConfig, **common)
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
         _refuse_unfit(config, name)
@@ -88,10 +99,10 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
             config=config,
             dtype=torch.float32,
             use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **common,
         )
-        tokenizer = _read(name, "tokenizer", AutoTokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = _read(name, "tokenizer", AutoTokenizer, **common)
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -151,12 +162,39 @@ def _checked_source(name: str) -> str:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{name} holds no config.json; expected the folder of a saved transformers model")
         return name
-    if path.exists() or not _HUB_ID.fullmatch(name):
+    near = _near(path)
+    if path.exists() or near or not _HUB_ID.fullmatch(name):
         what = "a file" if path.exists() else "no folder that is there"
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
         raise CheckpointError(
-            f"{name!r} is {what}; expected the folder of a checkpoint, or an id of the hub (owner/name)"
+            f"{name!r} is {what}; expected the folder of a checkpoint, or an id of the hub (owner/name){hint}"
         )
     return name
+
+
+def _near(path: Path) -> list[str]:
+    """Folders of checkpoints beside ``path`` whose names are like its own."""
+    try:
+        there = {each.name: str(each) for each in path.parent.iterdir() if (each / "config.json").is_file()}
+    except OSError:
+        return []
+    return [there[name] for name in difflib.get_close_matches(path.name, there)]
+
+
+def _hub_answers() -> bool:
+    """Whether anybody answers at the hub's address; True also where the environment forbids to ask: it is not asked."""
+    if hub.HF_HUB_OFFLINE:
+        return True
+    try:
+        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")  # noqa: S310  the hub library's own address
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()  # noqa: S310  the same
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # whom to trust is for the hub's library to say
+    except OSError:
+        return False
+    return True
 
 
 def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
@@ -169,8 +207,9 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
             reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust where it comes from"
         elif "ignore_mismatched_sizes" in str(error):
             reason = "their shapes are not those that its config.json says"
-        hub = "" if Path(name).is_dir() else " (no folder of that name is here, so it was looked for on the hub)"
-        raise CheckpointError(f"cannot read the {what} of {name}{hub}: {reason}") from error
+        looked = "no hub answers to be asked for it" if options["local_files_only"] else "it was looked for on the hub"
+        where = "" if Path(name).is_dir() else f" (no folder of that name is here, and {looked})"
+        raise CheckpointError(f"cannot read the {what} of {name}{where}: {reason}") from error
 
 
 def _refuse_pickle(name: str) -> None:

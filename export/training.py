@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["accuracy", "build_memory", "counter", "label_ids"]
 
 _SECONDS_A_LINE = 5.0
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls a label that nobody named."""
 
 
 def label_ids(examples: Examples, labels: Sequence[str], problem: str) -> LabelIds:
@@ -46,7 +49,12 @@ def label_ids(examples: Examples, labels: Sequence[str], problem: str) -> LabelI
 
 def _unknown(label: str, labels: Sequence[str]) -> str:
     near = difflib.get_close_matches(label, labels, 3)
-    if label.isdigit() and int(label) < len(labels):
+    if all(map(_UNNAMED.fullmatch, labels)):
+        hint = (
+            f"its config.json gives them no names ({labels[0]} …); set id2label there, or export without --train, then "
+            "`patcher rename-label` and `patcher remember`"
+        )
+    elif label.isdigit() and int(label) < len(labels):
         hint = f"it looks like an id; expected names, which is {labels[int(label)]!r} for {label}"
     elif near:
         hint = f"did you mean {', '.join(near)}?"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import checkpoints  # noqa: E402  needs both
 from tokenizers import Tokenizer  # noqa: E402
 
 import export  # noqa: E402
+import export.checkpoint  # noqa: E402
 import export.stages  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.checkpoint import from_objects  # noqa: E402
@@ -188,6 +191,41 @@ def test_a_checkpoint_is_refused_with_the_reason(copy, tmp_path, damage, reason)
 def test_a_source_that_is_no_checkpoint(tmp_path, source, reason):
     with pytest.raises(CheckpointError, match=reason):
         run_export(source, tmp_path / "model_repository")
+
+
+@pytest.mark.parametrize("mistyped", ["my-finetunedbert", "./my-finetuned-brt", "below/my_finetuned_bert"])
+def test_a_folder_that_is_mistyped_is_told_without_asking_the_hub(mistyped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: pytest.fail("the hub was asked"))
+    for folder in (Path("my-finetuned-bert"), Path("below/my-finetuned-bert")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    (tmp_path / "my-finetunedbert-logs").mkdir()
+    meant = Path(mistyped).parent / "my-finetuned-bert"
+    with pytest.raises(CheckpointError, match=rf"no folder that is there; .*: did you mean {meant}\?$"):
+        run_export(mistyped, tmp_path / "model_repository")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(
+        CheckpointError, match=r"of nobody/nothing \(no folder of that name is here, and no hub answers"
+    ):
+        run_export("nobody/nothing", tmp_path / "model_repository")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as refusing:
+        threading.Thread(target=refusing.handle_request).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{refusing.server_port}")
+        assert export.checkpoint._hub_answers()
+
+
+@pytest.mark.parametrize("written", ["balance", "0", "LABEL_9"])
+def test_labels_without_names_are_told(copy, tmp_path, written):
+    edit_config(copy, id2label={str(i): f"LABEL_{i}" for i in range(5)}, label2id={f"LABEL_{i}": i for i in range(5)})
+    train = train_file(tmp_path, [("what is the balance", written)])
+    with pytest.raises(ExamplesError, match=r"no label .* gives them no names \(LABEL_0 …\); set id2label there, or"):
+        run_export(copy, tmp_path / "model_repository", train=train)
 
 
 def test_a_pickle_is_read_when_asked_for(copy, bert, tmp_path):
