@@ -13,7 +13,8 @@ PatcherError                 1  failed, nothing changed
 │       └── PrecisionError      a backbone in fewer bits loses more than its precision may
 ├── ServerError              1  the server answered with an error
 │   ├── ServerUnreachable       nobody answers, or not in time
-│   │   └── TlsError            somebody answers, but the connection cannot be secured as asked
+│   │   ├── TlsError            somebody answers, but the connection cannot be secured as asked
+│   │   └── WrongPort           a server answers, but by HTTP
 │   └── ServerRefused           the server understood and said no (an unknown model)
 │       └── ControlRefused      it takes no model control at all, or not with this key
 ├── ToolError                1  a program or library that is needed is missing or failed
@@ -56,6 +57,7 @@ __all__ = [
     "TlsError",
     "ToolError",
     "VersionError",
+    "WrongPort",
     "as_sentence",
 ]
 
@@ -129,6 +131,10 @@ class ServerUnreachable(ServerError):
 
 class TlsError(ServerUnreachable):
     """Somebody answers there, but not with the TLS (or the lack of it) that was asked for."""
+
+
+class WrongPort(ServerUnreachable):
+    """A server answers there, but it is its HTTP port, and gRPC was expected."""
 
 
 class ServerRefused(ServerError):

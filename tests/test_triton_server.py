@@ -22,7 +22,8 @@ import pytest
 import tiny
 
 from patcher import TritonServer
-from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError
+from patcher.cli import main
+from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError, WrongPort
 from patcher.serve import damaged
 from patcher.triton import installation, process
 from patcher.triton.server import EmbeddedTriton
@@ -419,6 +420,22 @@ class TestClient:
                 thread.join()
         assert failed == []
         assert len(answered) > 20
+
+
+class TestHttpPort:
+    def test_is_named_for_what_it_is(self, server):
+        with TritonServer(server.http_url, timeout=5) as wrong:
+            for ask in (wrong.is_live, wrong.server_metadata, lambda: wrong.classify("intent", ["please"])):
+                with pytest.raises(WrongPort, match=rf"{server.http_url} is a server's HTTP port; .* 8001 by default"):
+                    ask()
+
+    def test_doctor_says_so_too(self, server, capsys):
+        assert main(["doctor", "--repo", str(server.repository), "--url", server.http_url]) == 1
+        assert f"port: {server.http_url} is a server's HTTP port" in capsys.readouterr().out
+
+    def test_a_port_of_somebody_else_is_not_taken_for_it(self, server):
+        with TritonServer(f"127.0.0.1:{server.metrics_port}", timeout=5) as wrong:
+            assert not wrong.is_live()
 
 
 class TestInstallation:

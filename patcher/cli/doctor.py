@@ -20,7 +20,7 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
     Ends with 1 where something is at fault.
     """
     from patcher import doctor
-    from patcher.errors import TlsError
+    from patcher.errors import TlsError, WrongPort
 
     checks = []
 
@@ -35,6 +35,8 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
             server = asked if asked.is_live() else None
         except TlsError as error:
             tell(doctor.Check("TLS", "fault", str(error)))
+        except WrongPort as error:
+            tell(doctor.Check("port", "fault", str(error)))
         if repair:
             for check in doctor.repair(options.repo, server):
                 tell(check)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.errors import ControlRefused, InputError, ServerError, ServerRefused, ServerUnreachable, TlsError
+from patcher.errors import (
+    ControlRefused,
+    InputError,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+    TlsError,
+    WrongPort,
+)
+from patcher.triton.http_port import serves_http
 from patcher.triton.tls import handshake_problem, speaks_tls
 
 if TYPE_CHECKING:
@@ -93,8 +102,8 @@ class TritonServer:
     ``admin_key`` goes along with model control, where the server restricts that; ``timeout`` in seconds bounds every
     call; ``tls`` encrypts all of it and says whom to trust. A classifier in a backbone's head store is asked for by its
     address, ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers
-    in time (TlsError where somebody does, but without the TLS asked for) and ServerRefused where the server says no;
-    what it could not do otherwise is a ServerError.
+    in time (TlsError where somebody does, but without the TLS asked for; WrongPort where a server does by HTTP) and
+    ServerRefused where the server says no; what it could not do otherwise is a ServerError.
     """
 
     def __init__(
@@ -211,6 +220,8 @@ class TritonServer:
     def _unreachable(self, message: str) -> ServerUnreachable:
         if problem := self._tls_problem():
             return TlsError(f"the server at {self.url} {problem}")
+        if self.tls is None and serves_http(self._host, self._port):
+            return WrongPort(f"{self.url} is a server's HTTP port; expected its gRPC port, which is 8001 by default")
         return ServerUnreachable(
             f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
             "--url or $TRITON_URL names another"
@@ -224,11 +235,11 @@ class TritonServer:
         return None
 
     def is_live(self) -> bool:
-        """Whether a Triton server answers here; False also where nobody does. Raises TlsError as all others do."""
+        """Whether a Triton server answers here; False where nobody does. Raises TlsError and WrongPort as all do."""
         try:
             with self._asked("say that it lives", min(self.timeout, _PROBE_SECONDS)) as options:
                 return bool(self._client.is_server_live(**options))
-        except TlsError:
+        except (TlsError, WrongPort):
             raise
         except ServerError:
             return False
