@@ -58,7 +58,9 @@ class Checkpoint:
     problem: str
     """``single_label`` or ``multi_label``."""
     source: str
-    """Where it came from, for messages and the lineage."""
+    """Where it came from, for messages."""
+    location: str | None = None
+    """Its folder, absolute, or its id on the hub; None for a model in memory, and a path that is no text."""
     dtype: torch.dtype = torch.float32
     """Of the weights as they are there; ``model`` has them in float32."""
 
@@ -109,7 +111,12 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
             f"{name} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which were "
             "left random: expected a checkpoint that was fine-tuned for sequence classification"
         )
-    return dataclasses.replace(_ready(model, tokenizer, labels, problem, name), dtype=dtype)
+    location = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return dataclasses.replace(
+        _ready(model, tokenizer, labels, problem, name),
+        dtype=dtype,
+        location=location if location.isprintable() else None,  # one that is no text would not go into the lineage
+    )
 
 
 def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str = "") -> Checkpoint:

@@ -23,6 +23,7 @@ from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.layout import BackboneFiles
+from patcher.lineage import CHECKPOINT
 from patcher.provenance import now
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
 from patcher.wording import percent
@@ -229,7 +230,8 @@ class _Stages:
         checked: PrecisionCheck | None,
     ) -> Head:
         """Version 1, and the proof that its file says what it should."""
-        train, precision, parity = self.plan.train, self.plan.target.precision, served.parity
+        checkpoint, train, parity = self.plan.checkpoint, self.plan.train, served.parity
+        precision = self.plan.target.precision
         head = self._linear(
             split,
             served.file,
@@ -237,7 +239,8 @@ class _Stages:
             tool_version=__version__,
             data_hash=train.examples.data_hash() if train else "",
             details={
-                "architecture": type(self.plan.checkpoint.model).__name__,
+                "architecture": type(checkpoint.model).__name__,
+                **({CHECKPOINT: checkpoint.location} if checkpoint.location else {}),
                 "layer": split.layer,
                 "parity": parity.difference,
                 "precision": precision,

@@ -22,6 +22,7 @@ from export.stages import split_off
 from export.tokenizer import prepare_tokenizer
 from patcher.errors import CheckpointError, ExportError, InputError, ParityError, StorageError
 from patcher.evaluation import answers
+from patcher.lineage import CHECKPOINT
 from patcher.narrow import narrow_head
 from patcher.runtime import open_session
 
@@ -52,14 +53,15 @@ class Returned:
 
 def to_transformers(
     classifier: Classifier,
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None,
     folder: str | os.PathLike[str],
     version: int | None = None,
     **flags: bool,
 ) -> Returned:
     """Write ``checkpoint`` to ``folder`` with the labels and rows of a head version, by default the serving one.
 
-    ``checkpoint`` is what the classifier was exported from; ``flags`` are those of ``load_checkpoint``.
+    ``checkpoint`` is what the classifier was exported from, None for where the export found it; ``flags`` are those of
+    ``load_checkpoint``.
 
     Raises
     ------
@@ -68,7 +70,8 @@ def to_transformers(
     ParityError
         where the classifier was exported from another one.
     InputError
-        where ``folder`` is not empty, or the memory keeps nothing of a label that was patched in.
+        where ``folder`` is not empty, the memory keeps nothing of a label that was patched in, or ``checkpoint`` is
+        None and the lineage names none that is there.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -76,7 +79,7 @@ def to_transformers(
     head = classifier.head(version)
     memory = classifier.memory(head.lineage.version)
     plain = narrow_head(head, memory)
-    loaded = load_checkpoint(str(checkpoint), **flags)
+    loaded = load_checkpoint(_recorded(classifier.name, head) if checkpoint is None else str(checkpoint), **flags)
     layer = _proven_layer(classifier, loaded, head.split)
     plain = _put_in(loaded, layer, plain)
     _save(loaded.model, loaded.tokenizer, target)
@@ -87,6 +90,16 @@ def to_transformers(
         agreement = float(np.mean([served == returned for served, returned in pairs]))
     patched = tuple(label for label, row in zip(head.labels, head.order, strict=True) if row >= len(head.base_weight))
     return Returned(target, head.lineage.version, len(plain.labels), patched, agreement)
+
+
+def _recorded(name: str, head: Head) -> str:
+    """What the export noted as the checkpoint of the classifier ``name``."""
+    found = head.lineage.details.get(CHECKPOINT)
+    if found is None:
+        raise InputError(f"nothing says what {name} was exported from; expected --checkpoint MODEL")
+    if Path(found).is_absolute() and not Path(found).is_dir():
+        raise InputError(f"{name} was exported from {found}, which is not there any more; expected --checkpoint MODEL")
+    return str(found)
 
 
 def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:

@@ -11,13 +11,17 @@ from patcher.provenance import author, now
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
 
-__all__ = ["next_lineage"]
+__all__ = ["CHECKPOINT", "next_lineage"]
+
+CHECKPOINT = "checkpoint"
+"""The detail that says what a classifier was exported from; each version hands it on, as the first may be pruned."""
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
     """Lineage of the version after ``parent``: numbers, time, author and tool, and ``what`` was done."""
     version = classifier.next_version()
     facts = {name: value for name, value in what.items() if name != "details"}
+    origin = {name: value for name, value in parent.lineage.details.items() if name == CHECKPOINT}
     audit.note(classifier=classifier.name, version=version, parent_version=parent.lineage.version, **facts)
     return Lineage(
         version=version,
@@ -26,5 +30,6 @@ def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
         created=now(),
         author=author(),
         tool_version=__version__,
-        **what,
+        details={**origin, **what.get("details", {})},
+        **facts,
     )

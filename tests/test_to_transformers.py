@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import checkpoints
 import numpy as np
@@ -124,6 +125,32 @@ def test_the_verb(bert, patched, tmp_path, capsys):
     assert (found["version"], found["refitted"], found["agreement"]) == (1, [], 1.0)
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_the_checkpoint_is_taken_from_where_the_export_found_it(bert, tmp_path, monkeypatch, capsys):
+    shutil.copytree(bert, tmp_path / "fine-tuned")
+    monkeypatch.chdir(tmp_path)
+    repository = export_classifier("fine-tuned", "repository", train=train_file(tmp_path))
+    add_label(repository, "pizza", PIZZA, settings=FORCED)
+    add_label(repository, "parting", ["goodbye", "see you later", "bye bye"], settings=FORCED)
+    assert prune(repository.classifier(), 1) == (1,)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    command = ["to-transformers", "--repo", str(tmp_path / "repository"), "--json"]
+    assert main([*command, "new"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["labels"] == len(checkpoints.LABELS) + 2
+    shutil.rmtree(tmp_path / "fine-tuned")
+    assert main([*command, "newer"]) == 2
+    assert "fine-tuned, which is not there any more; expected --checkpoint MODEL" in capsys.readouterr().err
+    checkpoints.save_checkpoint(tmp_path / "fine-tuned", "bert", hidden_size=16, num_attention_heads=2)
+    assert main([*command, "newer"]) == 1
+    assert "exported from another checkpoint" in capsys.readouterr().err
+
+
+def test_a_classifier_whose_checkpoint_nobody_noted_needs_it_named(classifier, tmp_path):
+    with pytest.raises(InputError, match="nothing says what intent was exported from; expected --checkpoint MODEL"):
+        to_transformers(classifier, None, tmp_path / "new")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

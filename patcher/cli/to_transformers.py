@@ -19,14 +19,16 @@ from patcher.wording import percent
 
 @click.command("to-transformers")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, metavar="MODEL", help="What the classifier was exported from.")
+@click.option(
+    "--checkpoint", metavar="MODEL", help="What the classifier was exported from.  [default: where the export found it]"
+)
 @version_option
 @allow_pickle_option
 @trust_remote_code_option
 @common_options
 def to_transformers_command(
     folder: Path,
-    checkpoint: str,
+    checkpoint: str | None,
     version: int | None,
     allow_pickle: bool,
     trust_remote_code: bool,
@@ -38,6 +40,7 @@ def to_transformers_command(
     patched in see more features than that, and are fitted again without them, from what the memory keeps.
 
     \b
+    patcher to-transformers my-bert-with-new-labels
     patcher to-transformers my-bert-with-new-labels --checkpoint my-finetuned-bert
     """
     try:
