@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.callback import ExportCallback
-    from export.classifier import ExportOptions, export_classifier, run_export
+    from export.classifier import export_classifier, run_export
+    from export.plan import ExportOptions
     from export.report import ExportReport
     from export.to_transformers import to_transformers
 
 # Name -> module, imported when first asked for: the callback brings all of transformers' Trainer with it.
 _HOMES = {
     "ExportCallback": "export.callback",
-    "ExportOptions": "export.classifier",
+    "ExportOptions": "export.plan",
     "ExportReport": "export.report",
     "export_classifier": "export.classifier",
     "run_export": "export.classifier",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from export.classifier import ExportOptions, foresee, run_export
+from export.classifier import run_export
+from export.plan import ExportOptions, foresee
 from patcher.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from export.checkpoint import load_checkpoint
-from export.parity import check_parity, token_batch
+from export.parity import check_parity
 from export.precision import LIMITS
-from export.split import find_split
-from export.tokenizer import embeddings, prepare_tokenizer
+from export.stages import split_off
+from export.tokenizer import prepare_tokenizer
 from patcher.errors import CheckpointError, ExportError, InputError, ParityError, StorageError
 from patcher.evaluation import answers
 from patcher.narrow import narrow_head
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from patcher.head import Head
 
 __all__ = ["Returned", "to_transformers"]
-
-_TRACED_LENGTHS = (11, 9)
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def to_transformers(
     wanted = {tensor.name for tensor in open_session(classifier.backbone_path).get_inputs()}
     if missing := wanted - set(encoder.inputs):
         raise ParityError(f"{other}: its backbone takes {', '.join(sorted(missing))}, the checkpoint does not")
-    tokens = token_batch(encoder, embeddings(loaded.model).num_embeddings, _TRACED_LENGTHS)
-    split = find_split(loaded.model, tokens, len(loaded.labels))
+    split, _ = split_off(loaded, encoder)
     if split.split != head.split:
         raise ParityError(
             f"{checkpoint} has {split.split} classifier features, {classifier.name} {head.split}: it was exported from "

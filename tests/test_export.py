@@ -21,7 +21,7 @@ import checkpoints  # noqa: E402  needs both
 from tokenizers import Tokenizer  # noqa: E402
 
 import export  # noqa: E402
-import export.classifier  # noqa: E402
+import export.stages  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.checkpoint import from_objects  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
@@ -568,7 +568,7 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
 
 def alter(monkeypatch, part, change):
     """Have exports write backbones whose weights of that name are changed."""
-    honest = export.classifier.export_backbone
+    honest = export.stages.export_backbone
 
     def altered(model, split, inputs, path, *, unpad):
         made = honest(model, split, inputs, path, unpad=unpad)
@@ -579,7 +579,7 @@ def alter(monkeypatch, part, change):
         onnx.save(graph, path)
         return made
 
-    monkeypatch.setattr(export.classifier, "export_backbone", altered)
+    monkeypatch.setattr(export.stages, "export_backbone", altered)
 
 
 @pytest.mark.parametrize(

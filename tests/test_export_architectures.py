@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
 
-import export.classifier  # noqa: E402
+import export.stages  # noqa: E402
 from export import run_export  # noqa: E402
 from patcher import model_config  # noqa: E402
 from patcher.errors import CheckpointError, ExportError, ParityError  # noqa: E402
@@ -158,14 +158,14 @@ def test_the_same_model_gets_the_same_fused_bytes(tmp_path):
 
 def test_fused_operators_that_cannot_be_halved_are_left_out(tmp_path, monkeypatch):
     folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "bert")
-    honest = export.classifier.convert
+    honest = export.stages.convert
 
     def convert(backbone, precision, path):
         if backbone.path.name == "fused.onnx":
             raise ExportError("no shapes")
         return honest(backbone, precision, path)
 
-    monkeypatch.setattr(export.classifier, "convert", convert)
+    monkeypatch.setattr(export.stages, "convert", convert)
     told: list[str] = []
     report = run_export(folder, tmp_path / "r", device="gpu", progress=told.append)
     assert "fused operators are left out: no shapes" in told
@@ -176,7 +176,7 @@ def test_fused_operators_that_cannot_be_halved_are_left_out(tmp_path, monkeypatc
 @pytest.mark.parametrize("how", ["wrong", "broken"])
 def test_fused_operators_that_answer_otherwise_are_left_out(how, tmp_path, monkeypatch):
     folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "bert")
-    honest = export.classifier.fuse
+    honest = export.stages.fuse
 
     def wrong(backbone, config, path, *, left):
         """Attention that takes padding for the text, as the one for padding behind it does with padding before it."""
@@ -188,7 +188,7 @@ def test_fused_operators_that_answer_otherwise_are_left_out(how, tmp_path, monke
         onnx.save(model, path)
         return made
 
-    monkeypatch.setattr(export.classifier, "fuse", wrong)
+    monkeypatch.setattr(export.stages, "fuse", wrong)
     told: list[str] = []
     report = run_export(folder, tmp_path / "r", device="gpu", progress=told.append)
     assert any(line.startswith("fused operators are left out: ") and "no fused" not in line for line in told)

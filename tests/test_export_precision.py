@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
 
-import export.classifier  # noqa: E402
 import export.precision  # noqa: E402
+import export.stages  # noqa: E402
 from export import run_export  # noqa: E402
 from export.precision import LIMITS, Limits, check_precision, sample  # noqa: E402
 from patcher.cli import main  # noqa: E402
@@ -163,9 +163,9 @@ def test_a_file_held_out_is_what_counts(bert, train, tmp_path):
 @pytest.mark.parametrize("limits, reason", [(Limits(1e-9, 1, 1), "the logits move by"), (None, "changes the answer")])
 def test_too_few_bits_are_refused_and_nothing_is_written(bert, train, tmp_path, monkeypatch, limits, reason):
     if limits:
-        monkeypatch.setitem(export.classifier.LIMITS, "int8", limits)
+        monkeypatch.setitem(export.stages.LIMITS, "int8", limits)
     else:
-        honest = export.classifier.convert
+        honest = export.stages.convert
 
         def rough(backbone, precision, path):
             """Weights of one bit and a sign."""
@@ -178,8 +178,8 @@ def test_too_few_bits_are_refused_and_nothing_is_written(bert, train, tmp_path, 
             onnx.save(model, path)
             return made
 
-        monkeypatch.setattr(export.classifier, "convert", rough)
-        monkeypatch.setitem(export.classifier.LIMITS, "int8", Limits(99, 1, 0.03))
+        monkeypatch.setattr(export.stages, "convert", rough)
+        monkeypatch.setitem(export.stages.LIMITS, "int8", Limits(99, 1, 0.03))
     with pytest.raises(PrecisionError, match=reason) as caught:
         run_export(bert, tmp_path / "model_repository", precision="int8", train=train)
     assert caught.value.exit_code == 1

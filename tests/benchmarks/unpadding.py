@@ -71,15 +71,13 @@ def exported(checkpoint: Path, folder: Path) -> dict[str, Graph]:
     """The backbone with and without work on padding, in FP32 and INT8."""
     from export.backbone import export_backbone
     from export.checkpoint import load_checkpoint
-    from export.parity import token_batch
     from export.precision import convert
-    from export.split import find_split
-    from export.tokenizer import embeddings, prepare_tokenizer
+    from export.stages import split_off
+    from export.tokenizer import prepare_tokenizer
 
     loaded = load_checkpoint(str(checkpoint))
     encoder = prepare_tokenizer(loaded, None)
-    tokens = token_batch(encoder, embeddings(loaded.model).num_embeddings, (11, 7, 4))
-    split = find_split(loaded.model, tokens, len(loaded.labels))
+    split, tokens = split_off(loaded, encoder)
     graphs = {}
     for kind in ("padded", "unpadded"):
         made = export_backbone(loaded.model, split, tokens, folder / f"{kind}.onnx", unpad=kind == "unpadded")

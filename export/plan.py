@@ -1,0 +1,170 @@
+"""What an export works on: read, looked through, and refused where it can be, before any of the work is done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+from torch import nn
+
+from export.checkpoint import Checkpoint, from_objects, load_checkpoint
+from export.precision import PRECISIONS
+from export.tokenizer import prepare_tokenizer
+from export.training import label_ids
+from patcher.errors import ExamplesError, InputError
+from patcher.examples import Examples, read_examples
+from patcher.repository import ModelRepository, check_name, require_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from export.tokenizer import TextEncoder
+    from export.training import LabelIds
+
+    Source = str | os.PathLike[str] | nn.Module
+
+__all__ = ["DEVICES", "ExportOptions", "LabelledTexts", "Plan", "Target", "foresee"]
+
+DEVICES = ("cpu", "gpu")
+
+
+class ExportOptions(TypedDict, total=False):
+    """What can be chosen about an export.
+
+    ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
+    and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
+    builds the memory beside head version 1. ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
+    GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
+    ``evaluation``, labelled texts that took no part in the fine-tuning, or else on a part of ``train``; with
+    ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
+    backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
+    cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
+    ``in_store`` leaves the classifier's answers to the backbone's head store instead of an ensemble and a head model of
+    its own. ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is
+    going on.
+    """
+
+    name: str
+    backbone: str | None
+    train: str | os.PathLike[str] | Examples | None
+    evaluation: str | os.PathLike[str] | Examples | None
+    precision: str | None
+    device: str
+    tensorrt: bool
+    max_length: int | None
+    tokenizer: PreTrainedTokenizerBase | None
+    in_store: bool
+    allow_pickle: bool
+    trust_remote_code: bool
+    progress: Callable[[str], None] | None
+
+
+class LabelledTexts(NamedTuple):
+    """Texts, and the places of their labels among the checkpoint's."""
+
+    examples: Examples
+    ids: LabelIds
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the backbone is made for."""
+
+    precision: str
+    device: str
+    tensorrt: bool
+
+    @property
+    def unpads(self) -> bool:
+        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it saves."""
+        return self.device == "cpu" and self.precision != "fp16"
+
+    @property
+    def fuses(self) -> bool:
+        """Whether to write ONNX Runtime's fused operators."""
+        return self.device == "gpu" and not self.tensorrt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export works on, and what is to come of it."""
+
+    name: str
+    backbone: str
+    in_store: bool
+    checkpoint: Checkpoint
+    encoder: TextEncoder
+    target: Target
+    train: LabelledTexts | None
+    held_out: LabelledTexts | None
+
+
+def foresee(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> Plan:
+    """Everything that can be refused before the work begins, is refused here; raises as ``export_classifier`` does."""
+    if unknown := set(options) - set(ExportOptions.__annotations__):
+        raise InputError(
+            f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
+        )
+    name, in_store = options.get("name", "intent"), options.get("in_store", False)
+    backbone = options.get("backbone") or name
+    _refuse_taken(repository_dir, name, backbone, in_store=in_store)
+    target = _target(options)
+    files = [_examples(options.get("train")), _examples(options.get("evaluation"))]
+    checkpoint = _checkpoint(model, options)
+    train, held_out = (_labelled(each, checkpoint) for each in files)
+    encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
+    return Plan(name, backbone, in_store, checkpoint, encoder, target, train, held_out)
+
+
+def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:
+    """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
+    check_name(name)
+    check_name(backbone)
+    if in_store:
+        require_folder(location)
+    repository = ModelRepository.at(location)
+    if repository is not None and name in repository.classifiers():
+        raise InputError(f"{location} holds a classifier {name!r} already; expected another --name, or another --repo")
+
+
+def _target(options: ExportOptions) -> Target:
+    device, tensorrt = options.get("device", "cpu"), options.get("tensorrt", False)
+    precision = options.get("precision") or ("fp16" if device == "gpu" else "fp32")
+    if precision not in PRECISIONS:
+        raise InputError(f"no precision {precision!r}; expected {', '.join(PRECISIONS)}")
+    if device not in DEVICES:
+        raise InputError(f"no device {device!r}; expected {', '.join(DEVICES)}")
+    if device == "gpu" and precision == "int8":
+        raise InputError("int8 is made for CPUs: CUDA has no kernel for it; expected fp16 or fp32 with the device gpu")
+    if tensorrt and device != "gpu":
+        raise InputError("TensorRT runs on GPUs; expected the device gpu with it")
+    return Target(precision, device, tensorrt)
+
+
+def _examples(given: str | os.PathLike[str] | Examples | None) -> Examples | None:
+    return given if given is None or isinstance(given, Examples) else read_examples(Path(given))
+
+
+def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledTexts | None:
+    if examples is None:
+        return None
+    if not examples:
+        raise ExamplesError(f"{examples.source} holds no examples; expected one at least, or None")
+    return LabelledTexts(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
+
+
+def _checkpoint(model: Source, options: ExportOptions) -> Checkpoint:
+    if not isinstance(model, nn.Module):
+        return load_checkpoint(
+            os.fspath(model),
+            allow_pickle=options.get("allow_pickle", False),
+            trust_remote_code=options.get("trust_remote_code", False),
+        )
+    tokenizer = options.get("tokenizer")
+    if tokenizer is None:
+        raise InputError(f"a {type(model).__name__} in memory came without its tokenizer; expected tokenizer=…")
+    return from_objects(model, tokenizer)
