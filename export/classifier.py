@@ -102,8 +102,8 @@ def _publish(location: str | os.PathLike[str], plan: Plan, made: Made) -> ModelR
             undo.callback(repository.remove_backbone, plan.backbone)
         if plan.in_store and not repository.has_store(plan.backbone):
             base = repository.backbone(plan.backbone)
-            repository.add_store(base)
-            undo.callback(repository.remove_store, base)
+            base.add_store()
+            undo.callback(base.remove_store)
         repository.add_classifier(plan.name, made.head, made.memory, backbone=plan.backbone, in_store=plan.in_store)
         undo.pop_all()
     return repository

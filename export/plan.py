@@ -15,7 +15,9 @@ from export.tokenizer import prepare_tokenizer
 from export.training import label_ids
 from patcher.errors import ExamplesError, InputError
 from patcher.examples import Examples, read_examples
-from patcher.repository import ModelRepository, check_name, require_folder
+from patcher.files import require_folder
+from patcher.names import check_name
+from patcher.repository import ModelRepository
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from patcher import layout
 from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
+from patcher.names import BackboneNames
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from patcher.files import RepositoryFiles
+    from patcher.layout import BackboneFiles
     from patcher.model_config import Step
-    from patcher.repository import ModelRepository
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "add_backbone"]
 
 
-class Backbone:
+class Backbone(BackboneNames):
     """A backbone of a repository with its encoder, its features ensemble, and its head store where it has one."""
 
-    def __init__(self, repository: ModelRepository, backbone: str) -> None:
+    def __init__(self, repository: RepositoryFiles, backbone: str) -> None:
+        super().__init__(backbone)
         self.repository = repository
         self.store = repository.store
-        self.backbone = backbone
-        self.tokenizer_model = f"{backbone}_tokenizer"
-        self.encoder_model = f"{backbone}_encoder"
-        """Text to features; exports before 0.4.0 have none (``text_model``)."""
-        self.backbone_model = f"{backbone}_backbone"
-        self.features_model = f"{backbone}_features"
-        self.store_model = f"{backbone}_heads"
-        """The one model that answers from the heads of all stored classifiers."""
-        self.any_model = f"{backbone}_any"
-        """The ensemble text and classifier -> answer above it."""
 
     @property
     def root(self) -> Path:
@@ -72,3 +67,42 @@ class Backbone:
     def width(self) -> int:
         """Number of features that it gives."""
         return int(self.repository.config(self.backbone_model).output[0].dims[0])
+
+    def add_encoder(self, config: str) -> None:
+        """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
+        self.repository.renew_format()
+        self.repository.add(layout.encoder_folder(self, config, self.repository.tokenizer_json(self.backbone)))
+
+    def add_store(self) -> None:
+        """Add the head store, which serves any number of classifiers; the lock must be held.
+
+        Raises InputError for a repository that is no folder.
+        """
+        self.repository.require_folder()
+        self.repository.add(layout.store_folders(self, self.width(), self.encoding()))
+
+    def remove_store(self) -> None:
+        """Take the head store's models out again."""
+        self.store.take_away([self.any_model, self.store_model])
+
+    def outdated(self) -> dict[str, bytes]:
+        """Models whose ``model.py`` is not this version's, and what that is."""
+        programs = layout.programs(self)
+        return {name: new for name, new in programs.items() if self.store.find(f"{name}/1/model.py") not in (None, new)}
+
+    def renew(self, programs: Mapping[str, bytes]) -> None:
+        """Put other programs in the place of those that are there; the lock must be held."""
+        for model, program in programs.items():
+            self.store.replace(f"{model}/1/model.py", program)
+
+
+def add_backbone(repository: RepositoryFiles, name: str, files: BackboneFiles) -> Backbone:
+    """Add a backbone with its encoder, tokenizer and features ensemble under ``name``; the lock must be held.
+
+    Raises InputError where the name is taken.
+    """
+    names = BackboneNames(name)
+    repository.refuse_existing(names.features_model)
+    repository.renew_format()
+    repository.add(layout.backbone_folders(names, files))
+    return Backbone(repository, name)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
-from patcher.classifier import Classifier
+from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
-from patcher.repository import CANARY
+from patcher.names import CANARY
 from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
 from patcher.signals import uninterrupted
 
@@ -153,7 +153,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
     before = None if there is None else repository.config_text(name)
     if before is None:
         validate(classifier.head_bytes(version), head)
-        repository.add_classifier(name, head, backbone=classifier.backbone, share=percent)
+        add_classifier(repository, name, head, base=classifier, share=percent)
     else:
         repository.write_configs({name: model_config.with_share(before, percent)})
     trial = Classifier(repository, name)

@@ -10,35 +10,35 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from patcher import model_config
+from patcher import layout, model_config
 from patcher.backbone import Backbone
-from patcher.errors import RepositoryError, StorageError, VersionError
+from patcher.errors import InputError, RepositoryError, StorageError, VersionError
 from patcher.head_file import read_head
 from patcher.journal import Journal, hashes
-from patcher.layout import CONFIG, MEMORY, MODEL, version_files, version_numbers
 from patcher.memory import Memory
+from patcher.names import CONFIG, JOURNAL, MODEL, version_numbers
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from patcher.files import RepositoryFiles
     from patcher.head import Head
-    from patcher.repository import ModelRepository
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "add_classifier"]
 
 
 class Classifier(Backbone):
     """One classifier of a repository, on its backbone: its head versions and the one that serves."""
 
-    def __init__(self, repository: ModelRepository, name: str) -> None:
+    def __init__(self, repository: RepositoryFiles, name: str) -> None:
         stored = repository.stored_on(name)
         super().__init__(repository, stored or _backbone_of(repository, name))
         self.name = name
         self.in_store = stored is not None
         self.head_model = f"{name}_head"
-        self.journal = Journal(self.store, f"{name}.journal")
+        self.journal = Journal(self.store, f"{name}{JOURNAL}")
 
     @property
     def ensemble(self) -> str:
@@ -100,7 +100,7 @@ class Classifier(Backbone):
 
     def memory(self, version: int | None = None) -> Memory | None:
         """The memory beside a head version; None where it was exported without one."""
-        name = f"{self.version_name(self.serving() if version is None else version)}/{MEMORY}"
+        name = f"{self.version_name(self.serving() if version is None else version)}/{layout.MEMORY}"
         data = self.store.find(name)
         if data is None:
             return None
@@ -121,7 +121,7 @@ class Classifier(Backbone):
         name = f"{self.head_model}/{version}"
         if self.store.glob(f"{name}/*"):
             raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
-        files = version_files(head, memory)
+        files = layout.version_files(head, memory)
         self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
         try:
             self.store.add({name: files})
@@ -203,7 +203,65 @@ class Classifier(Backbone):
         self.store.take_away([f"{self.head_model}/{version}" for version in versions])
 
 
-def _backbone_of(repository: ModelRepository, name: str) -> str:
+def add_classifier(
+    repository: RepositoryFiles,
+    name: str,
+    head: Head,
+    memory: Memory | None = None,
+    *,
+    base: Backbone,
+    in_store: bool = False,
+    share: float | None = None,
+) -> Classifier:
+    """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
+
+    ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own;
+    ``share`` makes it the canary of another, for that many per cent of the requests.
+
+    Raises
+    ------
+    InputError
+        where the name is taken, or there is no head store.
+    RepositoryError
+        where the head is another backbone's, or patched versions are left of a classifier that was here.
+    """
+    repository.refuse_existing(name)
+    if len(repository.versions_of(name)) > 1:
+        raise RepositoryError(
+            f"{repository.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore "
+            f"that file, or delete what is left by `patcher drop-classifier {name}`"
+        )
+    if in_store and not repository.has_store(base.backbone):
+        raise InputError(
+            f"the backbone {base.backbone} has no head store; `--in-store` of `patcher new-classifier` or `patcher "
+            "export` adds one"
+        )
+    width, fingerprint = base.width(), base.fingerprint()
+    if (head.width, head.lineage.backbone) != (width, fingerprint):
+        raise RepositoryError(
+            f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
+            f"{base.backbone} is {fingerprint[:12]} with {width}"
+        )
+    try:
+        repository.add(
+            layout.stored_folders(name, head, memory, base.backbone)
+            if in_store
+            else layout.classifier_folders(name, head, memory, base.encoding(), share)
+        )
+        # Of a classifier that was here before under this name, and whose folders somebody took away.
+        repository.store.remove(f"{name}{JOURNAL}")
+        classifier = Classifier(repository, name)
+        classifier.adopt()
+    except InputError:  # what is there is somebody else's
+        raise
+    except BaseException:
+        with uninterrupted(), contextlib.suppress(StorageError):
+            repository.remove_classifier(name)
+        raise
+    return classifier
+
+
+def _backbone_of(repository: RepositoryFiles, name: str) -> str:
     """Name of the backbone whose encoder (before 0.4.0: whose tokenizer) is the first step of a classifier."""
     steps = repository.config(name).ensemble_scheduling.step
     first = str(steps[0].model_name) if len(steps) > 1 else ""

@@ -13,8 +13,8 @@ from patcher.errors import PatcherError, RepositoryError
 from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
-from patcher.layout import MODEL
-from patcher.repository import CANARY, ModelRepository
+from patcher.names import CANARY, MODEL
+from patcher.repository import ModelRepository
 from patcher.rollout import PROBE_TEXT, catch_up, probe, recover, validate
 
 if TYPE_CHECKING:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from patcher.backbone import Backbone
 from patcher.canary import require_free
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import Fleet, present
-from patcher.repository import CANARY, check_name
+from patcher.names import CANARY, check_name
 from patcher.rollout import let_go, require_live
 
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
+    from patcher.files import RepositoryFiles
     from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
@@ -73,10 +75,10 @@ def _unload(name: str, server: TritonServer | None) -> bool:
     return any(held)
 
 
-def _forget(repository: ModelRepository, name: str, server: TritonServer | None) -> None:
+def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> None:
     """Have the head stores look for files that are gone; what is wrong with one is said when all were asked."""
     failed = []
-    for backbone in map(repository.backbone, repository.stores()):
+    for backbone in (Backbone(repository, each) for each in repository.stores()):
         for replica in present(server):
             try:
                 if replica.is_ready(backbone.store_model):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher import __version__, audit
+from patcher.classifier import add_classifier
 from patcher.dropping import take_out
 from patcher.errors import (
     ExamplesError,
@@ -31,9 +32,9 @@ from patcher.fleet import each, present
 from patcher.head import Head
 from patcher.head_file import write_head
 from patcher.memory import Memory
+from patcher.names import check_name
 from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
-from patcher.repository import check_name
 from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
 
@@ -323,9 +324,9 @@ def publish_new(
     with repository.lock(), contextlib.ExitStack() as undo:
         repository.refuse_existing(name)  # another patcher may have been quicker
         if in_store and not repository.has_store(base.backbone):
-            repository.add_store(base)
+            base.add_store()
             undo.callback(_take_out_store, base, server)
-        classifier = repository.add_classifier(name, head, memory, backbone=base.backbone, in_store=in_store)
+        classifier = add_classifier(repository, name, head, memory, base=base, in_store=in_store)
         undo.callback(take_out, classifier, server)
         try:
             each(present(server), lambda replica: serve(classifier, head, replica))
@@ -341,7 +342,7 @@ def publish_new(
 
 
 def _take_out_store(base: Backbone, server: TritonServer | None) -> None:
-    base.repository.remove_store(base)
+    base.remove_store()
     for replica in present(server):
         with contextlib.suppress(ServerError):
             replica.unload(base.any_model)

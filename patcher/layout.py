@@ -9,37 +9,32 @@ from typing import TYPE_CHECKING
 
 from patcher import model_config
 from patcher.head_file import write_head
+from patcher.names import CONFIG, MODEL, STORE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeAlias
 
-    from patcher.backbone import Backbone
     from patcher.head import Head
     from patcher.memory import Memory
+    from patcher.model_config import Step
+    from patcher.names import BackboneNames
 
     Folders: TypeAlias = dict[str, dict[str, bytes | Path]]
 
 __all__ = [
-    "CONFIG",
     "MEMORY",
-    "MODEL",
-    "STORE",
     "BackboneFiles",
     "backbone_folders",
     "classifier_folders",
     "encoder_folder",
     "programs",
     "store_folders",
+    "stored_folders",
     "version_files",
-    "version_numbers",
 ]
 
-CONFIG = "config.pbtxt"
-MODEL = "model.onnx"
 MEMORY = "memory.safetensors"
-STORE = "store"
-"""A file in the head's folder of a classifier that a head store answers for: it names the backbone."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +56,13 @@ class BackboneFiles:
     """Whether the file computes nothing for padding but attention."""
 
 
-def backbone_folders(base: Backbone, files: BackboneFiles) -> Folders:
+def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
     """A backbone with its encoder, tokenizer and features ensemble, the ensemble last."""
     longest = json.loads(files.tokenizer_json)["truncation"]["max_length"]
     configs = (
-        model_config.tokenizer_config(base.tokenizer_model, files.token_inputs),
+        model_config.tokenizer_config(names.tokenizer_model, files.token_inputs),
         model_config.backbone_config(
-            base.backbone_model,
+            names.backbone_model,
             files.token_inputs,
             files.width,
             files.fingerprint,
@@ -76,59 +71,64 @@ def backbone_folders(base: Backbone, files: BackboneFiles) -> Folders:
             longest,
         ),
         model_config.encoder_config(
-            base.encoder_model,
+            names.encoder_model,
             files.token_inputs,
-            base.backbone_model,
+            names.backbone_model,
             files.width,
             files.device,
             unpadded=files.unpadded,
         ),
-        model_config.features_config(base.features_model, base.encoder_model, files.width),
+        model_config.features_config(names.features_model, names.encoder_model, files.width),
     )
     texts = _text_files(files.tokenizer_json)
     contents: Folders = {
-        base.tokenizer_model: texts,
-        base.backbone_model: {f"1/{MODEL}": files.model},
-        base.encoder_model: texts,
+        names.tokenizer_model: texts,
+        names.backbone_model: {f"1/{MODEL}": files.model},
+        names.encoder_model: texts,
     }
     return _with_configs(contents, configs)
 
 
-def encoder_folder(backbone: Backbone, config: str, tokenizer_json: str) -> Folders:
+def encoder_folder(names: BackboneNames, config: str, tokenizer_json: str) -> Folders:
     """An encoder alone, under its ``config``."""
-    return {backbone.encoder_model: {**_text_files(tokenizer_json), CONFIG: config.encode()}}
+    return {names.encoder_model: {**_text_files(tokenizer_json), CONFIG: config.encode()}}
 
 
-def store_folders(backbone: Backbone) -> Folders:
-    """A backbone's head store and the ensemble above it."""
+def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) -> Folders:
+    """A backbone's head store and the ensemble above it, ``encoding`` being the steps to the ``width`` features."""
     configs = (
-        model_config.store_config(backbone.store_model, backbone.width(), backbone.backbone),
-        model_config.any_config(backbone.any_model, backbone.encoding(), backbone.store_model),
+        model_config.store_config(names.store_model, width, names.backbone),
+        model_config.any_config(names.any_model, encoding, names.store_model),
     )
-    return _with_configs({backbone.store_model: {"1/model.py": _source("heads")}}, configs)
+    return _with_configs({names.store_model: {"1/model.py": _source("heads")}}, configs)
+
+
+def stored_folders(name: str, head: Head, memory: Memory | None, backbone: str) -> Folders:
+    """A classifier that the head store of ``backbone`` answers for: its head with the first version."""
+    files = {STORE: f"{backbone}\n".encode(), **_first_version(head, memory)}
+    return _with_configs({f"{name}_head": files}, [_head_config(name, head)])
 
 
 def classifier_folders(
-    name: str, head: Head, memory: Memory | None, base: Backbone, *, in_store: bool, share: float | None
+    name: str, head: Head, memory: Memory | None, encoding: Sequence[Step], share: float | None
 ) -> Folders:
-    """A classifier's head with its first version, and the ensemble above it where no head store answers for it."""
-    version = head.lineage.version
-    configs = [model_config.head_config(f"{name}_head", head.width, version)]
-    mark = {STORE: f"{base.backbone}\n".encode()} if in_store else {}
-    if not in_store:
-        configs.append(model_config.classifier_config(name, base.encoding(), f"{name}_head", share))
-    versions = {f"{version}/{file}": data for file, data in version_files(head, memory).items()}
-    return _with_configs({f"{name}_head": {**mark, **versions}}, configs)
+    """A classifier's head with its first version, and the ensemble above it; a canary states its ``share``."""
+    ensemble = model_config.classifier_config(name, encoding, f"{name}_head", share)
+    return _with_configs({f"{name}_head": _first_version(head, memory)}, [_head_config(name, head), ensemble])
 
 
-def programs(backbone: Backbone) -> dict[str, bytes]:
+def _head_config(name: str, head: Head) -> model_config.ModelConfig:
+    return model_config.head_config(f"{name}_head", head.width, head.lineage.version)
+
+
+def _first_version(head: Head, memory: Memory | None) -> dict[str, bytes | Path]:
+    return {f"{head.lineage.version}/{file}": data for file, data in version_files(head, memory).items()}
+
+
+def programs(names: BackboneNames) -> dict[str, bytes]:
     """What runs inside Triton for a backbone, by model, whether it has that model or not."""
     encoding = _source("tokenizer")
-    return {
-        backbone.tokenizer_model: encoding,
-        backbone.encoder_model: encoding,
-        backbone.store_model: _source("heads"),
-    }
+    return {names.tokenizer_model: encoding, names.encoder_model: encoding, names.store_model: _source("heads")}
 
 
 def _with_configs(contents: Folders, configs: Sequence[model_config.ModelConfig]) -> Folders:
@@ -147,12 +147,6 @@ def _text_files(tokenizer_json: str) -> dict[str, bytes | Path]:
 
 def _source(model: str) -> bytes:
     return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()
-
-
-def version_numbers(names: Sequence[str]) -> tuple[int, ...]:
-    """The versions among names like ``intent_head/3/model.onnx``, ascending."""
-    found = (name.split("/")[1] for name in names)
-    return tuple(sorted(int(number) for number in found if number.isascii() and number.isdigit() and int(number) > 0))
 
 
 def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:

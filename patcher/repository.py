@@ -1,184 +1,64 @@
-"""The model repository: which classifiers there are, and how they come and go.
-
-Three rules keep it whole, whatever is interrupted:
-
-- a version folder appears whole and never changes again;
-- what serves is the version pinned in the head's ``config.pbtxt``, replaced in one step, so that a restarted server
-  serves what served before, whatever else lies beside it;
-- only the holder of the lock writes, and a dead process holds no lock.
-
-How that is done in a folder and in an object store is ``patcher.store``'s.
-"""
+"""The model repository: which classifiers and backbones there are, and how they are added."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import json
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from patcher import layout, model_config
-from patcher.backbone import Backbone
-from patcher.classifier import Classifier
-from patcher.errors import InputError, RepositoryError, StorageError
-from patcher.journal import Journal
-from patcher.layout import CONFIG, MODEL, STORE, version_numbers
-from patcher.signals import uninterrupted
-from patcher.store import Store, is_url, open_store
+from patcher.backbone import Backbone, add_backbone
+from patcher.classifier import Classifier, add_classifier
+from patcher.errors import InputError
+from patcher.files import RepositoryFiles, format_file
+from patcher.names import CANARY, FORMAT_FILE, check_name, holds
+from patcher.store import open_store
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from patcher.head import Head
     from patcher.layout import BackboneFiles
     from patcher.memory import Memory
 
-__all__ = ["CANARY", "FORMAT", "ModelRepository", "check_name", "holds", "require_folder"]
+__all__ = ["ModelRepository"]
 
-FORMAT = 2
-"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
-
-1: tokenizer, backbone and head are the steps of an ensemble. 2: an encoder may stand for the first two.
-"""
-
-CANARY = "_canary"
-"""A classifier of this ending is another one's version on trial (``patcher.canary``)."""
-
-_FORMAT_FILE = "patcher.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_FOLDER = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{63 + len(CANARY)}}}")
-"""Of a classifier that is there: a canary's name is longer than one that is given."""
-_ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
-_JOURNAL = ".journal"
 _NAMED_IN_ERRORS = 8
 
 
-def check_name(name: str) -> str:
-    """The name of a classifier or backbone if it can be a folder and a Triton model, else InputError."""
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"{name!r} cannot name a model: expected letters, digits, '_', '-' and '.', at most 64 of them"
-        )
-    if name.endswith(_ROLES):
-        raise InputError(f"{name!r} cannot name a classifier: names ending in {', '.join(_ROLES)} belong to its parts")
-    if name == _FORMAT_FILE or _JOURNAL in name:
-        raise InputError(f"{name!r} cannot name a classifier: a repository's own files have such names")
-    return name
-
-
-def require_folder(location: str | os.PathLike[str]) -> None:
-    """InputError where a repository is no folder: a head store reads heads there that Triton would not fetch."""
-    if is_url(location):
-        raise InputError(
-            f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
-            "object store; expected classifiers with an ensemble of their own there (without --in-store)"
-        )
-
-
-def holds(store: Store, name: str) -> bool:
-    """Whether there is a classifier ``name`` in a store, which need hold no repository."""
-    head = f"{name}_head"
-    if _FOLDER.fullmatch(name) is None or not store.has(f"{head}/{CONFIG}"):
-        return False
-    return store.has(f"{name}/{CONFIG}") or store.has(f"{head}/{STORE}")
-
-
-class ModelRepository:
+class ModelRepository(RepositoryFiles):
     """A folder, or a place in an object store (``s3://BUCKET/PATH``), that Triton serves and this project writes.
 
     Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
     """
 
-    def __init__(self, location: str | os.PathLike[str], *, store: Store | None = None) -> None:
-        self.store = store or open_store(location)
-        if not self.store.there():
-            raise RepositoryError(
-                f"no model repository at {self.location}: no such folder; `patcher export MODEL --repo "
-                f"{self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
-            )
-        self._check_format()
-
     @classmethod
     def create(cls, location: str | os.PathLike[str]) -> ModelRepository:
         """Open the repository at ``location``, making folder and format file where there are none."""
         store = open_store(location)
-        store.create(_FORMAT_FILE, _format())
+        store.create(FORMAT_FILE, format_file())
         return cls(location, store=store)
 
     @classmethod
     def at(cls, location: str | os.PathLike[str]) -> ModelRepository | None:
         """The repository there, None where there is none yet."""
         store = open_store(location)
-        return None if store.find(_FORMAT_FILE) is None else cls(location, store=store)
+        return None if store.find(FORMAT_FILE) is None else cls(location, store=store)
 
     @classmethod
     @contextlib.contextmanager
     def making(cls, location: str | os.PathLike[str]) -> Iterator[ModelRepository]:
         """Open or make the repository; one that was made is unmade again where the body fails."""
         store = open_store(location)
-        there, new = store.there(), store.find(_FORMAT_FILE) is None
+        there, new = store.there(), store.find(FORMAT_FILE) is None
         try:
-            store.create(_FORMAT_FILE, _format())
+            store.create(FORMAT_FILE, format_file())
             yield cls(location, store=store)
-            store.create(_FORMAT_FILE, _format())  # another one that failed meanwhile may have taken it away
+            store.create(FORMAT_FILE, format_file())  # another one that failed meanwhile may have taken it away
         except BaseException:
             if new:
-                store.abandon(_FORMAT_FILE, made=not there)
+                store.abandon(FORMAT_FILE, made=not there)
             raise
-
-    @property
-    def location(self) -> Path | str:
-        """The folder or the URL."""
-        return self.store.location
-
-    @property
-    def root(self) -> Path:
-        """The folder; InputError where the repository lies in an object store."""
-        return self.store.root
-
-    def _check_format(self) -> None:
-        path = f"{self.location}/{_FORMAT_FILE}"
-        try:
-            data = self.store.find(_FORMAT_FILE)
-            number = None if data is None else json.loads(data)["format"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
-        if data is None:
-            raise RepositoryError(
-                f"{self.location} is no model repository of patcher: it has no {_FORMAT_FILE}; "
-                f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
-            )
-        if not isinstance(number, int) or number > FORMAT or number < 1:
-            raise RepositoryError(
-                f"{self.location} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
-            )
-        self.format = number
-
-    def classifiers(self) -> tuple[str, ...]:
-        """Names of the classifiers, sorted."""
-        models = {name.split("/")[0] for name in self.store.glob(f"*/{CONFIG}")}
-        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{STORE}")}
-        names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
-        own = {name for name in names if name in models or f"{name}_head" in stored}
-        return tuple(sorted(filter(_FOLDER.fullmatch, own)))
-
-    def stored_on(self, name: str) -> str | None:
-        """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own.
-
-        Raises InputError where the repository lies where no head store can read its heads.
-        """
-        mark = self.store.find(f"{name}_head/{STORE}")
-        if mark is None:
-            return None
-        self.require_folder()
-        return mark.decode("utf-8", "replace").strip()
-
-    def require_folder(self) -> None:
-        """InputError where the repository is no folder, which a head store needs."""
-        require_folder(self.location)
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""
@@ -195,11 +75,6 @@ class ModelRepository:
             f"no classifier {check_name(name)!r} in {self.location}; it holds {_some(names, name) or 'none'}"
         )
 
-    def backbones(self) -> tuple[str, ...]:
-        """Names of the backbones, sorted."""
-        found = self.store.glob(f"*_features/{CONFIG}")
-        return tuple(sorted(name.split("/")[0].removesuffix("_features") for name in found))
-
     def backbone(self, name: str | None = None) -> Backbone:
         """One backbone by name; without a name the only one there is."""
         if name is not None and self.has_backbone(check_name(name)):
@@ -212,215 +87,18 @@ class ModelRepository:
             raise InputError(f"{self.location} holds {found}; expected --backbone NAME with one of them")
         raise InputError(f"no backbone {name!r} in {self.location}; it holds {_some(names, name) or 'none'}")
 
-    @contextlib.contextmanager
-    def lock(self, timeout: float = 60.0) -> Iterator[None]:
-        """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
-
-        In a folder it is the kernel's (flock), on an open file: it goes with the process that holds it, however that
-        ends. On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
-        ``local_lock`` it keeps only the processes of one machine apart, and two machines must take turns by other
-        means: a version number is then still never taken twice, but of two pins the later one stands.
-        In an object store it is an object that its holder keeps fresh; one that is not is taken over, and whoever lost
-        it can write nothing any more.
-        Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
-        """
-        with self.store.lock(timeout) as lost:
-            for name in () if self.store.in_one_step else self.classifiers():
-                if lost:
-                    self._fence(name, lost)
-                self._sweep(name)
-            yield
-
-    def _fence(self, name: str, holder: str) -> None:
-        """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
-        self.store.amend(f"{name}_head/{CONFIG}", lambda data: data + self.store.stamp().encode())
-        Journal(self.store, f"{name}{_JOURNAL}").insist("lock taken over", holder=holder)
-
-    def _sweep(self, name: str) -> None:
-        """Take away what is left of versions whose upload or removal was cut off."""
-        complete = version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
-        parts = set(version_numbers(self.store.glob(f"{name}_head/*/*"))) - set(complete)
-        if parts:
-            self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
-
-    def add_backbone(self, name: str, files: BackboneFiles) -> None:
+    def add_backbone(self, name: str, files: BackboneFiles) -> Backbone:
         """Add a backbone with its encoder, tokenizer and features ensemble under ``name``; the lock must be held."""
-        check_name(name)
-        base = Backbone(self, name)
-        self.refuse_existing(base.features_model)
-        self._renew_format()
-        self._add(layout.backbone_folders(base, files))
-
-    def add_encoder(self, backbone: Backbone, config: str) -> None:
-        """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
-        self._renew_format()
-        self._add(layout.encoder_folder(backbone, config, self.tokenizer_json(backbone.backbone)))
-
-    def _add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
-        for name, files in folders.items():
-            there = {*self.store.glob(f"{name}/*"), *self.store.glob(f"{name}/*/*")}
-            if there and not self._is_ours(name, files):
-                raise InputError(
-                    f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
-                    "or choose another name"
-                )
-        self.store.add(folders)
-
-    def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
-        """Whether the model that is there has the inputs and outputs of the one that is to be in its place."""
-        found, ours = self.store.find(f"{name}/{CONFIG}"), files.get(CONFIG)
-        if found is None or not isinstance(ours, bytes):
-            # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
-            return is_url(str(self.location))
-        try:
-            there, new = (model_config.parse(data.decode(), name) for data in (found, ours))
-        except (RepositoryError, UnicodeDecodeError):
-            return False
-        return all(
-            {tensor.name for tensor in theirs} == {tensor.name for tensor in mine}
-            for theirs, mine in ((there.input, new.input), (there.output, new.output))
-        )
-
-    def outdated(self, backbone: Backbone) -> dict[str, bytes]:
-        """Models of a backbone whose ``model.py`` is not this version's, and what that is."""
-        programs = layout.programs(backbone)
-        return {name: new for name, new in programs.items() if self.store.find(f"{name}/1/model.py") not in (None, new)}
-
-    def renew(self, programs: Mapping[str, bytes]) -> None:
-        """Put other programs in the place of those that are there; the lock must be held."""
-        for model, program in programs.items():
-            self.store.replace(f"{model}/1/model.py", program)
-
-    def _renew_format(self) -> None:
-        if self.format < FORMAT:  # older patchers do not know what an encoder is
-            self.store.replace(_FORMAT_FILE, _format())
-            self.format = FORMAT
-
-    def add_store(self, backbone: Backbone) -> None:
-        """Add the head store of a backbone, which serves any number of classifiers; the lock must be held.
-
-        Raises InputError for a repository that is no folder.
-        """
-        self.require_folder()
-        self._add(layout.store_folders(backbone))
-
-    def stores(self) -> tuple[str, ...]:
-        """Names of the backbones that have a head store, sorted."""
-        return tuple(name for name in self.backbones() if self.has_store(name))
-
-    def has_store(self, backbone: str) -> bool:
-        """Whether a backbone has a complete head store (its ensemble is moved in last)."""
-        return self.store.has(f"{backbone}_any/{CONFIG}")
-
-    def remove_store(self, backbone: Backbone) -> None:
-        """Take a head store's models out again."""
-        self.store.take_away([backbone.any_model, backbone.store_model])
+        return add_backbone(self, check_name(name), files)
 
     def add_classifier(
-        self,
-        name: str,
-        head: Head,
-        memory: Memory | None = None,
-        *,
-        backbone: str,
-        in_store: bool = False,
-        share: float | None = None,
+        self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, in_store: bool = False
     ) -> Classifier:
         """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
 
-        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own;
-        ``share`` makes it the canary of another, for that many per cent of the requests.
+        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own.
         """
-        check_name(name if share is None else name.removesuffix(CANARY))
-        self.refuse_existing(name)
-        if len(self.versions_of(name)) > 1:
-            raise RepositoryError(
-                f"{self.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore that "
-                f"file, or delete what is left by `patcher drop-classifier {name}`"
-            )
-        base = self.backbone(backbone)
-        width, fingerprint = base.width(), base.fingerprint()
-        if in_store and not self.has_store(backbone):
-            raise InputError(
-                f"the backbone {backbone} has no head store; `--in-store` of `patcher new-classifier` or `patcher "
-                "export` adds one"
-            )
-        if (head.width, head.lineage.backbone) != (width, fingerprint):
-            raise RepositoryError(
-                f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
-                f"{backbone} is {fingerprint[:12]} with {width}"
-            )
-        try:
-            self._add(layout.classifier_folders(name, head, memory, base, in_store=in_store, share=share))
-            # Of a classifier that was here before under this name, and whose folders somebody took away.
-            self.store.remove(f"{name}{_JOURNAL}")
-            classifier = Classifier(self, name)
-            classifier.adopt()
-        except InputError:  # what is there is somebody else's
-            raise
-        except BaseException:
-            with uninterrupted(), contextlib.suppress(StorageError):
-                self.remove_classifier(name)
-            raise
-        return classifier
-
-    def remove_backbone(self, name: str) -> None:
-        """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
-        self.store.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
-
-    def remove_classifier(self, name: str) -> None:
-        """Take a classifier's models out again, its backbone not."""
-        self.store.take_away([name, f"{name}_head", f"{name}{_JOURNAL}"])
-
-    def has_remains(self, name: str) -> bool:
-        """Whether there is anything of a classifier, whole or half deleted: a head, or the journal, which goes last.
-
-        A folder ``name`` alone may be somebody else's model.
-        """
-        return any(self.store.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{_JOURNAL}"))
-
-    def versions_of(self, name: str) -> tuple[int, ...]:
-        """Head versions under a name, whether or not the classifier is whole."""
-        return version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
-
-    def has_backbone(self, name: str) -> bool:
-        """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
-        return self.store.has(f"{name}_features/{CONFIG}")
-
-    def config(self, model: str) -> Any:
-        """A model's ``config.pbtxt`` as a parsed message."""
-        return model_config.parse(self.config_text(model), f"{self.location}/{model}/{CONFIG}")
-
-    def config_text(self, model: str) -> str:
-        """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
-        name = f"{model}/{CONFIG}"
-        try:
-            return self.store.read(name).decode()
-        except UnicodeDecodeError as error:
-            raise RepositoryError(f"{self.location}/{name} is not UTF-8 text: {error.reason}") from error
-
-    def tokenizer_json(self, backbone: str) -> str:
-        """The tokenizer of a backbone."""
-        return self.store.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
-
-    def write_configs(self, configs: Mapping[str, str]) -> None:
-        """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: self.store.read(f"{model}/{CONFIG}") for model in configs}
-        try:
-            for model, text in configs.items():
-                self.store.replace(f"{model}/{CONFIG}", text.encode())
-        except BaseException:
-            for model, data in before.items():
-                self.store.replace(f"{model}/{CONFIG}", data)
-            raise
-
-    def refuse_existing(self, name: str) -> None:
-        """InputError where ``name`` is taken."""
-        if self.store.has(f"{name}/{CONFIG}") or self.store.has(f"{name}_head/{STORE}"):
-            there = name in self.classifiers()
-            cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
-            raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
+        return add_classifier(self, check_name(name), head, memory, base=self.backbone(backbone), in_store=in_store)
 
 
 def _some(names: Sequence[str], wanted: str | None = None) -> str:
@@ -429,7 +107,3 @@ def _some(names: Sequence[str], wanted: str | None = None) -> str:
         return ", ".join(names)
     near = difflib.get_close_matches(wanted, names, 3) if wanted else []
     return ", ".join(dict.fromkeys([*near, *names[:3]])) + f" … {len(names)} in all"
-
-
-def _format() -> bytes:
-    return (json.dumps({"format": FORMAT}) + "\n").encode()

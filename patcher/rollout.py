@@ -25,7 +25,7 @@ from patcher.errors import (
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, members, present, watch, waves
 from patcher.head_file import write_head
-from patcher.repository import CANARY, holds
+from patcher.names import CANARY, holds
 from patcher.runtime import check_head_file
 from patcher.signals import uninterrupted
 

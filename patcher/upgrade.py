@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from patcher import model_config
+from patcher.classifier import Classifier
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
 
 if TYPE_CHECKING:
@@ -22,14 +23,14 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
     """
     repository = backbone.repository
     with repository.lock():
-        outdated = repository.outdated(backbone)
+        outdated = backbone.outdated()
         if backbone.text_model == backbone.encoder_model:
             if backbone.encoder_model in outdated:
                 configs = map(repository.config_text, (backbone.encoder_model, backbone.backbone_model))
                 repository.write_configs({backbone.encoder_model: with_encoders(*configs)})
-            repository.renew(outdated)  # last: it tells whether all of this is done
+            backbone.renew(outdated)  # last: it tells whether all of this is done
             return tuple(outdated)
-        repository.renew(outdated)
+        backbone.renew(outdated)
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
         serving = serving_of(model_config.parse(before), model_config.parse(deep))
         device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
@@ -43,7 +44,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
             text = with_response_cache(text, enable=True)
         features = model_config.features_config(backbone.features_model, backbone.encoder_model, backbone.width())
         if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
-            repository.add_encoder(backbone, text)
+            backbone.add_encoder(text)
         changed = {backbone.backbone_model: deep}
         for ensemble in _above(backbone):
             changed[ensemble] = model_config.with_encoding(repository.config_text(ensemble), features.steps)
@@ -57,5 +58,5 @@ def _above(backbone: Backbone) -> list[str]:
     """The ensembles that go on from the backbone's features to an answer."""
     repository = backbone.repository
     names = [name for name in repository.classifiers() if repository.stored_on(name) is None]
-    above = [name for name in names if repository.classifier(name).backbone == backbone.backbone]
+    above = [name for name in names if Classifier(repository, name).backbone == backbone.backbone]
     return [*above, backbone.any_model] if repository.has_store(backbone.backbone) else above

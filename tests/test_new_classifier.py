@@ -26,7 +26,7 @@ from patcher import (
     remember,
     rollback,
 )
-from patcher.classifier import Classifier
+from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
 from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fit.softmax import fit_softmax, hold_out
@@ -368,14 +368,13 @@ def test_with_a_replica_away_nothing_is_dropped(tiny_original, tmp_path, monkeyp
 def test_what_a_server_will_not_serve_is_taken_out_again(triton, monkeypatch, tree):
     repository = ModelRepository(triton.repository)
     before = tree(repository.root)
-    add = ModelRepository.add_classifier
 
-    def torn(self, name, *arguments, **options):
-        made = add(self, name, *arguments, **options)
-        (self.root / f"{name}_head" / "1" / "model.onnx").write_bytes(b"damaged after the check")
+    def torn(*arguments, **options):
+        made = add_classifier(*arguments, **options)
+        (made.version_path(1) / "model.onnx").write_bytes(b"damaged after the check")
         return made
 
-    monkeypatch.setattr(ModelRepository, "add_classifier", torn)
+    monkeypatch.setattr("patcher.founding.add_classifier", torn)
     with TritonServer(triton.url) as server:
         for place in (False, True):
             settings = FoundingSettings(in_store=place)

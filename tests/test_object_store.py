@@ -639,7 +639,7 @@ class TestNewClassifier:
         code = main(["new-classifier", "topics", "--train", str(file), "--in-store", "--no-load", "--repo", URL])
         assert (code, "a head store reads its heads from one" in capsys.readouterr().err) == (2, True)
         with remote.repository.lock(), pytest.raises(InputError, match="is no folder"):
-            remote.repository.add_store(remote.repository.backbone())
+            remote.add_store()
         assert objects() == before
 
     def test_one_that_was_copied_there_is_not_served(self, remote, tmp_path, capsys):

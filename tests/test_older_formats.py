@@ -111,7 +111,7 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(repository, "renew", cut)
+        patched.setattr(classifier, "renew", cut)
         with pytest.raises(KeyboardInterrupt):
             upgrade(classifier)
     assert upgrade(classifier) == ("intent_tokenizer", "intent_encoder")

@@ -52,8 +52,8 @@ from patcher.errors import (
 )
 from patcher.fleet import addresses, watch, waves
 from patcher.lifecycle import diff, history
+from patcher.names import check_name
 from patcher.relabelling import merge_labels, remove_label, rename_label
-from patcher.repository import check_name
 from patcher.rollout import changing, recover
 from patcher.triton.server import EmbeddedTriton
 

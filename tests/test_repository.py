@@ -11,7 +11,7 @@ import tiny
 
 from patcher import ModelRepository, model_config
 from patcher.errors import Busy, InputError, PatcherError, RepositoryError, StorageError, VersionError
-from patcher.repository import check_name
+from patcher.names import check_name
 
 
 def next_head(classifier):

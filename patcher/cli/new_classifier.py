@@ -12,7 +12,7 @@ import click
 from patcher import audit
 from patcher.cli.options import Settings, common_options
 from patcher.cli.output import percent, seconds
-from patcher.repository import check_name
+from patcher.names import check_name
 
 if TYPE_CHECKING:
     from patcher.founding import NewClassifierReport

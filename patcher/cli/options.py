@@ -59,7 +59,7 @@ class Settings:
     @property
     def address(self) -> str:
         """What the server is asked for; a name that no repository here holds is taken as it is given."""
-        from patcher.repository import holds
+        from patcher.names import holds
         from patcher.store import is_url, open_store
 
         name = self.classifier_name

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# As in `patcher.repository`: nothing that leads out of the repository's folder.
+# As in `patcher.names`: nothing that leads out of the repository's folder.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PIN = re.compile(r"version_policy\s*:?\s*\{\s*specific\s*:?\s*\{\s*versions\s*:\s*\[?\s*(\d+)\s*\]?\s*\}\s*\}")
 _ANSWER = ("label", "score", "logits", "head_version", "in_scope")

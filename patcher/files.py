@@ -1,0 +1,250 @@
+"""The files of a model repository: its lock, its configurations, and whole models that come and go.
+
+Three rules keep it whole, whatever is interrupted:
+
+- a version folder appears whole and never changes again;
+- what serves is the version pinned in the head's ``config.pbtxt``, replaced in one step, so that a restarted server
+  serves what served before, whatever else lies beside it;
+- only the holder of the lock writes, and a dead process holds no lock.
+
+How that is done in a folder and in an object store is ``patcher.store``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from patcher import model_config
+from patcher.errors import InputError, RepositoryError
+from patcher.journal import Journal
+from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, is_classifier_name, version_numbers
+from patcher.store import Store, is_url, open_store
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+__all__ = ["FORMAT", "RepositoryFiles", "format_file", "require_folder"]
+
+FORMAT = 2
+"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
+
+1: tokenizer, backbone and head are the steps of an ensemble. 2: an encoder may stand for the first two.
+"""
+
+
+def require_folder(location: str | os.PathLike[str]) -> None:
+    """InputError where a repository is no folder: a head store reads heads there that Triton would not fetch."""
+    if is_url(location):
+        raise InputError(
+            f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
+            "object store; expected classifiers with an ensemble of their own there (without --in-store)"
+        )
+
+
+def format_file() -> bytes:
+    """What this version writes into a repository's ``patcher.json``."""
+    return (json.dumps({"format": FORMAT}) + "\n").encode()
+
+
+class RepositoryFiles:
+    """A folder, or a place in an object store (``s3://BUCKET/PATH``), that Triton serves and this project writes.
+
+    Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
+    """
+
+    def __init__(self, location: str | os.PathLike[str], *, store: Store | None = None) -> None:
+        self.store = store or open_store(location)
+        if not self.store.there():
+            raise RepositoryError(
+                f"no model repository at {self.location}: no such folder; `patcher export MODEL --repo "
+                f"{self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
+            )
+        self._check_format()
+
+    @property
+    def location(self) -> Path | str:
+        """The folder or the URL."""
+        return self.store.location
+
+    @property
+    def root(self) -> Path:
+        """The folder; InputError where the repository lies in an object store."""
+        return self.store.root
+
+    def _check_format(self) -> None:
+        path = f"{self.location}/{FORMAT_FILE}"
+        try:
+            data = self.store.find(FORMAT_FILE)
+            number = None if data is None else json.loads(data)["format"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
+        if data is None:
+            raise RepositoryError(
+                f"{self.location} is no model repository of patcher: it has no {FORMAT_FILE}; "
+                f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
+            )
+        if not isinstance(number, int) or number > FORMAT or number < 1:
+            raise RepositoryError(
+                f"{self.location} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
+            )
+        self.format = number
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float = 60.0) -> Iterator[None]:
+        """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
+
+        In a folder it is the kernel's (flock), on an open file: it goes with the process that holds it, however that
+        ends. On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
+        ``local_lock`` it keeps only the processes of one machine apart, and two machines must take turns by other
+        means: a version number is then still never taken twice, but of two pins the later one stands.
+        In an object store it is an object that its holder keeps fresh; one that is not is taken over, and whoever lost
+        it can write nothing any more.
+        Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
+        """
+        with self.store.lock(timeout) as lost:
+            for name in () if self.store.in_one_step else self.classifiers():
+                if lost:
+                    self._fence(name, lost)
+                self._sweep(name)
+            yield
+
+    def _fence(self, name: str, holder: str) -> None:
+        """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
+        self.store.amend(f"{name}_head/{CONFIG}", lambda data: data + self.store.stamp().encode())
+        Journal(self.store, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
+
+    def _sweep(self, name: str) -> None:
+        """Take away what is left of versions whose upload or removal was cut off."""
+        complete = version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
+        parts = set(version_numbers(self.store.glob(f"{name}_head/*/*"))) - set(complete)
+        if parts:
+            self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
+
+    def classifiers(self) -> tuple[str, ...]:
+        """Names of the classifiers, sorted."""
+        models = {name.split("/")[0] for name in self.store.glob(f"*/{CONFIG}")}
+        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{STORE}")}
+        names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
+        own = {name for name in names if name in models or f"{name}_head" in stored}
+        return tuple(sorted(filter(is_classifier_name, own)))
+
+    def stored_on(self, name: str) -> str | None:
+        """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own.
+
+        Raises InputError where the repository lies where no head store can read its heads.
+        """
+        mark = self.store.find(f"{name}_head/{STORE}")
+        if mark is None:
+            return None
+        self.require_folder()
+        return mark.decode("utf-8", "replace").strip()
+
+    def require_folder(self) -> None:
+        """InputError where the repository is no folder, which a head store needs."""
+        require_folder(self.location)
+
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones, sorted."""
+        found = self.store.glob(f"*_features/{CONFIG}")
+        return tuple(sorted(name.split("/")[0].removesuffix("_features") for name in found))
+
+    def stores(self) -> tuple[str, ...]:
+        """Names of the backbones that have a head store, sorted."""
+        return tuple(name for name in self.backbones() if self.has_store(name))
+
+    def has_store(self, backbone: str) -> bool:
+        """Whether a backbone has a complete head store (its ensemble is moved in last)."""
+        return self.store.has(f"{backbone}_any/{CONFIG}")
+
+    def remove_backbone(self, name: str) -> None:
+        """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
+        self.store.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
+
+    def remove_classifier(self, name: str) -> None:
+        """Take a classifier's models out again, its backbone not."""
+        self.store.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
+
+    def has_remains(self, name: str) -> bool:
+        """Whether there is anything of a classifier, whole or half deleted: a head, or the journal, which goes last.
+
+        A folder ``name`` alone may be somebody else's model.
+        """
+        return any(self.store.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}"))
+
+    def versions_of(self, name: str) -> tuple[int, ...]:
+        """Head versions under a name, whether or not the classifier is whole."""
+        return version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
+
+    def has_backbone(self, name: str) -> bool:
+        """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
+        return self.store.has(f"{name}_features/{CONFIG}")
+
+    def config(self, model: str) -> Any:
+        """A model's ``config.pbtxt`` as a parsed message."""
+        return model_config.parse(self.config_text(model), f"{self.location}/{model}/{CONFIG}")
+
+    def config_text(self, model: str) -> str:
+        """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
+        name = f"{model}/{CONFIG}"
+        try:
+            return self.store.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise RepositoryError(f"{self.location}/{name} is not UTF-8 text: {error.reason}") from error
+
+    def tokenizer_json(self, backbone: str) -> str:
+        """The tokenizer of a backbone."""
+        return self.store.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
+
+    def write_configs(self, configs: Mapping[str, str]) -> None:
+        """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
+        before = {model: self.store.read(f"{model}/{CONFIG}") for model in configs}
+        try:
+            for model, text in configs.items():
+                self.store.replace(f"{model}/{CONFIG}", text.encode())
+        except BaseException:
+            for model, data in before.items():
+                self.store.replace(f"{model}/{CONFIG}", data)
+            raise
+
+    def refuse_existing(self, name: str) -> None:
+        """InputError where ``name`` is taken."""
+        if self.store.has(f"{name}/{CONFIG}") or self.store.has(f"{name}_head/{STORE}"):
+            there = name in self.classifiers()
+            cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
+            raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
+
+    def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
+        """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
+        for name, files in folders.items():
+            there = {*self.store.glob(f"{name}/*"), *self.store.glob(f"{name}/*/*")}
+            if there and not self._is_ours(name, files):
+                raise InputError(
+                    f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
+                    "or choose another name"
+                )
+        self.store.add(folders)
+
+    def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
+        """Whether the model that is there has the inputs and outputs of the one that is to be in its place."""
+        found, ours = self.store.find(f"{name}/{CONFIG}"), files.get(CONFIG)
+        if found is None or not isinstance(ours, bytes):
+            # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
+            return is_url(str(self.location))
+        try:
+            there, new = (model_config.parse(data.decode(), name) for data in (found, ours))
+        except (RepositoryError, UnicodeDecodeError):
+            return False
+        return all(
+            {tensor.name for tensor in theirs} == {tensor.name for tensor in mine}
+            for theirs, mine in ((there.input, new.input), (there.output, new.output))
+        )
+
+    def renew_format(self) -> None:
+        """Have the repository say that models of this version are in it; the lock must be held."""
+        if self.format < FORMAT:  # older patchers do not know what an encoder is
+            self.store.replace(FORMAT_FILE, format_file())
+            self.format = FORMAT
