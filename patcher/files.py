@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
-from patcher.errors import InputError, RepositoryError
+from patcher.errors import InputError, PatcherError, RepositoryError
 from patcher.journal import Journal
-from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, is_classifier_name, version_numbers
+from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
 from patcher.store import Store, is_url, open_store
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 __all__ = ["FORMAT", "RepositoryFiles", "format_file", "require_folder"]
 
@@ -59,9 +59,11 @@ class RepositoryFiles:
     def __init__(self, location: str | os.PathLike[str], *, store: Store | None = None) -> None:
         self.store = store or open_store(location)
         if not self.store.there():
+            otherwise = (
+                f"`patcher export MODEL --repo {self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
+            )
             raise RepositoryError(
-                f"no model repository at {self.location}: no such folder; `patcher export MODEL --repo "
-                f"{self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
+                f"no model repository at {self.location}: no such folder; {_around(self.location) or otherwise}"
             )
         self._check_format()
 
@@ -83,9 +85,10 @@ class RepositoryFiles:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
         if data is None:
+            otherwise = f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
             raise RepositoryError(
                 f"{self.location} is no model repository of patcher: it has no {FORMAT_FILE}; "
-                f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
+                f"{_around(self.location) or otherwise}"
             )
         if not isinstance(number, int) or number > FORMAT or number < 1:
             raise RepositoryError(
@@ -248,3 +251,18 @@ class RepositoryFiles:
         if self.format < FORMAT:  # older patchers do not know what an encoder is
             self.store.replace(FORMAT_FILE, format_file())
             self.format = FORMAT
+
+
+def _around(location: Path | str) -> str:
+    """Which repository a place lies in, and what to say instead of it; nothing where it lies in none."""
+    if is_url(location):
+        parent, _, name = str(location).rstrip("/").rpartition("/")
+    else:
+        path = Path(location) if Path(location).name else Path(location).resolve()
+        parent, name = str(path.parent), path.name
+    with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
+        store = open_store(parent)
+        if store.find(FORMAT_FILE) is not None:
+            which = f" --classifier {name}" if holds(store, name) else ""
+            return f"{parent} is the repository that it lies in: expected --repo {parent}{which}"
+    return ""

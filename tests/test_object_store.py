@@ -604,6 +604,10 @@ class TestFaults:
         assert faults() == []
         assert bucket.tag("intent.journal.damaged-1")
 
+    def test_a_part_of_a_repository_is_said_to_lie_in_one(self, remote):
+        with pytest.raises(RepositoryError, match=rf"expected --repo {URL} --classifier intent$"):
+            ModelRepository(f"{URL}/intent")
+
     def test_a_folder_is_no_object_store(self, remote):
         with pytest.raises(InputError, match="is no folder"):
             _ = remote.root
