@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from export.checkpoint import own_logits
-from export.split import rounding
+from export.split import allowed_gaps
 from export.tokenizer import SAMPLE_TEXTS, embeddings
 from patcher.errors import ParityError, PrecisionError
 from patcher.runtime import onnxruntime_errors, open_session
@@ -84,7 +84,7 @@ def check_parity(
     Raises
     ------
     ParityError
-        when a logit differs by more than rounding explains (`rounding`); a PrecisionError when the noise is above
+        when a logit differs by more than rounding explains (`allowed_gaps`); a PrecisionError when the noise is above
         ``limits``.
     """
     session = open_session(path)
@@ -104,7 +104,7 @@ def check_parity(
         found = given[:, : split.split] @ split.weight.T + split.bias
         worst = max(worst, float(np.abs(found - expected).max()))
         if limits is None:
-            _compare(found, expected, rounding(given[:, : split.split], split.weight, split.bias), _where(shape))
+            _compare(found, expected, allowed_gaps(given[:, : split.split], split.weight, split.bias), _where(shape))
         features.append(given)
         logits.append((found, expected))
     rows = np.concatenate(features)

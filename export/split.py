@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from export.pooling import last_states
 from patcher.errors import SplitError
+from patcher.rounding import rounding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-__all__ = ["Split", "find_split", "rounding", "without_layer"]
+__all__ = ["Split", "allowed_gaps", "find_split", "without_layer"]
 
 _TOKENWISE = 3
 """Dimensions of a tensor with a row for each token: batch, sequence, width."""
@@ -28,8 +29,6 @@ _TOLERANCE = 1e-4
 """Difference of a logit that counts as rounding whatever it is the sum of."""
 _ROUNDING = 1e-5
 """Of the terms that a logit is the sum of: FP32 features, and sums in another order, differ by less."""
-
-_Array = TypeVar("_Array", "NDArray[np.float32]", Tensor)
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,12 @@ class Split:
         return self.split + self.hidden
 
 
-def rounding(features: _Array, weight: _Array, bias: _Array) -> _Array:
-    """Largest difference that rounding makes in each logit of ``features @ weight.T + bias``, ``[batch, labels]``.
-
-    It grows with the terms and not with their sum (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 4.2):
-    where large terms cancel, as in a row fitted with little shrinkage, a small logit is as uncertain as a large one.
-    """
-    return _TOLERANCE + _ROUNDING * (abs(features) @ abs(weight).T + abs(bias))
+def allowed_gaps(
+    features: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Largest difference that rounding makes in each logit of ``features @ weight.T + bias``, ``[batch, labels]``."""
+    gaps: NDArray[np.float32] = _TOLERANCE + rounding(features, weight, bias, _ROUNDING)
+    return gaps
 
 
 @dataclass(frozen=True)
@@ -197,4 +195,5 @@ def _holds(result: Tensor, logits: Tensor) -> bool:
 
 
 def _gives(logits: Tensor, features: Tensor, matrix: Tensor, bias: Tensor) -> bool:
-    return bool(((features @ matrix.T + bias - logits).abs() <= rounding(features, matrix, bias)).all())
+    gaps = (features @ matrix.T + bias - logits).abs().numpy()
+    return bool((gaps <= allowed_gaps(*(each.numpy() for each in (features, matrix, bias)))).all())

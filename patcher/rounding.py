@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["rounding"]
 
-_UNITS = 2.0**-21
+_UNIT = 2.0**-21
 """Eight times what one rounding changes a number by."""
 
 
-def rounding(features: Floats, weight: Floats, bias: Floats) -> Floats:
+def rounding(features: Floats, weight: Floats, bias: Floats, unit: float = _UNIT) -> Floats:
     """How far two right ways to compute ``features @ weight.T + bias`` may lie apart, FP32 ``[n, C]``.
 
     It grows with the terms and not with their sum (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 3.1):
-    far from zero, terms are large and little is left of them. Some times the unit of rounding, where the strict bound
-    is as many times as there are features.
+    far from zero, as in a row fitted with little shrinkage, terms are large and little is left of them. ``unit`` is
+    the share of the terms: some times the unit of rounding, where the strict bound is as many times as there are
+    features; more where the features themselves were computed in two ways.
     """
-    allowed: Floats = np.float32(_UNITS) * (np.abs(features) @ np.abs(weight).T + np.abs(bias))
+    allowed: Floats = np.float32(unit) * (np.abs(features) @ np.abs(weight).T + np.abs(bias))
     return allowed
