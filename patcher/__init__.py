@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patcher.canary import SplitClient
     from patcher.classifier import Classifier
+    from patcher.difference import diff
     from patcher.dropping import drop_classifier
     from patcher.errors import GateRefused, InputError, NotServed, PatcherError, ServerError
     from patcher.examples import Examples, read_examples
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from patcher.founding import FoundingSettings, NewClassifierReport, new_classifier
     from patcher.head import Head
     from patcher.labelling import PatchReport, add_label, add_labels
-    from patcher.lifecycle import diff, evaluate, history, prune, rollback, sync
+    from patcher.lifecycle import evaluate, history, prune, rollback, sync
     from patcher.memory import Memory
     from patcher.patch import PatchSettings
     from patcher.relabelling import merge_labels, remove_label, rename_label
@@ -49,7 +50,7 @@ _HOMES = {
     "TritonServer": "patcher.triton.client",
     "add_label": "patcher.labelling",
     "add_labels": "patcher.labelling",
-    "diff": "patcher.lifecycle",
+    "diff": "patcher.difference",
     "drop_classifier": "patcher.dropping",
     "evaluate": "patcher.lifecycle",
     "history": "patcher.lifecycle",

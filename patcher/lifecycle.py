@@ -1,4 +1,4 @@
-"""The versions of a classifier after they are published: history, differences, the way back."""
+"""The versions of a classifier after they are published: history, accuracy, the way back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher import canary
 from patcher.errors import InputError, RepositoryError, VersionError
-from patcher.evaluation import Evaluation, answers, evaluate_head, expected_sets, unknown_labels
+from patcher.evaluation import Evaluation, evaluate_head
 from patcher.features import extract_features
 from patcher.head import Lineage
 from patcher.rollout import Switch, catch_up, changing, roll_back
@@ -17,14 +17,11 @@ from patcher.rollout import Switch, catch_up, changing, roll_back
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from patcher.classifier import Classifier
     from patcher.examples import Examples
     from patcher.triton.client import TritonServer
 
-__all__ = ["Difference", "Entry", "Flip", "diff", "entry", "evaluate", "history", "prune", "rollback", "sync"]
+__all__ = ["Entry", "entry", "evaluate", "history", "prune", "rollback", "sync"]
 
 
 @dataclass(frozen=True)
@@ -121,119 +118,6 @@ def prune(classifier: Classifier, keep: int) -> tuple[int, ...]:
         if old:
             classifier.prune(old)
         return old
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A text whose answer changed from right to wrong, or from wrong to right."""
-
-    text: str
-    label: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What changed between two versions; the last fields only where a labelled file was given."""
-
-    a: int
-    b: int
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    renamed: tuple[tuple[str, str], ...]
-    same_rows: int
-    changed_rows: tuple[str, ...]
-    examples: int = 0
-    flips: tuple[Flip, ...] | None = None
-    gains: tuple[Flip, ...] | None = None
-    unknown: int = 0
-    """Texts with a label that neither version has: no answer to them is right."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields; lists of flips as objects."""
-        return dataclasses.asdict(self)
-
-
-def diff(
-    classifier: Classifier,
-    a: int,
-    b: int,
-    examples: Examples | None = None,
-    features: NDArray[np.float32] | None = None,
-) -> Difference:
-    """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
-
-    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises LabelError where
-    neither version has any label of the examples.
-    """
-    before, after = classifier.head(a), classifier.head(b)
-    # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
-    names = _renames(classifier, a, b)
-    taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
-    now = {**names, **taken}
-    before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
-    rows_before, rows_after = before.rows_hash(), after.rows_hash()
-    common = [label for label in after.labels if label in rows_before]
-    changed = tuple(label for label in common if rows_before[label] != rows_after[label])
-    difference = Difference(
-        a,
-        b,
-        added=tuple(label for label in after.labels if label not in rows_before),
-        removed=tuple(label for label in before.labels if label not in rows_after),
-        renamed=tuple(names.items()),
-        same_rows=len(common) - len(changed),
-        changed_rows=changed,
-    )
-    if examples is None:
-        return difference
-    expected = [
-        frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
-    ]
-    strange = set(unknown_labels(expected, {*before.labels, *after.labels}, f"versions {a} and {b}"))
-    features = extract_features(classifier, examples.texts) if features is None else features
-    rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
-    flips = [
-        (text, right, first, second) for text, right, first, second in rows if (first == right) != (second == right)
-    ]
-    return dataclasses.replace(
-        difference,
-        examples=len(examples),
-        flips=tuple(_flip(*row) for row in flips if row[2] == row[1]),
-        gains=tuple(_flip(*row) for row in flips if row[3] == row[1]),
-        unknown=sum(not strange.isdisjoint(labels) for labels in expected),
-    )
-
-
-def _flip(text: str, right: frozenset[str], before: frozenset[str], after: frozenset[str]) -> Flip:
-    return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
-
-
-def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
-    """Names in version ``a`` that are other names in ``b``, where ``a`` is one of its ancestors (or the other way)."""
-    if a > b:
-        return {new: old for old, new in _renames(classifier, b, a).items()}
-    steps, version = [], b
-    while version > a:
-        if version not in classifier.versions():  # pruned, with what it renamed
-            return _same_rows(classifier, a, b)
-        lineage = classifier.head(version).lineage
-        steps.append(lineage.renamed)
-        version = lineage.parent or 0
-    if version != a:
-        return {}
-    names: dict[str, str] = {}
-    for old, new in (pair for step in reversed(steps) for pair in step):
-        first = next((name for name, now in names.items() if now == old), old)
-        names[first] = new
-    return names
-
-
-def _same_rows(classifier: Classifier, a: int, b: int) -> dict[str, str]:
-    """Names in ``a`` that ``b`` does not have, and the name there of the label with the very same row."""
-    before, after = classifier.head(a).rows_hash(), classifier.head(b).rows_hash()
-    new = {row: label for label, row in after.items() if label not in before}
-    return {label: new[row] for label, row in before.items() if label not in after and row in new}
 
 
 def evaluate(

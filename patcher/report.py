@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.difference import Difference, diff
 from patcher.disk import replace, storage
 from patcher.errors import InputError, LabelError, ToolError, VersionError
 from patcher.evaluation import Evaluation, LabelScore, evaluate_head
 from patcher.feature_map import FeatureMap, feature_map
 from patcher.features import extract_features
-from patcher.lifecycle import Difference, Entry, diff, entry
+from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
 
 if TYPE_CHECKING:

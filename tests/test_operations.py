@@ -39,6 +39,7 @@ from patcher import (
 )
 from patcher.classifier import Classifier
 from patcher.cli import main
+from patcher.difference import diff
 from patcher.errors import (
     Busy,
     ControlRefused,
@@ -51,7 +52,7 @@ from patcher.errors import (
     VersionError,
 )
 from patcher.fleet import addresses, watch, waves
-from patcher.lifecycle import diff, history
+from patcher.lifecycle import history
 from patcher.names import check_name
 from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.rollout import changing, recover

@@ -70,8 +70,8 @@ def canary_command(
 
 
 def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None, settings: Settings) -> None:
+    from patcher.difference import diff
     from patcher.examples import read_examples
-    from patcher.lifecycle import diff
 
     document: dict[str, Any] = {"classifier": classifier.name, "version": None} if found is None else found.to_json()
     difference = None

@@ -65,8 +65,8 @@ def history_command(settings: Settings) -> None:
 @common_options
 def diff_command(a: int, b: int, evaluation: Path | None, settings: Settings) -> None:
     """Show what changed from version A to version B: labels, rows, and with --eval every answer that flipped."""
+    from patcher.difference import diff
     from patcher.examples import read_examples
-    from patcher.lifecycle import diff
 
     examples = read_examples(evaluation) if evaluation else None
     difference = diff(settings.classifier, a, b, examples)
