@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import (
+    FILE,
+    SHARE,
+    CommonOptions,
+    common_options,
+    dry_run_option,
+    eval_option,
+    force_option,
+    max_flips_option,
+    min_recall_option,
+    no_load_option,
+)
 from patcher.cli.output import percent, seconds, tell
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from patcher.classifier import Classifier
     from patcher.labelling import PatchReport
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 """Those of ``patcher.fit``, which is not imported for a list of words; a test holds the two equal."""
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("add-label")
 @click.argument("label", required=False)
-@click.option("--examples", "file", type=_FILE, help="CSV, TSV, JSONL or Parquet with a text column.")
+@click.option("--examples", "file", type=FILE, help="CSV, TSV, JSONL or Parquet with a text column.")
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="One example; give it several times.")
-@click.option("--replay", type=_FILE, help="Labelled old data that takes part in the fit.")
-@click.option("--eval", "evaluation", type=_FILE, help="Labelled old data, held out, on which flips are counted.")
-@click.option(
-    "--max-flips",
-    type=click.FloatRange(0, 1),
-    default=0.005,
-    show_default=True,
-    help="Share of old inputs that may flip.",
-)
-@click.option(
-    "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
-)
+@click.option("--replay", type=FILE, help="Labelled old data that takes part in the fit.")
+@eval_option("Labelled old data, held out, on which flips are counted.")
+@max_flips_option
+@min_recall_option
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -46,7 +49,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--no-name", is_flag=True, help="Do not take the label's own name, where it is words, as an example.")
 @click.option(
     "--canary",
-    type=click.FloatRange(0, 100, min_open=True, max_open=True),
+    type=SHARE,
     metavar="PERCENT",
     help="Try the version on this share of the requests first; `patcher canary` goes on from there.",
 )
@@ -56,9 +59,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="N",
     help="Delete old versions afterwards, but for the newest N, the serving one and its parent.",
 )
-@click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
-@click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
-@click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
+@dry_run_option
+@force_option
+@no_load_option("Publish without touching a server; features are computed here.")
 @common_options
 def add_label_command(
     label: str | None,
@@ -75,7 +78,7 @@ def add_label_command(
     dry_run: bool,
     force: bool,
     no_load: bool,
-    settings: Settings,
+    options: CommonOptions,
 ) -> None:
     """Teach the classifier LABEL from a few examples, live.
 
@@ -91,8 +94,7 @@ def add_label_command(
     patcher add-label card_lost --text "I lost my card" --text "my card is gone" --dry-run
     """
     from patcher.examples import read_examples
-    from patcher.head import MULTI_LABEL
-    from patcher.labelling import add_labels, new_examples
+    from patcher.labelling import add_labels
     from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
 
@@ -102,21 +104,12 @@ def add_label_command(
         raise click.UsageError("expected LABEL before the --text examples")
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
-    classifier = settings.classifier
-    if file is not None:
-        several = classifier.head().problem == MULTI_LABEL
-        read = read_examples(file)
-        examples = new_examples(read, label, several=several)
-        if label is not None and read.labels is None and read.unread:
-            columns = ", ".join(f"{name!r:.60}" for name in read.unread)
-            told = f"of {read.source} only the texts are read (not {columns}): all {len(read)} are taken as {label!r}"
-            tell(f"warning: {told}", err=True)
-    else:
-        examples = {str(label): list(texts)}
+    classifier = options.classifier
+    examples = _from_file(file, label, classifier) if file is not None else {str(label): list(texts)}
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.
-    with nullcontext() if no_load or dry_run else settings.server() as server:
+    with options.server_unless(no_load or dry_run) as server:
         report = add_labels(
-            settings.repository,
+            options.repository,
             examples,
             server=server,
             classifier=classifier.name,
@@ -126,15 +119,31 @@ def add_label_command(
             skip_known=label is None,
         )
     pruned = prune(classifier, keep) if keep is not None and report.published else ()
-    if settings.json:
-        settings.emit({**report.to_json(), **({"pruned": list(pruned)} if keep is not None else {})})
+    if options.json:
+        options.emit({**report.to_json(), **({"pruned": list(pruned)} if keep is not None else {})})
     else:
-        _render(report, settings)
+        _render(report, options)
         if pruned:
-            settings.say(f"pruned    {', '.join(map(str, pruned))}")
+            options.say(f"pruned    {', '.join(map(str, pruned))}")
 
 
-def _render(report: PatchReport, settings: Settings) -> None:
+def _from_file(file: Path, label: str | None, classifier: Classifier) -> dict[str, list[str]]:
+    """The examples of a file by label, all of them ``label``'s where it is given; a word on what is not read."""
+    from patcher.examples import read_examples
+    from patcher.head import MULTI_LABEL
+    from patcher.labelling import new_examples
+
+    several = classifier.head().problem == MULTI_LABEL
+    read = read_examples(file)
+    examples = new_examples(read, label, several=several)
+    if label is not None and read.labels is None and read.unread:
+        columns = ", ".join(f"{name!r:.60}" for name in read.unread)
+        told = f"of {read.source} only the texts are read (not {columns}): all {len(read)} are taken as {label!r}"
+        tell(f"warning: {told}", err=True)
+    return examples
+
+
+def _render(report: PatchReport, options: CommonOptions) -> None:
     verdict = report.verdict
     added = ", ".join(report.labels_added)
     if report.canary is not None and not report.served:
@@ -155,16 +164,16 @@ def _render(report: PatchReport, settings: Settings) -> None:
         )
     else:
         done = f"dry run: nothing published; version {report.version} would add {added}"
-    settings.say(done)
+    options.say(done)
     forced = " Published all the same, by --force." if report.gate == "forced" else ""
-    settings.say(f"gate      {verdict.sentence}{forced}")
+    options.say(f"gate      {verdict.sentence}{forced}")
     for line in (*verdict.reasons, *verdict.advice):
-        settings.say(f"          {line}")
-    settings.say(
+        options.say(f"          {line}")
+    options.say(
         f"flips     {percent(verdict.flips)} of old inputs seen to flip, at most {percent(verdict.flips_upper_bound)} "
         f"({verdict.bound})"
     )
-    settings.say(f"recall    {percent(report.estimated_recall, 1)} expected, each example left out in turn")
-    settings.say(f"method    {report.fit.method}: {report.fit.why}")
+    options.say(f"recall    {percent(report.estimated_recall, 1)} expected, each example left out in turn")
+    options.say(f"method    {report.fit.method}: {report.fit.why}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
-    settings.say(f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB")
+    options.say(f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB")

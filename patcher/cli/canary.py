@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from patcher import audit
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option
 from patcher.cli.output import percent, table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from patcher.canary import Canary
     from patcher.classifier import Classifier
 
 
 @click.command("canary")
 @click.option("--version", type=click.IntRange(1), help="The version to try.")
-@click.option(
-    "--percent", "share", type=click.FloatRange(0, 100, min_open=True, max_open=True), help="Of the request keys."
-)
+@click.option("--percent", "share", type=SHARE, help="Of the request keys.")
 @click.option("--promote", is_flag=True, help="The version on trial serves all from now on; the trial ends.")
 @click.option("--discard", is_flag=True, help="The trial ends; the version stays on disk.")
-@click.option(
-    "--eval", "evaluation", type=click.Path(path_type=Path, dir_okay=False), help="Labelled file: compare both on it."
-)
+@eval_option("Labelled file: compare both on it.")
 @common_options
 def canary_command(
-    version: int | None, share: float | None, promote: bool, discard: bool, evaluation: Path | None, settings: Settings
+    version: int | None,
+    share: float | None,
+    promote: bool,
+    discard: bool,
+    evaluation: Path | None,
+    options: CommonOptions,
 ) -> None:
     """Try a version on a share of the requests; without options, compare it with the one that serves.
 
@@ -42,34 +44,34 @@ def canary_command(
     """
     from patcher import canary
 
-    classifier = settings.classifier
+    classifier = options.classifier
     if sum((version is not None or share is not None, promote, discard)) > 1:
         raise click.UsageError("expected one of --version with --percent, --promote, --discard")
     if (version is None) != (share is None):
         raise click.UsageError("expected --version N and --percent P together")
-    with settings.server() as server:
+    with options.server() as server:
         if promote:
             switch = canary.promote(classifier, server)
             audit.note(classifier=classifier.name, version=switch.version, previous=switch.previous)
-            settings.emit({"classifier": classifier.name, "version": switch.version, "previous": switch.previous})
-            if not settings.json:
-                settings.say(f"version {switch.version} of {classifier.name} serves; before it was {switch.previous}")
+            options.emit({"classifier": classifier.name, "version": switch.version, "previous": switch.previous})
+            if not options.json:
+                options.say(f"version {switch.version} of {classifier.name} serves; before it was {switch.previous}")
             return
         if discard:
             tried = canary.discard(classifier, server)
             audit.note(classifier=classifier.name, version=tried)
-            settings.emit({"classifier": classifier.name, "discarded": tried, "version": classifier.serving()})
-            if not settings.json:
-                settings.say(f"the trial of version {tried} has ended; version {classifier.serving()} serves as before")
+            options.emit({"classifier": classifier.name, "discarded": tried, "version": classifier.serving()})
+            if not options.json:
+                options.say(f"the trial of version {tried} has ended; version {classifier.serving()} serves as before")
             return
         if version is not None and share is not None:
             canary.begin(classifier, version, share, server)
             audit.note(classifier=classifier.name, version=version)
         found = canary.status(classifier, server)
-    _show(classifier, found, evaluation, settings)
+    _show(classifier, found, evaluation, options)
 
 
-def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None, settings: Settings) -> None:
+def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None, options: CommonOptions) -> None:
     from patcher.difference import diff
     from patcher.examples import read_examples
 
@@ -78,23 +80,23 @@ def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None,
     if found is not None and evaluation is not None:
         difference = diff(classifier, classifier.serving(), found.version, read_examples(evaluation))
         document["comparison"] = difference.to_json()
-    settings.emit(document)
-    if settings.json:
+    options.emit(document)
+    if options.json:
         return
     if found is None:
-        settings.say(f"no version of {classifier.name} is on trial")
+        options.say(f"no version of {classifier.name} is on trial")
         return
-    settings.say(f"version {found.version} of {classifier.name} is tried on {found.percent:g} % of the keys")
+    options.say(f"version {found.version} of {classifier.name} is tried on {found.percent:g} % of the keys")
     rows = [
         (arm.model, arm.version, arm.requests, arm.failures, "—" if arm.mean_ms is None else f"{arm.mean_ms:.2f}")
         for arm in found.arms
     ]
-    settings.say(table(("model", "version", "requests", "failed", "ms in the head"), rows, right=(1, 2, 3, 4)))
+    options.say(table(("model", "version", "requests", "failed", "ms in the head"), rows, right=(1, 2, 3, 4)))
     if difference is not None and difference.flips is not None and difference.gains is not None:
-        settings.say(
+        options.say(
             f"of {difference.examples} texts: {len(difference.flips)} right before and wrong in the trial "
             f"({percent(len(difference.flips) / difference.examples)}), "
             f"{len(difference.gains)} wrong before and right in the trial"
         )
         if difference.unknown:
-            settings.say(f"texts with a label that neither version knows: {difference.unknown}")
+            options.say(f"texts with a label that neither version knows: {difference.unknown}")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from patcher.triton.client import Answer
 
 
 @click.command("classify")
 @click.argument("texts", metavar="TEXT...", nargs=-1)
-@click.option(
-    "--file", "file", type=click.Path(path_type=Path, dir_okay=False), help="CSV, TSV, JSONL, Parquet or a text a line."
-)
+@click.option("--file", "file", type=FILE, help="CSV, TSV, JSONL, Parquet or a text a line.")
 @common_options
-def classify_command(texts: tuple[str, ...], file: Path | None, settings: Settings) -> None:
+def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonOptions) -> None:
     """Ask the server for the labels of each TEXT: the best ones with their scores, and the head version that answered.
 
     \b
@@ -35,10 +34,10 @@ def classify_command(texts: tuple[str, ...], file: Path | None, settings: Settin
         texts = read_examples(file).texts
     else:
         texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
-    with settings.server() as server:
-        answers = server.classify(settings.address, texts)
-    if settings.json:
-        settings.emit([_document(answer) for answer in answers])
+    with options.server() as server:
+        answers = server.classify(options.address, texts)
+    if options.json:
+        options.emit([_document(answer) for answer in answers])
         return
     rows = [
         (
@@ -53,7 +52,7 @@ def classify_command(texts: tuple[str, ...], file: Path | None, settings: Settin
         )
         for answer in answers
     ]
-    settings.say(table(("text", "label", "score", "in scope", "head", "next"), rows, right=(2, 3, 4)))
+    options.say(table(("text", "label", "score", "in scope", "head", "next"), rows, right=(2, 3, 4)))
 
 
 def _shortened(text: str, width: int = 60) -> str:

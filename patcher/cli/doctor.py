@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import CommonOptions, common_options
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
@@ -14,7 +14,7 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
     "--repair", is_flag=True, help="Finish or undo what was interrupted; have every server serve what is pinned."
 )
 @common_options
-def doctor_command(repair: bool, settings: Settings) -> int:
+def doctor_command(repair: bool, options: CommonOptions) -> int:
     """Say what is installed, what the repository holds, what the server says, and whether they agree.
 
     Ends with 1 where something is at fault.
@@ -26,19 +26,19 @@ def doctor_command(repair: bool, settings: Settings) -> int:
 
     def tell(check: doctor.Check) -> None:
         checks.append(check)
-        if not settings.json:
-            settings.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
+        if not options.json:
+            options.say(f"{_MARKS[check.state]}  {check.what}: {check.finding}")
 
-    with settings.server() as asked:
+    with options.server() as asked:
         server = None
         try:
             server = asked if asked.is_live() else None
         except TlsError as error:
             tell(doctor.Check("TLS", "fault", str(error)))
         if repair:
-            for check in doctor.repair(settings.repo, server):
+            for check in doctor.repair(options.repo, server):
                 tell(check)
-        for check in doctor.diagnose(settings.repo, server, settings.url):
+        for check in doctor.diagnose(options.repo, server, options.url):
             tell(check)
-    settings.emit([check.to_json() for check in checks])
+    options.emit([check.to_json() for check in checks])
     return int(any(check.state == "fault" for check in checks))

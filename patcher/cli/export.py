@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import repo_option
+from patcher.cli.options import FILE, allow_pickle_option, eval_option, repo_option, trust_remote_code_option
 from patcher.cli.output import not_installed, tell
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _CONTRADICTED = 0.5
 """Share of the training texts answered as labelled, below which they may be another model's."""
@@ -19,15 +22,12 @@ _CONTRADICTED = 0.5
 @click.option("--name", default="intent", show_default=True, help="Name of the classifier: what clients call.")
 @click.option(
     "--train",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Labelled file the model was fine-tuned on: builds the memory that bounds the harm of later patches.",
 )
-@click.option(
-    "--eval",
-    "evaluation",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Labelled file that took no part in the fine-tuning: sets which texts count as out of scope, and the "
-    "cost of a lower precision is measured on it.",
+@eval_option(
+    "Labelled file that took no part in the fine-tuning: sets which texts count as out of scope, and the "
+    "cost of a lower precision is measured on it."
 )
 @click.option(
     "--precision",
@@ -54,8 +54,8 @@ _CONTRADICTED = 0.5
     help="The backbone's head store answers for it, and clients ask BACKBONE_any: on the server that `patcher serve` "
     "starts a new version then needs no process of its own. No trials by `canary`.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-@click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code.")
+@trust_remote_code_option
+@allow_pickle_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 def export_command(
     model: str,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import table, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from patcher.measurement import Measurement
 
-_OUT = click.Path(path_type=Path, dir_okay=False)
 _TEXTS = (
     "hello, I need some help please",
     "where is it",
@@ -28,7 +27,7 @@ _TEXTS = (
 @click.command("loadtest")
 @click.option("--concurrency", metavar="START:END:STEP", help="Requests at once, as 1:16:4.  [default: 1:8:3]")
 @click.option("--request-rate", metavar="START:END:STEP", help="Requests a second, at random (Poisson) moments.")
-@click.option("--input", "file", type=_OUT, help="File with the texts to send; a few made-up ones by default.")
+@click.option("--input", "file", type=FILE, help="File with the texts to send; a few made-up ones by default.")
 @click.option(
     "--against",
     metavar="MODEL[@HOST:PORT]",
@@ -38,8 +37,8 @@ _TEXTS = (
     "--window", type=click.FloatRange(0.2, 600), default=2.0, show_default=True, help="Seconds; 3 a measurement."
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How often to repeat it all.")
-@click.option("--csv", "csv_file", type=_OUT, help="Write the figures as CSV.")
-@click.option("--plot", "plot_file", type=_OUT, help="Draw latency over throughput (PNG, SVG or PDF).")
+@click.option("--csv", "csv_file", type=FILE, help="Write the figures as CSV.")
+@click.option("--plot", "plot_file", type=FILE, help="Draw latency over throughput (PNG, SVG or PDF).")
 @common_options
 def loadtest_command(
     concurrency: str | None,
@@ -50,7 +49,7 @@ def loadtest_command(
     rounds: int,
     csv_file: Path | None,
     plot_file: Path | None,
-    settings: Settings,
+    options: CommonOptions,
 ) -> None:
     """Put the classifier under load with NVIDIA's perf_analyzer over gRPC: throughput, latencies, time in each step.
 
@@ -67,8 +66,8 @@ def loadtest_command(
     loads = parse_loads(concurrency, request_rate)
     check_targets(csv_file, plot_file)
     texts = read_examples(file).texts if file else _TEXTS
-    models = [settings.address, *([against] if against else [])]
-    with settings.server() as server:
+    models = [options.address, *([against] if against else [])]
+    with options.server() as server:
         found = load_test(
             server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)
         )
@@ -78,11 +77,11 @@ def loadtest_command(
         plot(found, plot_file)
     ratios = compare(found, against) if against else []
     by_load = {(each.model, each.load): {"ratio": each.ratio, "ratio_range": [each.low, each.high]} for each in ratios}
-    settings.emit([{**each.to_json(), **by_load.get((each.model, each.load), {})} for each in found])
-    if not settings.json:
-        settings.say(_table(found))
+    options.emit([{**each.to_json(), **by_load.get((each.model, each.load), {})} for each in found])
+    if not options.json:
+        options.say(_table(found))
     for each in ratios:
-        settings.say(
+        options.say(
             f"{each.model} / {each.against}, {each.load}: {each.ratio:.3f} of its throughput "
             f"({each.low:.3f} to {each.high:.3f} over {rounds} rounds)"
         )

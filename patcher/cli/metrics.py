@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.errors import RepositoryError
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command("metrics")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9108, show_default=True, help="0 picks a free one.")
 @click.option("--server", "more", multiple=True, metavar="HOST:PORT", help="Another server beside --url; repeatable.")
-@click.option("--texts", type=_FILE, help="Texts to ask at each scrape, for quantiles of score and in_scope.")
-@click.option("--audit-log", type=_FILE, envvar="PATCHER_AUDIT_LOG", help="Events to count  [env: PATCHER_AUDIT_LOG]")
+@click.option("--texts", type=FILE, help="Texts to ask at each scrape, for quantiles of score and in_scope.")
+@click.option("--audit-log", type=FILE, envvar="PATCHER_AUDIT_LOG", help="Events to count  [env: PATCHER_AUDIT_LOG]")
 @common_options
 def metrics_command(
-    host: str, port: int, more: tuple[str, ...], texts: Path | None, audit_log: Path | None, settings: Settings
+    host: str, port: int, more: tuple[str, ...], texts: Path | None, audit_log: Path | None, options: CommonOptions
 ) -> None:
     """Export what Triton's own metrics do not tell, for Prometheus, until Ctrl-C.
 
@@ -31,20 +32,20 @@ def metrics_command(
     from patcher.metrics import Targets, expose
 
     try:
-        repository = settings.repository
+        repository = options.repository
     except RepositoryError:
-        if settings.classifier_name is None:
+        if options.classifier_name is None:
             raise
         repository = None  # the servers' repository need not be here
-    names = (settings.classifier_name,) if settings.classifier_name else settings.repository.classifiers()
+    names = (options.classifier_name,) if options.classifier_name else options.repository.classifiers()
     sample = read_examples(texts).texts[:200] if texts else ()
-    every = settings.classifier_name is None
-    targets = Targets((settings.url, *more), names, repository, audit_log, sample, settings.tls, every)
+    every = options.classifier_name is None
+    targets = Targets((options.url, *more), names, repository, audit_log, sample, options.tls, every)
     server, thread = expose(targets, host, port)
-    settings.say(f"metrics at http://{host}:{server.server_port}/metrics; Ctrl-C stops it")
+    options.say(f"metrics at http://{host}:{server.server_port}/metrics; Ctrl-C stops it")
     try:
         thread.join()
     except KeyboardInterrupt:
-        settings.say("stopped")
+        options.say("stopped")
     finally:
         server.shutdown()

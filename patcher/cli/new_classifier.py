@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from patcher import audit
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import (
+    FILE,
+    CommonOptions,
+    common_options,
+    dry_run_option,
+    force_option,
+    memory_option,
+    no_load_option,
+)
 from patcher.cli.output import percent, seconds
 from patcher.names import check_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from patcher.founding import NewClassifierReport
 
 _SHOWN = 5
@@ -25,7 +33,7 @@ _SHOWN = 5
 @click.option("--backbone", metavar="NAME", help="The backbone that it stands on, if there are several.")
 @click.option(
     "--train",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     required=True,
     help="CSV, TSV, JSONL or Parquet with a text and a label column.",
 )
@@ -37,17 +45,10 @@ _SHOWN = 5
     show_default=True,
     help="Share of the held-out texts that must be answered right.",
 )
-@click.option(
-    "--memory",
-    "kind",
-    type=click.Choice(["features", "statistics"]),
-    default="features",
-    show_default=True,
-    help="Keep features of a few texts too, or nothing of any single text.",
-)
-@click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
-@click.option("--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever.")
-@click.option("--no-load", is_flag=True, help="Publish without touching a server; features are computed here.")
+@memory_option
+@dry_run_option
+@force_option
+@no_load_option("Publish without touching a server; features are computed here.")
 @common_options
 def new_classifier_command(
     name: str,
@@ -59,7 +60,7 @@ def new_classifier_command(
     dry_run: bool,
     force: bool,
     no_load: bool,
-    settings: Settings,
+    options: CommonOptions,
 ) -> None:
     """Make the classifier NAME from labelled texts, on a backbone that is served already.
 
@@ -77,30 +78,30 @@ def new_classifier_command(
     from patcher.founding import FoundingSettings, new_classifier
     from patcher.remembering import FEATURES_A_LABEL
 
-    if settings.classifier_name is not None:
+    if options.classifier_name is not None:
         raise click.UsageError("--classifier names one that is there; the new one's name is the argument NAME")
     wishes = FoundingSettings(
         in_store, min_accuracy, force, dry_run, per_label=FEATURES_A_LABEL if kind == "features" else 0
     )
     examples = read_examples(train)
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.
-    with nullcontext() if no_load or dry_run else settings.server() as server:
+    with options.server_unless(no_load or dry_run) as server:
         report = new_classifier(
-            settings.repository,
+            options.repository,
             name,
             examples,
             backbone=backbone,
             server=server,
             settings=wishes,
-            progress=settings.progress("texts", len(examples)),
+            progress=options.progress("texts", len(examples)),
         )
-    if settings.json:
-        settings.emit(report.to_json())
+    if options.json:
+        options.emit(report.to_json())
     else:
-        _render(report, settings)
+        _render(report, options)
 
 
-def _render(report: NewClassifierReport, settings: Settings) -> None:
+def _render(report: NewClassifierReport, options: CommonOptions) -> None:
     what = f"{report.classifier} on {report.backbone}, {report.labels} labels from {report.examples} texts"
     if report.served:
         done = f"{what}: version 1 serves"
@@ -108,17 +109,17 @@ def _render(report: NewClassifierReport, settings: Settings) -> None:
         done = f"{what}: version 1 is published; no server was asked to load it"
     else:
         done = f"dry run: nothing published; {what}"
-    settings.say(done)
+    options.say(done)
     forced = " Published all the same, by --force." if report.gate == "forced" else ""
-    settings.say(f"gate      {report.sentence}{forced}")
+    options.say(f"gate      {report.sentence}{forced}")
     for weak in report.weak[:_SHOWN]:
         found = f"{percent(weak.recall, 0)} of {weak.support} found"
-        settings.say(f"weak      {weak.label}: {found}, most others answered {weak.instead}")
+        options.say(f"weak      {weak.label}: {found}, most others answered {weak.instead}")
     if len(report.weak) > _SHOWN:
-        settings.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
-    settings.say(f"asked     as {report.address}")
+        options.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
+    options.say(f"asked     as {report.address}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
-    settings.say(
+    options.say(
         f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB, memory {report.memory_bytes / 1e6:.1f} MB"
     )
 
@@ -126,9 +127,9 @@ def _render(report: NewClassifierReport, settings: Settings) -> None:
 @click.command("drop-classifier")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--no-load", is_flag=True, help="Delete the files without touching a server.")
+@no_load_option("Delete the files without touching a server.")
 @common_options
-def drop_classifier_command(name: str, yes: bool, no_load: bool, settings: Settings) -> None:
+def drop_classifier_command(name: str, yes: bool, no_load: bool, options: CommonOptions) -> None:
     """Take the classifier NAME off the servers and delete it with all its versions; there is no way back.
 
     Its backbone stays, and so does every other classifier on it.
@@ -138,24 +139,24 @@ def drop_classifier_command(name: str, yes: bool, no_load: bool, settings: Setti
     """
     from patcher.dropping import drop_classifier
 
-    if settings.classifier_name is not None:
+    if options.classifier_name is not None:
         raise click.UsageError("the classifier to drop is the argument NAME; leave --classifier out")
     audit.note(classifier=name)
-    count = len(settings.repository.versions_of(check_name(name)))
+    count = len(options.repository.versions_of(check_name(name)))
     versions = "its only version" if count == 1 else f"its {count} versions"
     if count and not yes:
         if not sys.stdin.isatty():
             raise click.UsageError(f"this deletes {name} with {versions} for good; expected --yes")
         if not click.confirm(f"Delete {name} with {versions} for good?", err=True):
             audit.note(outcome="declined")
-            settings.say(f"{name} was not touched")
+            options.say(f"{name} was not touched")
             return
-    with nullcontext() if no_load else settings.server() as server:
-        dropped = drop_classifier(settings.repository, name, server)
+    with options.server_unless(no_load) as server:
+        dropped = drop_classifier(options.repository, name, server)
     audit.note(versions=list(dropped))
-    settings.emit({"classifier": name, "dropped": list(dropped)})
-    if not settings.json:
+    options.emit({"classifier": name, "dropped": list(dropped)})
+    if not options.json:
         which = (
             f", with {'version' if len(dropped) == 1 else 'versions'} {', '.join(map(str, dropped))}" if dropped else ""
         )
-        settings.say(f"{name} is gone{which}; its backbone stays")
+        options.say(f"{name} is gone{which}; its backbone stays")

@@ -20,18 +20,38 @@ from patcher.cli.output import tell
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from patcher.classifier import Classifier
     from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
     from patcher.triton.tls import ClientTls
 
-__all__ = ["Settings", "common_options", "read_key", "repo_option", "warn_if_open"]
+__all__ = [
+    "FILE",
+    "SHARE",
+    "CommonOptions",
+    "allow_pickle_option",
+    "common_options",
+    "dry_run_option",
+    "eval_option",
+    "force_option",
+    "max_flips_option",
+    "memory_option",
+    "min_recall_option",
+    "no_load_option",
+    "read_key",
+    "repo_option",
+    "trust_remote_code_option",
+    "version_option",
+    "warn_if_open",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Settings:
+class CommonOptions:
     """Where the repository and the server are, and how to speak to the user."""
 
     repo: Path | str
@@ -85,6 +105,10 @@ class Settings:
             away = ", ".join(fleet.away)
             tell(f"warning: {away} does not answer and is left out; `patcher sync` when it is back", err=True)
         return fleet
+
+    def server_unless(self, no_load: bool) -> AbstractContextManager[TritonServer | None]:
+        """The server, or none where a verb is to do without."""
+        return contextlib.nullcontext() if no_load else self.server()
 
     @property
     def tls(self) -> ClientTls | None:
@@ -153,7 +177,50 @@ class _Location(click.Path):
         return value if is_url(value) else super().convert(value, param, ctx)
 
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+SHARE = click.FloatRange(0, 100, min_open=True, max_open=True)
+"""Per cent of the requests that a version on trial gets."""
+
+version_option = click.option("--version", type=click.IntRange(1), help="The serving one by default.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
+force_option = click.option(
+    "--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever."
+)
+max_flips_option = click.option(
+    "--max-flips",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
+    help="Share of old inputs that may flip.",
+)
+min_recall_option = click.option(
+    "--min-recall", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Recall the new label must reach."
+)
+memory_option = click.option(
+    "--memory",
+    "kind",
+    type=click.Choice(["features", "statistics"]),
+    default="features",
+    show_default=True,
+    help="Keep features of a few texts too, or nothing of any single text.",
+)
+allow_pickle_option = click.option(
+    "--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code."
+)
+trust_remote_code_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."
+)
+
+
+def eval_option(text: str) -> Callable[[Command], Command]:
+    """``--eval FILE``, whose help is ``text``."""
+    return click.option("--eval", "evaluation", type=FILE, help=text)
+
+
+def no_load_option(text: str = "Publish without touching a server.") -> Callable[[Command], Command]:
+    """``--no-load``, whose help is ``text``."""
+    return click.option("--no-load", is_flag=True, help=text)
+
 
 repo_option = click.option(
     "--repo",
@@ -189,22 +256,22 @@ _OPTIONS = (
     click.option(
         "--admin-key-file",
         "key_file",
-        type=_FILE,
+        type=FILE,
         help="File with the key for model control  [env: PATCHER_ADMIN_KEY holds the key itself]",
     ),
     click.option(
         "--tls-ca",
-        type=_FILE,
+        type=FILE,
         envvar="PATCHER_TLS_CA",
         help="Speak TLS, and trust servers that this authority signed  [env: PATCHER_TLS_CA]",
     ),
     click.option(
         "--tls-cert",
-        type=_FILE,
+        type=FILE,
         envvar="PATCHER_TLS_CERT",
         help="Our certificate, for servers that ask for one  [env: PATCHER_TLS_CERT]",
     ),
-    click.option("--tls-key", type=_FILE, envvar="PATCHER_TLS_KEY", help="Its key  [env: PATCHER_TLS_KEY]"),
+    click.option("--tls-key", type=FILE, envvar="PATCHER_TLS_KEY", help="Its key  [env: PATCHER_TLS_KEY]"),
     click.option(
         "--tls-server-name",
         metavar="NAME",
@@ -215,11 +282,11 @@ _OPTIONS = (
 
 
 def common_options(command: Command) -> Command:
-    """Give a command the options of ``_OPTIONS`` and, from them, a ``settings`` argument."""
+    """Give a command the options of ``_OPTIONS`` and, from them, an ``options`` argument."""
     import functools
 
     @functools.wraps(command)
-    def with_settings(
+    def with_options(
         *args: Any,
         repo: Path | str,
         classifier_name: str | None,
@@ -234,7 +301,7 @@ def common_options(command: Command) -> Command:
         **kwargs: Any,
     ) -> Any:
         tls = (tls_ca, tls_cert, tls_key)
-        settings = Settings(
+        options = CommonOptions(
             repo,
             classifier_name,
             ",".join(urls),
@@ -244,8 +311,8 @@ def common_options(command: Command) -> Command:
             tls_files=tls,
             tls_server_name=tls_server_name,
         )
-        return command(*args, settings=settings, **kwargs)
+        return command(*args, options=options, **kwargs)
 
     for option in reversed(_OPTIONS):
-        with_settings = option(with_settings)
-    return with_settings  # type: ignore[return-value]  # click decorators keep the function's own type
+        with_options = option(with_options)
+    return with_options  # type: ignore[return-value]  # click decorators keep the function's own type

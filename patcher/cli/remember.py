@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options, memory_option, no_load_option
 from patcher.cli.output import tell
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command("remember")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     required=True,
     help="Labelled file, such as the training data of the fine-tuned model.",
 )
-@click.option(
-    "--memory",
-    "kind",
-    type=click.Choice(["features", "statistics"]),
-    default="features",
-    show_default=True,
-    help="Keep features of a few texts too, or nothing of any single text.",
-)
-@click.option("--no-load", is_flag=True, help="Publish without touching a server.")
+@memory_option
+@no_load_option()
 @common_options
-def remember_command(data: Path, kind: str, no_load: bool, settings: Settings) -> None:
+def remember_command(data: Path, kind: str, no_load: bool, options: CommonOptions) -> None:
     """Build the memory of a classifier from labelled data: what later patches are fitted and judged with.
 
     Publishes the next head version with the same rows and labels. `patcher export --train FILE` does it from the start.
@@ -40,23 +35,23 @@ def remember_command(data: Path, kind: str, no_load: bool, settings: Settings) -
     from patcher.remembering import FEATURES_A_LABEL, remember
 
     examples = read_examples(data)
-    classifier = settings.classifier
-    with nullcontext() if no_load else settings.server() as server:
+    classifier = options.classifier
+    with options.server_unless(no_load) as server:
         switch = remember(
             classifier,
             examples,
             server,
             per_label=FEATURES_A_LABEL if kind == "features" else 0,
-            progress=settings.progress("texts", len(examples)),
+            progress=options.progress("texts", len(examples)),
         )
     memory = classifier.memory(switch.version)
     size = memory.size if memory else 0
-    settings.emit(
+    options.emit(
         {"classifier": classifier.name, "version": switch.version, "served": switch.served, "memory_bytes": size}
     )
-    if not settings.json:
+    if not options.json:
         state = "serves" if switch.served else "is published; no server was asked to load it"
-        settings.say(f"{len(examples)} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
+        options.say(f"{len(examples)} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
     head = classifier.head(switch.version)
     if said := unremembered(head.labels, memory):
         tell(f"warning: {said}", err=True)

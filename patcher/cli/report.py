@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options, eval_option, version_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command("report")
-@click.option("--version", type=click.IntRange(1), help="The serving one by default.")
-@click.option(
-    "--eval",
-    "evaluation",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Labelled file: accuracy, confusions and flips, before and after.",
-)
-@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Where the page goes.")
+@version_option
+@eval_option("Labelled file: accuracy, confusions and flips, before and after.")
+@click.option("--html", "page", type=FILE, help="Where the page goes.")
 @common_options
-def report_command(version: int | None, evaluation: Path | None, page: Path | None, settings: Settings) -> None:
+def report_command(version: int | None, evaluation: Path | None, page: Path | None, options: CommonOptions) -> None:
     """Write one self-contained page about a head version.
 
     What changed since its parent, what the gate said, with --eval how both answer a labelled file, and a map of the new
@@ -29,15 +27,15 @@ def report_command(version: int | None, evaluation: Path | None, page: Path | No
     patcher report --html patch.html --eval held-out.csv
     patcher report --version 7 --html patch.html
     """
-    if page is None and not settings.json:
+    if page is None and not options.json:
         raise click.UsageError("expected --html FILE, or --json for the same as one document")
     from patcher.examples import read_examples
     from patcher.report import make_report, write_page
 
     examples = read_examples(evaluation) if evaluation else None
-    progress = settings.progress("texts", len(examples)) if examples else None
-    found = make_report(settings.classifier, version, examples, progress)
+    progress = options.progress("texts", len(examples)) if examples else None
+    found = make_report(options.classifier, version, examples, progress)
     if page is not None:
         write_page(found, page)
-        settings.say(f"version {found.entry.lineage.version} of {found.classifier}: {page}")
-    settings.emit(found.to_json())
+        options.say(f"version {found.entry.lineage.version} of {found.classifier}: {page}")
+    options.emit(found.to_json())

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import click
 
-from patcher.cli.options import read_key, repo_option, warn_if_open
+from patcher.cli.options import FILE, read_key, repo_option, warn_if_open
 from patcher.cli.output import tell
 from patcher.errors import InputError
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("serve")
@@ -24,27 +22,27 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--admin-key-file",
     "key_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="File with the key that model control then takes  [env: PATCHER_ADMIN_KEY holds the key itself]",
 )
 @click.option(
     "--tls-cert",
-    type=_FILE,
+    type=FILE,
     envvar="PATCHER_SERVER_TLS_CERT",
     help="gRPC speaks TLS with this certificate; HTTP then keeps to health checks on loopback  "
     "[env: PATCHER_SERVER_TLS_CERT]",
 )
-@click.option("--tls-key", type=_FILE, envvar="PATCHER_SERVER_TLS_KEY", help="Its key  [env: PATCHER_SERVER_TLS_KEY]")
+@click.option("--tls-key", type=FILE, envvar="PATCHER_SERVER_TLS_KEY", help="Its key  [env: PATCHER_SERVER_TLS_KEY]")
 @click.option(
     "--tls-client-ca",
-    type=_FILE,
+    type=FILE,
     envvar="PATCHER_SERVER_TLS_CLIENT_CA",
     help="Let in only clients whose certificate this authority signed  [env: PATCHER_SERVER_TLS_CLIENT_CA]",
 )
 @click.option(
     "--metrics-host", help="Address of the metrics, which know no TLS.  [default: --host; with TLS, loopback]"
 )
-@click.option("--log-file", type=_FILE, help="Where Triton writes its log.")
+@click.option("--log-file", type=FILE, help="Where Triton writes its log.")
 @click.option(
     "--ask-backbone",
     is_flag=True,

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import (
+    CommonOptions,
+    allow_pickle_option,
+    common_options,
+    trust_remote_code_option,
+    version_option,
+)
 from patcher.cli.output import not_installed, percent
 
 
 @click.command("to-transformers")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, metavar="MODEL", help="What the classifier was exported from.")
-@click.option("--version", type=click.IntRange(1), help="The serving one by default.")
-@click.option("--allow-pickle", is_flag=True, help="Read weights in a pickle, which can run code.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
+@version_option
+@allow_pickle_option
+@trust_remote_code_option
 @common_options
 def to_transformers_command(
     folder: Path,
@@ -23,7 +29,7 @@ def to_transformers_command(
     version: int | None,
     allow_pickle: bool,
     trust_remote_code: bool,
-    settings: Settings,
+    options: CommonOptions,
 ) -> None:
     """Write the checkpoint to FOLDER with the labels and rows of the head: to fine-tune on, or to use without Triton.
 
@@ -38,17 +44,17 @@ def to_transformers_command(
     except ModuleNotFoundError as error:
         raise not_installed("to-transformers", error) from error
     made = to_transformers(
-        settings.classifier,
+        options.classifier,
         checkpoint,
         folder,
         version,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    settings.emit({**vars(made), "folder": str(made.folder), "refitted": list(made.refitted)})
-    if not settings.json:
-        settings.say(f"{made.folder}: version {made.version} with {made.labels} labels")
+    options.emit({**vars(made), "folder": str(made.folder), "refitted": list(made.refitted)})
+    if not options.json:
+        options.say(f"{made.folder}: version {made.version} with {made.labels} labels")
         if made.refitted:
-            settings.say(f"fitted again on the classifier features alone: {', '.join(made.refitted)}")
+            options.say(f"fitted again on the classifier features alone: {', '.join(made.refitted)}")
         if made.agreement is not None:
-            settings.say(f"{percent(made.agreement)} of the remembered inputs are answered as by the served head")
+            options.say(f"{percent(made.agreement)} of the remembered inputs are answered as by the served head")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import tell
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command("tune")
 @click.option("--seconds", type=click.FloatRange(5, 86_400), default=120.0, show_default=True, help="To try settings.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Requests at once.")
-@click.option(
-    "--input", "file", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File with typical texts."
-)
+@click.option("--input", "file", type=FILE, required=True, help="File with typical texts.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be written.")
 @click.option(
     "--response-cache/--no-response-cache",
@@ -25,7 +26,7 @@ from patcher.cli.output import tell
 )
 @common_options
 def tune_command(
-    seconds: float, concurrency: int, file: Path, dry_run: bool, response_cache: bool | None, settings: Settings
+    seconds: float, concurrency: int, file: Path, dry_run: bool, response_cache: bool | None, options: CommonOptions
 ) -> None:
     """Find the instances, threads, delays, padding and batches that are fastest on this machine, and write them.
 
@@ -39,7 +40,7 @@ def tune_command(
     from patcher.tune import tune
 
     found = tune(
-        settings.classifier,
+        options.classifier,
         read_examples(file).texts,
         seconds=seconds,
         concurrency=concurrency,
@@ -47,14 +48,14 @@ def tune_command(
         response_cache=response_cache,
         progress=lambda what: tell(what, err=True),
     )
-    settings.emit(found.to_json())
-    if not settings.json:
+    options.emit(found.to_json())
+    if not options.json:
         before, best = dataclasses.asdict(found.before), dataclasses.asdict(found.best)
         changes = ", ".join(f"{key} {before[key]} -> {best[key]}" for key in best if best[key] != before[key])
         rate = f"{found.throughput:.0f} texts/s at concurrency {concurrency}"
-        settings.say(
+        options.say(
             f"{rate}, {found.gain:.2f} times what it was: {changes}"
             if changes
             else f"nothing tried was better than what is there: {rate}"
         )
-        settings.say("written; a restarted server serves with it" if found.written else "nothing was written")
+        options.say("written; a restarted server serves with it" if found.written else "nothing was written")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from patcher.cli.options import Settings, common_options
+from patcher.cli.options import CommonOptions, common_options
 
 
 @click.command("upgrade")
 @common_options
-def upgrade_command(settings: Settings) -> None:
+def upgrade_command(options: CommonOptions) -> None:
     """Have an export of an earlier version encode texts as this one does.
 
     That is in batches of like length, and on a CPU without a way to another process and back. Renews the programs of
@@ -19,11 +19,11 @@ def upgrade_command(settings: Settings) -> None:
     """
     from patcher.upgrade import upgrade
 
-    classifier = settings.classifier
+    classifier = options.classifier
     changed = upgrade(classifier)
-    settings.emit({"backbone": classifier.backbone, "changed": list(changed)})
-    if not settings.json:
-        settings.say(
+    options.emit({"backbone": classifier.backbone, "changed": list(changed)})
+    if not options.json:
+        options.say(
             f"{', '.join(changed)}: as this version has them; a server serves with them when it is started again"
             if changed
             else f"{classifier.encoder_model} is of this version already: nothing to do"
