@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import re
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Checkpoint:
     """``single_label`` or ``multi_label``."""
     source: str
     """Where it came from, for messages and the lineage."""
+    dtype: torch.dtype = torch.float32
+    """Of the weights as they are there; ``model`` has them in float32."""
 
 
 def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
@@ -73,7 +76,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
     name = _checked_source(source)
     with _quiet():
         config = _read(name, "configuration", AutoConfig, trust_remote_code=trust_remote_code)
-        labels, problem = _labels(config, name), _problem(config, name)
+        labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
         _refuse_unfit(config, name)
         if not allow_pickle:
@@ -95,7 +98,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
             f"{name} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which were "
             "left random: expected a checkpoint that was fine-tuned for sequence classification"
         )
-    return _ready(model, tokenizer, labels, problem, name)
+    return dataclasses.replace(_ready(model, tokenizer, labels, problem, name), dtype=dtype)
 
 
 def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str = "") -> Checkpoint:

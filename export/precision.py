@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "sample"]
+__all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MOST_TEXTS = 2000
@@ -98,6 +98,15 @@ def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
     return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs, backbone.unpadded)
+
+
+def precision_of(path: Path) -> str:
+    """The precision of the backbone at ``path``, which the graph tells: one of ``PRECISIONS``."""
+    graph = onnx.load(path).graph
+    if any(node.op_type == "MatMulInteger" for node in graph.node):
+        return "int8"
+    halves = any(weights.data_type == onnx.TensorProto.FLOAT16 for weights in graph.initializer)
+    return "fp16" if halves else "fp32"
 
 
 def _quantized(source: Path, path: Path) -> onnx.ModelProto:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 
 from export.checkpoint import load_checkpoint
 from export.parity import check_parity
-from export.precision import LIMITS
+from export.precision import LIMITS, precision_of
 from export.stages import split_off
 from export.tokenizer import prepare_tokenizer
 from patcher.errors import CheckpointError, ExportError, InputError, ParityError, StorageError
@@ -26,6 +28,7 @@ from patcher.runtime import open_session
 if TYPE_CHECKING:
     import os
 
+    from export.checkpoint import Checkpoint
     from patcher.classifier import Classifier
     from patcher.head import Head
 
@@ -74,32 +77,9 @@ def to_transformers(
     memory = classifier.memory(head.lineage.version)
     plain = narrow_head(head, memory)
     loaded = load_checkpoint(str(checkpoint), **flags)
-    details = classifier.head(1).lineage.details if 1 in classifier.versions() else head.lineage.details
-    other = f"{classifier.name} was not exported from {checkpoint}"
-    try:
-        encoder = prepare_tokenizer(loaded, details.get("max_length"))
-    except CheckpointError:
-        raise
-    except InputError as error:  # the length that was exported is too long here
-        raise ParityError(f"{other}: it was exported for {error}") from error
-    wanted = {tensor.name for tensor in open_session(classifier.backbone_path).get_inputs()}
-    if missing := wanted - set(encoder.inputs):
-        raise ParityError(f"{other}: its backbone takes {', '.join(sorted(missing))}, the checkpoint does not")
-    split, _ = split_off(loaded, encoder)
-    if split.split != head.split:
-        raise ParityError(
-            f"{checkpoint} has {split.split} classifier features, {classifier.name} {head.split}: it was exported from "
-            "another checkpoint"
-        )
-    try:
-        check_parity(
-            loaded.model, split, encoder, classifier.backbone_path, (), LIMITS.get(details.get("precision", ""))
-        )
-    except ParityError as error:
-        unknown = "" if "precision" in details else ", or in a lower precision (version 1 would tell, and is gone)"
-        raise ParityError(f"{other}{unknown}: {error}") from error
-    model = _with_layer(loaded.model, split.layer, plain)
-    _save(model, loaded.tokenizer, target)
+    layer = _proven_layer(classifier, loaded, head.split)
+    plain = _put_in(loaded, layer, plain)
+    _save(loaded.model, loaded.tokenizer, target)
     agreement = None
     if memory is not None and len(memory.sample):
         rows = memory.sample.astype(np.float32)
@@ -109,25 +89,60 @@ def to_transformers(
     return Returned(target, head.lineage.version, len(plain.labels), patched, agreement)
 
 
-def _with_layer(model: Any, layer: str, plain: Head) -> Any:
+def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
+    """Name of the checkpoint's last layer, on ``width`` features; ParityError where it is not what was exported."""
+    # An export settles padding in model and tokenizer; what goes back keeps its own.
+    loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model), tokenizer=copy.deepcopy(loaded.tokenizer))
+    other = f"{classifier.name} was not exported from {loaded.source}"
+    served = json.loads(classifier.repository.tokenizer_json(classifier.backbone))
+    try:
+        encoder = prepare_tokenizer(loaded, served["truncation"]["max_length"])
+    except CheckpointError:
+        raise
+    except InputError as error:  # the length that was exported is too long here
+        raise ParityError(f"{other}: it was exported for {error}") from error
+    path = classifier.backbone_path
+    wanted = {tensor.name for tensor in open_session(path).get_inputs()}
+    if missing := wanted - set(encoder.inputs):
+        raise ParityError(f"{other}: its backbone takes {', '.join(sorted(missing))}, the checkpoint does not")
+    split, _ = split_off(loaded, encoder)
+    if split.split != width:
+        raise ParityError(
+            f"{loaded.source} has {split.split} classifier features, {classifier.name} {width}: it was exported from "
+            "another checkpoint"
+        )
+    try:
+        check_parity(loaded.model, split, encoder, path, (), LIMITS.get(precision_of(path)))
+    except ParityError as error:
+        raise ParityError(f"{other}: {error}") from error
+    return split.layer
+
+
+def _put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
+    """Put the head's rows and labels into the checkpoint, in its own precision; returns the rows as they are there."""
+    model: Any = loaded.model
     old = model.get_submodule(layer)
     if not isinstance(old, nn.Linear):
         raise ExportError(f"the last layer {layer!r} is a {type(old).__name__}; only a torch.nn.Linear can be replaced")
     bias = getattr(old, "bias", None)
     if bias is None and plain.base_bias.any():
         raise ExportError(f"the last layer {layer!r} has no bias, and rows that were patched in need one")
-    changed = copy.deepcopy(model)
     fresh = nn.Linear(plain.split, len(plain.labels), bias=bias is not None)
     with torch.no_grad():
         fresh.weight.copy_(torch.from_numpy(plain.base_weight))
         if bias is not None:
             fresh.bias.copy_(torch.from_numpy(plain.base_bias))
     parent_name, _, name = layer.rpartition(".")
-    setattr(changed.get_submodule(parent_name), name, fresh)
-    changed.config.id2label = dict(enumerate(plain.labels))
-    changed.config.label2id = {label: index for index, label in enumerate(plain.labels)}
-    changed.num_labels = len(plain.labels)
-    return changed
+    setattr(model.get_submodule(parent_name), name, fresh)
+    model.config.id2label = dict(enumerate(plain.labels))
+    model.config.label2id = {label: index for index, label in enumerate(plain.labels)}
+    model.num_labels = len(plain.labels)
+    nn.Module.to(model, dtype=loaded.dtype)
+    return dataclasses.replace(
+        plain,
+        base_weight=fresh.weight.detach().float().numpy(),
+        base_bias=plain.base_bias if bias is None else fresh.bias.detach().float().numpy(),
+    )
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:

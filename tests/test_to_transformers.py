@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from export import export_classifier, to_transformers
-from patcher import PatchSettings, add_label, remove_label
+from export.precision import LIMITS, Limits
+from patcher import PatchSettings, add_label, prune, remove_label
 from patcher.cli import main
 from patcher.errors import ExportError, InputError, ParityError
 from patcher.narrow import narrow_head
@@ -125,9 +126,32 @@ def test_the_verb(bert, patched, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_one_of_a_lower_precision_and_shorter_texts_comes_back_too(bert, tmp_path):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_one_of_a_lower_precision_and_shorter_texts_comes_back_too(bert, tmp_path, precision, monkeypatch):
+    monkeypatch.setitem(LIMITS, precision, Limits(99, 1, 1))  # so small a model takes no few bits
     repository = export_classifier(
-        bert, tmp_path / "repository", train=train_file(tmp_path), precision="fp16", max_length=20
+        bert, tmp_path / "repository", train=train_file(tmp_path), precision=precision, max_length=20
     )
+    monkeypatch.setitem(LIMITS, precision, Limits(0.3, 1, 1))
+    add_label(repository, "pizza", PIZZA, settings=FORCED)
+    add_label(repository, "parting", ["goodbye", "see you later", "bye bye"], settings=FORCED)
+    assert prune(repository.classifier(), 1) == (1,)  # the one that says what was exported
     made = to_transformers(repository.classifier(), bert, tmp_path / "new")
-    assert made.labels == len(checkpoints.LABELS)
+    assert made.labels == len(checkpoints.LABELS) + 2
+
+
+def test_it_keeps_its_own_precision_and_padding(bert, tmp_path):
+    # A BERT takes padding on the right alone, whatever its tokenizer is set to.
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert, padding_side="left")
+    model.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    repository = export_classifier(tmp_path / "half", tmp_path / "repository", train=train_file(tmp_path))
+    add_label(repository, "pizza", PIZZA, settings=FORCED)
+    made = to_transformers(repository.classifier(), tmp_path / "half", tmp_path / "new")
+    back = transformers.AutoModelForSequenceClassification.from_pretrained(made.folder)
+    assert {weights.dtype for weights in back.parameters()} == {torch.bfloat16}
+    assert back.config.dtype == torch.bfloat16
+    assert transformers.AutoTokenizer.from_pretrained(made.folder).padding_side == "left"
+    rows = model.classifier.weight
+    assert torch.equal(back.classifier.weight[: len(rows)], rows)
