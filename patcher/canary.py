@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patcher import model_config
+from patcher import configs
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
@@ -100,7 +100,7 @@ class SplitClient:
             canary = self.classifier + CANARY
             try:
                 there = self.server.is_ready(canary)
-                self._percent = model_config.share_of(self.server.model_config(canary)) if there else 0.0
+                self._percent = configs.share_of(self.server.model_config(canary)) if there else 0.0
             except ServerRefused:  # the trial ended between the two questions
                 self._percent = 0.0
             self._read = time.monotonic()
@@ -144,7 +144,7 @@ def begin(classifier: Classifier, version: int, percent: float, server: TritonSe
 def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:
     """The same for a head that is on disk already; the lock must be held."""
     version = head.lineage.version
-    model_config.check_share(percent)
+    configs.check_share(percent)
     if version == classifier.serving():
         raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
     require_live(server, classifier)
@@ -155,7 +155,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
         validate(classifier.head_bytes(version), head)
         add_classifier(repository, name, head, base=classifier, share=percent)
     else:
-        repository.write_configs({name: model_config.with_share(before, percent)})
+        repository.write_configs({name: configs.with_share(before, percent)})
     trial = Classifier(repository, name)
     try:
         each(present(server), lambda replica: _serve(trial, head, replica))
@@ -215,7 +215,7 @@ def status(classifier: Classifier, server: TritonServer | None = None) -> Canary
     trial = on_trial(classifier)
     if trial is None:
         return None
-    percent = model_config.share_of(classifier.repository.config(trial.name))
+    percent = configs.share_of(classifier.repository.config(trial.name))
     arms = [_arm(each, server) for each in (classifier, trial)] if server is not None else []
     return Canary(classifier.name, trial.serving(), percent, tuple(arms))
 

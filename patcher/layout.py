@@ -8,6 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher import model_config
+from patcher.configs import (
+    any_config,
+    backbone_config,
+    classifier_config,
+    encoder_config,
+    features_config,
+    head_config,
+    store_config,
+    tokenizer_config,
+)
 from patcher.head_file import write_head
 from patcher.names import CONFIG, MODEL, STORE
 
@@ -60,8 +70,8 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
     """A backbone with its encoder, tokenizer and features ensemble, the ensemble last."""
     longest = json.loads(files.tokenizer_json)["truncation"]["max_length"]
     configs = (
-        model_config.tokenizer_config(names.tokenizer_model, files.token_inputs),
-        model_config.backbone_config(
+        tokenizer_config(names.tokenizer_model, files.token_inputs),
+        backbone_config(
             names.backbone_model,
             files.token_inputs,
             files.width,
@@ -70,7 +80,7 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
             files.tensorrt,
             longest,
         ),
-        model_config.encoder_config(
+        encoder_config(
             names.encoder_model,
             files.token_inputs,
             names.backbone_model,
@@ -78,7 +88,7 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
             files.device,
             unpadded=files.unpadded,
         ),
-        model_config.features_config(names.features_model, names.encoder_model, files.width),
+        features_config(names.features_model, names.encoder_model, files.width),
     )
     texts = _text_files(files.tokenizer_json)
     contents: Folders = {
@@ -97,8 +107,8 @@ def encoder_folder(names: BackboneNames, config: str, tokenizer_json: str) -> Fo
 def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) -> Folders:
     """A backbone's head store and the ensemble above it, ``encoding`` being the steps to the ``width`` features."""
     configs = (
-        model_config.store_config(names.store_model, width, names.backbone),
-        model_config.any_config(names.any_model, encoding, names.store_model),
+        store_config(names.store_model, width, names.backbone),
+        any_config(names.any_model, encoding, names.store_model),
     )
     return _with_configs({names.store_model: {"1/model.py": _source("heads")}}, configs)
 
@@ -113,12 +123,12 @@ def classifier_folders(
     name: str, head: Head, memory: Memory | None, encoding: Sequence[Step], share: float | None
 ) -> Folders:
     """A classifier's head with its first version, and the ensemble above it; a canary states its ``share``."""
-    ensemble = model_config.classifier_config(name, encoding, f"{name}_head", share)
+    ensemble = classifier_config(name, encoding, f"{name}_head", share)
     return _with_configs({f"{name}_head": _first_version(head, memory)}, [_head_config(name, head), ensemble])
 
 
 def _head_config(name: str, head: Head) -> model_config.ModelConfig:
-    return model_config.head_config(f"{name}_head", head.width, head.lineage.version)
+    return head_config(f"{name}_head", head.width, head.lineage.version)
 
 
 def _first_version(head: Head, memory: Memory | None) -> dict[str, bytes | Path]:

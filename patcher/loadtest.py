@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patcher.configs import asked_by
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
 from patcher.measurement import Load, Measurement, StepTime
-from patcher.model_config import asked_by, steps_of
+from patcher.model_config import steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

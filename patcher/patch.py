@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher import model_config
+from patcher import configs
 from patcher.errors import InputError, RepositoryError
 from patcher.fit import Fit, fit
 from patcher.fit.model import woken
@@ -58,7 +58,7 @@ class PatchSettings:
             if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
                 raise InputError(f"{name} is {value}; expected a share from 0 to 1")
         if self.canary is not None:
-            model_config.check_share(self.canary)
+            configs.check_share(self.canary)
 
 
 DEFAULTS = PatchSettings()

@@ -8,18 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from patcher.configs import GPU_ENCODERS, PADDING_SLACK, SLACK, asked_by
 from patcher.errors import RepositoryError
-from patcher.model_config import (
-    GPU_ENCODERS,
-    MAX_BATCH_SIZE,
-    PADDING_SLACK,
-    SLACK,
-    asked_by,
-    is_on_gpu,
-    parameter,
-    parse,
-    to_text,
-)
+from patcher.model_config import MAX_BATCH_SIZE, is_on_gpu, parameter, parse, to_text
 
 __all__ = ["Serving", "serving_of", "with_response_cache", "with_serving"]
 

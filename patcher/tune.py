@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patcher.configs import PADDING_SLACK, asked_by
 from patcher.errors import InputError, ServerError
 from patcher.loadtest import load_test
 from patcher.measurement import Load
-from patcher.model_config import MAX_BATCH_SIZE, PADDING_SLACK, asked_by, parse
+from patcher.model_config import MAX_BATCH_SIZE, parse
 from patcher.repository import ModelRepository
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from patcher import model_config
 from patcher.classifier import Classifier
+from patcher.configs import encoder_config, features_config
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
         serving = serving_of(model_config.parse(before), model_config.parse(deep))
         device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
-        encoder = model_config.encoder_config(
+        encoder = encoder_config(
             backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
         )
         _, deep = with_serving(before, deep, Serving())  # the largest batch moves, too
@@ -42,7 +43,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
         if model_config.parse(deep).response_cache.enable:
             deep = with_response_cache(deep, enable=False)
             text = with_response_cache(text, enable=True)
-        features = model_config.features_config(backbone.features_model, backbone.encoder_model, backbone.width())
+        features = features_config(backbone.features_model, backbone.encoder_model, backbone.width())
         if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
             backbone.add_encoder(text)
         changed = {backbone.backbone_model: deep}

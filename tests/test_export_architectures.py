@@ -14,7 +14,7 @@ import checkpoints  # noqa: E402  needs both
 
 import export.stages  # noqa: E402
 from export import run_export  # noqa: E402
-from patcher import model_config  # noqa: E402
+from patcher import configs  # noqa: E402
 from patcher.errors import CheckpointError, ExportError, ParityError  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
 
@@ -101,7 +101,7 @@ def test_the_calls_that_warm_a_gpu_up_are_answered(exported):
     name, _, report = exported
     classifier = report.repository.classifier()
     tokens = [each.name for each in report.repository.config(classifier.backbone_model).input]
-    asked = model_config.backbone_config("b", tokens, report.width, "f", device="gpu", longest=report.max_length)
+    asked = configs.backbone_config("b", tokens, report.width, "f", device="gpu", longest=report.max_length)
     session = open_session(classifier.backbone_path, threads=1)
     for shape in asked.warmup:
         assert shape[1] <= report.max_length

@@ -25,10 +25,10 @@ def test_every_public_name_is_there_and_says_what_it_is():
 
 @pytest.mark.parametrize(
     "name",
-    ["backbone", "classifier", "difference", "disk", "errors", "evaluation", "examples", "features", "files", "fit",
-     "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle", "lineage",
-     "memory", "metrics", "model_config", "names", "object_store", "onnx_file", "relabelling", "remembering",
-     "repository", "rollout", "runtime", "s3", "scope", "stopwatch", "store"],
+    ["backbone", "classifier", "configs", "difference", "disk", "errors", "evaluation", "examples", "features",
+     "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
+     "lineage", "memory", "metrics", "model_config", "names", "object_store", "onnx_file", "relabelling",
+     "remembering", "repository", "rollout", "runtime", "s3", "scope", "stopwatch", "store"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
     module = importlib.import_module(f"patcher.{name}")

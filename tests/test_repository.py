@@ -9,7 +9,7 @@ import stat
 import pytest
 import tiny
 
-from patcher import ModelRepository, model_config
+from patcher import ModelRepository, configs, model_config
 from patcher.errors import Busy, InputError, PatcherError, RepositoryError, StorageError, VersionError
 from patcher.names import check_name
 
@@ -50,7 +50,7 @@ def test_configs_parse_back_to_what_the_contract_says(classifier):
         ("label", [-1]), ("score", [-1]), ("logits", [-1]), ("head_version", [1]), ("in_scope", [1])
     ]  # fmt: skip
     assert [step.model_name for step in config.ensemble_scheduling.step] == ["intent_encoder", "intent_head"]
-    assert model_config.asked_by(classifier.repository.config("intent_encoder")) == "intent_backbone"
+    assert configs.asked_by(classifier.repository.config("intent_encoder")) == "intent_backbone"
     head = classifier.repository.config("intent_head")
     assert (head.backend, head.max_batch_size) == ("onnxruntime", 64)
     assert model_config.pinned_versions(head) == (1,)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from patcher import model_config
+from patcher.configs import backbone_config, encoder_config
 from patcher.errors import InputError, RepositoryError, ServerError
 from patcher.model_config import parse
 from patcher.serve import advice, cache_options
@@ -164,16 +165,16 @@ def test_only_what_gives_features_may_have_a_response_cache(classifier):
 
 def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
     tokens = ("input_ids", "attention_mask")
-    backbone = model_config.backbone_config("b", tokens, 8, "f", device="gpu", tensorrt="FP16")
+    backbone = backbone_config("b", tokens, 8, "f", device="gpu", tensorrt="FP16")
     text = model_config.render(backbone)
     assert "kind: KIND_GPU" in text
     assert parse(text).optimization.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
-    encoder = parse(model_config.render(model_config.encoder_config("e", tokens, "b", 8, device="gpu")))
+    encoder = parse(model_config.render(encoder_config("e", tokens, "b", 8, device="gpu")))
     assert encoder.instance_group[0].count == 2
     assert encoder.instance_group[0].kind == type(encoder.instance_group[0]).KIND_CPU
     for device, tensorrt in (("tpu", ""), ("cpu", "FP16"), ("gpu", "warp")):
         with pytest.raises(InputError, match="expected"):
-            model_config.backbone_config("b", tokens, 8, "f", device=device, tensorrt=tensorrt)
+            backbone_config("b", tokens, 8, "f", device=device, tensorrt=tensorrt)
 
 
 @pytest.mark.server
@@ -184,7 +185,7 @@ def test_a_backbone_for_gpus_is_warm_before_it_is_ready(classifier, tmp_path):
     mine = parse(path.read_text())
     assert not mine.model_warmup  # on a CPU it made the start longer and the first answer no faster
     tokens = [tensor.name for tensor in mine.input]
-    asked = model_config.backbone_config("intent_backbone", tokens, classifier.width(), "f", device="gpu", longest=64)
+    asked = backbone_config("intent_backbone", tokens, classifier.width(), "f", device="gpu", longest=64)
     mine.model_warmup.extend(parse(model_config.render(asked)).model_warmup)
     path.write_text(str(mine))
     log = tmp_path / "log"

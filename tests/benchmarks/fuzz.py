@@ -75,7 +75,7 @@ class Readers:
 
     def read(self, kind: str) -> Callable[[bytes], object]:
         """The function that reads one kind of file from its bytes."""
-        from patcher import model_config
+        from patcher import configs, model_config
         from patcher.audit import read_events
         from patcher.examples import read_examples
         from patcher.head_file import read_head
@@ -96,7 +96,7 @@ class Readers:
         def config(data: bytes) -> None:
             message = model_config.parse(data.decode("utf-8", "replace"))
             model_config.pinned_versions(message)
-            model_config.share_of(message)
+            configs.share_of(message)
 
         def layout(data: bytes) -> None:
             written("model_repository/patcher.json", data)

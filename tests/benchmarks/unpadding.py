@@ -39,7 +39,7 @@ class Graph:
     def __init__(self, path: Path, tokenizer_json: str, *, unpadded: bool) -> None:
         from tokenizers import Tokenizer
 
-        from patcher.model_config import PADDING_SLACK, SLACK, encoder_config
+        from patcher.configs import PADDING_SLACK, SLACK, encoder_config
         from patcher.runtime import open_session
 
         self.session = open_session(path)
