@@ -92,7 +92,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
-        layer, matrix, bias = _last_layer(model, calls, logits)
+        layer, matrix, bias = _last_layer(model, calls, logits, inputs["attention_mask"])
         # The same call as at export, with the layer gone: what comes out has to give the logits.
         with without_layer(model, layer):
             features = model(**inputs).logits
@@ -146,9 +146,9 @@ def _weight(module: nn.Module, labels: int) -> Tensor | None:
     return weight if labels in weight.shape else None
 
 
-def _last_layer(model: PreTrainedModel, calls: list[_Call], logits: Tensor) -> tuple[str, Tensor, Tensor]:
-    """Name, matrix ``[labels, split]`` and bias of the layer whose output, or a choice of its rows, is the logits."""
-    last = [call for call in calls if _holds(call.result, logits)]
+def _last_layer(model: PreTrainedModel, calls: list[_Call], logits: Tensor, mask: Tensor) -> tuple[str, Tensor, Tensor]:
+    """Name, matrix ``[labels, split]`` and bias of the layer whose output, a choice or a mean of it, is the logits."""
+    last = [call for call in calls if _holds(call.result, logits, mask)]
     if not last:
         linear = ", ".join(sorted({call.layer for call in calls})) or "none"
         raise SplitError(
@@ -185,13 +185,16 @@ def _linear(module: nn.Module, call: _Call) -> tuple[Tensor, Tensor]:
     )
 
 
-def _holds(result: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are ``result`` itself, or one token's row of it for each text."""
+def _holds(result: Tensor, logits: Tensor, mask: Tensor) -> bool:
+    """Whether the logits are ``result`` itself, or for each text one token's row of it, or the mean of its rows."""
     if result.shape == logits.shape:
         return bool(torch.equal(result, logits))
     if result.dim() != _TOKENWISE or result.shape[0] != logits.shape[0] or result.shape[2] != logits.shape[1]:
         return False
-    return bool((result == logits[:, None, :]).all(dim=2).any(dim=1).all())
+    rows = mask.unsqueeze(-1).to(result.dtype)
+    mean = (result * rows).sum(dim=1) / rows.sum(dim=1)  # what is linear before it is linear behind it
+    chosen = (result == logits[:, None, :]).all(dim=2).any(dim=1).all()
+    return bool(chosen) or torch.allclose(mean, logits, atol=_TOLERANCE)
 
 
 def _gives(logits: Tensor, features: Tensor, matrix: Tensor, bias: Tensor) -> bool:

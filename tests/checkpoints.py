@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "gpt2": ("GPT2", _GPT2, "gpt2", "score"),
     "llama": ("Llama", _DECODER, "llama", "score"),
     "qwen2": ("Qwen2", {**_DECODER, "pad_token_id": 1}, "qwen2", "score"),
+    "eurobert": ("EuroBert", {**_DECODER, "pad_token_id": 1}, "roberta", "classifier"),
     "qwen3": ("Qwen3", {**_DECODER, "pad_token_id": 1, "head_dim": 8}, "qwen2", "score"),
 }
 

@@ -59,7 +59,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "deberta": ("Deberta", {**_ENCODER, **_DEBERTA}, "bert"),
     "ernie": ("Ernie", _ENCODER, "bert"),
     "esm": ("Esm", {**_ROBERTA, "mask_token_id": 4, "position_embedding_type": "rotary"}, "roberta"),
-    "eurobert": ("EuroBert", {**_DECODER}, "qwen2"),
     "flaubert": ("Flaubert", _XLM, "distilbert"),
     "fnet": ("FNet", _ENCODER, "distilbert"),
     "funnel": ("Funnel", {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1]}, "bert"),
