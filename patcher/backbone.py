@@ -26,7 +26,7 @@ class Backbone(BackboneNames):
     def __init__(self, repository: RepositoryFiles, backbone: str) -> None:
         super().__init__(backbone)
         self.repository = repository
-        self.store = repository.store
+        self.storage = repository.storage
 
     @property
     def root(self) -> Path:
@@ -48,12 +48,12 @@ class Backbone(BackboneNames):
     @property
     def backbone_path(self) -> Path:
         """The backbone's ONNX file, on this machine."""
-        return self.store.local(f"{self.backbone_model}/1/model.onnx")
+        return self.storage.local(f"{self.backbone_model}/1/model.onnx")
 
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer's JSON file, on this machine."""
-        return self.store.local(f"{self.tokenizer_model}/1/tokenizer.json")
+        return self.storage.local(f"{self.tokenizer_model}/1/tokenizer.json")
 
     def fingerprint(self) -> str:
         """SHA-256 of the backbone, as its configuration states it."""
@@ -83,17 +83,19 @@ class Backbone(BackboneNames):
 
     def remove_store(self) -> None:
         """Take the head store's models out again."""
-        self.store.take_away([self.any_model, self.store_model])
+        self.storage.take_away([self.any_model, self.store_model])
 
     def outdated(self) -> dict[str, bytes]:
         """Models whose ``model.py`` is not this version's, and what that is."""
         programs = layout.programs(self)
-        return {name: new for name, new in programs.items() if self.store.find(f"{name}/1/model.py") not in (None, new)}
+        return {
+            name: new for name, new in programs.items() if self.storage.find(f"{name}/1/model.py") not in (None, new)
+        }
 
     def renew(self, programs: Mapping[str, bytes]) -> None:
         """Put other programs in the place of those that are there; the lock must be held."""
         for model, program in programs.items():
-            self.store.replace(f"{model}/1/model.py", program)
+            self.storage.replace(f"{model}/1/model.py", program)
 
 
 def add_backbone(repository: RepositoryFiles, name: str, files: BackboneFiles) -> Backbone:

@@ -38,7 +38,7 @@ class Classifier(Backbone):
         self.name = name
         self.in_store = stored is not None
         self.head_model = f"{name}_head"
-        self.journal = Journal(self.store, f"{name}{JOURNAL}")
+        self.journal = Journal(self.storage, f"{name}{JOURNAL}")
 
     @property
     def ensemble(self) -> str:
@@ -52,11 +52,11 @@ class Classifier(Backbone):
 
     def versions(self) -> tuple[int, ...]:
         """Head versions that are there, ascending."""
-        return version_numbers(self.store.glob(f"{self.head_model}/*/{MODEL}"))
+        return version_numbers(self.storage.glob(f"{self.head_model}/*/{MODEL}"))
 
     def incomplete(self) -> tuple[int, ...]:
         """Numbers of folders with files in them and no head, ascending: what a copy leaves that was cut off."""
-        folders = version_numbers(self.store.glob(f"{self.head_model}/*/*"))
+        folders = version_numbers(self.storage.glob(f"{self.head_model}/*/*"))
         return tuple(sorted(set(folders) - set(self.versions())))
 
     def serving(self) -> int:
@@ -74,7 +74,7 @@ class Classifier(Backbone):
     def version_name(self, version: int) -> str:
         """Name of a version's folder below the repository; VersionError where there is none."""
         name = f"{self.head_model}/{version}"
-        if not self.store.has(f"{name}/{MODEL}"):
+        if not self.storage.has(f"{name}/{MODEL}"):
             there = ", ".join(map(str, self.versions())) or "none"
             pruned = version in self.journal.pruned()
             what = f"version {version} of {self.name} was pruned" if pruned else f"{self.name} has no version {version}"
@@ -96,12 +96,12 @@ class Classifier(Backbone):
 
     def head_bytes(self, version: int) -> bytes:
         """The file of a head version as it lies there."""
-        return self.store.read(f"{self.version_name(version)}/{MODEL}")
+        return self.storage.read(f"{self.version_name(version)}/{MODEL}")
 
     def memory(self, version: int | None = None) -> Memory | None:
         """The memory beside a head version; None where it was exported without one."""
         name = f"{self.version_name(self.serving() if version is None else version)}/{layout.MEMORY}"
-        data = self.store.find(name)
+        data = self.storage.find(name)
         if data is None:
             return None
         try:
@@ -119,14 +119,14 @@ class Classifier(Backbone):
         """Add a new version; it serves when it is pinned. The lock must be held."""
         version = head.lineage.version
         name = f"{self.head_model}/{version}"
-        if self.store.glob(f"{name}/*"):
+        if self.storage.glob(f"{name}/*"):
             raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
         files = layout.version_files(head, memory)
         self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
         try:
-            self.store.add({name: files})
+            self.storage.add({name: files})
         except BaseException:
-            if self.store.has(f"{name}/{MODEL}"):  # moved into place, and then it could not be flushed
+            if self.storage.has(f"{name}/{MODEL}"):  # moved into place, and then it could not be flushed
                 with contextlib.suppress(StorageError):
                     self.withdraw(version)
             else:
@@ -142,8 +142,8 @@ class Classifier(Backbone):
 
     def files(self, version: int) -> dict[str, bytes]:
         """The files of a version as they lie there, by name."""
-        names = sorted(self.store.glob(f"{self.version_name(version)}/*"))
-        return {name.rpartition("/")[2]: self.store.read(name) for name in names if self.store.has(name)}
+        names = sorted(self.storage.glob(f"{self.version_name(version)}/*"))
+        return {name.rpartition("/")[2]: self.storage.read(name) for name in names if self.storage.has(name)}
 
     def note(self, event: str, **values: Any) -> None:
         """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
@@ -166,9 +166,9 @@ class Classifier(Backbone):
         name = f"{self.head_model}/{CONFIG}"
         previous = self.serving()
         text = self.repository.config_text(self.head_model)
-        text = model_config.with_pin(text, (version,), f"{self.repository.location}/{name}") + self.store.stamp()
+        text = model_config.with_pin(text, (version,), f"{self.repository.location}/{name}") + self.storage.stamp()
         with contextlib.ExitStack() as end:
-            with self.store.replacing(name, text.encode()) as replacement:
+            with self.storage.replacing(name, text.encode()) as replacement:
                 self.journal.append("switch", **{"from": previous, "to": version})
                 try:
                     replacement.make()
@@ -185,7 +185,7 @@ class Classifier(Backbone):
         """Take a version away that never served; the serving one is refused. The lock must be held."""
         if version == self.serving():
             raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
-        if not self.store.in_one_step:
+        if not self.storage.in_one_step:
             # A kill in between leaves a part: the next command knows from this what to finish. And whoever lost the
             # lock cannot write this entry, and so takes nothing away.
             self.journal.append("withdrawn", versions=[version])
@@ -200,7 +200,7 @@ class Classifier(Backbone):
         self._take_away(versions)
 
     def _take_away(self, versions: Sequence[int]) -> None:
-        self.store.take_away([f"{self.head_model}/{version}" for version in versions])
+        self.storage.take_away([f"{self.head_model}/{version}" for version in versions])
 
 
 def add_classifier(
@@ -249,7 +249,7 @@ def add_classifier(
             else layout.classifier_folders(name, head, memory, base.encoding(), share)
         )
         # Of a classifier that was here before under this name, and whose folders somebody took away.
-        repository.store.remove(f"{name}{JOURNAL}")
+        repository.storage.remove(f"{name}{JOURNAL}")
         classifier = Classifier(repository, name)
         classifier.adopt()
     except InputError:  # what is there is somebody else's

@@ -86,7 +86,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
             except PatcherError as error:
                 yield (
                     Check(f"{name}, served", "note", f"another patcher is at work: {error}")
-                    if repository.store.busy()
+                    if repository.storage.busy()
                     else Check(
                         f"{name}, served", "fault", f"{error} (in its own repository: `patcher doctor --repair`)"
                     )
@@ -179,7 +179,7 @@ def _journal(classifier: Classifier) -> Check:
     try:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
-        if pending and classifier.store.busy():
+        if pending and classifier.storage.busy():
             return Check(what, "note", f"under way: {pending}; another patcher is at work")
         pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
@@ -264,7 +264,7 @@ def _local_answer(classifier: Classifier) -> Check:
         what = classifier.text_model
     except PatcherError as error:
         return Check(classifier.features_model, "fault", str(error))
-    if not classifier.store.has(f"{what}/1/model.py"):
+    if not classifier.storage.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
         extract_features(classifier, [PROBE_TEXT])

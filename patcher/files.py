@@ -7,7 +7,7 @@ Three rules keep it whole, whatever is interrupted:
   serves what served before, whatever else lies beside it;
 - only the holder of the lock writes, and a dead process holds no lock.
 
-How that is done in a folder and in an object store is ``patcher.store``'s.
+How that is done in a folder and in an object store is ``patcher.storage``'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from patcher import model_config
 from patcher.errors import InputError, PatcherError, RepositoryError
 from patcher.journal import Journal
 from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
-from patcher.store import Store, is_url, open_store
+from patcher.storage import Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     import os
@@ -56,9 +56,9 @@ class RepositoryFiles:
     Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
     """
 
-    def __init__(self, location: str | os.PathLike[str], *, store: Store | None = None) -> None:
-        self.store = store or open_store(location)
-        if not self.store.there():
+    def __init__(self, location: str | os.PathLike[str], *, storage: Storage | None = None) -> None:
+        self.storage = storage or open_storage(location)
+        if not self.storage.there():
             otherwise = (
                 f"`patcher export MODEL --repo {self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
             )
@@ -70,17 +70,17 @@ class RepositoryFiles:
     @property
     def location(self) -> Path | str:
         """The folder or the URL."""
-        return self.store.location
+        return self.storage.location
 
     @property
     def root(self) -> Path:
         """The folder; InputError where the repository lies in an object store."""
-        return self.store.root
+        return self.storage.root
 
     def _check_format(self) -> None:
         path = f"{self.location}/{FORMAT_FILE}"
         try:
-            data = self.store.find(FORMAT_FILE)
+            data = self.storage.find(FORMAT_FILE)
             number = None if data is None else json.loads(data)["format"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
@@ -108,8 +108,8 @@ class RepositoryFiles:
         it can write nothing any more.
         Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
         """
-        with self.store.lock(timeout) as lost:
-            for name in () if self.store.in_one_step else self.classifiers():
+        with self.storage.lock(timeout) as lost:
+            for name in () if self.storage.in_one_step else self.classifiers():
                 if lost:
                     self._fence(name, lost)
                 self._sweep(name)
@@ -117,20 +117,20 @@ class RepositoryFiles:
 
     def _fence(self, name: str, holder: str) -> None:
         """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
-        self.store.amend(f"{name}_head/{CONFIG}", lambda data: data + self.store.stamp().encode())
-        Journal(self.store, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
+        self.storage.amend(f"{name}_head/{CONFIG}", lambda data: data + self.storage.stamp().encode())
+        Journal(self.storage, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
 
     def _sweep(self, name: str) -> None:
         """Take away what is left of versions whose upload or removal was cut off."""
-        complete = version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
-        parts = set(version_numbers(self.store.glob(f"{name}_head/*/*"))) - set(complete)
+        complete = version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
+        parts = set(version_numbers(self.storage.glob(f"{name}_head/*/*"))) - set(complete)
         if parts:
-            self.store.take_away([f"{name}_head/{number}" for number in sorted(parts)])
+            self.storage.take_away([f"{name}_head/{number}" for number in sorted(parts)])
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        models = {name.split("/")[0] for name in self.store.glob(f"*/{CONFIG}")}
-        stored = {name.split("/")[0] for name in self.store.glob(f"*_head/{STORE}")}
+        models = {name.split("/")[0] for name in self.storage.glob(f"*/{CONFIG}")}
+        stored = {name.split("/")[0] for name in self.storage.glob(f"*_head/{STORE}")}
         names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
         own = {name for name in names if name in models or f"{name}_head" in stored}
         return tuple(sorted(filter(is_classifier_name, own)))
@@ -140,7 +140,7 @@ class RepositoryFiles:
 
         Raises InputError where the repository lies where no head store can read its heads.
         """
-        mark = self.store.find(f"{name}_head/{STORE}")
+        mark = self.storage.find(f"{name}_head/{STORE}")
         if mark is None:
             return None
         self.require_folder()
@@ -152,7 +152,7 @@ class RepositoryFiles:
 
     def backbones(self) -> tuple[str, ...]:
         """Names of the backbones, sorted."""
-        found = self.store.glob(f"*_features/{CONFIG}")
+        found = self.storage.glob(f"*_features/{CONFIG}")
         return tuple(sorted(name.split("/")[0].removesuffix("_features") for name in found))
 
     def stores(self) -> tuple[str, ...]:
@@ -161,30 +161,30 @@ class RepositoryFiles:
 
     def has_store(self, backbone: str) -> bool:
         """Whether a backbone has a complete head store (its ensemble is moved in last)."""
-        return self.store.has(f"{backbone}_any/{CONFIG}")
+        return self.storage.has(f"{backbone}_any/{CONFIG}")
 
     def remove_backbone(self, name: str) -> None:
         """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
-        self.store.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
+        self.storage.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
         """Take a classifier's models out again, its backbone not."""
-        self.store.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
+        self.storage.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
 
     def has_remains(self, name: str) -> bool:
         """Whether there is anything of a classifier, whole or half deleted: a head, or the journal, which goes last.
 
         A folder ``name`` alone may be somebody else's model.
         """
-        return any(self.store.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}"))
+        return any(self.storage.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}"))
 
     def versions_of(self, name: str) -> tuple[int, ...]:
         """Head versions under a name, whether or not the classifier is whole."""
-        return version_numbers(self.store.glob(f"{name}_head/*/{MODEL}"))
+        return version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
 
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
-        return self.store.has(f"{name}_features/{CONFIG}")
+        return self.storage.has(f"{name}_features/{CONFIG}")
 
     def config(self, model: str) -> Any:
         """A model's ``config.pbtxt`` as a parsed message."""
@@ -194,28 +194,28 @@ class RepositoryFiles:
         """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
         name = f"{model}/{CONFIG}"
         try:
-            return self.store.read(name).decode()
+            return self.storage.read(name).decode()
         except UnicodeDecodeError as error:
             raise RepositoryError(f"{self.location}/{name} is not UTF-8 text: {error.reason}") from error
 
     def tokenizer_json(self, backbone: str) -> str:
         """The tokenizer of a backbone."""
-        return self.store.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
+        return self.storage.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: self.store.read(f"{model}/{CONFIG}") for model in configs}
+        before = {model: self.storage.read(f"{model}/{CONFIG}") for model in configs}
         try:
             for model, text in configs.items():
-                self.store.replace(f"{model}/{CONFIG}", text.encode())
+                self.storage.replace(f"{model}/{CONFIG}", text.encode())
         except BaseException:
             for model, data in before.items():
-                self.store.replace(f"{model}/{CONFIG}", data)
+                self.storage.replace(f"{model}/{CONFIG}", data)
             raise
 
     def refuse_existing(self, name: str) -> None:
         """InputError where ``name`` is taken."""
-        if self.store.has(f"{name}/{CONFIG}") or self.store.has(f"{name}_head/{STORE}"):
+        if self.storage.has(f"{name}/{CONFIG}") or self.storage.has(f"{name}_head/{STORE}"):
             there = name in self.classifiers()
             cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
             raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
@@ -223,17 +223,17 @@ class RepositoryFiles:
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
         """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
         for name, files in folders.items():
-            there = {*self.store.glob(f"{name}/*"), *self.store.glob(f"{name}/*/*")}
+            there = {*self.storage.glob(f"{name}/*"), *self.storage.glob(f"{name}/*/*")}
             if there and not self._is_ours(name, files):
                 raise InputError(
                     f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
                     "or choose another name"
                 )
-        self.store.add(folders)
+        self.storage.add(folders)
 
     def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
         """Whether the model that is there has the inputs and outputs of the one that is to be in its place."""
-        found, ours = self.store.find(f"{name}/{CONFIG}"), files.get(CONFIG)
+        found, ours = self.storage.find(f"{name}/{CONFIG}"), files.get(CONFIG)
         if found is None or not isinstance(ours, bytes):
             # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
             return is_url(str(self.location))
@@ -249,7 +249,7 @@ class RepositoryFiles:
     def renew_format(self) -> None:
         """Have the repository say that models of this version are in it; the lock must be held."""
         if self.format < FORMAT:  # older patchers do not know what an encoder is
-            self.store.replace(FORMAT_FILE, format_file())
+            self.storage.replace(FORMAT_FILE, format_file())
             self.format = FORMAT
 
 
@@ -261,8 +261,8 @@ def _around(location: Path | str) -> str:
         path = Path(location) if Path(location).name else Path(location).resolve()
         parent, name = str(path.parent), path.name
     with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
-        store = open_store(parent)
-        if store.find(FORMAT_FILE) is not None:
-            which = f" --classifier {name}" if holds(store, name) else ""
+        storage = open_storage(parent)
+        if storage.find(FORMAT_FILE) is not None:
+            which = f" --classifier {name}" if holds(storage, name) else ""
             return f"{parent} is the repository that it lies in: expected --repo {parent}{which}"
     return ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from patcher.store import Store
+    from patcher.storage import Storage
 
 __all__ = ["Journal", "Pending", "hashes"]
 
@@ -46,21 +46,21 @@ class Pending:
 
 
 class Journal:
-    """The journal ``name`` of a store, which need not be there yet; only the holder of the lock appends."""
+    """The journal ``name``, which need not be there yet; only the holder of the lock appends."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name = store, name
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage, self.name = storage, name
         # A change reads the journal some ten times, and a long life makes it long: what was read is not read again.
         self._read: tuple[list[bytes], list[dict[str, Any]]] = ([], [])
 
     @property
     def path(self) -> Path:
         """Where it lies; InputError for a repository that is no folder."""
-        return self.store.root / self.name
+        return self.storage.root / self.name
 
     @property
     def _where(self) -> str:
-        return f"{self.store.location}/{self.name}"
+        return f"{self.storage.location}/{self.name}"
 
     def entries(self) -> list[dict[str, Any]]:
         """Every entry, oldest first; what a killed process left of a last line does not count.
@@ -133,22 +133,22 @@ class Journal:
     def append(self, event: str, **values: Any) -> None:
         """Add an entry, on disk when this returns; StorageError, with nothing added, where the disk takes none."""
         lines = self._lines()
-        self.store.append(self.name, sum(len(line) + 1 for line in lines), _line(lines, event, values))
+        self.storage.append(self.name, sum(len(line) + 1 for line in lines), _line(lines, event, values))
 
     def insist(self, event: str, **values: Any) -> None:
         """Add an entry although somebody may be writing who lost the lock: from then on he cannot any more."""
-        self.store.amend(self.name, lambda data: data + _line(_split(data), event, values))
+        self.storage.amend(self.name, lambda data: data + _line(_split(data), event, values))
 
     def set_aside(self) -> str:
         """Rename a journal that cannot be read any more, and return its name now."""
         number = 1
-        while self.store.has(aside := f"{self.name}.damaged-{number}"):
+        while self.storage.has(aside := f"{self.name}.damaged-{number}"):
             number += 1
-        self.store.rename(self.name, aside)
+        self.storage.rename(self.name, aside)
         return aside
 
     def _lines(self) -> list[bytes]:
-        return _split(self.store.find(self.name) or b"")
+        return _split(self.storage.find(self.name) or b"")
 
 
 def _split(data: bytes) -> list[bytes]:

@@ -25,7 +25,7 @@ from patcher.provenance import author
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from patcher.s3 import Bucket
+    from patcher.storage.s3 import Bucket
 
 __all__ = ["Lease"]
 

@@ -10,7 +10,7 @@ from patcher.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from patcher.store import Store
+    from patcher.storage import Storage
 
 __all__ = [
     "CANARY",
@@ -76,12 +76,12 @@ def is_classifier_name(name: str) -> bool:
     return _FOLDER.fullmatch(name) is not None
 
 
-def holds(store: Store, name: str) -> bool:
-    """Whether there is a classifier ``name`` in a store, which need hold no repository."""
+def holds(storage: Storage, name: str) -> bool:
+    """Whether ``storage`` has a classifier ``name``; it need hold no repository."""
     head = f"{name}_head"
-    if not is_classifier_name(name) or not store.has(f"{head}/{CONFIG}"):
+    if not is_classifier_name(name) or not storage.has(f"{head}/{CONFIG}"):
         return False
-    return store.has(f"{name}/{CONFIG}") or store.has(f"{head}/{STORE}")
+    return storage.has(f"{name}/{CONFIG}") or storage.has(f"{head}/{STORE}")
 
 
 def version_numbers(names: Sequence[str]) -> tuple[int, ...]:

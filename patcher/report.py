@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.difference import Difference, diff
-from patcher.disk import replace, storage
 from patcher.errors import InputError, LabelError, ToolError, VersionError
 from patcher.evaluation import Evaluation, LabelScore, evaluate_head
 from patcher.feature_map import FeatureMap, feature_map
 from patcher.features import extract_features
 from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
+from patcher.storage.disk import replace, storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -160,7 +160,7 @@ def write_page(report: Report, path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}; expected a file in one that is there")
     page = render(report)
-    with storage(path):
+    with storage_errors(path):
         replace(path, page.encode())
 
 

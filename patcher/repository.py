@@ -11,7 +11,7 @@ from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError
 from patcher.files import RepositoryFiles, format_file
 from patcher.names import CANARY, FORMAT_FILE, check_name, holds
-from patcher.store import open_store
+from patcher.storage import open_storage
 
 if TYPE_CHECKING:
     import os
@@ -35,35 +35,35 @@ class ModelRepository(RepositoryFiles):
     @classmethod
     def create(cls, location: str | os.PathLike[str]) -> ModelRepository:
         """Open the repository at ``location``, making folder and format file where there are none."""
-        store = open_store(location)
-        store.create(FORMAT_FILE, format_file())
-        return cls(location, store=store)
+        storage = open_storage(location)
+        storage.create(FORMAT_FILE, format_file())
+        return cls(location, storage=storage)
 
     @classmethod
     def at(cls, location: str | os.PathLike[str]) -> ModelRepository | None:
         """The repository there, None where there is none yet."""
-        store = open_store(location)
-        return None if store.find(FORMAT_FILE) is None else cls(location, store=store)
+        storage = open_storage(location)
+        return None if storage.find(FORMAT_FILE) is None else cls(location, storage=storage)
 
     @classmethod
     @contextlib.contextmanager
     def making(cls, location: str | os.PathLike[str]) -> Iterator[ModelRepository]:
         """Open or make the repository; one that was made is unmade again where the body fails."""
-        store = open_store(location)
-        there, new = store.there(), store.find(FORMAT_FILE) is None
+        storage = open_storage(location)
+        there, new = storage.there(), storage.find(FORMAT_FILE) is None
         try:
-            store.create(FORMAT_FILE, format_file())
-            yield cls(location, store=store)
-            store.create(FORMAT_FILE, format_file())  # another one that failed meanwhile may have taken it away
+            storage.create(FORMAT_FILE, format_file())
+            yield cls(location, storage=storage)
+            storage.create(FORMAT_FILE, format_file())  # another one that failed meanwhile may have taken it away
         except BaseException:
             if new:
-                store.abandon(FORMAT_FILE, made=not there)
+                storage.abandon(FORMAT_FILE, made=not there)
             raise
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""
-        # One that is named is looked for alone: a store may hold thousands.
-        if name is not None and holds(self.store, name):
+        # One that is named is looked for alone: there may be thousands.
+        if name is not None and holds(self.storage, name):
             return Classifier(self, name)
         names = tuple(each for each in self.classifiers() if not each.endswith(CANARY))
         if name is None:

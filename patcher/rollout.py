@@ -161,7 +161,7 @@ def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None
 def on_trial(classifier: Classifier) -> Classifier | None:
     """The model beside a classifier that serves the version on trial; None where there is none."""
     name = classifier.name + CANARY
-    return Classifier(classifier.repository, name) if holds(classifier.store, name) else None
+    return Classifier(classifier.repository, name) if holds(classifier.storage, name) else None
 
 
 def let_go(name: str, replica: TritonServer) -> bool:
@@ -356,7 +356,7 @@ def _undo(classifier: Classifier, published: int | None) -> str:
     serving = classifier.serving()
     # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
     # command takes it away.
-    here = published in classifier.versions() or not classifier.store.in_one_step
+    here = published in classifier.versions() or not classifier.storage.in_one_step
     trial = on_trial(classifier)
     if trial is not None and published == trial.serving():
         classifier.note("done", serving=serving)

@@ -49,7 +49,7 @@ def serve(
     left_out = damaged(repository)
     models = served_models(repository, left_out)
     server = EmbeddedTriton(
-        repository.store.served_from,
+        repository.storage.served_from,
         models,
         host=host,
         grpc_port=grpc_port,
@@ -60,7 +60,7 @@ def serve(
         metrics_host=metrics_host,
         log_file=log_file,
         options=cache_options(repository, left_out),
-        environment=repository.store.server_environment(),
+        environment=repository.storage.server_environment(),
         encoder_runs_backbone=encoder_runs_backbone,
         onnxruntime_backend=onnxruntime_backend,
     )

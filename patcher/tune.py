@@ -112,7 +112,7 @@ def tune(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="patcher-tune-") as name:
         root = Path(name) / "model_repository"
-        classifier.store.copy_to(root)
+        classifier.storage.copy_to(root)
         copy = ModelRepository(root).classifier(classifier.name)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")

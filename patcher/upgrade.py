@@ -44,7 +44,7 @@ def upgrade(backbone: Backbone) -> tuple[str, ...]:
             deep = with_response_cache(deep, enable=False)
             text = with_response_cache(text, enable=True)
         features = features_config(backbone.features_model, backbone.encoder_model, backbone.width())
-        if not repository.store.has(f"{backbone.encoder_model}/config.pbtxt"):
+        if not repository.storage.has(f"{backbone.encoder_model}/config.pbtxt"):
             backbone.add_encoder(text)
         changed = {backbone.backbone_model: deep}
         for ensemble in _above(backbone):

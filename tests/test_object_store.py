@@ -41,10 +41,10 @@ from patcher import (
 from patcher.cli import main
 from patcher.errors import Busy, InputError, LockLost, PatcherError, RepositoryError, ServerError, StorageError
 from patcher.lease import Lease
-from patcher.object_store import ObjectStore
 from patcher.relabelling import rename_label
 from patcher.rollout import changing, roll_back
-from patcher.s3 import Bucket, parse_url
+from patcher.storage.object_store import ObjectStore
+from patcher.storage.s3 import Bucket, parse_url
 from patcher.triton.server import EmbeddedTriton
 
 MODELS = ["intent", "intent_features"]
@@ -104,7 +104,7 @@ def bert(tmp_path_factory):
 
 
 def triton(classifier, folder, number=0, **options):
-    return EmbeddedTriton(classifier.store.served_from, MODELS, log_file=folder / f"{number}.log", **options)
+    return EmbeddedTriton(classifier.storage.served_from, MODELS, log_file=folder / f"{number}.log", **options)
 
 
 def faults(server=None):
@@ -119,7 +119,7 @@ def objects():
 def test_the_layout_is_that_of_a_folder_and_every_folder_has_a_file(remote, tiny_original):
     local = {path.relative_to(tiny_original).as_posix() for path in tiny_original.rglob("*") if path.is_file()}
     assert set(Bucket(URL).names()) == local | {".patcher.lock"}
-    assert remote.store.glob("*/1/.keep") == ["intent/1/.keep", "intent_features/1/.keep"]
+    assert remote.storage.glob("*/1/.keep") == ["intent/1/.keep", "intent_features/1/.keep"]
     original = ModelRepository(tiny_original).classifier()
     assert remote.head_bytes(1) == original.head_bytes(1)
     assert (remote.versions(), remote.serving(), remote.next_version()) == ((1,), 1, 2)
@@ -201,7 +201,7 @@ def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
         # A good one reaches all three.
         assert main(["add-label", "payday", *TEXTS, *common]) == 0, capsys.readouterr().err
         assert versions() == [3, 3, 3]
-        assert remote.store.glob("intent_head/9/*") == []
+        assert remote.storage.glob("intent_head/9/*") == []
         # One that was away while it was rolled back reads the store, too; one that was cut off is brought along.
         replicas[0].stop()
         assert main(["rollback", *common]) == 0
@@ -286,7 +286,7 @@ def test_the_form_of_triton_names_the_endpoint_itself(remote, store, monkeypatch
     url = f"s3://{store.endpoint}/models/repository"
     classifier = ModelRepository(url).classifier()
     assert classifier.versions() == (1,)
-    assert classifier.store.served_from == url == remote.store.served_from
+    assert classifier.storage.served_from == url == remote.storage.served_from
     assert parse_url("s3://localhost:9000/bucket/a/b/") == ("http://localhost:9000", "bucket", "a/b")
     assert parse_url("s3://bucket") == (None, "bucket", "")
     assert Bucket("s3://bucket/path").served_from == "s3://bucket/path"
@@ -308,7 +308,7 @@ class TestKilled:
     def patch(self, at, count=1):
         """Run add-label in a process of its own that ends just before the ``count``-th write of ``at``."""
         code = (
-            "import os, sys; from patcher.cli import main; from patcher.s3 import Bucket\n"
+            "import os, sys; from patcher.cli import main; from patcher.storage.s3 import Bucket\n"
             "left = [int(sys.argv[2])]\n"
             "def put(self, name, *rest, put=Bucket.put):\n"
             "    if name.endswith(sys.argv[1]):\n"
@@ -354,7 +354,7 @@ class TestKilled:
         with changing(remote):
             pass
         assert [entry.lineage.version for entry in history(remote)] == [3, 4]
-        assert remote.store.glob("intent_head/1/*") == []
+        assert remote.storage.glob("intent_head/1/*") == []
         assert prune(remote, 1) == ()
 
     @pytest.mark.server
@@ -405,15 +405,15 @@ class TestTwo:
         with remote.repository.lock():
             with pytest.raises(Busy), ModelRepository(URL).lock(timeout=4.0):
                 pass
-            remote.store.replace("patcher.json", b'{"format": 1}')
+            remote.storage.replace("patcher.json", b'{"format": 1}')
 
     def test_who_could_not_keep_it_fresh_writes_nothing(self, remote, store):
         before = objects()
         with remote.repository.lock():
-            remote.store._lease._fresh -= 26.0
+            remote.storage._lease._fresh -= 26.0
             for change in (
-                lambda: remote.store.replace("patcher.json", b'{"format": 1}'),
-                lambda: remote.store.take_away(["intent_head"]),
+                lambda: remote.storage.replace("patcher.json", b'{"format": 1}'),
+                lambda: remote.storage.take_away(["intent_head"]),
                 lambda: remote.journal.append("done", serving=1),
             ):
                 with pytest.raises(LockLost, match="could not be kept"):
@@ -613,8 +613,8 @@ class TestFaults:
         with pytest.raises(InputError, match="is no folder"):
             _ = remote.root
         with pytest.raises(RepositoryError, match="no such object"):
-            remote.store.read("nothing")
-        assert isinstance(remote.store, ObjectStore)
+            remote.storage.read("nothing")
+        assert isinstance(remote.storage, ObjectStore)
         assert issubclass(LockLost, StorageError)
 
 
@@ -649,7 +649,7 @@ class TestNewClassifier:
 
     def test_one_that_was_copied_there_is_not_served(self, remote, tmp_path, capsys):
         root = tmp_path / "model_repository"
-        remote.store.copy_to(root)
+        remote.storage.copy_to(root)
         new_classifier(ModelRepository(root), "stored", self.examples(), settings=FoundingSettings(in_store=True))
         for path in root.rglob("*"):
             name = path.relative_to(root).as_posix()

@@ -25,10 +25,11 @@ def test_every_public_name_is_there_and_says_what_it_is():
 
 @pytest.mark.parametrize(
     "name",
-    ["backbone", "classifier", "configs", "difference", "disk", "errors", "evaluation", "examples", "features",
+    ["backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
      "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
-     "lineage", "memory", "metrics", "model_config", "names", "object_store", "onnx_file", "relabelling",
-     "remembering", "repository", "rollout", "runtime", "s3", "scope", "stopwatch", "store"],
+     "lineage", "memory", "metrics", "model_config", "names", "onnx_file", "relabelling",
+     "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
+     "storage.disk", "storage.object_store", "storage.s3"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
     module = importlib.import_module(f"patcher.{name}")

@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_page_that_was_there(patched, tmp_path, capsys, m
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patcher.disk.os.fsync", full)
+    monkeypatch.setattr("patcher.storage.disk.os.fsync", full)
     assert run(patched, "--html", page) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert page.read_text() == "the one before"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import NotServed, PatchSettings, add_label, disk
+from patcher import NotServed, PatchSettings, add_label
 from patcher.classifier import Classifier
 from patcher.errors import RepositoryError, ServerError, ServerUnreachable, StorageError
 from patcher.features import check_same_backbone
@@ -25,6 +25,7 @@ from patcher.journal import Journal
 from patcher.lineage import next_lineage
 from patcher.rollout import changing, probe, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
+from patcher.storage import disk
 from patcher.triton.client import Answer
 
 

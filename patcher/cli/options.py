@@ -80,13 +80,13 @@ class CommonOptions:
     def address(self) -> str:
         """What the server is asked for; a name that no repository here holds is taken as it is given."""
         from patcher.names import holds
-        from patcher.store import is_url, open_store
+        from patcher.storage import is_url, open_storage
 
         name = self.classifier_name
         if name is None:
             return self.classifier.address
         # Only a folder has a head store, so that elsewhere a name is an address, and nothing need be read.
-        here = not is_url(self.repo) and holds(open_store(self.repo), name)
+        here = not is_url(self.repo) and holds(open_storage(self.repo), name)
         return self.classifier.address if here else name
 
     def server(self) -> TritonServer:
@@ -172,7 +172,7 @@ class _Location(click.Path):
     name = "directory|s3://…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from patcher.store import is_url
+        from patcher.storage import is_url
 
         return value if is_url(value) else super().convert(value, param, ctx)
 

@@ -125,7 +125,7 @@ def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
         folder = Path(name)
         classifier = tiny.make_repository(location or folder / "model_repository", folder / "scratch")
         models = ["intent", "intent_features"]
-        with EmbeddedTriton(classifier.store.served_from, models, log_file=folder / "log") as triton:
+        with EmbeddedTriton(classifier.storage.served_from, models, log_file=folder / "log") as triton:
             killer = Killer(classifier, triton.url, folder, seed)
             for verb in ("add-label", "rename-label", "rollback"):
                 killer.whole(verb)

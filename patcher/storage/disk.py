@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from filelock import BaseFileLock
 
-__all__ = ["Disk", "flush_folder", "flush_tree", "read_bytes", "replace", "storage"]
+__all__ = ["Disk", "flush_folder", "flush_tree", "read_bytes", "replace", "storage_errors"]
 
 _LOCK_FILE = ".patcher.lock"
 _WORKING = ".patcher-working"
@@ -35,7 +35,7 @@ _FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
 
 
 class Disk:
-    """The repository in the folder ``root``; ``patcher.store.Store`` says what each part does."""
+    """The repository in the folder ``root``; ``patcher.storage.Storage`` says what each part does."""
 
     in_one_step = True
 
@@ -61,7 +61,7 @@ class Disk:
 
     def create(self, name: str, data: bytes) -> None:
         """Make folder and file where there are none."""
-        with storage(self.root):
+        with storage_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / name).exists():
                 replace(self.root / name, data)
@@ -199,14 +199,14 @@ class Disk:
         import filelock
 
         lock = filelock.FileLock(self.root / _LOCK_FILE)
-        with storage(self.root):
+        with storage_errors(self.root):
             try:
                 lock.acquire(timeout=0)  # what others get on with is looked at only where there are any
             except filelock.Timeout:
                 self._wait(lock, timeout)
         working = self.root / _WORKING
         try:
-            with storage(self.root):
+            with storage_errors(self.root):
                 if working.exists():
                     self._sweep()
                 working.touch()
@@ -268,7 +268,7 @@ class Disk:
         Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
         would stop a server that loads all it finds: only what adds whole models, or takes them away, stages there.
         """
-        with storage(self.root):
+        with storage_errors(self.root):
             path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / folder))
             try:
                 yield path
@@ -322,7 +322,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def storage(root: Path) -> Iterator[None]:
+def storage_errors(root: Path) -> Iterator[None]:
     """Turn what the operating system says of writing below ``root`` into a StorageError."""
     try:
         yield

@@ -17,10 +17,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patcher.disk import storage
 from patcher.errors import InputError, LockLost, RepositoryError, StorageError
 from patcher.lease import Lease
-from patcher.s3 import Bucket
+from patcher.storage.disk import storage_errors
+from patcher.storage.s3 import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +32,7 @@ _TRIES = 20
 
 
 class ObjectStore:
-    """The repository at an ``s3://`` URL; ``patcher.store.Store`` says what each part does.
+    """The repository at an ``s3://`` URL; ``patcher.storage.Storage`` says what each part does.
 
     While the lock is held, what was read once is remembered: nobody else writes, and if somebody does all the same, the
     next write fails instead of overwriting it.
@@ -110,7 +110,7 @@ class ObjectStore:
             raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
         key = hashlib.sha256(f"{self.bucket.served_from}/{name} {tag}".encode()).hexdigest()
         path = _cache() / key[:40] / Path(name).name
-        with storage(path):
+        with storage_errors(path):
             if not path.is_file():
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
@@ -120,7 +120,7 @@ class ObjectStore:
 
     def copy_to(self, folder: Path) -> None:
         """Download everything but the lock."""
-        with storage(folder):
+        with storage_errors(folder):
             for name in self._names() - {_LOCK}:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self.bucket.download(name, folder / name)
@@ -258,25 +258,25 @@ class ObjectStore:
 
 
 class _Replacement:
-    def __init__(self, store: ObjectStore, name: str, data: bytes, before: bytes) -> None:
-        self.store, self.name, self.data, self.before = store, name, data, before
+    def __init__(self, storage: ObjectStore, name: str, data: bytes, before: bytes) -> None:
+        self.storage, self.name, self.data, self.before = storage, name, data, before
         self.tried = False
 
     def make(self) -> None:
         self.tried = True
-        self.store.pace(self.name)
-        self.store.replace(self.name, self.data)
+        self.storage.pace(self.name)
+        self.storage.replace(self.name, self.data)
 
     def undo(self) -> None:
         if not self.tried:
             return
         try:
             # A PUT that failed may have got through all the same; what somebody else wrote since is not ours to undo.
-            if self.store.read_again(self.name) == self.data:
-                self.store.pace(self.name)
-                self.store.replace(self.name, self.before)
+            if self.storage.read_again(self.name) == self.data:
+                self.storage.pace(self.name)
+                self.storage.replace(self.name, self.before)
         except StorageError:
-            self.store.suppose(self.name, self.data)
+            self.storage.suppose(self.name, self.data)
             raise
 
 

@@ -10,15 +10,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from patcher.disk import Disk
 from patcher.errors import InputError
+from patcher.storage.disk import Disk
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
-__all__ = ["Replacement", "Store", "is_url", "open_store"]
+__all__ = ["Replacement", "Storage", "is_url", "open_storage"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+]*)://")
 
@@ -33,7 +33,7 @@ class Replacement(Protocol):
         """Put back what was there; nothing where nothing was made."""
 
 
-class Store(Protocol):
+class Storage(Protocol):
     """The files of one repository."""
 
     location: Path | str
@@ -121,8 +121,8 @@ def is_url(location: str | os.PathLike[str]) -> bool:
     return isinstance(location, str) and _SCHEME.match(location) is not None
 
 
-def open_store(location: str | os.PathLike[str]) -> Store:
-    """The store at ``location``: a folder, or ``s3://BUCKET/PATH``; it need not be a repository yet.
+def open_storage(location: str | os.PathLike[str]) -> Storage:
+    """The storage at ``location``: a folder, or ``s3://BUCKET/PATH``; it need not be a repository yet.
 
     Raises InputError for a URL that is none of an object store.
     """
@@ -132,6 +132,6 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     if not url.startswith("s3://"):
         raise InputError(f"{url} is no repository that patcher can read; expected a folder, or s3://BUCKET/PATH")
     # Never imported for a folder: the client takes a tenth of a second, and need not be installed.
-    from patcher.object_store import ObjectStore
+    from patcher.storage.object_store import ObjectStore
 
     return ObjectStore(url)
