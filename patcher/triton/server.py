@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, ServerError
+from patcher.scratch import abandoned, hold
 from patcher.store import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
@@ -49,6 +50,8 @@ _WATCH_SECONDS = 1.0
 _PORT_TRIES = 3
 _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
+_MARK = "alive"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
 _RESTRICTED = "model-repository,trace,logging"
@@ -254,8 +257,7 @@ class EmbeddedTriton:
         # A server that was killed leaves its stubs behind: they are of its process group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # noqa: S108 - where Triton's stubs keep theirs
-            left.unlink(missing_ok=True)
+        _free(self._shared_memory)
         return process.returncode
 
     def _drain(self, deadline: float) -> None:
@@ -360,8 +362,10 @@ class EmbeddedTriton:
             log = self.log_file.open("wb")
         except OSError as error:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
-        with log:
-            self._process = start_with_parent(command, environment, log.fileno())
+        for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
+            _free(left.name.removesuffix(_MARK))
+        with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
+            self._process = start_with_parent(command, environment, log.fileno(), mark.fileno())
         if self._http_key is not None:
             self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
 
@@ -391,6 +395,12 @@ def _loopback(host: str) -> str:
 def _reachable(host: str) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound to
     return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def _free(prefix: str) -> None:
+    """Give back the shared memory of a server and its stubs, which are gone."""
+    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 def _state_folder() -> Path:
