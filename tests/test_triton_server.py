@@ -129,6 +129,17 @@ class TestServer:
             parent.kill()
         assert all(gone(each) for each in [pid, *stubs])
 
+    def test_a_server_that_hangs_is_ended(self, classifier, tmp_path, monkeypatch):
+        monkeypatch.setattr("patcher.triton.server._SILENT_SECONDS", 4.0)
+        monkeypatch.setattr("patcher.triton.server._MISSED", 0)
+        with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
+            pid = running.pid
+            timer = threading.Timer(1.0, os.kill, [pid, signal.SIGSTOP])
+            timer.start()
+            with pytest.raises(ServerError, match="hung: it did not answer for 4 s, so it was ended"):
+                running.wait()
+            assert gone(pid, 5)
+
     def test_leaves_no_process_and_no_shared_memory(self, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
             pid = running.pid
