@@ -215,6 +215,21 @@ def test_pruning_spares_what_serves_and_its_parent(classifier):
     assert patched(classifier, "another") == 5
 
 
+def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
+    for label in tiny.NEW:
+        patched(classifier, label)
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")  # as ext4 says of a new folder, not of a new name
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+        rollback(classifier)
+    assert prune(classifier, 1) == (1, 2)
+    assert classifier.versions() == (3, 4)
+    assert not list(classifier.root.rglob(".patcher-staging-*"))
+
+
 def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
     """The lock is held all the time, but its holders finish changes: the one who waits waits on, until none is."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -162,11 +163,17 @@ class Disk:
             flush_folder(self.root / parent)
 
     def take_away(self, folders: list[str]) -> None:
-        """Rename them out of the way, each in one step, and then delete."""
-        with self._staging(_parent(folders[0])) as staging:
-            for name in folders:
-                if (self.root / name).exists():
-                    (self.root / name).rename(staging / PurePosixPath(name).name)
+        """Rename them out of the way, each in one step, and then delete: none of it asks a full disk for room."""
+        aside = []
+        with storage_errors(self.root):
+            try:
+                for path in (self.root / name for name in folders):
+                    if path.exists():
+                        aside.append(path.with_name(f"{_STAGING}{secrets.token_hex(4)}"))
+                        path.rename(aside[-1])
+            finally:
+                for path in aside:
+                    _delete(path)
 
     def append(self, name: str, size: int, data: bytes) -> None:
         """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
@@ -259,7 +266,7 @@ class Disk:
         # looked for only after such a one: there may be thousands of heads to look into.
         for pattern in (f"{_STAGING}*", f"*/{_STAGING}*", f"*/1/{_STAGING}*"):
             for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _delete(leftover)
 
     @contextlib.contextmanager
     def _staging(self, folder: str) -> Iterator[Path]:
@@ -292,6 +299,15 @@ class _Replacement:
 
 def _parent(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
+
+
+def _delete(path: Path) -> None:
+    """Delete what is of no use to anybody, as far as that can be done now."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _write(folder: Path, files: Mapping[str, bytes | Path]) -> None:
