@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
@@ -363,7 +364,7 @@ def _rows(features: ArrayLike) -> Floats:
 def _moment(rows: Floats | Doubles) -> Doubles:
     """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
-    for start in range(0, len(rows), 4096):
-        block = rows[start : start + 4096].astype(np.float64)
-        total += block.T @ block
+    for block in blocks(len(rows), 4096):
+        part = rows[block].astype(np.float64)
+        total += part.T @ part
     return total
