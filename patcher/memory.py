@@ -20,7 +20,7 @@ from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -236,6 +236,13 @@ class Memory:
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         clusters = self.clusters.add(rows, mine, grown.spread(), self.most_clusters, rng)
         return dataclasses.replace(grown, clusters=clusters)
+
+    def add_groups(self, groups: Mapping[str, Floats]) -> Memory:
+        """The memory with more sentences, float32 ``[n, width]`` by label."""
+        if not groups:
+            return self
+        ids = np.repeat(np.arange(len(groups)), [len(rows) for rows in groups.values()])
+        return self.add(tuple(groups), np.concatenate(list(groups.values())), ids)
 
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
         """The memory without a label.
