@@ -108,9 +108,8 @@ class _Scene(Task):
         """What a new logit has to beat at some real old inputs, and whether they are answered rightly as things are."""
         if self.inputs is None or not self.head.exclusive:
             return np.zeros(len(places)), np.ones(len(places), np.bool_)
-        logits = self.head.logits(self.inputs.features[places])
-        best: Doubles = logits.max(axis=1).astype(np.float64)
-        return best, logits.argmax(axis=1) == self.inputs.ids[places]
+        best, logit = self.head.best(self.inputs.features[places])
+        return logit.astype(np.float64), best == self.inputs.ids[places]
 
     def slopes_of(self, ids: Ints) -> Doubles:
         """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
@@ -274,7 +273,7 @@ def _best(features: Floats, others: Mapping[str, Doubles], task: Task) -> Double
     """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
     if not task.head.exclusive:
         return np.zeros(len(features))
-    best: Doubles = task.head.logits(features).max(axis=1).astype(np.float64)
+    best: Doubles = task.head.best(features)[1].astype(np.float64)
     points = task.old.whitening.of(features)
     for row in others.values():
         best = np.maximum(best, points @ row[:-1] + row[-1])

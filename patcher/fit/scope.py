@@ -84,7 +84,7 @@ def fit_scope(
     gaps = _without_themselves(distance.squared(inputs), counts)
     remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6 / unit**2)
     if fresh is not None and len(fresh) >= _FEWEST_FRESH:
-        apart = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms)) / remembered
+        apart = float(np.quantile(distance.nearest(fresh), 1.0 - false_alarms)) / remembered
         # Fresh inputs lie no nearer than remembered ones without themselves; where they do, they are not fresh.
         stretch = apart if apart >= 1.0 else stretch
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
