@@ -325,7 +325,9 @@ class Memory:
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         touched, arrivals = np.unique(ids, return_counts=True)
         untouched = ~np.isin(self.sample_labels, touched)
-        parts, owners = [self.sample[untouched]], [self.sample_labels[untouched]]
+        # Of new labels alone: a mask would copy all that there is once more.
+        rest = slice(None) if untouched.all() else untouched
+        parts, owners = [self.sample[rest]], [self.sample_labels[rest]]
         order = np.argsort(ids, kind="stable")
         for place, arrived in zip(touched.tolist(), np.split(order, np.cumsum(arrivals)[:-1]), strict=True):
             held = np.flatnonzero(self.sample_labels == place)

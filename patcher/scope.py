@@ -53,8 +53,9 @@ class Distance:
         """Squared distances to the ``means`` as far as they count, FP32 ``[n, M]``."""
         points = features @ self.projection.astype(np.float32) - self.center
         means = self.means.astype(np.float32)
-        lengths = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
-        gaps: Floats = (lengths - 2.0 * points @ means.T) * self.scale
+        gaps: Floats = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
+        gaps -= 2.0 * points @ means.T
+        gaps *= self.scale
         return gaps
 
     def nearest(self, features: Floats) -> Floats:
