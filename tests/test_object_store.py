@@ -711,10 +711,16 @@ class TestExport:
 def test_tune_tries_on_a_copy_and_writes_to_the_store(remote, tmp_path, monkeypatch):
     from patcher import tune
 
-    found = tune.Serving(instances=2, threads=1)
-    monkeypatch.setattr(tune._Search, "run", lambda self, _: (tune.Serving(), found, []))
+    found, copied = tune.Serving(instances=2, threads=1), []
+
+    def run(search, _):
+        copied.extend(path.name for path in search.classifier.root.glob("*_head/*/*"))
+        return tune.Serving(), found, []
+
+    monkeypatch.setattr(tune._Search, "run", run)
     monkeypatch.setattr(tune._Search, "versus", lambda *_: (1.5, 100.0))
     assert tune.tune(remote, TEN, seconds=1).written
+    assert copied == ["model.onnx"]  # no memory
     config = remote.repository.config(remote.backbone_model)
     assert config.instance_group[0].count == 2
     assert faults() == []
