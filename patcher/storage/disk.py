@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from patcher.errors import Busy, RepositoryError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from filelock import BaseFileLock
 
@@ -110,9 +110,15 @@ class Disk:
         """The file itself."""
         return self.root / name
 
-    def copy_to(self, folder: Path) -> None:
+    def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
         """Copy the folder, without lock and leftovers."""
-        shutil.copytree(self.root, folder, ignore=shutil.ignore_patterns(".patcher*"))
+        left = {path for pattern in without for path in self.root.glob(pattern)}
+        own = shutil.ignore_patterns(".patcher*")
+
+        def ignored(path: str, names: list[str]) -> set[str]:
+            return {*own(path, names), *(name for name in names if Path(path, name) in left)}
+
+        shutil.copytree(self.root, folder, ignore=ignored)
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content by one rename."""
