@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | nn.Module
 
-__all__ = ["DEVICES", "ExportOptions", "Labelled", "Plan", "Target", "foresee"]
+__all__ = ["DEVICES", "ExportOptions", "LabelledTexts", "Plan", "Target", "foresee"]
 
 DEVICES = ("cpu", "gpu")
 
@@ -68,7 +68,7 @@ class ExportOptions(TypedDict, total=False):
     progress: Callable[[str], None] | None
 
 
-class Labelled(NamedTuple):
+class LabelledTexts(NamedTuple):
     """Texts, and the places of their labels among the checkpoint's."""
 
     examples: Examples
@@ -104,9 +104,9 @@ class Plan:
     checkpoint: Checkpoint
     encoder: TextEncoder
     target: Target
-    train: Labelled | None
+    train: LabelledTexts | None
     per_label: int
-    held_out: Labelled | None
+    held_out: LabelledTexts | None
 
 
 def foresee(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> Plan:
@@ -156,12 +156,12 @@ def _examples(given: str | os.PathLike[str] | Examples | None) -> Examples | Non
     return given if given is None or isinstance(given, Examples) else read_examples(Path(given))
 
 
-def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> Labelled | None:
+def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledTexts | None:
     if examples is None:
         return None
     if not examples:
         raise ExamplesError(f"{examples.source} holds no examples; expected one at least, or None")
-    return Labelled(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
+    return LabelledTexts(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
 
 
 def _checkpoint(model: Source, options: ExportOptions) -> Checkpoint:

@@ -20,6 +20,8 @@ from patcher.wording import percent
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from export.report import ExportReport
+
 _CONTRADICTED = 0.5
 """Share of the training texts answered as labelled, below which they may be another model's."""
 
@@ -94,7 +96,6 @@ def export_command(
     """
     import json
 
-    from patcher.gate import unremembered
     from patcher.remembering import FEATURES_A_LABEL
 
     try:
@@ -119,6 +120,18 @@ def export_command(
         allow_pickle=allow_pickle,
         progress=lambda text: tell(text, err=True),
     )
+    _warn(report, train)
+    if as_json:
+        tell(json.dumps(report.to_json(), indent=2))
+    else:
+        tell(report.sentence())
+        tell(f"Next: patcher serve --repo {repo}")
+
+
+def _warn(report: ExportReport, train: Path | None) -> None:
+    """A word on what later patches will miss."""
+    from patcher.gate import unremembered
+
     classifier = report.repository.classifier(report.classifier)
     if said := unremembered(report.labels, classifier.memory()):
         tell(f"warning: {said}", err=True)
@@ -126,8 +139,3 @@ def export_command(
         right = percent(report.train_accuracy, 1)
         said = f"only {right} of {train} is answered as labelled; is it this model's training data?"
         tell(f"warning: {said}", err=True)
-    if as_json:
-        tell(json.dumps(report.to_json(), indent=2))
-    else:
-        tell(report.sentence())
-        tell(f"Next: patcher serve --repo {repo}")
