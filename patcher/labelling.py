@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from patcher.arguments import listed, require
 from patcher.canary import require_free, start
 from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
-from patcher.examples import check_label, check_text, data_hash, label_words, plain_words
+from patcher.examples import Examples, as_examples, check_label, check_text, data_hash, label_words, plain_words
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
 from patcher.head import refuse_joined
@@ -18,30 +20,33 @@ from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
+from patcher.repository import one_classifier
 from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
 from patcher.screening import Repeat
 from patcher.stopwatch import Stopwatch
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
+    from patcher.examples import ExamplesLike
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
-    from patcher.repository import ModelRepository
-    from patcher.triton.client import TritonServer
+    from patcher.repository import ClassifierLike
 
     Floats = NDArray[np.float32]
+    Texts: TypeAlias = Iterable[str] | Examples
 
 __all__ = ["PatchReport", "add_label", "add_labels", "new_examples"]
 
 
-@dataclass
+@dataclass(eq=False)
 class PatchReport:
     """What a patch did, and what it is expected to cost."""
 
@@ -60,6 +65,11 @@ class PatchReport:
     """Share of the requests, in per cent, that the version is tried on; None where it serves all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
+
+    def __repr__(self) -> str:
+        added = ", ".join(f"+{label}" for label in self.labels_added)
+        published = "published" if self.published else "not published"
+        return f"<PatchReport of {self.classifier}: version {self.version}, {added}, gate {self.gate}, {published}>"
 
     def to_json(self) -> dict[str, Any]:
         """As the contract has it, with what the gate found."""
@@ -91,14 +101,14 @@ class PatchReport:
 
 
 def add_label(
-    repository: ModelRepository,
+    repository: ClassifierLike,
     label: str,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     server: TritonServer | None = None,
     classifier: str | None = None,
-    replay: Examples | None = None,
-    evaluation: Examples | None = None,
+    replay: ExamplesLike | None = None,
+    evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
     """Add one label; ``add_labels`` tells the rest."""
@@ -114,13 +124,13 @@ def add_label(
 
 
 def add_labels(
-    repository: ModelRepository,
-    examples: Mapping[str, Sequence[str]],
+    repository: ClassifierLike,
+    examples: Mapping[str, Texts],
     *,
     server: TritonServer | None = None,
     classifier: str | None = None,
-    replay: Examples | None = None,
-    evaluation: Examples | None = None,
+    replay: ExamplesLike | None = None,
+    evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
     skip_known: bool = False,
 ) -> PatchReport:
@@ -128,12 +138,14 @@ def add_labels(
 
     Parameters
     ----------
+    repository
+        Where the classifier is, or the classifier itself.
     examples
-        Texts of each new label.
+        Texts of each new label; of ``Examples`` with labels, those that have this one.
     server
         The server that serves ``repository``; None publishes without touching one, with features computed here.
     replay, evaluation
-        Labelled old data: ``replay`` takes part in the fit, ``evaluation`` only counts flips.
+        Labelled old data, or the path of a file: ``replay`` takes part in the fit, ``evaluation`` only counts flips.
     skip_known
         Leave labels alone that the head has already, instead of refusing them.
 
@@ -146,10 +158,15 @@ def add_labels(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
+    require(TritonServer, None, server=server)
+    require(PatchSettings, settings=settings)
     watch = Stopwatch()
-    target = repository.classifier(classifier)
+    target = one_classifier(repository, classifier)
     head = target.head()
-    texts, repeated = _distinct(_new(_checked(examples), head, target.name, skip_known=skip_known))
+    checked = _checked(examples, several=not head.exclusive)
+    texts, repeated = _distinct(_new(checked, head, target.name, skip_known=skip_known))
+    replay = None if replay is None else as_examples(replay, "replay")
+    evaluation = None if evaluation is None else as_examples(evaluation, "evaluation")
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
@@ -232,13 +249,18 @@ def new_examples(examples: Examples, label: str | None, *, several: bool = False
     return {label: groups[label]}
 
 
-def _checked(examples: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[str]]:
+    require(Mapping, examples=examples)
     if not examples:
         raise LabelError("no new label; expected at least one with its examples")
     checked = {}
-    for given, texts in examples.items():
-        label = check_label(given, f"label {given!r:.60}")
-        if isinstance(texts, str) or not texts:
+    for written, given in examples.items():
+        label = check_label(written, f"label {written!r:.60}")
+        if isinstance(given, Examples):
+            texts = new_examples(given, label, several=several)[label]
+        else:
+            texts = listed(given, f"examples of {label!r}")
+        if not texts:
             raise LabelError(f"no examples of {label!r}; expected a list of a few texts, ten are good")
         checked[label] = [check_text(text, f"{label}, example {number}") for number, text in enumerate(texts, 1)]
     return checked
