@@ -51,3 +51,11 @@ def test_a_label_that_is_none_is_not_hidden_by_a_text_that_was_there(classifier)
     wrong = Examples((*old.texts, old.texts[0]), (*old.labels, "wether"), "old.csv")
     with pytest.raises(LabelError, match=r"old\.csv, text 13: .*wether"):
         add_labels(classifier.repository, NEW, settings=DRY, evaluation=wrong)
+
+
+def test_old_data_that_are_all_examples_tell_nothing(classifier):
+    alone, beside = (
+        add_labels(classifier.repository, NEW, settings=DRY, evaluation=given).verdict
+        for given in (None, Examples(tuple(NEW["payday"]), ("payday",) * 10))
+    )
+    assert beside == alone
