@@ -30,9 +30,13 @@ def _is(value: object, kind: type | None) -> bool:
     return isinstance(value, _NUMBERS.get(kind, kind))
 
 
-def listed(given: Iterable[_Item], name: str) -> list[_Item]:
-    """What a list, an array or a generator holds; InputError for a string, of which each letter would count as one."""
+def listed(given: Iterable[_Item], name: str, hint: str = "") -> list[_Item]:
+    """What a list, an array or a generator holds; InputError for a string, of which each letter would count as one.
+
+    ``hint`` says what else a string may have been meant for.
+    """
     if isinstance(given, (str, bytes)):
-        raise InputError(f'{name}: expected a list, got {type(given).__name__}; put brackets around one alone: ["…"]')
+        got = type(given).__name__
+        raise InputError(f'{name}: expected a list, got {got}; put brackets around one alone: ["…"]{hint}')
     require(Iterable, **{name: given})
     return list(given)

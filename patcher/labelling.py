@@ -259,7 +259,7 @@ def _checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[
         if isinstance(given, Examples):
             texts = new_examples(given, label, several=several)[label]
         else:
-            texts = listed(given, f"examples of {label!r}")
+            texts = listed(given, f"examples of {label!r}", "; read_examples(PATH) reads a file")
         if not texts:
             raise LabelError(f"no examples of {label!r}; expected a list of a few texts, ten are good")
         checked[label] = [check_text(text, f"{label}, example {number}") for number, text in enumerate(texts, 1)]
