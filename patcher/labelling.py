@@ -3,47 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from patcher.arguments import listed, require
+from patcher.arguments import require
 from patcher.canary import require_free, start
-from patcher.errors import GateRefused, LabelError, NotServed, RepositoryError
-from patcher.examples import Examples, as_examples, check_label, check_text, data_hash, label_words, plain_words
+from patcher.errors import GateRefused, NotServed, RepositoryError
+from patcher.examples import as_examples, data_hash, label_words
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
-from patcher.head import refuse_joined
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
+from patcher.new_texts import checked, distinct, unknown_to, unseen
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
 from patcher.repository import one_classifier
 from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
-from patcher.screening import Repeat
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from typing import TypeAlias
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import ExamplesLike
+    from patcher.examples import Examples, ExamplesLike
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
+    from patcher.new_texts import Texts
     from patcher.repository import ClassifierLike
+    from patcher.screening import Repeat
 
     Floats = NDArray[np.float32]
-    Texts: TypeAlias = Iterable[str] | Examples
 
-__all__ = ["PatchReport", "add_label", "add_labels", "new_examples"]
+__all__ = ["PatchReport", "add_label", "add_labels"]
 
 
 @dataclass(eq=False)
@@ -163,8 +161,8 @@ def add_labels(
     watch = Stopwatch()
     target = one_classifier(repository, classifier)
     head = target.head()
-    checked = _checked(examples, several=not head.exclusive)
-    texts, repeated = _distinct(_new(checked, head, target.name, skip_known=skip_known))
+    usable = checked(examples, several=not head.exclusive)
+    texts, repeated = distinct(unknown_to(usable, head, target.name, skip_known=skip_known))
     replay = None if replay is None else as_examples(replay, "replay")
     evaluation = None if evaluation is None else as_examples(evaluation, "evaluation")
     require_live(server)
@@ -175,7 +173,7 @@ def add_labels(
         with watch("read"):
             parent, memory = _read(target, on_trial=settings.canary is not None)
             # Another patcher may have added some of them meanwhile.
-            texts = _new(texts, parent, target.name, skip_known=skip_known)
+            texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
             given = _given(parent, texts, features, repeated)
         patch = make_patch(parent, memory, given, settings, watch)
         patch = patch.with_lineage(_lineage(target, parent, patch, texts))
@@ -229,79 +227,6 @@ def _served(target: Classifier, patch: Patch, canary: float | None, server: Trit
     return server is not None
 
 
-def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
-    """The texts of a file by label.
-
-    With ``label``: the file's texts, or where it has a label column those that it gives this label. Without: the texts
-    of every label in the column. ``several`` reads ``a|b`` as two labels, as files of multi-label classifiers have it.
-    """
-    if label is None:
-        return examples.by_label(several=several)
-    if examples.labels is None:
-        return {label: list(examples.texts)}
-    groups = examples.by_label(several=several)
-    if label not in groups:
-        found = ", ".join(list(groups)[:5])
-        raise LabelError(
-            f"{examples.source} has a label column without {label!r} (it has {found}); "
-            "leave LABEL out to add the labels of the column"
-        )
-    return {label: groups[label]}
-
-
-def _checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[str]]:
-    require(Mapping, examples=examples)
-    if not examples:
-        raise LabelError("no new label; expected at least one with its examples")
-    checked = {}
-    for written, given in examples.items():
-        label = check_label(written, f"label {written!r:.60}")
-        if isinstance(given, Examples):
-            texts = new_examples(given, label, several=several)[label]
-        else:
-            texts = listed(given, f"examples of {label!r}", "; read_examples(PATH) reads a file")
-        if not texts:
-            raise LabelError(f"no examples of {label!r}; expected a list of a few texts, ten are good")
-        checked[label] = [check_text(text, f"{label}, example {number}") for number, text in enumerate(texts, 1)]
-    return checked
-
-
-def _new(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known: bool) -> dict[str, list[str]]:
-    """The labels that the head lacks; LabelError for one that it knows, or with ``skip_known`` if it knows them all."""
-    known = [label for label in texts if label in head.labels]
-    if known and not (skip_known and len(known) < len(texts)):
-        raise LabelError(
-            f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
-            f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
-        )
-    for label in texts:
-        refuse_joined(head, label)
-    return {label: group for label, group in texts.items() if label not in known}
-
-
-def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[Repeat, ...]]:
-    """Each label's texts without those whose words were there before, and those.
-
-    What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
-    """
-    kept, repeated = {}, []
-    for label, group in texts.items():
-        first: dict[str, str] = {}
-        for text in group:
-            words = plain_words(text)
-            if words in first:
-                repeated.append(Repeat(label, first[words], text))
-            first.setdefault(words, text)
-        kept[label] = list(first.values())
-    return kept, tuple(repeated)
-
-
-def _unseen(evaluation: Examples, texts: Mapping[str, Sequence[str]]) -> Examples:
-    """Without the examples: what a fit says of those it saw is worth nothing."""
-    seen = {plain_words(text) for group in texts.values() for text in group}
-    return evaluation.part([row for row, text in enumerate(evaluation.texts) if plain_words(text) not in seen])
-
-
 def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:
     """The head that serves and what is remembered, where both are of this backbone and no other trial is in the way."""
     head = classifier.head()
@@ -350,7 +275,7 @@ def _features(
         dict(zip(texts, groups, strict=True)),
         dict(zip(words, names, strict=True)),
         _data(classifier, head, replay, (), server),
-        _data(classifier, head, evaluation and _unseen(evaluation, texts), tuple(texts), server),
+        _data(classifier, head, evaluation and unseen(evaluation, texts), tuple(texts), server),
     )
 
 

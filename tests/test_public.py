@@ -27,7 +27,7 @@ def test_every_public_name_is_there_and_says_what_it_is():
     "name",
     ["arguments", "backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
      "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
-     "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "onnx_file",
+     "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "new_texts", "onnx_file",
      "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
      "storage.disk", "storage.object_store", "storage.s3"],
 )  # fmt: skip

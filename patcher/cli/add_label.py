@@ -130,7 +130,7 @@ def add_label_command(
 def _from_file(file: Path, label: str | None, classifier: Classifier) -> dict[str, list[str]]:
     """The examples of a file by label, all of them ``label``'s where it is given; a word on what is not read."""
     from patcher.examples import read_examples
-    from patcher.labelling import new_examples
+    from patcher.new_texts import new_examples
 
     read = read_examples(file)
     examples = new_examples(read, label, several=not classifier.head().exclusive)
