@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | nn.Module
 
-__all__ = ["DEVICES", "ExportOptions", "Labelled", "Plan", "Target", "foresee"]
+__all__ = ["DEVICES", "ExportOptions", "LabelledTexts", "Plan", "Target", "foresee"]
 
 DEVICES = ("cpu", "gpu")
 
@@ -65,7 +65,7 @@ class ExportOptions(TypedDict, total=False):
     progress: Callable[[str], None] | None
 
 
-class Labelled(NamedTuple):
+class LabelledTexts(NamedTuple):
     """Texts, and the places of their labels among the checkpoint's."""
 
     examples: Examples
@@ -101,8 +101,8 @@ class Plan:
     checkpoint: Checkpoint
     encoder: TextEncoder
     target: Target
-    train: Labelled | None
-    held_out: Labelled | None
+    train: LabelledTexts | None
+    held_out: LabelledTexts | None
 
 
 def foresee(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> Plan:
@@ -116,7 +116,7 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
     _refuse_taken(repository_dir, name, backbone, in_store=in_store)
     target = _target(options)
     given = (("train", options.get("train")), ("evaluation", options.get("evaluation")))
-    files = [None if each is None else as_examples(each, name) for name, each in given]
+    files = [None if each is None else as_examples(each, option) for option, each in given]
     checkpoint = _checkpoint(model, options)
     train, held_out = (_labelled(each, checkpoint) for each in files)
     encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
@@ -148,10 +148,10 @@ def _target(options: ExportOptions) -> Target:
     return Target(precision, device, tensorrt)
 
 
-def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> Labelled | None:
+def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledTexts | None:
     if examples is None:
         return None
-    return Labelled(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
+    return LabelledTexts(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
 
 
 def _checkpoint(model: Source, options: ExportOptions) -> Checkpoint:

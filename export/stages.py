@@ -113,7 +113,7 @@ def split_off(checkpoint: Checkpoint, encoder: TextEncoder) -> tuple[Split, dict
 
 
 class Seen(NamedTuple):
-    """Labelled texts, as in ``Labelled``, with their features FP32 ``[n, width]`` by the files that will serve."""
+    """Labelled texts, as in ``LabelledTexts``, with their features FP32 ``[n, width]`` by the files that will serve."""
 
     examples: Examples
     ids: LabelIds

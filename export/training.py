@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import ExamplesError
+from patcher.evaluation import answers
 from patcher.examples import split_labels
 from patcher.head import MULTI_LABEL
 from patcher.memory import Memory
@@ -64,13 +65,8 @@ def build_memory(features: NDArray[np.float32], ids: LabelIds, labels: Sequence[
 
 def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:
     """Share of the texts that get exactly the labels they have."""
-    logits = head.logits(features)
-    if head.problem == MULTI_LABEL:
-        expected = np.zeros(logits.shape, bool)
-        for row, each in zip(expected, ids, strict=True):
-            row[list(each)] = True
-        return float(((logits > 0) == expected).all(axis=1).mean())
-    return float((logits.argmax(axis=1) == [each[0] for each in ids]).mean())
+    expected = ({head.labels[label] for label in each} for each in ids)
+    return float(np.mean([mine == theirs for mine, theirs in zip(answers(head, features), expected, strict=True)]))
 
 
 def counter(tell: Callable[[str], None], total: int) -> Callable[[int], None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from patcher.provenance import author
 
-__all__ = ["CHANGES", "begin", "finish", "note", "read_events"]
+__all__ = ["CHANGES", "begin", "finish", "note", "read_event"]
 
 CHANGES = frozenset(
     [
@@ -116,18 +116,12 @@ def _complain(line: str) -> None:
         sys.stderr.write(line + "\n")
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events in a file, oldest first; none where there is no file, and without lines that are no event."""
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of the file; None in one that holds none, such as what a full disk left of it."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and isinstance(event.get("verb"), str) and isinstance(event.get("outcome"), str):
-            found.append(event)
-    return found
+        event = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(event, dict) and isinstance(event.get("verb"), str) and isinstance(event.get("outcome"), str):
+        return event
+    return None

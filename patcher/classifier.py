@@ -139,7 +139,8 @@ class Classifier(Backbone):
 
     def adopt(self) -> tuple[int, ...]:
         """Take versions into the journal that are not in it: an older patcher's. The lock must be held."""
-        missing = [version for version in self.versions() if version not in self.journal.published()]
+        known = self.journal.published()
+        missing = [version for version in self.versions() if version not in known]
         for version in missing:
             self.journal.append("adopted", version=version, files=hashes(self.files(version)))
         return tuple(missing)

@@ -58,7 +58,8 @@ class Clusters:
         """
         scale = (1.0 / np.maximum(spread, max(_LEAST_SPREAD * float(spread.max()), 1e-12))).astype(np.float32)
         touched = np.unique(ids)
-        parts = [self._part(~np.isin(self.labels, touched))]
+        rest = ~np.isin(self.labels, touched)
+        parts = [self if rest.all() else self._part(rest)]
         for label in touched.tolist():
             there, arrived = self._part(self.labels == label), rows[ids == label]
             points = np.concatenate([there.means.astype(np.float32), arrived])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.arguments import require
+from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
 from patcher.examples import as_examples
 from patcher.features import extract_features
@@ -118,9 +119,10 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
         return {new: old for old, new in _renames(classifier, b, a).items()}
     steps, version = [], b
     while version > a:
-        if version not in classifier.versions():  # pruned, with what it renamed
+        try:
+            lineage = classifier.head(version).lineage
+        except VersionError:  # pruned, with what it renamed
             return _same_rows(classifier, a, b)
-        lineage = classifier.head(version).lineage
         steps.append(lineage.renamed)
         version = lineage.parent or 0
     if version != a:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.errors import LabelError
 from patcher.examples import split_labels
 
@@ -101,10 +102,10 @@ def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], o
 
 def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
     """What the head answers: the best label, or for multi-label every label whose probability is above one half."""
-    logits = head.logits(features)
     if head.exclusive:
-        return [frozenset([head.labels[i]]) for i in logits.argmax(axis=1)]
-    return [frozenset(head.labels[i] for i in np.flatnonzero(row > 0)) for row in logits]
+        return [frozenset([head.labels[i]]) for i in head.best(features)[0].tolist()]
+    logits = (head.logits(features[block]) for block in blocks(len(features)))
+    return [frozenset(head.labels[i] for i in np.flatnonzero(row > 0)) for block in logits for row in block]
 
 
 def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:

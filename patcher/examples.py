@@ -340,6 +340,7 @@ def _tsv(content: str, path: Path) -> Iterator[Record]:
 
 
 def _jsonl(content: str, path: Path) -> Iterator[Record]:
+    columns: dict[tuple[str, ...], tuple[str, str | None, tuple[str, ...]]] = {}  # most lines have the same fields
     for line, row in enumerate(content.split("\n"), 1):
         if not row.strip():
             continue
@@ -349,7 +350,10 @@ def _jsonl(content: str, path: Path) -> Iterator[Record]:
             raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict):
             raise ExamplesError(f"{path}, line {line}: expected an object, got {type(record).__name__}")
-        text, label, others = _columns(list(record), f"{path}, line {line}")
+        names = tuple(record)
+        if names not in columns:
+            columns[names] = _columns(names, f"{path}, line {line}")
+        text, label, others = columns[names]
         yield line, record[text], _joined(record[label]) if label is not None else None, others
 
 

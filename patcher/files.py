@@ -25,7 +25,7 @@ from patcher.storage import Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["FORMAT", "RepositoryFiles", "format_file", "require_folder"]
 
@@ -109,10 +109,11 @@ class RepositoryFiles:
         Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
         """
         with self.storage.lock(timeout) as lost:
-            for name in () if self.storage.in_one_step else self.classifiers():
-                if lost:
+            if not self.storage.in_one_step:
+                names = self.classifiers()
+                for name in names if lost else ():
                     self._fence(name, lost)
-                self._sweep(name)
+                self._sweep(names)
             yield
 
     def _fence(self, name: str, holder: str) -> None:
@@ -120,12 +121,18 @@ class RepositoryFiles:
         self.storage.amend(f"{name}_head/{CONFIG}", lambda data: data + self.storage.stamp().encode())
         Journal(self.storage, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
 
-    def _sweep(self, name: str) -> None:
+    def _sweep(self, classifiers: Sequence[str]) -> None:
         """Take away what is left of versions whose upload or removal was cut off."""
-        complete = version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
-        parts = set(version_numbers(self.storage.glob(f"{name}_head/*/*"))) - set(complete)
-        if parts:
-            self.storage.take_away([f"{name}_head/{number}" for number in sorted(parts)])
+        # Looked for once: there may be thousands of heads, and each look goes through the names of all their objects.
+        by_head: dict[str, list[str]] = {}
+        for path in self.storage.glob("*_head/*/*"):
+            by_head.setdefault(path.split("/")[0], []).append(path)
+        for head in (f"{name}_head" for name in classifiers):
+            paths = by_head.get(head, [])
+            complete = version_numbers([path for path in paths if path.endswith(f"/{MODEL}")])
+            parts = set(version_numbers(paths)) - set(complete)
+            if parts:
+                self.storage.take_away([f"{head}/{number}" for number in sorted(parts)])
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.fit.inputs import Labelled, old_inputs
 
 if TYPE_CHECKING:
@@ -147,12 +148,12 @@ def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
         inputs = old_inputs(None, Labelled(evaluation.features[mine], evaluation.ids[mine]), head, "eval")
         return Flips("eval") if inputs is None else _counted(inputs, _flipped(inputs, head, fit), head)
     rows, theirs = _sentences(evaluation, old + len(fit.labels))
-    known = theirs[:, :old].any(axis=1)
-    new = logits_after(rows[known], head.logits(rows[known]), fit, head)[:, old:]
-    lost = ((new > 0) & ~theirs[known, old:]).any(axis=1)
-    losing = Counter(head.labels[i] for i in theirs[known][lost, :old].argmax(axis=1).tolist())
+    known = np.flatnonzero(theirs[:, :old].any(axis=1))
+    new = rows[known] @ fit.weight.T + fit.bias
+    lost = known[((new > 0) & ~theirs[known, old:]).any(axis=1)]
+    losing = Counter(head.labels[i] for i in theirs[lost, :old].argmax(axis=1).tolist())
     sizes = dict(zip(head.labels, theirs[:, :old].sum(axis=0).tolist(), strict=True))
-    size, count = int(known.sum()), int(lost.sum())
+    size, count = len(known), len(lost)
     rate = count / size if size else None
     return Flips("eval", size, count, dict(losing.most_common()), sizes, rate, effective=size)
 
@@ -169,19 +170,20 @@ def _sentences(data: Labelled, labels: int) -> tuple[Floats, Bools]:
 
 def _flipped(inputs: OldInputs, head: Head, fit: Fit) -> Ints:
     """Places of the inputs that were answered rightly and are no longer."""
+    rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
+    if (
+        not head.exclusive
+    ):  # no label displaces another here: a new one that shows up where it does not belong is the harm
+        return np.flatnonzero(rival > 0)
     # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
     # need the logits of all labels.
-    near = np.arange(len(inputs))
-    if fit.old_rows is None:
-        rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
-        near = np.flatnonzero(rival > (inputs.own if head.exclusive else 0.0))
-    rows, ids = inputs.features[near], inputs.ids[near]
-    before = head.logits(rows)
-    after = logits_after(rows, before, fit, head)
-    if head.exclusive:
-        lost = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
-    else:  # no label displaces another here: a new one that shows up where it does not belong is the harm
-        lost = (after[:, before.shape[1] :] > 0).any(axis=1)
+    near = np.arange(len(inputs)) if fit.old_rows is not None else np.flatnonzero(rival > inputs.own)
+    lost = np.empty(len(near), np.bool_)
+    for block in blocks(len(near)):
+        rows, ids = inputs.features[near[block]], inputs.ids[near[block]]
+        before = head.logits(rows)
+        after = logits_after(rows, before, fit, head)
+        lost[block] = (before.argmax(axis=1) == ids) & (after.argmax(axis=1) != ids)
     places: Ints = near[lost]
     return places
 

@@ -8,6 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from patcher.blocks import blocks
 from patcher.flips import Flips, count_flips, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.screening import alike, known_already, repeats
@@ -15,7 +18,6 @@ from patcher.screening import alike, known_already, repeats
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from patcher.fit import Fit
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from patcher.screening import Known, Repeat
 
     Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
 
 __all__ = ["Verdict", "judge", "unremembered"]
 
@@ -162,9 +166,7 @@ def _recall(fit: Fit, head: Head, evaluation: Labelled | None) -> tuple[dict[str
     for position, label in enumerate(fit.labels, start=len(head.labels)):
         if evaluation is not None and bool((evaluation.ids == position).any()):
             rows = evaluation.features[evaluation.ids == position]
-            logits = logits_after(rows, head.logits(rows), fit, head)
-            best = logits.argmax(axis=1)
-            hit = best == position if head.exclusive else logits[:, position] > 0
+            best, hit = _found(rows, position, fit, head)
             every = (*head.labels, *fit.labels)
             rivals = [every[i] for i in best[~hit].tolist() if i != position]
             recall[label] = float(hit.mean())
@@ -177,6 +179,16 @@ def _recall(fit: Fit, head: Head, evaluation: Labelled | None) -> tuple[dict[str
                 rivals = [rival for rival, margin in zip(held.rivals, held.margins, strict=True) if margin <= 0]
         lost_to[label] = Counter(rivals).most_common(1)[0][0] if rivals else None
     return recall, lost_to
+
+
+def _found(rows: Floats, position: int, fit: Fit, head: Head) -> tuple[Ints, Bools]:
+    """The best label of each input of a new one, INT64 ``[n]``, and whether the new one is found ``[n]``."""
+    best, hit = np.empty(len(rows), np.int64), np.empty(len(rows), np.bool_)
+    for block in blocks(len(rows)):
+        logits = logits_after(rows[block], head.logits(rows[block]), fit, head)
+        best[block] = logits.argmax(axis=1)
+        hit[block] = best[block] == position if head.exclusive else logits[:, position] > 0
+    return best, hit
 
 
 def _reasons(

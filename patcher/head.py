@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.errors import LabelError, RepositoryError
 from patcher.rounding import rounding
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from patcher.scope import Scope
 
     Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
 
 __all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TOP_K", "Head", "Lineage", "refuse_joined"]
 
@@ -161,6 +163,14 @@ class Head:
         patch = features @ self.patch_weight.T + self.patch_bias
         logits: Floats = np.concatenate([base, patch], axis=1)[:, self.order]
         return logits
+
+    def best(self, features: Floats) -> tuple[Ints, Floats]:
+        """Position of the best label, INT64 ``[n]``, and its logit, FP32 ``[n]``, of features FP32 ``[n, width]``."""
+        place, logit = np.empty(len(features), np.int64), np.empty(len(features), np.float32)
+        for block in blocks(len(features)):
+            logits = self.logits(features[block])
+            place[block], logit[block] = logits.argmax(axis=1), logits.max(axis=1)
+        return place, logit
 
     def rounding(self, features: Floats) -> Floats:
         """How far the logits of another runtime may lie from those of `logits`, FP32 ``[n, C]``."""

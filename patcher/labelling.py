@@ -10,13 +10,13 @@ import numpy as np
 
 from patcher.arguments import require
 from patcher.canary import require_free, start
-from patcher.errors import GateRefused, NotServed, RepositoryError
-from patcher.examples import as_examples, data_hash, label_words
+from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryError
+from patcher.examples import as_examples, data_hash, label_words, plain_words
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
-from patcher.new_texts import checked, distinct, unknown_to, unseen
+from patcher.new_texts import checked, distinct, unknown_to
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
 from patcher.repository import one_classifier
@@ -143,7 +143,8 @@ def add_labels(
     server
         The server that serves ``repository``; None publishes without touching one, with features computed here.
     replay, evaluation
-        Labelled old data, or the path of a file: ``replay`` takes part in the fit, ``evaluation`` only counts flips.
+        Labelled old data, or the path of a file: ``replay`` takes part in the fit, ``evaluation`` only counts flips, on
+        texts that are neither examples nor replayed.
     skip_known
         Leave labels alone that the head has already, instead of refusing them.
 
@@ -270,24 +271,37 @@ def _features(
     words = {label: text for label in texts if (text := label_words(label))} if use_name else {}
     flat = [text for group in texts.values() for text in group]
     features = extract_features(classifier, [*flat, *words.values()], server)
+    shown = (*flat, *(replay.texts if replay else ()))
     *groups, names = np.split(features, np.cumsum([len(group) for group in texts.values()]))
     return _Features(
         dict(zip(texts, groups, strict=True)),
         dict(zip(words, names, strict=True)),
-        _data(classifier, head, replay, (), server),
-        _data(classifier, head, evaluation and unseen(evaluation, texts), tuple(texts), server),
+        _data(classifier, head, replay, server),
+        _data(classifier, head, evaluation, server, tuple(texts), shown),
     )
 
 
 def _data(
-    classifier: Classifier, head: Head, examples: Examples | None, new: Sequence[str], server: TritonServer | None
+    classifier: Classifier,
+    head: Head,
+    examples: Examples | None,
+    server: TritonServer | None,
+    new: Sequence[str] = (),
+    shown: Sequence[str] = (),
 ) -> _Data | None:
-    """Old data; a text that comes again tells nothing new, and would make what is counted on it look surer."""
+    """Old data without texts that the fit is ``shown``: what it says of those is worth nothing.
+
+    A text that comes again tells nothing new, and would make what is counted on it look surer.
+    """
     if examples is None:
         return None
     label_ids(head, examples, new)  # before the work, and before a repeated text can hide a label that is none
-    once = examples.once(several=not head.exclusive)
-    return _Data(once, extract_features(classifier, once.texts, server), len(examples) - len(once))
+    seen = {plain_words(text) for text in shown}
+    unseen = examples.part([row for row, text in enumerate(examples.texts) if plain_words(text) not in seen])
+    if not unseen.texts:
+        raise ExamplesError(f"{examples.source}: each text is an example or replayed; expected some that the fit lacks")
+    once = unseen.once(several=not head.exclusive)
+    return _Data(once, extract_features(classifier, once.texts, server), len(unseen) - len(once))
 
 
 def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features, repeated: Sequence[Repeat]) -> Given:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -240,6 +241,13 @@ class Memory:
         clusters = self.clusters.add(rows, mine, grown.spread(), self.most_clusters, rng)
         return dataclasses.replace(grown, clusters=clusters)
 
+    def add_groups(self, groups: Mapping[str, Floats]) -> Memory:
+        """The memory with more sentences, float32 ``[n, width]`` by label."""
+        if not groups:
+            return self
+        ids = np.repeat(np.arange(len(groups)), [len(rows) for rows in groups.values()])
+        return self.add(tuple(groups), np.concatenate(list(groups.values())), ids)
+
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
         """The memory without a label.
 
@@ -321,7 +329,9 @@ class Memory:
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         touched, arrivals = np.unique(ids, return_counts=True)
         untouched = ~np.isin(self.sample_labels, touched)
-        parts, owners = [self.sample[untouched]], [self.sample_labels[untouched]]
+        # Of new labels alone: a mask would copy all that there is once more.
+        rest = slice(None) if untouched.all() else untouched
+        parts, owners = [self.sample[rest]], [self.sample_labels[rest]]
         order = np.argsort(ids, kind="stable")
         for place, arrived in zip(touched.tolist(), np.split(order, np.cumsum(arrivals)[:-1]), strict=True):
             held = np.flatnonzero(self.sample_labels == place)
@@ -367,7 +377,7 @@ def _rows(features: ArrayLike) -> Floats:
 def _moment(rows: Floats | Doubles) -> Doubles:
     """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
-    for start in range(0, len(rows), 4096):
-        block = rows[start : start + 4096].astype(np.float64)
-        total += block.T @ block
+    for block in blocks(len(rows), 4096):
+        part = rows[block].astype(np.float64)
+        total += part.T @ part
     return total

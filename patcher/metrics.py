@@ -7,7 +7,9 @@ several exporters, or one started again, tell the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.audit import read_events
+from patcher.audit import read_event
 from patcher.errors import PatcherError, ToolError
 from patcher.fleet import resolved
 from patcher.rollout import probe_text
@@ -71,36 +73,45 @@ class Probe:
     in_scope: tuple[float, ...] = ()
 
 
-def probe_replica(replica: str, classifier: str, address: str, texts: Sequence[str], tls: ClientTls | None) -> Probe:
+def probe_replica(server: TritonServer, classifier: str, address: str, texts: Sequence[str]) -> Probe:
     """Ask one replica: its version, its number of labels, how long an answer takes, and what it says of ``texts``."""
     try:
-        with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
-            start = time.perf_counter()
-            (answer,) = server.classify(address, [probe_text()])
-            seconds = time.perf_counter() - start
-            for _ in range(1, server.instances(address)):
-                server.classify(address, [probe_text()])
-            sample = server.classify(address, texts)
+        start = time.perf_counter()
+        (answer,) = server.classify(address, [probe_text()])
+        seconds = time.perf_counter() - start
+        for _ in range(1, server.instances(address)):
+            server.classify(address, [probe_text()])
+        sample = server.classify(address, texts, logits=False)
     except PatcherError:
-        return Probe(replica, classifier, up=False)
+        return Probe(server.url, classifier, up=False)
     scopes = tuple(each.in_scope for each in sample if each.in_scope is not None)
     scores = tuple(each.scores[0] for each in sample)
-    return Probe(replica, classifier, True, answer.head_version, len(answer.logits), seconds, scores, scopes)  # noqa: FBT003
+    return Probe(server.url, classifier, True, answer.head_version, len(answer.logits), seconds, scores, scopes)  # noqa: FBT003
 
 
 def _probes(targets: Targets) -> list[Probe]:
     names = [(name, _address(targets.repository, name)) for name in targets.names()]
-    replicas = [(replica, _named(targets.tls, url)) for url in dict.fromkeys(targets.urls) for replica in resolved(url)]
-    if not replicas or not names:
+    if not names:
         return []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(server) for server in _servers(targets)]
+        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE))
         # One that hangs is waited for once, and not for each of its classifiers: a scrape has ten seconds.
-        live = list(pool.map(lambda replica: _is_live(*replica), replicas))
-        up = [replica for replica, lives in zip(replicas, live, strict=True) if lives]
-        jobs = [(replica, *name, targets.texts, tls) for replica, tls in up for name in names]
-        answered = list(pool.map(lambda job: probe_replica(*job), jobs))
-    down = [replica for replica, lives in zip(replicas, live, strict=True) if not lives]
-    return [*answered, *(Probe(replica, name, up=False) for replica, _ in down for name, _ in names)]
+        alive = [server for server, lives in zip(servers, pool.map(_lives, servers), strict=True) if lives]
+
+        def ask(server: TritonServer, name: str, address: str) -> Probe:
+            if server not in alive:
+                return Probe(server.url, name, up=False)
+            return probe_replica(server, name, address, targets.texts)
+
+        return list(pool.map(lambda job: ask(*job), [(server, *name) for server in servers for name in names]))
+
+
+def _servers(targets: Targets) -> Iterator[TritonServer]:
+    """Every replica, with one connection for all that is asked of it."""
+    for url in dict.fromkeys(targets.urls):
+        for replica in resolved(url):
+            yield TritonServer(replica, timeout=_TIMEOUT, tls=_named(targets.tls, url))
 
 
 def _named(tls: ClientTls | None, url: str) -> ClientTls | None:
@@ -110,10 +121,9 @@ def _named(tls: ClientTls | None, url: str) -> ClientTls | None:
     return dataclasses.replace(tls, server_name=url.rpartition(":")[0].strip("[]"))
 
 
-def _is_live(replica: str, tls: ClientTls | None) -> bool:
+def _lives(server: TritonServer) -> bool:
     try:
-        with TritonServer(replica, timeout=_TIMEOUT, tls=tls) as server:
-            return server.is_live()
+        return server.is_live()
     except PatcherError:
         return False
 
@@ -129,6 +139,7 @@ def _address(repository: ModelRepository | None, name: str) -> str:
 class _Collector:
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._changes = _Changes(targets.audit_log)
 
     def describe(self) -> list[Any]:
         # Nothing is asked of the servers when the collector is registered.
@@ -137,7 +148,7 @@ class _Collector:
     def collect(self) -> Iterator[Any]:
         yield from _replica_metrics(_probes(self._targets))
         yield from _repository_metrics(self._targets)
-        yield from _change_metrics(self._targets.audit_log)
+        yield from self._changes.metrics()
 
 
 def _replica_metrics(probes: Sequence[Probe]) -> Iterator[Any]:
@@ -188,20 +199,59 @@ def _repository_metrics(targets: Targets) -> Iterator[Any]:
     yield from (pinned, count)
 
 
-def _change_metrics(audit_log: Path | None) -> Iterator[Any]:
-    from prometheus_client.core import CounterMetricFamily
+class _Changes:
+    """The audit log counted; what was counted is not read again, unless the file was cut or is another one by now."""
 
-    events = read_events(audit_log) if audit_log else []
-    changes = CounterMetricFamily(
-        "patcher_changes", "Runs of verbs that change models, by outcome", labels=["classifier", "verb", "outcome"]
-    )
-    counted = Counter((str(e.get("classifier", "")), e["verb"], e["outcome"]) for e in events)
-    for key, value in sorted(counted.items()):
-        changes.add_metric(list(key), value)
-    forced = CounterMetricFamily("patcher_forced", "Changes published in spite of the gate", labels=["classifier"])
-    for name, value in sorted(Counter(str(e.get("classifier", "")) for e in events if e.get("forced")).items()):
-        forced.add_metric([name], value)
-    yield from (changes, forced)
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lock = threading.Lock()  # several scrapes may come at once
+        self._forget()
+
+    def _forget(self) -> None:
+        # The last line that was counted tells whether it is still the same file.
+        self._end, self._last = 0, b""
+        self._runs: Counter[tuple[str, str, str]] = Counter()
+        self._forced: Counter[str] = Counter()
+
+    def metrics(self) -> Iterator[Any]:
+        """Both counters, of all that is in the file by now; empty without one."""
+        from prometheus_client.core import CounterMetricFamily
+
+        runs = CounterMetricFamily(
+            "patcher_changes", "Runs of verbs that change models, by outcome", labels=["classifier", "verb", "outcome"]
+        )
+        forced = CounterMetricFamily("patcher_forced", "Changes published in spite of the gate", labels=["classifier"])
+        with self._lock:
+            self._read_on()
+            for key, value in sorted(self._runs.items()):
+                runs.add_metric(list(key), value)
+            for name, value in sorted(self._forced.items()):
+                forced.add_metric([name], value)
+        yield from (runs, forced)
+
+    def _read_on(self) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._end - len(self._last))
+                if file.read(len(self._last)) != self._last:
+                    self._forget()
+                    file.seek(0)
+                for line in file:
+                    if not line.endswith(b"\n"):  # still being written
+                        break
+                    self._count(line)
+        except OSError:
+            self._forget()
+
+    def _count(self, line: bytes) -> None:
+        self._end, self._last = self._end + len(line), line
+        if event := read_event(line):
+            name = str(event.get("classifier", ""))
+            self._runs[name, event["verb"], event["outcome"]] += 1
+            if event.get("forced"):
+                self._forced[name] += 1
 
 
 def expose(targets: Targets, host: str, port: int) -> tuple[Any, Any]:

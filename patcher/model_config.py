@@ -179,9 +179,13 @@ def parse(text: str, where: str = "config.pbtxt") -> Any:
         raise RepositoryError(f"{where} is no readable Triton model configuration: {error}") from error
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Any:
-    """Parsing takes milliseconds, a copy some microseconds, and a change asks for the same texts again and again."""
+    """Parsing takes milliseconds, a copy some microseconds, and a change asks for the same texts again and again.
+
+    The exporter's scrapes ask for those of all classifiers in turn, one or two each: fewer than there are would be kept
+    in vain.
+    """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
 

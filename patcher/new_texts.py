@@ -12,14 +12,14 @@ from patcher.head import refuse_joined
 from patcher.screening import Repeat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from typing import TypeAlias
 
     from patcher.head import Head
 
     Texts: TypeAlias = Iterable[str] | Examples
 
-__all__ = ["checked", "distinct", "new_examples", "unknown_to", "unseen"]
+__all__ = ["checked", "distinct", "new_examples", "unknown_to"]
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
@@ -91,9 +91,3 @@ def distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[R
             first.setdefault(words, text)
         kept[label] = list(first.values())
     return kept, tuple(repeated)
-
-
-def unseen(evaluation: Examples, texts: Mapping[str, Sequence[str]]) -> Examples:
-    """Without the examples: what a fit says of those it saw is worth nothing."""
-    seen = {plain_words(text) for group in texts.values() for text in group}
-    return evaluation.part([row for row, text in enumerate(evaluation.texts) if plain_words(text) not in seen])

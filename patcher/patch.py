@@ -144,7 +144,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 min_recall=settings.min_recall,
             )
         with watch("scope"):
-            grown = _grown(memory, given.examples)
+            grown = None if memory is None else memory.add_groups(given.examples)
             scope = _scope(parent, made, memory, grown, given.evaluation)
     except np.linalg.LinAlgError as error:
         raise RepositoryError(
@@ -165,11 +165,3 @@ def _scope(
     # What no old input ever did, and the new label's do, is no measure of how far apart inputs lie.
     white = None if memory is None or woken(memory, grown) else made.old.whitening
     return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope), white=white)
-
-
-def _grown(memory: Memory | None, groups: Mapping[str, NDArray[np.float32]]) -> Memory | None:
-    if memory is None:
-        return None
-    features = np.concatenate(list(groups.values()))
-    ids = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
-    return memory.add(tuple(groups), features, ids)

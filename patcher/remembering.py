@@ -123,8 +123,6 @@ def _readable(classifier: Classifier) -> Memory | None:
 def _beside(memory: Memory, before: Memory | None, head: Head) -> Memory:
     if before is None:
         return memory
-    for label in [label for label in head.labels if label not in memory.labels]:
-        rows = before.features_of(label)
-        if len(rows):
-            memory = memory.add((label,), rows, np.zeros(len(rows), np.int64))
-    return memory
+    there = set(memory.labels)
+    kept = {label: before.features_of(label) for label in head.labels if label not in there}
+    return memory.add_groups({label: rows for label, rows in kept.items() if len(rows)})

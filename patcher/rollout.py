@@ -246,9 +246,14 @@ def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
 
 def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer], cause: BaseException) -> NoReturn:
     previous = classifier.serving()
+
+    def back(replica: TritonServer) -> None:
+        _require_answer(replica)
+        serve(classifier, head, replica)
+
     try:
         head = classifier.head(previous)
-        each(asked, lambda replica: serve(classifier, head, replica))
+        each(asked, back)
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
@@ -388,6 +393,12 @@ def _finish_pruning(classifier: Classifier) -> None:
         classifier.prune(left)
 
 
+def _require_answer(replica: TritonServer) -> None:
+    """ServerUnreachable from one that hangs: each question would wait for it, and no Ctrl-C ends the way back."""
+    if not replica.is_live():
+        raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
+
+
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
 
@@ -398,8 +409,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     found = dict.fromkeys((member.url for member in members(server)), "away")
     for replica in present(server):
         try:
-            if not replica.is_live():  # one that hangs would be waited for at each question
-                raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
+            _require_answer(replica)
             states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
             changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
             found[replica.url] = "caught up" if changed else "agreed"

@@ -128,6 +128,4 @@ class Encoder:
             rows.update(zip(batch, features, strict=True))
             if progress:
                 progress(len(rows))
-        if not rows:
-            return np.empty((0, self._session.get_outputs()[0].shape[-1]), np.float32)
         return np.stack([rows[index] for index in range(len(texts))])

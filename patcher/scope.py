@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.errors import RepositoryError
 
 if TYPE_CHECKING:
@@ -52,9 +53,17 @@ class Distance:
         """Squared distances to the ``means`` as far as they count, FP32 ``[n, M]``."""
         points = features @ self.projection.astype(np.float32) - self.center
         means = self.means.astype(np.float32)
-        lengths = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
-        gaps: Floats = (lengths - 2.0 * points @ means.T) * self.scale
+        gaps: Floats = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
+        gaps -= 2.0 * points @ means.T
+        gaps *= self.scale
         return gaps
+
+    def nearest(self, features: Floats) -> Floats:
+        """The least of the squared distances, FP32 ``[n]``."""
+        least = np.empty(len(features), np.float32)
+        for block in blocks(len(features)):
+            least[block] = self.squared(features[block]).min(axis=1)
+        return least
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +93,7 @@ class Scope:
         """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
         if self.distance is None:
             return _largest_probability(logits, exclusive=self.exclusive)
-        ratio = self.distance.squared(features).min(axis=1) / self.distance.limit
+        ratio = self.distance.nearest(features) / self.distance.limit
         scores: Floats = (1.0 / (1.0 + ratio * ratio)).astype(np.float32)
         return scores
 

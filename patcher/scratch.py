@@ -1,4 +1,8 @@
-"""Temporary folders that do not outlive their process for long: what a killed one left, the next one takes away."""
+"""What is only for as long as a process lives, and does not stay for long where that was killed.
+
+A mark, a file that its process holds locked, tells: the lock is the kernel's, and goes with the last process that has
+the file open. So what the next one finds under a mark that nobody holds is nobody's, and it takes that away.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["scratch"]
+__all__ = ["abandoned", "hold", "scratch"]
 
 _MARK = ".patcher-alive"
-"""Locked for as long as the folder's process lives; the lock is the kernel's, and goes with it."""
 
 
 @contextlib.contextmanager
@@ -26,27 +29,34 @@ def scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     Those of the same ``prefix`` whose process is gone are taken away first. Raises OSError where none can be made.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
-    _sweep(parent, prefix)
+    for mark in abandoned(parent.glob(f"{prefix}*/{_MARK}")):
+        if mark.parent.lstat().st_uid == os.geteuid():  # which a link to a folder of ours need not be
+            shutil.rmtree(mark.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        with _locked(folder):
+        with hold(folder / _MARK):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / f"{_MARK}.new").open("w") as file:
+def hold(mark: Path) -> IO[str]:
+    """Make the file ``mark``, locked from its first moment on, for as long as somebody has it open."""
+    file = mark.with_name(f"{mark.name}.new").open("w")
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        Path(file.name).rename(folder / _MARK)  # locked from its first moment on
-        yield
+        Path(file.name).rename(mark)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def _sweep(parent: Path, prefix: str) -> None:
-    for mark in parent.glob(f"{prefix}*/{_MARK}"):
-        # Somebody else's cannot be opened, one whose process lives cannot be locked, and no link leads anywhere.
-        with contextlib.suppress(OSError), os.fdopen(os.open(mark, os.O_RDWR | os.O_NOFOLLOW), "w") as file:
+def abandoned(marks: Iterable[Path]) -> Iterator[Path]:
+    """Those of ``marks`` that are ours and that nobody holds; each is locked until the next is asked for."""
+    for mark in marks:
+        # One that somebody holds cannot be locked; and no link is followed.
+        with contextlib.suppress(OSError), os.fdopen(os.open(mark, os.O_RDWR | os.O_NOFOLLOW), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if mark.parent.lstat().st_uid == os.geteuid():
-                shutil.rmtree(mark.parent, ignore_errors=True)
+            if os.fstat(file.fileno()).st_uid == os.geteuid():
+                yield mark

@@ -1,8 +1,8 @@
 """Find the serving settings that are fastest on this machine, by trying them.
 
-A server runs over a copy of the repository. One setting after the other is varied, a candidate and the best so far are
-measured in turns, and a candidate has to win clearly: on a busy machine a figure alone says little. Only the end result
-touches the repository.
+A server runs over a copy of what it needs of the repository. One setting after the other is varied, a candidate and the
+best so far are measured in turns, and a candidate has to win clearly: on a busy machine a figure alone says little.
+Only the end result touches the repository.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from patcher.errors import InputError, ServerError
 from patcher.loadtest import load_test
 from patcher.measurement import Load
 from patcher.model_config import MAX_BATCH_SIZE, parse
+from patcher.names import MODEL
 from patcher.repository import ModelRepository
 from patcher.scratch import scratch
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
@@ -26,6 +27,7 @@ from patcher.storage.disk import storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
 
     from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
@@ -116,8 +118,7 @@ def tune(
     with scratch("patcher-tune-") as folder:
         root = folder / "model_repository"
         with storage_errors(root):
-            classifier.storage.copy_to(root)
-        copy = ModelRepository(root).classifier(classifier.name)
+            copy = _copied(classifier, root)
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with (
@@ -135,6 +136,18 @@ def tune(
             classifier.repository.write_configs(changed)
     took = round(time.monotonic() - started, 1)
     return Tuning(before, best, gain, throughput, concurrency, took, tuple(trials), write and best != before)
+
+
+def _copied(classifier: Classifier, root: Path) -> Classifier:
+    """The classifier in a copy of its repository, with no head but its own that serves, and without memories."""
+    classifier.storage.copy_to(root, without=["*_head/[0-9]*"])
+    copy = ModelRepository(root).classifier(classifier.name)
+    # The one that the copy pins: here it may be another by now.
+    version = copy.serving()
+    folder = root / copy.head_model / str(version)
+    folder.mkdir()
+    (folder / MODEL).write_bytes(classifier.head_bytes(version))
+    return copy
 
 
 def _configs(classifier: Classifier, serving: Serving | None, response_cache: bool | None = None) -> dict[str, str]:

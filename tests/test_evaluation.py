@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -56,3 +58,21 @@ def test_multi_label():
     assert result.accuracy == pytest.approx(1 / 3)
     assert result.per_label["a"].f1 == 1
     assert result.per_label["b"].recall == 0.5
+
+
+@pytest.mark.parametrize("problem", [SINGLE_LABEL, MULTI_LABEL])
+def test_many_texts_of_many_labels_take_no_memory_for_all_their_logits(problem):
+    count, texts = 400, 20_000
+    rng = np.random.default_rng(0)
+    codes = np.sign(rng.standard_normal((count, 64))).astype(np.float32)
+    head = Head.from_linear(
+        [f"l{i}" for i in range(count)], codes, np.full(count, -40, np.float32), 64, "f", problem=problem
+    )
+    ids = rng.integers(0, count, texts)
+    labels, features = [f"l{i}" for i in ids], codes[ids]
+    tracemalloc.start()
+    result = evaluate_head(head, features, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.accuracy == 1.0
+    assert peak < texts * count * 4  # bytes of all logits once

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import difflib
 import json
 
 import pytest
@@ -91,6 +92,7 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: no label"),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is no valid Unicode"),
         ("a.csv", "text,lable\nhello,x\n", "a.csv has a column 'lable'; did you mean 'label'"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "intents": "x"}', "line 2 has a column 'intents'"),
         ("a.jsonl", '{"text": "hello", "intents": "x"}', "line 1 has a column 'intents'; did you mean 'intent'"),
         ("a.csv", b"PK\x03\x04\x14\xff", "an Excel file"),
         ("a.txt", "text,label\nhello,x\n", "a.txt looks like a table: .*end its name in .csv"),
@@ -108,6 +110,15 @@ def test_columns_that_are_neither_texts_nor_labels_are_told(tmp_path):
     examples = read_examples(write(tmp_path, "a.csv", "id,text,lables,label\n7,hello,greetings,x\n"))
     assert (examples.labels, examples.unread) == (("x",), ("id", "lables"))
     assert read_examples(write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b", "id": 7}')).unread == ("id",)
+
+
+def test_columns_are_looked_at_once_for_all_lines_that_have_them(tmp_path, monkeypatch):
+    compared, close = [], difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *args: compared.append(args[0]) or close(*args))
+    lines = [{"text": "a", "id": 1}, {"id": 1, "text": "a", "user": "b"}] * 20
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read_examples(path).unread == ("id", "user")
+    assert sorted(compared) == ["id", "id", "user"]
 
 
 def test_a_text_with_a_comma_is_no_header(tmp_path):

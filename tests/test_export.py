@@ -36,7 +36,7 @@ from patcher.errors import (  # noqa: E402
     SplitError,
     StorageError,
 )
-from patcher.examples import read_examples  # noqa: E402
+from patcher.examples import Examples, read_examples  # noqa: E402
 from patcher.fit.scope import FINE_TUNED  # noqa: E402
 from patcher.remembering import remember  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
@@ -675,6 +675,12 @@ def test_the_public_face():
 def test_an_option_that_is_none_is_refused(bert, tmp_path):
     with pytest.raises(InputError, match="no option precison; there are name, backbone"):
         run_export(bert, tmp_path / "repository", precison="int8")
+
+
+@pytest.mark.parametrize("option", ["train", "evaluation"])
+def test_examples_that_are_none_are_refused(bert, tmp_path, option):
+    with pytest.raises(ExamplesError, match="mine holds no examples"):
+        run_export(bert, tmp_path / "repository", **{option: Examples((), (), "mine")})
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patcher.errors import ExamplesError, InputError, LabelError
-from patcher.fit import fit
+from patcher.fit import fit, logistic
 from patcher.fit.bias import Calibration, best_shift, normal_below
 from patcher.fit.inputs import Labelled
 from patcher.fit.minimise import minimise
 from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS
+from patcher.fit.task import Task
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.memory import Memory
 
@@ -261,3 +262,36 @@ def test_a_known_curvature_leads_to_the_same_minimum_in_fewer_steps():
         minimise(bowl, np.zeros(30), tolerance=1e-6, inverse=np.linalg.inv(1.1 * curvature)), goal, atol=1e-5
     )
     assert len(calls) < slow / 2
+
+
+def test_very_many_labels_at_once_are_fitted_against_those_near_to_them(monkeypatch):
+    head, memory, _, _, _ = world()
+    centres = 3.0 * np.random.default_rng(5).standard_normal((100, 20))
+    draws = np.random.default_rng(6)
+    examples, fresh = (
+        {f"n{k}": (centre + draws.standard_normal((count, 20))).astype(np.float32) for k, centre in enumerate(centres)}
+        for count in (5, 20)
+    )
+    sizes, plain = [], logistic.join
+    monkeypatch.setattr(logistic, "join", lambda *clouds: sizes.append(len(clouds)) or plain(*clouds))
+    after = fit(examples, head, memory).apply(head)
+    assert max(sizes) <= 2 + 2 * SETTINGS.near + 1  # real negatives, means, other new labels
+    found = [(after.logits(rows).argmax(axis=1) == 8 + k).mean() for k, rows in enumerate(fresh.values())]
+    assert np.mean(found) > 0.95
+
+
+@pytest.mark.parametrize("problem", [SINGLE_LABEL, MULTI_LABEL])
+def test_rivals_are_beaten_all_at_once_as_one_after_the_other(problem):
+    head, memory, features, _, _ = world(problem=problem)
+    task = Task.of(features, head, memory, None, 0.01, SETTINGS)
+    scene = logistic._Scene(**vars(task), means=None)
+    cloud = scene.cloud(features[:30], np.ones(30))
+    rows = np.random.default_rng(0).standard_normal((4, 21))
+    at_once, one_by_one = scene.raised(cloud, list(rows)), cloud
+    for row in rows:
+        one_by_one = scene.raised(one_by_one, [row])
+    assert np.allclose(at_once.offsets, one_by_one.offsets, rtol=1e-12)
+    assert np.allclose(at_once.slopes, one_by_one.slopes, rtol=1e-9, atol=1e-12)
+    if problem == SINGLE_LABEL:
+        raised = np.logaddexp(cloud.offsets, cloud.points @ rows[0][:-1] + rows[0][-1])
+        assert np.allclose(scene.raised(cloud, [rows[0]]).offsets, raised, rtol=1e-12)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -98,6 +99,18 @@ def test_near_duplicates_are_named():
     }
     result = verdict({"new": new(10)}, head, memory, texts=texts)
     assert ("new", "I lost my card", "i lost  my card") in result.duplicates
+
+
+def test_long_texts_are_compared_by_their_ends():
+    head, memory, _, _, new = world()
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
+    texts = [" ".join(rng.choice(words, 5000)) for _ in range(60)]
+    texts[-1] = f"{texts[3][:9_000]} and {texts[3][9_000:]}"
+    started = time.process_time()
+    result = verdict({"new": new(60)}, head, memory, texts={"new": texts})
+    assert [pair[1:] for pair in result.duplicates] == [(texts[3], texts[-1])]
+    assert time.process_time() - started < 10
 
 
 def test_the_same_words_are_found_among_very_many_examples_too():
@@ -293,3 +306,21 @@ def test_a_multi_label_text_counts_once_whatever_its_labels():
     # A text that is an example of the new label is none that the label may not have.
     examples = {"new": rows[:10]}
     assert judge(head, fit(examples, head, memory), examples, memory).calibration_size == 2
+
+
+def test_what_is_counted_on_many_inputs_takes_no_memory_for_all_their_logits():
+    head, memory, _, _, new = world(labels=200, split=40, width=60, per_label=10)
+    made = fit({"new": new(10)}, head, memory, method="ridge")
+    rng = np.random.default_rng(3)
+    ids = np.repeat(np.arange(201), 100)
+    fresh = np.concatenate([memory.means()[ids[:-100]], new(100, seed=5)]) + 0.3 * rng.standard_normal((len(ids), 60))
+    data = Labelled(fresh.astype(np.float32), ids)
+    tracemalloc.start()
+    result = judge(head, made, {"new": new(10)}, memory, evaluation=data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    before, after = head.logits(data.features[:-100]), made.apply(head).logits(data.features)
+    right = before.argmax(axis=1) == ids[:-100]
+    assert sum(result.losing.values()) == (right & (after[:-100].argmax(axis=1) != ids[:-100])).sum()
+    assert result.estimated_recall["new"] == (after[-100:].argmax(axis=1) == 200).mean()
+    assert peak < after.nbytes + data.features.nbytes

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from patcher import Examples, PatchSettings, add_labels
-from patcher.errors import LabelError
+from patcher.errors import ExamplesError, LabelError
 from patcher.head import MULTI_LABEL
 
 DRY = PatchSettings(dry_run=True, force=True)
@@ -53,9 +53,11 @@ def test_a_label_that_is_none_is_not_hidden_by_a_text_that_was_there(classifier)
         add_labels(classifier.repository, NEW, settings=DRY, evaluation=wrong)
 
 
-def test_old_data_that_are_all_examples_tell_nothing(classifier):
-    alone, beside = (
-        add_labels(classifier.repository, NEW, settings=DRY, evaluation=given).verdict
-        for given in (None, Examples(tuple(NEW["payday"]), ("payday",) * 10))
-    )
-    assert beside == alone
+def test_a_text_that_the_fit_saw_is_no_fresh_one(classifier):
+    replay, fresh = file(10), file(5, seed=8)
+    texts = (*(text.upper() for text in replay.texts), *NEW["payday"], *fresh.texts)
+    both = Examples(texts, (*replay.labels, *["payday"] * 10, *fresh.labels), "both.csv")
+    verdict = add_labels(classifier.repository, NEW, settings=DRY, replay=replay, evaluation=both).verdict
+    assert (verdict.calibration, verdict.calibration_size) == ("eval", 30)
+    with pytest.raises(ExamplesError, match=r"old\.csv: each text is an example or replayed"):
+        add_labels(classifier.repository, NEW, settings=DRY, replay=replay, evaluation=replay)

@@ -7,13 +7,16 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from patcher.errors import InputError, LabelError, RepositoryError
+from patcher.examples import Examples
 from patcher.memory import Memory
 from patcher.memory_file import read_memory, write_memory
+from patcher.remembering import remember
 
 LABELS = ("ask", "buy", "call")
 
@@ -252,3 +255,15 @@ def test_values_that_are_not_finite_are_refused() -> None:
     data[at : at + 8] = np.float64(np.nan).tobytes()
     with pytest.raises(RepositoryError, match="damaged"):
         read_memory(bytes(data))
+
+
+def test_what_is_kept_of_other_labels_is_put_beside_a_new_memory_at_once(classifier, monkeypatch) -> None:
+    before, calls, plain = classifier.memory(), [], Memory.add
+    monkeypatch.setattr(Memory, "add", lambda memory, *given: calls.append(given) or plain(memory, *given))
+    texts = tuple(tiny.sentences("balance", 30, seed=5))
+    remember(classifier, Examples(texts, ("balance",) * 30, "some.csv"))
+    after = classifier.memory()
+    assert len(calls) == 2  # the texts, and all that was there
+    assert set(after.labels) == set(before.labels)
+    for label in set(before.labels) - {"balance"}:
+        assert np.array_equal(np.sort(after.features_of(label), axis=0), np.sort(before.features_of(label), axis=0))

@@ -16,9 +16,9 @@ import tiny
 import yaml
 
 from patcher import ModelRepository, metrics
-from patcher.audit import read_events
+from patcher.audit import read_event
 from patcher.cli import main
-from patcher.metrics import Targets, _probes, expose
+from patcher.metrics import Targets, _Changes, _probes, expose
 from patcher.triton.server import EmbeddedTriton
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
@@ -35,6 +35,11 @@ def sample(text, name, **labels):
     wanted = {f'{key}="{value}"' for key, value in labels.items()}
     (found,) = [value for each, value in pattern.findall(text) if wanted <= set(each.split(","))]
     return float(found)
+
+
+def events(log):
+    """The events in an audit log."""
+    return list(filter(None, map(read_event, log.read_bytes().splitlines())))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +106,66 @@ def test_changes_are_counted_from_the_audit_log(exported):
     assert sample(text, "patcher_forced_total", classifier="intent") == 1
 
 
+def line(verb, **more):
+    return json.dumps({"verb": verb, "outcome": "done", "classifier": "intent", **more}) + "\n"
+
+
+def counted(changes):
+    """How often each verb was run, and how many changes were forced."""
+    runs, forced = ({tuple(s.labels.values()): s.value for s in each.samples} for each in changes.metrics())
+    return {verb: value for (_, verb, _), value in runs.items()}, sum(forced.values())
+
+
+def test_an_audit_log_is_read_on_from_where_the_last_scrape_ended(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr("patcher.metrics.read_event", lambda line: parsed.append(line) or read_event(line))
+    log = tmp_path / "audit.jsonl"
+    changes = _Changes(log)
+    assert counted(changes) == ({}, 0)  # there is none yet
+    log.write_text(line("tune") + "torn by a full disk\n" + line("add-label", forced=True))
+    assert counted(changes) == counted(changes) == ({"tune": 1, "add-label": 1}, 1)
+    with log.open("a") as file:
+        file.write(line("tune") + line("prune")[:20])
+        file.flush()
+        assert counted(changes) == ({"tune": 2, "add-label": 1}, 1)
+        file.write(line("prune")[20:])
+    assert counted(changes) == ({"tune": 2, "add-label": 1, "prune": 1}, 1)
+    assert len(parsed) == 5
+
+
+@pytest.mark.parametrize("kind", ["cut", "cut, and longer by now", "another", "gone"])
+def test_an_audit_log_that_was_rotated_is_counted_anew(tmp_path, kind):
+    log = tmp_path / "audit.jsonl"
+    log.write_text(line("tune") + line("add-label", forced=True))
+    changes = _Changes(log)
+    assert counted(changes) == ({"tune": 1, "add-label": 1}, 1)
+    if kind == "cut":
+        os.truncate(log, len(line("tune")))
+    elif kind == "gone":
+        log.rename(tmp_path / "audit.jsonl.1")
+    else:
+        if kind == "another":
+            log.unlink()
+        log.write_text(line("prune") * 9)
+    expected = {"cut": {"tune": 1}, "gone": {}}.get(kind, {"prune": 9})
+    assert counted(changes) == (expected, 0)
+
+
+@pytest.mark.server
+def test_one_connection_a_replica_serves_for_all_classifiers(two, monkeypatch):
+    import tritonclient.grpc as triton
+
+    opened, client = [], triton.InferenceServerClient
+    monkeypatch.setattr(triton, "InferenceServerClient", lambda url, **more: opened.append(url) or client(url, **more))
+    urls = (two[0].url, two[1].url, "127.0.0.1:1")
+    probes = _probes(Targets(urls, ("intent",) * 20))
+    assert [probe.up for probe in probes] == [True] * 40 + [False] * 20
+    assert sorted(opened) == sorted(urls)
+
+
 @pytest.mark.server
 def test_the_audit_log_says_who_did_what_from_what(exported):
-    refused, forced, bad = read_events(exported[1])
+    refused, forced, bad = events(exported[1])
     assert (refused["outcome"], refused["gate"], refused["exit_code"]) == ("refused", "refused", 3)
     assert (forced["outcome"], forced["gate"], forced["forced"], forced["version"]) == ("done", "forced", True, 2)
     assert forced["data_hash"] == refused["data_hash"]
@@ -140,7 +202,7 @@ def test_an_event_that_does_not_fit_is_said_and_spoils_none_after_it(classifier,
     assert "only 50 of" in capsys.readouterr().err
     monkeypatch.setattr("os.write", write)
     assert main(["rename-label", "songs", "tunes", "--no-load", "--repo", str(classifier.root)]) == 0
-    assert [event["verb"] for event in read_events(log)] == ["rename-label"]
+    assert [event["verb"] for event in events(log)] == ["rename-label"]
     assert len(log.read_bytes().splitlines()) == 2
 
 

@@ -345,6 +345,21 @@ class TestKilled:
         assert rename_label(remote, "music", "songs").parent_version == 2
         assert (remote.serving(), faults()) == (3, [])
 
+    def test_parts_of_versions_are_looked_for_once_for_all_classifiers(self, remote, monkeypatch):
+        looks, glob = [], ObjectStore.glob
+        monkeypatch.setattr(ObjectStore, "glob", lambda self, pattern: looks.append(pattern) or glob(self, pattern))
+        with remote.repository.lock():
+            pass
+        alone = len(looks)
+        with remote.repository.lock():
+            for name in ("first", "second"):
+                remote.repository.add_classifier(name, remote.head(), backbone="intent")
+                Bucket(URL).put(f"{name}_head/2/memory.safetensors", b"cut off", None)
+        looks.clear()
+        with remote.repository.lock():
+            assert len(looks) == alone
+        assert [name for name in Bucket(URL).names() if "_head/2/" in name] == []
+
     def test_while_a_version_was_taken_away(self, remote):
         for label in ("payday", "pizza", "holiday"):
             add_label(remote.repository, label, tiny.sentences(label, 10))
@@ -696,10 +711,16 @@ class TestExport:
 def test_tune_tries_on_a_copy_and_writes_to_the_store(remote, tmp_path, monkeypatch):
     from patcher import tune
 
-    found = tune.Serving(instances=2, threads=1)
-    monkeypatch.setattr(tune._Search, "run", lambda self, _: (tune.Serving(), found, []))
+    found, copied = tune.Serving(instances=2, threads=1), []
+
+    def run(search, _):
+        copied.extend(path.name for path in search.classifier.root.glob("*_head/*/*"))
+        return tune.Serving(), found, []
+
+    monkeypatch.setattr(tune._Search, "run", run)
     monkeypatch.setattr(tune._Search, "versus", lambda *_: (1.5, 100.0))
     assert tune.tune(remote, TEN, seconds=1).written
+    assert copied == ["model.onnx"]  # no memory
     config = remote.repository.config(remote.backbone_model)
     assert config.instance_group[0].count == 2
     assert faults() == []

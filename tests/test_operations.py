@@ -53,6 +53,7 @@ from patcher.errors import (
     VersionError,
 )
 from patcher.fleet import addresses, resolved, watch, waves
+from patcher.journal import Journal
 from patcher.lifecycle import history
 from patcher.metrics import Targets, _probes
 from patcher.names import check_name
@@ -60,6 +61,7 @@ from patcher.relabelling import merge_labels, remove_label, rename_label
 from patcher.rollout import changing, recover
 from patcher.serve import cache_options
 from patcher.serving import with_response_cache
+from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
 from patcher.tune import tune
 
@@ -213,6 +215,21 @@ def test_pruning_spares_what_serves_and_its_parent(classifier):
     assert [entry.lineage.version for entry in history(classifier)] == [4]
     assert faults(classifier) == []
     assert patched(classifier, "another") == 5
+
+
+def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
+    for label in tiny.NEW:
+        patched(classifier, label)
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")  # as ext4 says of a new folder, not of a new name
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+        rollback(classifier)
+    assert prune(classifier, 1) == (1, 2)
+    assert classifier.versions() == (3, 4)
+    assert not list(classifier.root.rglob(".patcher-staging-*"))
 
 
 def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
@@ -782,6 +799,25 @@ def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
     assert prune(classifier, 1) == (2, 3)
     assert diff(classifier, 1, 4).renamed == (("music", "m3"),)
     assert diff(classifier, 4, 1).renamed == (("m3", "music"),)
+
+
+def test_the_versions_between_two_are_not_listed_once_for_each(classifier, monkeypatch):
+    for number in range(4):
+        rename_label(classifier, f"m{number}" if number else "music", f"m{number + 1}")
+    listed, glob = [], Disk.glob
+    monkeypatch.setattr(Disk, "glob", lambda self, pattern: listed.append(pattern) or glob(self, pattern))
+    assert diff(classifier, 1, 5).renamed == (("music", "m4"),)
+    assert len(listed) <= 1
+
+
+def test_a_change_reads_once_which_versions_the_journal_knows(classifier, monkeypatch):
+    for number in range(3):
+        rename_label(classifier, f"m{number}" if number else "music", f"m{number + 1}")
+    asked, published = [], Journal.published
+    monkeypatch.setattr(Journal, "published", lambda self: asked.append(1) or published(self))
+    with classifier.repository.lock():
+        assert classifier.adopt() == ()
+    assert len(asked) == 1
 
 
 def test_a_path_that_is_not_utf8_is_named(classifier, capsys):

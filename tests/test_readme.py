@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,39 @@ def test_the_snippets_run_in_order(folder):
         "doctor",
         "new-classifier",
     } <= set(ran)
+
+
+@pytest.fixture
+def replicas(tiny_original, tmp_path, monkeypatch):
+    """Three servers of one repository, in a folder with the files of the commands' names."""
+    from patcher.triton.server import EmbeddedTriton
+
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    tiny.write_csv(tmp_path / "examples.csv", {"card_lost": tiny.sentences("payday", 10)})
+    tiny.write_csv(tmp_path / "held-out.csv", {label: tiny.sentences(label, 3) for label in tiny.OLD})
+    monkeypatch.delenv("TRITON_MODEL_REPO", raising=False)
+    with contextlib.ExitStack() as stack:
+        models = ["intent", "intent_features"]
+        yield [
+            stack.enter_context(EmbeddedTriton(tmp_path / "model_repository", models, log_file=tmp_path / f"{n}.log"))
+            for n in range(3)
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.parametrize("heading", ["A version on a share of the requests", "Several servers"])
+def test_the_commands_of_a_section_run(heading, replicas, tmp_path):
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    [block] = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    urls = {name: replica.url for name, replica in zip("abc", replicas, strict=True)}
+    block = re.sub(r"\b([abc]):8001", lambda found: urls[found[1]], block)
+    block = block.replace("--version 7", "--version 2").replace("--watch 30", "--watch 1")
+    environment = {**os.environ, "TRITON_URL": urls["a"]}
+    for line in block.splitlines():
+        command = [str(BIN / "patcher"), *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
 def test_every_verb_is_told():

@@ -265,3 +265,14 @@ def test_a_damaged_config_is_named(classifier):
     (classifier.root / "intent_head" / "config.pbtxt").write_text("name: [")
     with pytest.raises(RepositoryError, match=r"intent_head/config\.pbtxt"):
         classifier.serving()
+
+
+def test_the_configurations_of_a_thousand_classifiers_are_parsed_once(monkeypatch):
+    from google.protobuf import text_format
+
+    parsed, parse = [], text_format.Parse
+    monkeypatch.setattr(text_format, "Parse", lambda *args: parsed.append(1) or parse(*args))
+    texts = [f'name: "scraped_{number}"' for number in range(2000)]
+    names = [model_config.parse(text).name for text in texts * 2]
+    assert names[0] == names[len(texts)] == "scraped_0"
+    assert len(parsed) == len(texts)

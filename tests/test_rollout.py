@@ -231,6 +231,18 @@ def test_when_the_way_back_fails_too_the_message_says_so(classifier):
         roll_out(classifier, next_head(classifier), None, server)
 
 
+def test_a_server_that_hangs_is_not_asked_again_on_the_way_back(classifier):
+    class Hanging(Server):
+        def load(self, model):
+            self.faults["dead"] = []
+            super().load(model)
+
+    server = Hanging(classifier, load=[ServerUnreachable("within 60 s"), AssertionError("waited for again")])
+    with classifier.repository.lock(), pytest.raises(NotServed, match=r"does not answer; `patcher sync` once more"):
+        roll_out(classifier, next_head(classifier), None, server)
+    assert classifier.serving() == 1
+
+
 def test_a_dead_server_costs_nothing(classifier, tree):
     before = tree(classifier.root)
     with classifier.repository.lock(), pytest.raises(ServerUnreachable, match="nothing was changed"):

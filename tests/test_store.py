@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from patcher import (
     sync,
 )
 from patcher.classifier import Classifier
+from patcher.cli import main
 from patcher.errors import InputError, ServerRefused
 from patcher.founding import publish_new
 from patcher.serve import served_models
@@ -278,6 +280,42 @@ def test_the_containers_health_check_takes_the_stores_word(live, triton, tmp_pat
     process.kill()
     assert code() == 1
     os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", ["intent", "s1"])
+def test_classify_fetches_no_logits_and_says_the_same(live, monkeypatch, capsys, name):
+    import tritonclient.grpc as triton
+
+    repository, server = live
+    (whole,) = server.classify(repository.classifier(name).address, ["hello"])
+    got, infer = set(), triton.InferenceServerClient.infer
+
+    def noted(*args, **more):
+        result = infer(*args, **more)
+        got.update(each.name for each in result.get_response().outputs)
+        return result
+
+    monkeypatch.setattr(triton.InferenceServerClient, "infer", noted)
+    options = ["--repo", str(repository.root), "--url", server.url, "--classifier", name]
+    assert main(["classify", "hello", "--json", *options]) == 0
+    (said,) = json.loads(capsys.readouterr().out)
+    assert tuple(each["label"] for each in said["candidates"]) == whole.labels
+    assert tuple(each["score"] for each in said["candidates"]) == pytest.approx(whole.scores)
+    assert (said["head_version"], said.get("in_scope")) == (1, pytest.approx(whole.in_scope))
+    assert got == {"label", "score", "head_version", *(["in_scope"] if whole.in_scope is not None else [])}
+    (bare,) = server.classify(repository.classifier(name).address, ["hello"], logits=False)
+    assert bare.logits.shape == (0,)
+
+
+@pytest.mark.server
+def test_one_configuration_tells_of_all_classifiers_in_a_store(live, monkeypatch):
+    asked, config = [], TritonServer.model_config
+    monkeypatch.setattr(TritonServer, "model_config", lambda self, model: asked.append(model) or config(self, model))
+    with TritonServer(live[1].url) as server:
+        for number in range(5):
+            server.classify(f"intent_any/s{number}", ["hello"])
+    assert asked == ["intent_any"]
 
 
 @pytest.mark.server

@@ -129,6 +129,17 @@ class TestServer:
             parent.kill()
         assert all(gone(each) for each in [pid, *stubs])
 
+    def test_a_server_that_hangs_is_ended(self, classifier, tmp_path, monkeypatch):
+        monkeypatch.setattr("patcher.triton.server._SILENT_SECONDS", 4.0)
+        monkeypatch.setattr("patcher.triton.server._MISSED", 0)
+        with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
+            pid = running.pid
+            timer = threading.Timer(1.0, os.kill, [pid, signal.SIGSTOP])
+            timer.start()
+            with pytest.raises(ServerError, match="hung: it did not answer for 4 s, so it was ended"):
+                running.wait()
+            assert gone(pid, 5)
+
     def test_leaves_no_process_and_no_shared_memory(self, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
             pid = running.pid
@@ -137,6 +148,27 @@ class TestServer:
         assert all(gone(each, 5) for each in [pid, *stubs])
         assert not list(SHARED_MEMORY.glob(f"{running._shared_memory}*"))
         assert running.stop() is None
+
+    def test_shared_memory_of_a_server_that_was_killed_with_its_parent_is_freed_by_the_next(self, classifier, tmp_path):
+        def regions(prefix):
+            return list(SHARED_MEMORY.glob(f"{prefix}*"))
+
+        with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "living") as living:
+            with serving(classifier, tmp_path / "log") as (served, _, _):
+                (triton,) = psutil.Process(served.pid).children()
+                (option,) = [word for word in triton.cmdline() if word.startswith("--backend-config=python,shm")]
+                family = [triton, *triton.children()]
+                served.kill()
+                os.killpg(triton.pid, signal.SIGKILL)
+                psutil.wait_procs(family, timeout=10)
+            killed = option.partition("prefix-name=")[2]
+            assert len(regions(killed)) > 1
+            (tmp_path / "empty").mkdir()
+            with EmbeddedTriton(tmp_path / "empty", [], log_file=tmp_path / "next"):
+                assert regions(killed) == []
+            assert len(regions(living._shared_memory)) > 1
+            with living.client() as client:
+                assert client.classify("intent", ["please tell me"])
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1"])  # noqa: S104
     def test_refuses_to_open_model_control_to_others(self, host):

@@ -11,15 +11,16 @@ import time
 import pytest
 import tiny
 
-from patcher import model_config
+from patcher import model_config, rollback
 from patcher.configs import backbone_config, encoder_config
 from patcher.errors import InputError, RepositoryError, ServerError
 from patcher.model_config import parse
+from patcher.relabelling import rename_label
 from patcher.serve import advice, cache_options
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 from patcher.triton.client import TritonServer
 from patcher.triton.server import EmbeddedTriton
-from patcher.tune import candidates, tune
+from patcher.tune import _copied, candidates, tune
 
 TEXTS = [text for label in tiny.OLD for text in tiny.sentences(label, 5)]
 MODELS = ("intent_encoder", "intent_backbone")
@@ -76,6 +77,24 @@ def test_each_group_of_candidates_builds_upon_the_best_before():
 def test_a_budget_of_nothing(classifier):
     with pytest.raises(InputError, match="expected more than none"):
         tune(classifier, TEXTS, seconds=0)
+
+
+def test_a_copy_to_try_on_has_the_head_that_serves_and_no_memory(classifier, tmp_path, tree):
+    repository = classifier.repository
+    for old, new in (("music", "m1"), ("m1", "m2"), ("m2", "m3")):
+        rename_label(classifier, old, new)
+    rollback(classifier, 3)
+    with repository.lock():
+        repository.add_classifier("other", classifier.head(1), classifier.memory(1), backbone="intent")
+    copy = _copied(classifier, tmp_path / "copy")
+    assert (copy.versions(), copy.head().labels) == ((3,), classifier.head(3).labels)
+    there, copied = ({name for name in tree(each.root) if "." in name} for each in (classifier, copy))  # the files
+    assert {name for name in there - copied if not name.startswith(".patcher")} == {
+        *(f"intent_head/{version}/model.onnx" for version in (1, 2, 4)),
+        *(f"intent_head/{version}/memory.safetensors" for version in (1, 2, 3, 4)),
+        "other_head/1/model.onnx",
+        "other_head/1/memory.safetensors",
+    }
 
 
 @pytest.mark.server

@@ -23,7 +23,6 @@ from patcher.cli.output import percent, seconds, tell
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from patcher.classifier import Classifier
     from patcher.labelling import PatchReport
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
@@ -98,14 +97,10 @@ def add_label_command(
     from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
 
-    if (file is None) == (not texts):
-        raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
-    if texts and label is None:
-        raise click.UsageError("expected LABEL before the --text examples")
+    examples = _examples(file, texts, label, options)
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = options.classifier
-    examples = _from_file(file, label, classifier) if file is not None else {str(label): list(texts)}
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.
     with options.server_unless(no_load or dry_run) as server:
         report = add_labels(
@@ -127,13 +122,21 @@ def add_label_command(
             options.say(f"pruned    {', '.join(map(str, pruned))}")
 
 
-def _from_file(file: Path, label: str | None, classifier: Classifier) -> dict[str, list[str]]:
-    """The examples of a file by label, all of them ``label``'s where it is given; a word on what is not read."""
+def _examples(
+    file: Path | None, texts: tuple[str, ...], label: str | None, options: CommonOptions
+) -> dict[str, list[str]]:
+    """The examples by label, all of them ``label``'s where it is given; a word on columns that are not read."""
     from patcher.examples import read_examples
     from patcher.new_texts import new_examples
 
+    if (file is None) == (not texts):
+        raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
+    if texts and label is None:
+        raise click.UsageError("expected LABEL before the --text examples")
+    if file is None:
+        return {str(label): list(texts)}
     read = read_examples(file)
-    examples = new_examples(read, label, several=not classifier.head().exclusive)
+    examples = new_examples(read, label, several=not options.classifier.head().exclusive)
     if label is not None and read.labels is None and read.unread:
         columns = ", ".join(f"{name!r:.60}" for name in read.unread)
         told = f"of {read.source} only the texts are read (not {columns}): all {len(read)} are taken as {label!r}"

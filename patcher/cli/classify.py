@@ -35,7 +35,7 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
     else:
         texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
     with options.server() as server:
-        answers = server.classify(options.address, texts)
+        answers = server.classify(options.address, texts, logits=False)
     if options.json:
         options.emit([_document(answer) for answer in answers])
         return

@@ -12,6 +12,8 @@ from patcher.cli.output import not_installed, tell
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from export.report import ExportReport
+
 _CONTRADICTED = 0.5
 """Share of the training texts answered as labelled, below which they may be another model's."""
 
@@ -84,8 +86,6 @@ def export_command(
     """
     import json
 
-    from patcher.gate import unremembered
-
     try:
         from export import run_export
     except ModuleNotFoundError as error:
@@ -107,14 +107,21 @@ def export_command(
         allow_pickle=allow_pickle,
         progress=lambda text: tell(text, err=True),
     )
+    _warn(report, train)
+    if as_json:
+        tell(json.dumps(report.to_json(), indent=2))
+    else:
+        tell(report.sentence())
+        tell(f"Next: patcher serve --repo {repo}")
+
+
+def _warn(report: ExportReport, train: Path | None) -> None:
+    """A word on what later patches will miss."""
+    from patcher.gate import unremembered
+
     classifier = report.repository.classifier(report.classifier)
     if said := unremembered(report.labels, classifier.memory()):
         tell(f"warning: {said}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
         said = f"only {report.train_accuracy:.1%} of {train} is answered as labelled; is it this model's training data?"
         tell(f"warning: {said}", err=True)
-    if as_json:
-        tell(json.dumps(report.to_json(), indent=2))
-    else:
-        tell(report.sentence())
-        tell(f"Next: patcher serve --repo {repo}")

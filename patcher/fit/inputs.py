@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.clustering import half
 from patcher.fit.model import full_rows
 
@@ -115,9 +116,8 @@ class OldInputs:
             places = np.union1d(places, also)
         if not head.exclusive:
             return Nearest(places, -new[places].astype(np.float64), np.ones(len(places), np.bool_))
-        logits = head.logits(self.features[places])
-        right = logits.argmax(axis=1) == self.ids[places]
-        return Nearest(places, (logits.max(axis=1) - new[places]).astype(np.float64), right)
+        best, logit = head.best(self.features[places])
+        return Nearest(places, (logit - new[places]).astype(np.float64), best == self.ids[places])
 
 
 def old_inputs(
@@ -168,8 +168,7 @@ def own_logits(features: Floats, ids: Ints, head: Head) -> Floats:
     """Each input's logit of its own label; by blocks, for the rows of all inputs together may be large."""
     weight, bias = full_rows(head)
     own = np.empty(len(ids), np.float32)
-    for start in range(0, len(ids), 2048):
-        block = slice(start, start + 2048)
+    for block in blocks(len(ids)):
         own[block] = np.einsum("ij,ij->i", features[block], weight[ids[block]]) + bias[ids[block]]
     return own
 

@@ -81,13 +81,14 @@ class _Scene(Task):
 
     def raised(self, cloud: Cloud, rows: Sequence[Doubles]) -> Cloud:
         """The cloud where other new rows, bias last, have to be beaten as well."""
-        for row in rows if self.head.exclusive else ():
-            logits = cloud.points @ row[:-1] + row[-1]
-            offsets = np.logaddexp(cloud.offsets, logits)
-            share = np.exp(logits - offsets)[:, None]
-            slopes = (1.0 - share) * cloud.slopes + share * row[:-1]
-            cloud = dataclasses.replace(cloud, offsets=offsets, slopes=slopes)
-        return cloud
+        if not rows or not self.head.exclusive:
+            return cloud
+        weight, bias = np.stack(rows)[:, :-1], np.stack(rows)[:, -1]
+        logits = np.column_stack([cloud.offsets, cloud.points @ weight.T + bias])
+        offsets = log_sum_exp(logits)
+        shares = np.exp(logits - offsets[:, None])
+        slopes = shares[:, :1] * cloud.slopes + shares[:, 1:] @ weight
+        return dataclasses.replace(cloud, offsets=offsets, slopes=slopes)
 
     def hard(self, row: Doubles) -> Ints:
         """Places of the real old inputs that a row comes nearest to."""
@@ -108,9 +109,8 @@ class _Scene(Task):
         """What a new logit has to beat at some real old inputs, and whether they are answered rightly as things are."""
         if self.inputs is None or not self.head.exclusive:
             return np.zeros(len(places)), np.ones(len(places), np.bool_)
-        logits = self.head.logits(self.inputs.features[places])
-        best: Doubles = logits.max(axis=1).astype(np.float64)
-        return best, logits.argmax(axis=1) == self.inputs.ids[places]
+        best, logit = self.head.best(self.inputs.features[places])
+        return logit.astype(np.float64), best == self.inputs.ids[places]
 
     def slopes_of(self, ids: Ints) -> Doubles:
         """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
@@ -166,15 +166,16 @@ def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]
     priors = {label: _prior(rows, task) for label, rows in examples.items()}
     rough = {label: _solve(cloud, scene.means, priors[label], settings) for label, cloud in clouds.items()}
     found = {}
+    near = _rivals(clouds, rough, settings)
     rows = dict(rough)
     for label, mine in clouds.items():
-        others = {other: row for other, row in rows.items() if other != label}
         hard = np.sort(scene.hard(rough[label]))
-        rivals = list(others.values())
-        against = [*scene.negatives(hard), scene.means, *(clouds[other].spread_by(1.0) for other in others)]
-        outside = join(*(scene.raised(cloud, rivals) for cloud in against))
+        rivals = [rows[other] for other in near[label]]
+        against = [*scene.negatives(hard), scene.means, *(clouds[other].spread_by(1.0) for other in near[label])]
+        outside = scene.raised(join(*against), rivals)
         made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), settings)
         weight, bias = old.whitening.row(made.row[:-1], float(made.row[-1]))
+        others = [row for other, row in rows.items() if other != label]
         margins = made.held_out - _best(examples[label], others, task)
         best, right = scene.answers(hard)
         unseen = _Unseen(hard, best - made.unseen)
@@ -206,6 +207,22 @@ def _near(examples: Floats, task: Task) -> Ints:
     distances = np.einsum("ij,ij->i", gaps, gaps)
     count = settings.near
     return np.union1d(np.argsort(-logits, kind="stable")[:count], np.argsort(distances, kind="stable")[:count])
+
+
+def _rivals(clouds: Mapping[str, Cloud], rough: Mapping[str, Doubles], settings: Settings) -> dict[str, list[str]]:
+    """Other new labels that the examples of each may be mistaken for."""
+    labels = list(clouds)
+    if len(labels) <= settings.near_floor:
+        return {label: [other for other in labels if other != label] for label in labels}
+    rows = np.stack([rough[label] for label in labels])
+    means = np.stack([cloud.points.mean(axis=0) for cloud in clouds.values()])
+    found = {}
+    for place, (label, cloud) in enumerate(clouds.items()):
+        logits = (cloud.points @ rows[:, :-1].T + rows[:, -1]).max(axis=0)
+        distances = ((means - means[place]) ** 2).sum(axis=1)
+        nearest = [np.argsort(order, kind="stable")[: settings.near + 1] for order in (-logits, distances)]
+        found[label] = [labels[other] for other in np.union1d(*nearest) if other != place]
+    return found
 
 
 def _prior(examples: Floats, task: Task) -> Doubles:
@@ -270,12 +287,12 @@ def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real:
     return _Fitted(np.append(axes @ found[:-1], found[-1]), held_out, unseen)
 
 
-def _best(features: Floats, others: Mapping[str, Doubles], task: Task) -> Doubles:
+def _best(features: Floats, others: Sequence[Doubles], task: Task) -> Doubles:
     """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
     if not task.head.exclusive:
         return np.zeros(len(features))
-    best: Doubles = task.head.logits(features).max(axis=1).astype(np.float64)
+    best: Doubles = task.head.best(features)[1].astype(np.float64)
+    if not others:
+        return best
     points = task.old.whitening.of(features)
-    for row in others.values():
-        best = np.maximum(best, points @ row[:-1] + row[-1])
-    return best
+    return np.maximum(best, (points @ np.stack(others)[:, :-1].T + np.stack(others)[:, -1]).max(axis=1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.fit.model import from_memory
+from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.scope import Distance, Scope
 
@@ -66,27 +66,30 @@ def fit_scope(
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem, stretch=stretch)
-    old = from_memory(memory, head, settings, white)
-    axes = _principal_axes((old.points - old.points.mean(axis=0)).astype(np.float32))
-    directions = old.whitening.points @ axes
+    white = white or whitening(memory, settings)
+    place = {label: i for i, label in enumerate(memory.labels)}
+    points = white.of(memory.means()[[place[label] for label in head.labels if label in place]])
+    directions = white.points @ _principal_axes((points - points.mean(axis=0)).astype(np.float32))
     # Features of tiny numbers are stretched beyond what FP16 holds; distances in another unit do as well.
     unit = max(1.0, float(np.abs(directions).max()) / _LONGEST)
     directions /= unit
     projection = directions.astype(np.float16)
-    center = (old.whitening.center @ projection.astype(np.float64)).astype(np.float32)
+    center = (white.center @ projection.astype(np.float64)).astype(np.float32)
     means, counts, owners = _clusters(memory, head)
-    places = (means - old.whitening.center).astype(np.float32) @ projection.astype(np.float32)
+    places = (means - white.center).astype(np.float32) @ projection.astype(np.float32)
     ones = np.ones(len(places), np.float32)
     distance = Distance(projection, center, places.astype(np.float16), ones[:1], ones)
     some = slice(None, None, 1 + len(memory.sample) // _MOST)
     inputs, theirs = memory.sample[some].astype(np.float32), memory.sample_labels[some]
-    distance = dataclasses.replace(distance, scale=_scale(distance.squared(inputs), theirs, counts, owners))
-    gaps = _without_themselves(distance.squared(inputs), counts)
-    remembered = max(float(np.quantile(gaps, 1.0 - false_alarms)), 1e-6 / unit**2)
+    gaps = distance.squared(inputs)
+    distance = dataclasses.replace(distance, scale=_scale(gaps, theirs, counts, owners))
+    gaps *= distance.scale
+    apart = _without_themselves(gaps, counts)
+    remembered = max(float(np.quantile(apart, 1.0 - false_alarms)), 1e-6 / unit**2)
     if fresh is not None and len(fresh) >= _FEWEST_FRESH:
-        apart = float(np.quantile(distance.squared(fresh).min(axis=1), 1.0 - false_alarms)) / remembered
+        farther = float(np.quantile(distance.nearest(fresh), 1.0 - false_alarms)) / remembered
         # Fresh inputs lie no nearer than remembered ones without themselves; where they do, they are not fresh.
-        stretch = apart if apart >= 1.0 else stretch
+        stretch = farther if farther >= 1.0 else stretch
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
 

@@ -29,7 +29,7 @@ class Settings:
         ``zero``, ``imprint`` or ``lda``.
     near, near_floor
         Old labels that take part: this many by their logits on the examples and as many by the distance of their
-        means; all of them where there are no more than ``near_floor``.
+        means; all of them where there are no more than ``near_floor``. The same holds for the other new labels.
     hard, hard_weight
         So many real inputs of old labels, those that a first row comes nearest to, join as negatives of this weight
         (a label's mean has weight 1).

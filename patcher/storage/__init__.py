@@ -16,7 +16,7 @@ from patcher.errors import InputError
 from patcher.storage.disk import Disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 __all__ = ["Replacement", "Storage", "is_url", "open_storage"]
@@ -80,8 +80,11 @@ class Storage(Protocol):
     def local(self, name: str) -> Path:
         """A file of this machine with that content, to read."""
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy everything that Triton and patcher read into ``folder``, which is made."""
+    def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
+        """Copy everything that Triton and patcher read into ``folder``, which is made.
+
+        ``without`` are patterns as ``glob`` takes them: what matches one is left out, with all below it.
+        """
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content in one step."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from patcher.errors import Busy, RepositoryError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from filelock import BaseFileLock
 
@@ -109,9 +110,15 @@ class Disk:
         """The file itself."""
         return self.root / name
 
-    def copy_to(self, folder: Path) -> None:
+    def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
         """Copy the folder, without lock and leftovers."""
-        shutil.copytree(self.root, folder, ignore=shutil.ignore_patterns(".patcher*"))
+        left = {path for pattern in without for path in self.root.glob(pattern)}
+        own = shutil.ignore_patterns(".patcher*")
+
+        def ignored(path: str, names: list[str]) -> set[str]:
+            return {*own(path, names), *(name for name in names if Path(path, name) in left)}
+
+        shutil.copytree(self.root, folder, ignore=ignored)
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content by one rename."""
@@ -162,11 +169,17 @@ class Disk:
             flush_folder(self.root / parent)
 
     def take_away(self, folders: list[str]) -> None:
-        """Rename them out of the way, each in one step, and then delete."""
-        with self._staging(_parent(folders[0])) as staging:
-            for name in folders:
-                if (self.root / name).exists():
-                    (self.root / name).rename(staging / PurePosixPath(name).name)
+        """Rename them out of the way, each in one step, and then delete: none of it asks a full disk for room."""
+        aside = []
+        with storage_errors(self.root):
+            try:
+                for path in (self.root / name for name in folders):
+                    if path.exists():
+                        aside.append(path.with_name(f"{_STAGING}{secrets.token_hex(4)}"))
+                        path.rename(aside[-1])
+            finally:
+                for path in aside:
+                    _delete(path)
 
     def append(self, name: str, size: int, data: bytes) -> None:
         """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
@@ -259,7 +272,7 @@ class Disk:
         # looked for only after such a one: there may be thousands of heads to look into.
         for pattern in (f"{_STAGING}*", f"*/{_STAGING}*", f"*/1/{_STAGING}*"):
             for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _delete(leftover)
 
     @contextlib.contextmanager
     def _staging(self, folder: str) -> Iterator[Path]:
@@ -292,6 +305,15 @@ class _Replacement:
 
 def _parent(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
+
+
+def _delete(path: Path) -> None:
+    """Delete what is of no use to anybody, as far as that can be done now."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _write(folder: Path, files: Mapping[str, bytes | Path]) -> None:

@@ -23,7 +23,7 @@ from patcher.storage.disk import storage_errors
 from patcher.storage.s3 import Bucket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["ObjectStore"]
 
@@ -118,10 +118,14 @@ class ObjectStore:
                     (Path(folder) / path.name).replace(path)
         return path
 
-    def copy_to(self, folder: Path) -> None:
+    def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
         """Download everything but the lock."""
+        left = [pattern.split("/") for pattern in without]
         with storage_errors(folder):
             for name in self._names() - {_LOCK}:
+                parts = name.split("/")
+                if any(_matches(parts[: len(pattern)], pattern) for pattern in left):
+                    continue
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self.bucket.download(name, folder / name)
 

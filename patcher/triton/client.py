@@ -39,7 +39,8 @@ class Answer:
     """What a classifier said about one text.
 
     ``labels`` and ``scores`` are the best few, best first; ``logits`` FP32 ``[labels]`` are all of them, in the head's
-    own order; ``in_scope`` is None where the classifier gives none. All come from head ``head_version``.
+    own order, ``[0]`` where they were not asked for; ``in_scope`` is None where the classifier gives none. All come
+    from head ``head_version``.
     """
 
     text: str
@@ -121,7 +122,7 @@ class TritonServer:
         self._host, self._port = host.strip("[]"), number
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
-        self._batch_sizes: dict[str, int] = {}
+        self._configs: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.url}>"
@@ -293,7 +294,7 @@ class TritonServer:
         """
         with self._asked(f"load {model}") as options:
             self._client.load_model(model, **options)
-        self._batch_sizes.clear()
+        self._configs.clear()
 
     def unload(self, model: str) -> None:
         """Have the server stop serving ``model``."""
@@ -318,8 +319,10 @@ class TritonServer:
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
 
-    def classify(self, classifier: str, texts: Iterable[str]) -> list[Answer]:
+    def classify(self, classifier: str, texts: Iterable[str], *, logits: bool = True) -> list[Answer]:
         """The answer of a classifier (its name or address) to each text; texts of like length share a request.
+
+        Without ``logits`` they are not fetched: with thousands of labels they are nearly all that an answer weighs.
 
         Raises
         ------
@@ -327,7 +330,7 @@ class TritonServer:
             for a text that is none or not valid Unicode, a single string in place of a list, and a model that is no
             classifier.
         """
-        return self._infer(classifier, texts, _answers)
+        return self._infer(classifier, texts, _answers, without=None if logits else "logits")
 
     def features(self, model: str, texts: Iterable[str]) -> NDArray[np.float32]:
         """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`."""
@@ -337,18 +340,20 @@ class TritonServer:
             return np.empty((0, output.dims[0]), dtype=np.float32)
         return np.stack(rows)
 
-    def _infer(self, model: str, given: Iterable[str], read: Any) -> list[Any]:
+    def _infer(self, model: str, given: Iterable[str], read: Any, without: str | None = None) -> list[Any]:
         require(str, model=model)
         texts = listed(given, "texts")
         encoded = [_encoded(text, f"texts[{index}]") for index, text in enumerate(texts)]
         if not encoded:
             return []
-        size = self._batch_size(model)
+        config = self._config(model)
+        size = max(config.max_batch_size, 1)
+        outputs = [output.name for output in config.output if output.name != without] if without else None
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         def ask(batch: Sequence[int]) -> list[Any]:
-            result = self._request(model, [encoded[index] for index in batch])
+            result = self._request(model, [encoded[index] for index in batch], outputs)
             return list(read([texts[index] for index in batch], result))
 
         if len(batches) == 1:
@@ -361,18 +366,22 @@ class TritonServer:
             found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(encoded))]
 
-    def _request(self, model: str, encoded: Sequence[bytes]) -> Any:
+    def _request(self, model: str, encoded: Sequence[bytes], outputs: Sequence[str] | None) -> Any:
+        import tritonclient.grpc as triton
+
+        wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
         ensemble, classifier = _parts(model)
         inputs = [_strings("text", encoded)]
         if classifier:
             inputs.append(_strings("classifier", [classifier.encode()] * len(encoded)))
         with self._asked(f"answer a request to {model}") as options:
-            return self._client.infer(ensemble, inputs, **options)
+            return self._client.infer(ensemble, inputs, outputs=wanted, **options)
 
-    def _batch_size(self, model: str) -> int:
-        if model not in self._batch_sizes:
-            self._batch_sizes[model] = max(self.model_config(_parts(model)[0]).max_batch_size, 1)
-        return self._batch_sizes[model]
+    def _config(self, address: str) -> Any:
+        model, _ = _parts(address)
+        if model not in self._configs:
+            self._configs[model] = self.model_config(model)
+        return self._configs[model]
 
 
 def admin_headers(key: str | None) -> dict[str, str] | None:
@@ -421,14 +430,15 @@ def _output(result: Any, name: str) -> Any:
 
 
 def _answers(texts: Sequence[str], result: Any) -> list[Answer]:
-    labels, scores, logits, versions = (_output(result, name) for name in ("label", "score", "logits", "head_version"))
-    scope = result.as_numpy("in_scope")
+    labels, scores, versions = (_output(result, name) for name in ("label", "score", "head_version"))
+    logits, scope = result.as_numpy("logits"), result.as_numpy("in_scope")
+    none = np.empty(0, np.float32)
     return [
         Answer(
             text,
             tuple(label.decode() for label in labels[row]),
             tuple(float(score) for score in scores[row]),
-            logits[row],
+            none if logits is None else logits[row],
             int(versions[row, 0]),
             None if scope is None else float(scope[row, 0]),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -18,7 +19,18 @@ from patcher.errors import InputError, ServerError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["accepts", "dead_children", "free_ports", "has_gpu", "hide_argument", "start_with_parent", "telling_lines"]
+__all__ = [
+    "accepts",
+    "address",
+    "dead_children",
+    "free_ports",
+    "has_gpu",
+    "hide_argument",
+    "loopback",
+    "reachable",
+    "start_with_parent",
+    "telling_lines",
+]
 
 # Asks the kernel for SIGTERM when the parent goes, then becomes the server. Done by a program of its own, since code
 # run between fork and exec of a process with threads may hang.
@@ -45,8 +57,12 @@ def dead_children(pid: int) -> list[int]:
     return found
 
 
-def start_with_parent(command: Sequence[str], environment: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
+def start_with_parent(
+    command: Sequence[str], environment: Mapping[str, str], log: int, kept: int
+) -> subprocess.Popen[bytes]:
     """Start ``command``, output to the descriptor ``log``; it gets SIGTERM when this process ends, however it ends.
+
+    The command and its children have the descriptor ``kept`` open for as long as one of them lives.
 
     Raises ServerError where it cannot be started.
     """
@@ -62,6 +78,7 @@ def start_with_parent(command: Sequence[str], environment: Mapping[str, str], lo
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=(kept,),
                 start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
             )
         except OSError as error:
@@ -151,3 +168,22 @@ def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
                 ) from error
             ports.append(int(probe.getsockname()[1]))
         return ports
+
+
+def address(host: str) -> str:
+    """The number of a host to listen on, for Triton's HTTP server takes no names; InputError where it has none."""
+    try:
+        return str(ipaddress.ip_address(host)) if ":" in host else socket.gethostbyname(host)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot listen on {host!r}: {error}; expected an address of this machine") from error
+
+
+def loopback(host: str) -> str:
+    """The loopback address of the same kind as ``host``."""
+    return "::1" if ":" in host else "127.0.0.1"
+
+
+def reachable(host: str) -> str:
+    """How a client of this machine writes the address that a server listens on."""
+    number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound to
+    return f"[{number}]" if ":" in number else number

@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,15 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, ServerError
+from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
 from patcher.triton.process import (
     accepts,
+    address,
     dead_children,
     free_ports,
     has_gpu,
     hide_argument,
+    loopback,
+    reachable,
     start_with_parent,
     telling_lines,
 )
@@ -46,9 +49,12 @@ __all__ = ["EmbeddedTriton"]
 
 _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 1.0
+_SILENT_SECONDS, _MISSED = 60.0, 3
 _PORT_TRIES = 3
 _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
+_MARK = "alive"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, and the trace and log settings can write files: all an administrator's.
 _RESTRICTED = "model-repository,trace,logging"
@@ -111,15 +117,15 @@ class EmbeddedTriton:
             raise InputError(
                 "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
             )
-        self.host = _address(host)
+        self.host = address(host)
         if admin_key is None and not ipaddress.ip_address(self.host).is_loopback:
             raise InputError(
                 f"{host} can be reached by others, who could then load models, which runs code; "
                 "give an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
             )
         self.tls = tls
-        self.http_host = _loopback(self.host) if tls else self.host
-        self.metrics_host = _address(metrics_host) if metrics_host else self.http_host
+        self.http_host = loopback(self.host) if tls else self.host
+        self.metrics_host = address(metrics_host) if metrics_host else self.http_host
         self.repository = str(repository) if is_url(repository) else Path(repository).resolve()
         self.models = tuple(models)
         self.exit_timeout = exit_timeout
@@ -148,17 +154,17 @@ class EmbeddedTriton:
     @property
     def url(self) -> str:
         """The gRPC address, HOST:PORT."""
-        return f"{_reachable(self.host)}:{self.grpc_port}"
+        return f"{reachable(self.host)}:{self.grpc_port}"
 
     @property
     def http_url(self) -> str:
         """The HTTP address, HOST:PORT."""
-        return f"{_reachable(self.http_host)}:{self.http_port}"
+        return f"{reachable(self.http_host)}:{self.http_port}"
 
     @property
     def metrics_url(self) -> str:
         """The address of the metrics, HOST:PORT."""
-        return f"{_reachable(self.metrics_host)}:{self.metrics_port}"
+        return f"{reachable(self.metrics_host)}:{self.metrics_port}"
 
     @property
     def pid(self) -> int | None:
@@ -254,8 +260,7 @@ class EmbeddedTriton:
         # A server that was killed leaves its stubs behind: they are of its process group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # noqa: S108 - where Triton's stubs keep theirs
-            left.unlink(missing_ok=True)
+        _free(self._shared_memory)
         return process.returncode
 
     def _drain(self, deadline: float) -> None:
@@ -285,13 +290,25 @@ class EmbeddedTriton:
         """Wait for as long as the server runs; ServerError with its log's words when it ends by itself.
 
         It is ended when one of its Python processes dies: Triton starts none again, says that all is well, and answers
-        no request to the models of that process.
+        no request to the models of that process. And when it hangs: it has not even said that it lives for a minute.
         """
         process = self._process
         if process is None:
             return
         dead: set[int] = set()
+        heard, missed = time.monotonic(), 0
         while process.poll() is None:
+            if self._http_ready("health/live"):
+                heard, missed = time.monotonic(), 0
+            else:
+                missed += 1
+            # Asked several times: a machine that was paused may have passed the minute in one step.
+            if missed > _MISSED and time.monotonic() - heard > _SILENT_SECONDS and process.poll() is None:
+                process.kill()
+                raise ServerError(
+                    f"tritonserver hung: it did not answer for {_SILENT_SECONDS:.0f} s, so it was ended; start it "
+                    f"again.{self._log_says()}"
+                )
             before, dead = dead, set(dead_children(process.pid))
             if before & dead:  # one that Triton itself ended may be seen once, before it asks
                 process.kill()
@@ -360,8 +377,10 @@ class EmbeddedTriton:
             log = self.log_file.open("wb")
         except OSError as error:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
-        with log:
-            self._process = start_with_parent(command, environment, log.fileno())
+        for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
+            _free(left.name.removesuffix(_MARK))
+        with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
+            self._process = start_with_parent(command, environment, log.fileno(), mark.fileno())
         if self._http_key is not None:
             self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
 
@@ -376,21 +395,10 @@ def _no_proxy() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _address(host: str) -> str:
-    # Triton's HTTP server takes no names.
-    try:
-        return str(ipaddress.ip_address(host)) if ":" in host else socket.gethostbyname(host)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot listen on {host!r}: {error}; expected an address of this machine") from error
-
-
-def _loopback(host: str) -> str:
-    return "::1" if ":" in host else "127.0.0.1"
-
-
-def _reachable(host: str) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound to
-    return f"[{reachable}]" if ":" in reachable else reachable
+def _free(prefix: str) -> None:
+    """Give back the shared memory of a server and its stubs, which are gone."""
+    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 def _state_folder() -> Path:

@@ -77,7 +77,7 @@ class Readers:
     def read(self, kind: str) -> Callable[[bytes], object]:
         """The function that reads one kind of file from its bytes."""
         from patcher import configs, model_config
-        from patcher.audit import read_events
+        from patcher.audit import read_event
         from patcher.examples import read_examples
         from patcher.head_file import read_head
         from patcher.memory_file import read_memory
@@ -112,7 +112,7 @@ class Readers:
             "journal": journal,
             "config": config,
             "format": layout,
-            "audit": lambda data: read_events(written("audit.log", data)),
+            "audit": lambda data: [read_event(line) for line in data.splitlines()],
         }
         return known[kind]
 

@@ -73,11 +73,13 @@ def add_seconds(data: Path, repo: Path, url: str) -> dict:
         seconds.append(time.perf_counter() - start)
         patcher("rollback", "--to", 1, url=url, repo=repo)
     assert sha256(backbone) == before
+    written = repo / "intent_head" / str(report["version"])
     return {
         "seconds": seconds,
         "median": statistics.median(seconds),
         "stages of the last": report["seconds"],
         "head_bytes": report["head_bytes"],
+        "memory_bytes": (written / "memory.safetensors").stat().st_size,
         "backbone unchanged": True,
     }
 
