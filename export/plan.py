@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from torch import nn
@@ -13,8 +12,8 @@ from export.checkpoint import Checkpoint, from_objects, load_checkpoint
 from export.precision import PRECISIONS
 from export.tokenizer import prepare_tokenizer
 from export.training import label_ids
-from patcher.errors import ExamplesError, InputError
-from patcher.examples import Examples, read_examples
+from patcher.errors import InputError
+from patcher.examples import as_examples
 from patcher.files import require_folder
 from patcher.names import check_name
 from patcher.remembering import FEATURES_A_LABEL
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from export.tokenizer import TextEncoder
     from export.training import LabelIds
+    from patcher.examples import Examples, ExamplesLike
 
     Source = str | os.PathLike[str] | nn.Module
 
@@ -54,9 +54,9 @@ class ExportOptions(TypedDict, total=False):
 
     name: str
     backbone: str | None
-    train: str | os.PathLike[str] | Examples | None
+    train: ExamplesLike | None
     per_label: int
-    evaluation: str | os.PathLike[str] | Examples | None
+    evaluation: ExamplesLike | None
     precision: str | None
     device: str
     tensorrt: bool
@@ -119,7 +119,8 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
     backbone = options.get("backbone") or name
     _refuse_taken(repository_dir, name, backbone, in_store=in_store)
     target = _target(options)
-    files = [_examples(options.get("train")), _examples(options.get("evaluation"))]
+    given = (("train", options.get("train")), ("evaluation", options.get("evaluation")))
+    files = [None if each is None else as_examples(each, option) for option, each in given]
     checkpoint = _checkpoint(model, options)
     train, held_out = (_labelled(each, checkpoint) for each in files)
     encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
@@ -152,15 +153,9 @@ def _target(options: ExportOptions) -> Target:
     return Target(precision, device, tensorrt)
 
 
-def _examples(given: str | os.PathLike[str] | Examples | None) -> Examples | None:
-    return given if given is None or isinstance(given, Examples) else read_examples(Path(given))
-
-
 def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledTexts | None:
     if examples is None:
         return None
-    if not examples:
-        raise ExamplesError(f"{examples.source} holds no examples; expected one at least, or None")
     return LabelledTexts(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import configs
+from patcher.arguments import listed
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
@@ -23,7 +24,7 @@ from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_l
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from patcher.head import Head
     from patcher.triton.client import Answer, TritonServer
@@ -107,8 +108,9 @@ class SplitClient:
             self._read = time.monotonic()
         return self._percent
 
-    def classify(self, texts: Sequence[str], keys: Sequence[str]) -> list[Answer]:
+    def classify(self, texts: Iterable[str], keys: Iterable[str]) -> list[Answer]:
         """The answer to each text; ``keys``, one a text, decide who gives it (a user's or a conversation's id, say)."""
+        texts, keys = listed(texts, "texts"), listed(keys, "keys")
         if len(keys) != len(texts):
             raise InputError(f"got {len(texts)} texts and {len(keys)} keys; expected one key for each text")
         percent = self.percent

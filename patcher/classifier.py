@@ -41,6 +41,9 @@ class Classifier(Backbone):
         self.head_model = f"{name}_head"
         self.journal = Journal(self.storage, f"{name}{JOURNAL}")
 
+    def __repr__(self) -> str:
+        return f"<Classifier {self.name} at {self.repository.location}>"
+
     @property
     def ensemble(self) -> str:
         """The Triton model that answers for it: its own, or that of the store."""

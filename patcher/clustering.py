@@ -26,7 +26,7 @@ _LEAST_SPREAD = 1e-3
 """Of a feature, next to the widest: less is rounding."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """The clusters of all labels.
 

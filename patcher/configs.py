@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from patcher.arguments import require
 from patcher.errors import InputError
 from patcher.model_config import MAX_BATCH_SIZE, ModelConfig, Step, Tensor, parameter, parse, to_text
 
@@ -210,6 +211,7 @@ def asked_by(message: Any) -> str:
 
 def check_share(percent: float) -> None:
     """InputError for a share of the requests that is none, NaN included."""
+    require(float, percent=percent)
     if not 0 < percent < 100:  # noqa: PLR2004  per cent
         raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")
 

@@ -6,16 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from patcher.arguments import require
 from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
+from patcher.examples import as_examples
 from patcher.features import extract_features
+from patcher.repository import one_classifier
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
+    from patcher.examples import ExamplesLike
+    from patcher.repository import ClassifierLike
 
 __all__ = ["Difference", "Flip", "diff"]
 
@@ -53,10 +57,10 @@ class Difference:
 
 
 def diff(
-    classifier: Classifier,
+    classifier: ClassifierLike,
     a: int,
     b: int,
-    examples: Examples | None = None,
+    examples: ExamplesLike | None = None,
     features: NDArray[np.float32] | None = None,
 ) -> Difference:
     """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
@@ -64,6 +68,8 @@ def diff(
     A label that was only renamed between the two counts as the same, under its name in ``b``. Raises LabelError where
     neither version has any label of the examples.
     """
+    require(int, a=a, b=b)
+    classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
     # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
     names = _renames(classifier, a, b)
@@ -84,6 +90,7 @@ def diff(
     )
     if examples is None:
         return difference
+    examples = as_examples(examples, "examples")
     expected = [
         frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
     ]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from patcher.arguments import require
 from patcher.backbone import Backbone
 from patcher.canary import require_free
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import Fleet, present
 from patcher.names import CANARY, check_name
+from patcher.repository import ModelRepository
 from patcher.rollout import let_go, require_live
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
     from patcher.files import RepositoryFiles
-    from patcher.repository import ModelRepository
-    from patcher.triton.client import TritonServer
 
 __all__ = ["drop_classifier", "take_out"]
 
@@ -35,6 +36,9 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         are as they were. A head store forgets a classifier when its files are gone, so that there the files are deleted
         although a store would not hear of it.
     """
+    require(ModelRepository, repository=repository)
+    require(str, name=name)
+    require(TritonServer, None, server=server)
     if name.endswith(CANARY):
         raise InputError(f"{name} is a version on trial; `patcher canary --discard` ends that")
     check_name(name)

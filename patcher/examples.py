@@ -12,22 +12,28 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patcher.arguments import listed, require
 from patcher.errors import ExamplesError, ToolError
 from patcher.wording import install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from typing import TypeAlias
+
+    ExamplesLike: TypeAlias = "Examples | str | os.PathLike[str]"
 
 __all__ = [
     "LABEL_COLUMNS",
     "MAX_TEXT_BYTES",
     "TEXT_COLUMNS",
     "Examples",
+    "as_examples",
     "check_label",
     "check_text",
     "data_hash",
@@ -59,14 +65,28 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels (None where the file has no label column), and where each came from."""
+    """Texts with their labels (None where the file has no label column), and where each came from.
+
+    Raises ExamplesError, with the place, for a text or a label that cannot be used, and for numbers that differ.
+    """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
-    source: str
+    source: str = "examples"
     lines: tuple[int, ...] = ()
     unread: tuple[str, ...] = ()
     """Columns of the file that are neither its texts nor its labels."""
+
+    def __post_init__(self) -> None:
+        texts = listed(self.texts, "texts")
+        labels = None if self.labels is None else listed(self.labels, "labels")
+        for what, rows in (("labels", labels), ("lines", self.lines or None)):
+            if rows is not None and len(rows) != len(texts):
+                raise ExamplesError(f"{self.source}: {len(texts)} texts, but {len(rows)} {what}")
+        for name, check, rows in (("texts", check_text, texts), ("labels", check_label, labels)):
+            if rows is not None:
+                checked = tuple(check(each, self.where(row)) for row, each in enumerate(rows))
+                object.__setattr__(self, name, checked)  # which a frozen one's own assignments do not
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -147,7 +167,7 @@ def check_label(label: object, where: str) -> str:
     label = str(label)
     if not label.strip():
         raise ExamplesError(f"{where}: the label is empty")
-    if label != label.strip() or any(not character.isprintable() for character in label):
+    if label != label.strip() or not label.isprintable():
         raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it or characters that do not print")
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
@@ -169,7 +189,19 @@ def label_words(label: str) -> str | None:
     return " ".join(words).lower()
 
 
-def read_examples(path: str | Path) -> Examples:
+def as_examples(given: ExamplesLike, name: str) -> Examples:
+    """Examples, or the labelled file at a path; ``name`` is the argument that they came in.
+
+    Raises ExamplesError where there are none, and as ``read_examples`` does.
+    """
+    require(Examples, str, os.PathLike, **{name: given})
+    examples = given if isinstance(given, Examples) else read_examples(given)
+    if not examples:
+        raise ExamplesError(f"{examples.source} holds no examples; expected one at least")
+    return examples
+
+
+def read_examples(path: str | os.PathLike[str]) -> Examples:
     """Read a labelled file; its ending says how (.csv .tsv .jsonl .parquet, .txt with one text a line).
 
     Raises
@@ -178,6 +210,7 @@ def read_examples(path: str | Path) -> Examples:
         with the line, for whatever cannot be used: no such file, no text column, a misspelt label column, an unfinished
         quote, a row too short, an empty text, a NUL byte, bytes that are not UTF-8.
     """
+    require(str, os.PathLike, path=path)
     path = Path(path)
     _check_size(path)
     kind = _KINDS.get(path.suffix.lower())
@@ -196,17 +229,15 @@ def read_examples(path: str | Path) -> Examples:
         where = f"{path}, line {line}"
         if len(texts) == MAX_EXAMPLES:
             raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or part the file")
-        texts.append(check_text(text, where))
+        texts.append(text)
         lines.append(line)
         if label is not None:
-            labels.append(check_label(label, where))
+            labels.append(label)
         elif labels:
             raise ExamplesError(f"{where}: no label, though the lines before have one")
         unread.update(dict.fromkeys(others))
     if not texts:
         raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
-    if labels and len(labels) != len(texts):
-        raise ExamplesError(f"{path}: {len(texts)} texts, but only {len(labels)} labels")
     return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines), tuple(unread))
 
 

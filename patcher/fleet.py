@@ -7,11 +7,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from patcher.arguments import listed
 from patcher.errors import InputError, PatcherError, ServerError
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from patcher.classifier import Classifier
 
@@ -30,7 +31,8 @@ class Fleet(TritonServer):
     new version alone before the others get it.
     """
 
-    def __init__(self, urls: Sequence[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
+    def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
+        urls = [urls] if isinstance(urls, str) else listed(urls, "urls")
         if not urls:
             raise InputError("no server; expected HOST:PORT, or several with commas between them")
         self.members = tuple(TritonServer(url, **options) for url in dict.fromkeys(urls))
@@ -40,6 +42,9 @@ class Fleet(TritonServer):
         self.away = tuple(each.url for each, there in zip(self.members, alive, strict=True) if not there)
         first = alive.index(True) if True in alive else 0
         super().__init__(self.members[first].url, **options)
+
+    def __repr__(self) -> str:
+        return f"<Fleet at {', '.join(member.url for member in self.members)}>"
 
     def close(self) -> None:
         """Close every connection."""

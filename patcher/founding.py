@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher import __version__, audit
+from patcher.arguments import require
 from patcher.classifier import add_classifier
 from patcher.dropping import take_out
 from patcher.errors import (
@@ -23,7 +24,7 @@ from patcher.errors import (
     as_sentence,
 )
 from patcher.evaluation import Evaluation, evaluate_head
-from patcher.examples import check_label, check_text, plain_words
+from patcher.examples import as_examples, plain_words
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
@@ -35,8 +36,10 @@ from patcher.memory import Memory
 from patcher.names import check_name
 from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
+from patcher.repository import ModelRepository
 from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
+from patcher.triton.client import TritonServer
 from patcher.wording import percent
 
 if TYPE_CHECKING:
@@ -46,10 +49,8 @@ if TYPE_CHECKING:
 
     from patcher.backbone import Backbone
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
+    from patcher.examples import Examples, ExamplesLike
     from patcher.fit.softmax import SoftmaxFit
-    from patcher.repository import ModelRepository
-    from patcher.triton.client import TritonServer
 
 __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
 
@@ -136,7 +137,7 @@ class NewClassifierReport:
 def new_classifier(
     repository: ModelRepository,
     name: str,
-    examples: Examples,
+    examples: ExamplesLike,
     *,
     backbone: str | None = None,
     server: TritonServer | None = None,
@@ -152,7 +153,7 @@ def new_classifier(
     Parameters
     ----------
     examples
-        Texts, each with one label: two labels at least, and two texts of each.
+        Texts, each with one label: two labels at least, and two texts of each; or the path of a file with them.
     backbone
         Its name; the only one of the repository by default.
     server
@@ -167,12 +168,15 @@ def new_classifier(
     NotServed
         when the server would not serve it; the classifier is taken out of the repository again.
     """
+    require(ModelRepository, repository=repository)
+    require(TritonServer, None, server=server)
+    require(FoundingSettings, settings=settings)
     watch = Stopwatch()
     if settings.in_store:
         repository.require_folder()
     base = repository.backbone(backbone)
     repository.refuse_existing(check_name(name))
-    examples = _distinct(examples)
+    examples = _distinct(as_examples(examples, "examples"))
     labels, ids = _checked(examples)
     with watch("features"):
         features = extract_features(base, examples.texts, server, progress)
@@ -202,9 +206,6 @@ def _distinct(examples: Examples) -> Examples:
 def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """The labels in order of appearance, and which each text has, INT64 ``[n]``."""
     written = examples.labelled()
-    for row, (text, label) in enumerate(zip(examples.texts, written, strict=True)):
-        check_text(text, examples.where(row))
-        check_label(label, examples.where(row))
     counts = Counter(written)
     if len(counts) < 2:  # noqa: PLR2004  a choice
         only = ", ".join(map(repr, counts)) or "none"

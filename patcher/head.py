@@ -55,7 +55,7 @@ class Lineage:
     """Figures of the gate and of the fit, for the record."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """Labels and the rows that score them.
 
@@ -120,6 +120,9 @@ class Head:
             raise RepositoryError(f"this is no consistent head: its order points outside of {rows + patched} rows")
         if len(set(self.order.tolist())) != len(self.order):
             raise RepositoryError("this is no consistent head: two labels share one row")
+
+    def __repr__(self) -> str:
+        return f"<Head version {self.lineage.version}: {len(self.labels)} labels on {self.width} features>"
 
     @classmethod
     def from_linear(

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from patcher.arguments import require
 from patcher.canary import require_free, start
-from patcher.errors import ExamplesError, GateRefused, LabelError, NotServed, RepositoryError
-from patcher.examples import check_label, check_text, data_hash, label_words, plain_words
+from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryError
+from patcher.examples import as_examples, data_hash, label_words, plain_words
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
-from patcher.head import refuse_joined
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
+from patcher.new_texts import checked, distinct, unknown_to
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
 from patcher.remembering import label_ids
+from patcher.repository import one_classifier
 from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
-from patcher.screening import Repeat
 from patcher.stopwatch import Stopwatch
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,20 +30,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
+    from patcher.examples import Examples, ExamplesLike
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
-    from patcher.repository import ModelRepository
-    from patcher.triton.client import TritonServer
+    from patcher.new_texts import Texts
+    from patcher.repository import ClassifierLike
+    from patcher.screening import Repeat
 
     Floats = NDArray[np.float32]
 
-__all__ = ["PatchReport", "add_label", "add_labels", "new_examples"]
+__all__ = ["PatchReport", "add_label", "add_labels"]
 
 
-@dataclass
+@dataclass(eq=False)
 class PatchReport:
     """What a patch did, and what it is expected to cost."""
 
@@ -60,6 +63,11 @@ class PatchReport:
     """Share of the requests, in per cent, that the version is tried on; None where it serves all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
+
+    def __repr__(self) -> str:
+        added = ", ".join(f"+{label}" for label in self.labels_added)
+        published = "published" if self.published else "not published"
+        return f"<PatchReport of {self.classifier}: version {self.version}, {added}, gate {self.gate}, {published}>"
 
     def to_json(self) -> dict[str, Any]:
         """As the contract has it, with what the gate found."""
@@ -91,14 +99,14 @@ class PatchReport:
 
 
 def add_label(
-    repository: ModelRepository,
+    repository: ClassifierLike,
     label: str,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     server: TritonServer | None = None,
     classifier: str | None = None,
-    replay: Examples | None = None,
-    evaluation: Examples | None = None,
+    replay: ExamplesLike | None = None,
+    evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
     """Add one label; ``add_labels`` tells the rest."""
@@ -114,13 +122,13 @@ def add_label(
 
 
 def add_labels(
-    repository: ModelRepository,
-    examples: Mapping[str, Sequence[str]],
+    repository: ClassifierLike,
+    examples: Mapping[str, Texts],
     *,
     server: TritonServer | None = None,
     classifier: str | None = None,
-    replay: Examples | None = None,
-    evaluation: Examples | None = None,
+    replay: ExamplesLike | None = None,
+    evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
     skip_known: bool = False,
 ) -> PatchReport:
@@ -128,12 +136,14 @@ def add_labels(
 
     Parameters
     ----------
+    repository
+        Where the classifier is, or the classifier itself.
     examples
-        Texts of each new label.
+        Texts of each new label; of ``Examples`` with labels, those that have this one.
     server
         The server that serves ``repository``; None publishes without touching one, with features computed here.
     replay, evaluation
-        Labelled old data: ``replay`` takes part in the fit, ``evaluation`` only counts flips, on
+        Labelled old data, or the path of a file: ``replay`` takes part in the fit, ``evaluation`` only counts flips, on
         texts that are neither examples nor replayed.
     skip_known
         Leave labels alone that the head has already, instead of refusing them.
@@ -147,10 +157,15 @@ def add_labels(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
+    require(TritonServer, None, server=server)
+    require(PatchSettings, settings=settings)
     watch = Stopwatch()
-    target = repository.classifier(classifier)
+    target = one_classifier(repository, classifier)
     head = target.head()
-    texts, repeated = _distinct(_new(_checked(examples), head, target.name, skip_known=skip_known))
+    usable = checked(examples, several=not head.exclusive)
+    texts, repeated = distinct(unknown_to(usable, head, target.name, skip_known=skip_known))
+    replay = None if replay is None else as_examples(replay, "replay")
+    evaluation = None if evaluation is None else as_examples(evaluation, "evaluation")
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
@@ -159,7 +174,7 @@ def add_labels(
         with watch("read"):
             parent, memory = _read(target, on_trial=settings.canary is not None)
             # Another patcher may have added some of them meanwhile.
-            texts = _new(texts, parent, target.name, skip_known=skip_known)
+            texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
             given = _given(parent, texts, features, repeated)
         patch = make_patch(parent, memory, given, settings, watch)
         patch = patch.with_lineage(_lineage(target, parent, patch, texts))
@@ -211,68 +226,6 @@ def _served(target: Classifier, patch: Patch, canary: float | None, server: Trit
     with withdrawing(target, patch.head.lineage.version):
         start(target, patch.head, canary, server)
     return server is not None
-
-
-def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
-    """The texts of a file by label.
-
-    With ``label``: the file's texts, or where it has a label column those that it gives this label. Without: the texts
-    of every label in the column. ``several`` reads ``a|b`` as two labels, as files of multi-label classifiers have it.
-    """
-    if label is None:
-        return examples.by_label(several=several)
-    if examples.labels is None:
-        return {label: list(examples.texts)}
-    groups = examples.by_label(several=several)
-    if label not in groups:
-        found = ", ".join(list(groups)[:5])
-        raise LabelError(
-            f"{examples.source} has a label column without {label!r} (it has {found}); "
-            "leave LABEL out to add the labels of the column"
-        )
-    return {label: groups[label]}
-
-
-def _checked(examples: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    if not examples:
-        raise LabelError("no new label; expected at least one with its examples")
-    checked = {}
-    for given, texts in examples.items():
-        label = check_label(given, f"label {given!r:.60}")
-        if isinstance(texts, str) or not texts:
-            raise LabelError(f"no examples of {label!r}; expected a list of a few texts, ten are good")
-        checked[label] = [check_text(text, f"{label}, example {number}") for number, text in enumerate(texts, 1)]
-    return checked
-
-
-def _new(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known: bool) -> dict[str, list[str]]:
-    """The labels that the head lacks; LabelError for one that it knows, or with ``skip_known`` if it knows them all."""
-    known = [label for label in texts if label in head.labels]
-    if known and not (skip_known and len(known) < len(texts)):
-        raise LabelError(
-            f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
-            f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
-        )
-    for label in texts:
-        refuse_joined(head, label)
-    return {label: group for label, group in texts.items() if label not in known}
-
-
-def _distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[Repeat, ...]]:
-    """Each label's texts without those whose words were there before, and those.
-
-    What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
-    """
-    kept, repeated = {}, []
-    for label, group in texts.items():
-        first: dict[str, str] = {}
-        for text in group:
-            words = plain_words(text)
-            if words in first:
-                repeated.append(Repeat(label, first[words], text))
-            first.setdefault(words, text)
-        kept[label] = list(first.values())
-    return kept, tuple(repeated)
 
 
 def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import canary
+from patcher.arguments import require
 from patcher.errors import InputError, RepositoryError, VersionError
 from patcher.evaluation import Evaluation, evaluate_head
+from patcher.examples import as_examples
 from patcher.features import extract_features
 from patcher.head import Lineage
+from patcher.repository import one_classifier
 from patcher.rollout import Switch, catch_up, changing, roll_back
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
-    from patcher.triton.client import TritonServer
+    from patcher.examples import ExamplesLike
+    from patcher.repository import ClassifierLike
 
 __all__ = ["Entry", "entry", "evaluate", "history", "prune", "rollback", "sync"]
 
@@ -58,8 +62,9 @@ class Entry:
         }
 
 
-def history(classifier: Classifier) -> list[Entry]:
+def history(classifier: ClassifierLike) -> list[Entry]:
     """Every version on disk, oldest first."""
+    classifier = one_classifier(classifier)
     serving, found = classifier.serving(), []
     for version in classifier.versions():
         with contextlib.suppress(VersionError):  # pruned meanwhile
@@ -78,7 +83,7 @@ def entry(classifier: Classifier, version: int, serving: int) -> Entry:
     return Entry(head.lineage, len(head.labels), version == serving)
 
 
-def rollback(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
+def rollback(classifier: ClassifierLike, to: int | None = None, server: TritonServer | None = None) -> Switch:
     """Make version ``to`` serve again, the serving one's parent by default.
 
     Raises
@@ -88,27 +93,34 @@ def rollback(classifier: Classifier, to: int | None = None, server: TritonServer
     NotServed
         when the server would not serve it; the version that served before is put back.
     """
+    require(int, None, to=to)
+    require(TritonServer, None, server=server)
+    classifier = one_classifier(classifier)
     with changing(classifier, server, leaving=to is not None):
         return roll_back(classifier, to, server)
 
 
-def sync(classifier: Classifier, server: TritonServer) -> dict[str, str]:
+def sync(classifier: ClassifierLike, server: TritonServer) -> dict[str, str]:
     """Have every replica behind ``server`` serve what the files pin; what became of each, by address.
 
     ``agreed`` had it already, ``caught up`` was made to, ``away`` does not answer, ``failed: …`` would not.
     """
+    require(TritonServer, server=server)
+    classifier = one_classifier(classifier)
     with changing(classifier, server):
         return catch_up(classifier, server)
 
 
-def prune(classifier: Classifier, keep: int) -> tuple[int, ...]:
+def prune(classifier: ClassifierLike, keep: int) -> tuple[int, ...]:
     """Take all versions but the newest ``keep`` off the disk, and return which those were.
 
     The serving version, its parent and one on trial stay, whatever their age. Numbers of pruned versions are not given
     again.
     """
+    require(int, keep=keep)
     if keep < 1:
         raise InputError(f"keep is {keep}; expected 1 version at least")
+    classifier = one_classifier(classifier)
     with changing(classifier):
         serving = classifier.serving()
         versions = classifier.versions()
@@ -121,8 +133,8 @@ def prune(classifier: Classifier, keep: int) -> tuple[int, ...]:
 
 
 def evaluate(
-    classifier: Classifier,
-    examples: Examples,
+    classifier: ClassifierLike,
+    examples: ExamplesLike,
     version: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -130,6 +142,8 @@ def evaluate(
 
     Raises ExamplesError where the file has no labels, LabelError where none of them is the head's.
     """
+    require(int, None, version=version)
+    classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
     labels = examples.labelled()
     head = classifier.head(version)
     return evaluate_head(head, extract_features(classifier, examples.texts, None, progress), labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from patcher.arguments import require
 from patcher.errors import InputError
 
 __all__ = ["MAX_FLIPS", "MIN_ACCURACY", "MIN_RECALL", "check_limit"]
@@ -16,5 +17,6 @@ MIN_ACCURACY = 0.5
 
 def check_limit(name: str, value: float) -> None:
     """InputError for a limit that is no share from 0 to 1."""
+    require(float, **{name: value})
     if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
         raise InputError(f"{name} is {value}; expected a share from 0 to 1")

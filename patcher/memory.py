@@ -42,7 +42,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """Statistics of the features of every label, and a few real features of each.
 
@@ -104,6 +104,10 @@ class Memory:
         for name, ids in (("sample", self.sample_labels), ("clusters", self.clusters.labels)):
             if ids.size and not 0 <= ids.min() <= ids.max() < count:
                 raise RepositoryError(f"this is no consistent memory: its {name} names labels that are not there")
+
+    def __repr__(self) -> str:
+        texts = f"{int(self.counts.sum())} texts of {len(self.labels)} labels"
+        return f"<Memory of {texts}, with {len(self.sample)} of them as {self.width} features>"
 
     @classmethod
     def build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from patcher.arguments import require
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class BackboneNames:
 
 def check_name(name: str) -> str:
     """The name of a classifier or backbone if it can be a folder and a Triton model, else InputError."""
+    require(str, name=name)
     if not _NAME.fullmatch(name):
         raise InputError(
             f"{name!r} cannot name a model: expected letters, digits, '_', '-' and '.', at most 64 of them"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.arguments import listed, require
 from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
 from patcher.fit import fit
@@ -17,11 +18,13 @@ from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
+from patcher.repository import one_classifier
 from patcher.rollout import changing, roll_out
 from patcher.scope import Scope, stretch_of
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from patcher.gate import Verdict
     from patcher.head import Head
     from patcher.memory import Memory
-    from patcher.triton.client import TritonServer
+    from patcher.repository import ClassifierLike
 
 _FEWEST = 2
 """Labels of a classifier, and labels to merge."""
@@ -54,11 +57,13 @@ class Change:
         return {**vars(self), "verdict": self.verdict.to_dict() if self.verdict else None}
 
 
-def remove_label(classifier: Classifier, label: str, server: TritonServer | None = None) -> Change:
+def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | None = None) -> Change:
     """Take a label out; its texts go to the best of the others, whose logits stay the same to the bit.
 
     Raises LabelError where it is not there, or only two labels are left.
     """
+    require(TritonServer, None, server=server)
+    classifier = one_classifier(classifier)
     with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         head = parent.without(label)
@@ -67,9 +72,11 @@ def remove_label(classifier: Classifier, label: str, server: TritonServer | None
         return _publish(classifier, parent, head, _forgotten(memory, label), server, "remove", removed=(label,))
 
 
-def rename_label(classifier: Classifier, old: str, new: str, server: TritonServer | None = None) -> Change:
+def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonServer | None = None) -> Change:
     """Give a label another name; no number changes."""
     check_label(new, "the new name")
+    require(TritonServer, None, server=server)
+    classifier = one_classifier(classifier)
     with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         if old == new:
@@ -81,8 +88,8 @@ def rename_label(classifier: Classifier, old: str, new: str, server: TritonServe
 
 
 def merge_labels(
-    classifier: Classifier,
-    labels: Sequence[str],
+    classifier: ClassifierLike,
+    labels: Iterable[str],
     into: str,
     server: TritonServer | None = None,
     *,
@@ -101,9 +108,11 @@ def merge_labels(
     """
     check_label(into, "the label to merge into")
     limits = PatchSettings(max_flips, min_recall, force=force)
-    labels = tuple(dict.fromkeys(labels))
+    labels = tuple(dict.fromkeys(listed(labels, "labels")))
     if len(labels) < _FEWEST:
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
+    require(TritonServer, None, server=server)
+    classifier = one_classifier(classifier)
     with changing(classifier, server):
         parent, memory = classifier.head(), classifier.memory()
         head, features = parent, []

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.arguments import require
 from patcher.errors import ExamplesError, LabelError, RepositoryError
-from patcher.examples import split_labels
+from patcher.examples import as_examples, split_labels
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
+from patcher.repository import one_classifier
 from patcher.rollout import Switch, changing, roll_out
 from patcher.scope import stretch_of
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples
+    from patcher.examples import Examples, ExamplesLike
     from patcher.head import Head
-    from patcher.triton.client import TritonServer
+    from patcher.repository import ClassifierLike
 
 __all__ = ["build_memory", "label_ids", "remember"]
 
@@ -68,8 +71,8 @@ def build_memory(
 
 
 def remember(
-    classifier: Classifier,
-    examples: Examples,
+    classifier: ClassifierLike,
+    examples: ExamplesLike,
     server: TritonServer | None = None,
     *,
     per_label: int = FEATURES_A_LABEL,
@@ -87,6 +90,8 @@ def remember(
     NotServed
         when the server would not serve the new version; the previous one is back.
     """
+    require(TritonServer, None, server=server)
+    classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
     label_ids(classifier.head(), examples)  # before minutes go into features, and those before the lock is held
     features = extract_features(classifier, examples.texts, None, progress)
     with changing(classifier, server):

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 from typing import TYPE_CHECKING
 
+from patcher.arguments import require
 from patcher.backbone import Backbone, add_backbone
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError
@@ -16,12 +17,15 @@ from patcher.storage import open_storage
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
+    from typing import TypeAlias
 
     from patcher.head import Head
     from patcher.layout import BackboneFiles
     from patcher.memory import Memory
 
-__all__ = ["ModelRepository"]
+    ClassifierLike: TypeAlias = "ModelRepository | Classifier"
+
+__all__ = ["ModelRepository", "one_classifier"]
 
 _NAMED_IN_ERRORS = 8
 
@@ -31,6 +35,9 @@ class ModelRepository(RepositoryFiles):
 
     Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
     """
+
+    def __repr__(self) -> str:
+        return f"<ModelRepository at {self.location}>"
 
     @classmethod
     def create(cls, location: str | os.PathLike[str]) -> ModelRepository:
@@ -62,6 +69,7 @@ class ModelRepository(RepositoryFiles):
 
     def classifier(self, name: str | None = None) -> Classifier:
         """One classifier by name; without a name the only one there is, canaries apart."""
+        require(str, None, name=name)
         # One that is named is looked for alone: there may be thousands.
         if name is not None and holds(self.storage, name):
             return Classifier(self, name)
@@ -99,6 +107,20 @@ class ModelRepository(RepositoryFiles):
         ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own.
         """
         return add_classifier(self, check_name(name), head, memory, base=self.backbone(backbone), in_store=in_store)
+
+
+def one_classifier(given: ClassifierLike, name: str | None = None) -> Classifier:
+    """The classifier itself, or that of a repository: the one of this name, the only one without a name.
+
+    Raises InputError for anything else, as :meth:`ModelRepository.classifier` does, and for a classifier of another
+    name.
+    """
+    require(ModelRepository, Classifier, classifier=given)
+    if isinstance(given, ModelRepository):
+        return given.classifier(name)
+    if name not in (None, given.name):
+        raise InputError(f"got the classifier {given.name}, and the name {name}; expected one and the same")
+    return given
 
 
 def _some(names: Sequence[str], wanted: str | None = None) -> str:

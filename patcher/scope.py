@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Distance", "Scope", "scope_graph", "stretch_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Distance:
     """The geometry: ``x @ projection - center`` is compared with the clusters' ``means``; FP16 where it is only stored.
 
@@ -66,7 +66,7 @@ class Distance:
         return least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scope:
     """Scores inputs from 0 (none of these labels) to 1.
 

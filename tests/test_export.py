@@ -733,7 +733,12 @@ def test_examples_that_are_none_are_refused(bert, tmp_path, option):
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"precision": "int4"}, "no precision"), ({"train": "/nope.csv"}, "nope.csv"), ({"max_length": 10**6}, "maximum")],
+    [
+        ({"precision": "int4"}, "no precision"),
+        ({"train": "/nope.csv"}, "nope.csv"),
+        ({"train": [{"text": "a"}]}, "train: expected Examples or str or PathLike, got list"),
+        ({"max_length": 10**6}, "maximum"),
+    ],
 )
 def test_a_trainer_hears_before_the_first_step_what_cannot_be_exported(tmp_path, options, reason):
     tokenizer = checkpoints.make_tokenizer()

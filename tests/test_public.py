@@ -28,9 +28,9 @@ def test_every_public_name_is_there_and_says_what_it_is():
 
 @pytest.mark.parametrize(
     "name",
-    ["backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
+    ["arguments", "backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
      "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
-     "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "onnx_file",
+     "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "new_texts", "onnx_file",
      "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
      "storage.disk", "storage.object_store", "storage.s3", "wording"],
 )  # fmt: skip
@@ -54,6 +54,14 @@ def test_every_error_is_in_the_tree_with_its_exit_code():
     }  # fmt: skip
     assert (codes["GateRefused"], codes["NotServed"], codes["ServerUnreachable"]) == (3, 4, 1)
     assert all(f"{name} " in errors.__doc__ or f"{name}\n" in errors.__doc__ for name in codes)
+
+
+def test_every_error_that_a_docstring_names_is_at_hand():
+    for name in errors.__all__:
+        if name != "as_sentence":
+            assert getattr(patcher, name) is getattr(errors, name)
+            assert name in patcher.__all__
+    assert patcher.EmbeddedTriton.__module__ == "patcher.triton.server"
 
 
 def test_the_core_needs_none_of_the_heavy_packages():

@@ -125,7 +125,7 @@ def test_with_tls_http_keeps_to_loopback(tmp_path, authority):
 
 def test_mutual_tls_takes_a_certificate_of_the_right_authority(mutual, authority, tmp_path):
     client = authority.sign("client")
-    with TritonServer(mutual.url, tls=ClientTls(authority.ca, client.certificate, client.key)) as good:
+    with TritonServer(mutual.url, tls=ClientTls(str(authority.ca), str(client.certificate), str(client.key))) as good:
         assert good.classify("intent", ["hello"])[0].head_version == 1
     with TritonServer(mutual.url, tls=ClientTls(authority.ca)) as bare:
         with pytest.raises(TlsError, match=r"asks for the client's own certificate.*--tls-cert"):

@@ -128,7 +128,7 @@ def _examples(
 ) -> dict[str, list[str]]:
     """The examples by label, all of them ``label``'s where it is given; a word on columns that are not read."""
     from patcher.examples import read_examples
-    from patcher.labelling import new_examples
+    from patcher.new_texts import new_examples
 
     if (file is None) == (not texts):
         raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Counted", "Fit", "HeldOut"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeldOut:
     """How each example of a new label fares in a fit that did not see it.
 
@@ -41,7 +41,7 @@ class Counted:
     taken: Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """New rows, and what became of the old ones.
 

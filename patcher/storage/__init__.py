@@ -6,15 +6,16 @@ a kill at any moment leaves what the journal can finish or undo.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from patcher.arguments import require
 from patcher.errors import InputError
 from patcher.storage.disk import Disk
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
@@ -129,6 +130,7 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
 
     Raises InputError for a URL that is none of an object store.
     """
+    require(str, os.PathLike, location=location)
     if not is_url(location):
         return Disk(Path(location))
     url = str(location)

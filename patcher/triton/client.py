@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.arguments import listed, require
 from patcher.errors import (
     ControlRefused,
     InputError,
@@ -20,16 +21,14 @@ from patcher.errors import (
     WrongPort,
 )
 from patcher.triton.http_port import serves_http
-from patcher.triton.tls import handshake_problem, speaks_tls
+from patcher.triton.tls import ClientTls, handshake_problem, speaks_tls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
     from typing_extensions import Self
-
-    from patcher.triton.tls import ClientTls
 
 __all__ = ["Answer", "ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
 
@@ -44,7 +43,7 @@ _NO_MODEL = "patcher.json"
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """What a classifier said about one text.
 
@@ -115,6 +114,11 @@ class TritonServer:
         timeout: float = 60.0,
         tls: ClientTls | None = None,
     ) -> None:
+        require(str, url=url)
+        require(float, timeout=timeout)
+        require(ClientTls, None, tls=tls)
+        if not timeout > 0:
+            raise InputError(f"timeout is {timeout}; expected a number of seconds above 0")
         host, colon, port = url.rpartition(":")
         number = int(port) if port.isascii() and port.isdigit() else 0
         bare = ":" in host and not host.startswith("[")
@@ -128,6 +132,9 @@ class TritonServer:
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
         self._configs: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.url}>"
 
     def __enter__(self) -> Self:
         return self
@@ -323,7 +330,7 @@ class TritonServer:
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
 
-    def classify(self, classifier: str, texts: Sequence[str], *, logits: bool = True) -> list[Answer]:
+    def classify(self, classifier: str, texts: Iterable[str], *, logits: bool = True) -> list[Answer]:
         """The answer of a classifier (its name or address) to each text; texts of like length share a request.
 
         Without ``logits`` they are not fetched: with thousands of labels they are nearly all that an answer weighs.
@@ -331,20 +338,23 @@ class TritonServer:
         Raises
         ------
         InputError
-            for a text that is not valid Unicode.
+            for a text that is none or not valid Unicode, a single string in place of a list, and a model that is no
+            classifier.
         """
         return self._infer(classifier, texts, _answers, without=None if logits else "logits")
 
-    def features(self, model: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    def features(self, model: str, texts: Iterable[str]) -> NDArray[np.float32]:
         """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`."""
-        rows = self._infer(model, texts, lambda _, result: list(result.as_numpy("features")))
+        rows = self._infer(model, texts, lambda _, result: list(_output(result, "features")))
         if not rows:
             (output,) = self.model_config(model).output
             return np.empty((0, output.dims[0]), dtype=np.float32)
         return np.stack(rows)
 
-    def _infer(self, model: str, texts: Sequence[str], read: Any, without: str | None = None) -> list[Any]:
-        encoded = [_encoded(text) for text in texts]
+    def _infer(self, model: str, given: Iterable[str], read: Any, without: str | None = None) -> list[Any]:
+        require(str, model=model)
+        texts = listed(given, "texts")
+        encoded = [_encoded(text, f"texts[{index}]") for index, text in enumerate(texts)]
         if not encoded:
             return []
         config = self._config(model)
@@ -387,6 +397,7 @@ class TritonServer:
 
 def admin_headers(key: str | None) -> dict[str, str] | None:
     """The gRPC header that opens restricted model control; InputError for a key that no header can carry."""
+    require(str, None, admin_key=key)
     if key is None:
         return None
     if not key or not key.isascii() or not key.isprintable() or key != key.strip():
@@ -409,7 +420,8 @@ def _strings(name: str, values: Sequence[bytes]) -> Any:
     return tensor
 
 
-def _encoded(text: str) -> bytes:
+def _encoded(text: str, place: str) -> bytes:
+    require(str, **{place: text})
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -418,9 +430,19 @@ def _encoded(text: str) -> bytes:
         ) from None
 
 
+def _output(result: Any, name: str) -> Any:
+    found = result.as_numpy(name)
+    if found is None:
+        raise InputError(
+            f"{result.get_response().model_name} gives no {name}: expected a classifier to classify, NAME_features for "
+            "features"
+        )
+    return found
+
+
 def _answers(texts: Sequence[str], result: Any) -> list[Answer]:
-    labels, scores, logits = (result.as_numpy(name) for name in ("label", "score", "logits"))
-    versions, scope = result.as_numpy("head_version"), result.as_numpy("in_scope")
+    labels, scores, versions = (_output(result, name) for name in ("label", "score", "head_version"))
+    logits, scope = result.as_numpy("logits"), result.as_numpy("in_scope")
     none = np.empty(0, np.float32)
     return [
         Answer(

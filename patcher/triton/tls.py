@@ -5,15 +5,20 @@ gRPC says little about a handshake that failed, so the reason is found by a hand
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patcher.arguments import require
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from typing import TypeAlias
+
+    File: TypeAlias = str | os.PathLike[str]
 
 __all__ = ["ClientTls", "ServerTls", "handshake_problem", "speaks_tls"]
 
@@ -29,9 +34,9 @@ class ClientTls:
     the single replicas behind one DNS name. All files are PEM. Raises InputError for files that cannot work.
     """
 
-    ca: Path
-    certificate: Path | None = None
-    key: Path | None = None
+    ca: File
+    certificate: File | None = None
+    key: File | None = None
     server_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +113,7 @@ def speaks_tls(host: str, port: int) -> bool:
         return False
 
 
-def _client_context(ca: Path) -> ssl.SSLContext:
+def _client_context(ca: File) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(ca)
     context.set_alpn_protocols(["h2"])
@@ -117,7 +122,7 @@ def _client_context(ca: Path) -> ssl.SSLContext:
     return context
 
 
-def _unverified(error: ssl.SSLCertVerificationError, name: str, ca: Path) -> str:
+def _unverified(error: ssl.SSLCertVerificationError, name: str, ca: File) -> str:
     said = error.verify_message
     if "expired" in said:
         return "shows a certificate that has expired; its administrator has to renew it"
@@ -145,7 +150,7 @@ def _refused(error: ssl.SSLError, tls: ClientTls) -> str:
     return f"does not agree on TLS ({error.reason or error})"
 
 
-def _check_ca(path: Path, option: str) -> None:
+def _check_ca(path: File, option: str) -> None:
     _check_readable(path, option)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -153,7 +158,7 @@ def _check_ca(path: Path, option: str) -> None:
         raise InputError(f"{option} {path} holds no certificate; expected PEM (BEGIN CERTIFICATE)") from error
 
 
-def _check_pair(certificate: Path, key: Path, side: str) -> None:
+def _check_pair(certificate: File, key: File, side: str) -> None:
     _check_readable(certificate, "--tls-cert")
     _check_readable(key, "--tls-key")
 
@@ -174,7 +179,7 @@ def _check_pair(certificate: Path, key: Path, side: str) -> None:
         raise InputError(f"the {side}'s certificate {certificate}: {said}; expected one that is valid now")
 
 
-def _validity(certificate: Path, key: Path) -> str:
+def _validity(certificate: File, key: File) -> str:
     """What verification says of a certificate by itself, its purpose aside; the standard library has no other way."""
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), _client_context(certificate)
     server.load_cert_chain(certificate, key)
@@ -197,8 +202,9 @@ def _validity(certificate: Path, key: Path) -> str:
     return ""
 
 
-def _check_readable(path: Path, option: str) -> None:
+def _check_readable(path: File, option: str) -> None:
+    require(str, os.PathLike, **{option: path})
     try:
-        path.read_bytes()
+        Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {option} {path}: {error.strerror or error}") from error

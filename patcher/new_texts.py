@@ -1,0 +1,93 @@
+"""The texts of new labels before anything is made of them: fit to be used, of labels that are new, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from patcher.arguments import listed, require
+from patcher.errors import LabelError
+from patcher.examples import Examples, check_label, check_text, plain_words
+from patcher.head import refuse_joined
+from patcher.screening import Repeat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypeAlias
+
+    from patcher.head import Head
+
+    Texts: TypeAlias = Iterable[str] | Examples
+
+__all__ = ["checked", "distinct", "new_examples", "unknown_to"]
+
+
+def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
+    """The texts of a file by label.
+
+    With ``label``: the file's texts, or where it has a label column those that it gives this label. Without: the texts
+    of every label in the column. ``several`` reads ``a|b`` as two labels, as files of multi-label classifiers have it.
+    """
+    if label is None:
+        return examples.by_label(several=several)
+    if examples.labels is None:
+        return {label: list(examples.texts)}
+    groups = examples.by_label(several=several)
+    if label not in groups:
+        found = ", ".join(list(groups)[:5])
+        raise LabelError(
+            f"{examples.source} has a label column without {label!r} (it has {found}); "
+            "leave LABEL out to add the labels of the column"
+        )
+    return {label: groups[label]}
+
+
+def checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[str]]:
+    """The texts of each label as lists, ``several`` as for ``new_examples``.
+
+    Raises LabelError, ExamplesError and InputError for what no label or no text can be.
+    """
+    require(Mapping, examples=examples)
+    if not examples:
+        raise LabelError("no new label; expected at least one with its examples")
+    found = {}
+    for written, given in examples.items():
+        label = check_label(written, f"label {written!r:.60}")
+        if isinstance(given, Examples):
+            texts = new_examples(given, label, several=several)[label]
+        else:
+            texts = listed(given, f"examples of {label!r}", "; read_examples(PATH) reads a file")
+        if not texts:
+            raise LabelError(f"no examples of {label!r}; expected a list of a few texts, ten are good")
+        found[label] = [check_text(text, f"{label}, example {number}") for number, text in enumerate(texts, 1)]
+    return found
+
+
+def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known: bool) -> dict[str, list[str]]:
+    """The labels that the head lacks; LabelError for one that it knows, or with ``skip_known`` if it knows them all."""
+    known = [label for label in texts if label in head.labels]
+    if known and not (skip_known and len(known) < len(texts)):
+        raise LabelError(
+            f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
+            f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
+        )
+    for label in texts:
+        refuse_joined(head, label)
+    return {label: group for label, group in texts.items() if label not in known}
+
+
+def distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[Repeat, ...]]:
+    """Each label's texts without those whose words were there before, and those.
+
+    What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
+    """
+    kept, repeated = {}, []
+    for label, group in texts.items():
+        first: dict[str, str] = {}
+        for text in group:
+            words = plain_words(text)
+            if words in first:
+                repeated.append(Repeat(label, first[words], text))
+            first.setdefault(words, text)
+        kept[label] = list(first.values())
+    return kept, tuple(repeated)

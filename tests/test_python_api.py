@@ -1,0 +1,277 @@
+"""The Python API as a notebook uses it: what it takes, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+
+from patcher import (
+    ClientTls,
+    Examples,
+    ExamplesError,
+    Fleet,
+    FoundingSettings,
+    InputError,
+    ModelRepository,
+    PatchSettings,
+    SplitClient,
+    TritonServer,
+    add_label,
+    add_labels,
+    diff,
+    drop_classifier,
+    evaluate,
+    history,
+    merge_labels,
+    new_classifier,
+    prune,
+    read_examples,
+    remember,
+    remove_label,
+    rename_label,
+    rollback,
+    sync,
+)
+
+DRY = PatchSettings(dry_run=True, force=True)
+TEN = tiny.sentences("payday", 10)
+NOBODY = "127.0.0.1:1"
+"""Where no server listens: what is refused without asking one is refused here, too."""
+
+
+class Grpc:
+    """Stands in for tritonclient: answers every text, as ``outputs`` say."""
+
+    def __init__(self, outputs=("label", "score", "logits", "head_version")):
+        self.outputs, self.asked = outputs, []
+
+    def get_model_config(self, _model, **_):
+        return SimpleNamespace(config=SimpleNamespace(max_batch_size=8))
+
+    def is_model_ready(self, *_, **__):
+        return False
+
+    def infer(self, model, inputs, **_):
+        count = inputs[0].shape()[0]
+        self.asked.append(count)
+        values = {
+            "label": np.full((count, 1), b"music", object),
+            "score": np.ones((count, 1), np.float32),
+            "logits": np.zeros((count, 2), np.float32),
+            "head_version": np.ones((count, 1), np.int64),
+            "features": np.zeros((count, 3), np.float32),
+        }
+        return SimpleNamespace(
+            as_numpy=lambda name: values[name] if name in self.outputs else None,
+            get_response=lambda: SimpleNamespace(model_name=model),
+        )
+
+
+def connected(*outputs):
+    server = TritonServer(NOBODY)
+    server.__dict__["_client"] = Grpc(*outputs)
+    return server
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Labelled texts of the old labels: train and held out."""
+    return [
+        tiny.write_csv(tmp_path / f"{seed}.csv", {label: tiny.sentences(label, 5, seed) for label in tiny.OLD})
+        for seed in (21, 22)
+    ]
+
+
+@pytest.mark.parametrize("texts", ["lost my card", b"lost my card"])
+def test_one_text_is_no_list_of_letters(texts):
+    server = connected()
+    for ask in (
+        lambda: server.classify("intent", texts),
+        lambda: server.features("intent_features", texts),
+        lambda: SplitClient(server, "intent").classify(texts, ["user"]),
+    ):
+        with pytest.raises(InputError, match=r"texts: expected a list, got (str|bytes); put brackets around"):
+            ask()
+    with pytest.raises(InputError, match="keys: expected a list"):
+        SplitClient(server, "intent").classify(["lost"], "user")
+    assert server._client.asked == []
+
+
+@pytest.mark.parametrize("wrong, called", [(None, "None"), (3, "int"), (b"lost", "bytes"), (float("nan"), "float")])
+def test_a_text_that_is_none_is_named_by_its_place(wrong, called):
+    with pytest.raises(InputError, match=rf"texts\[1\]: expected str, got {called}"):
+        connected().classify("intent", ["lost my card", wrong])
+
+
+def test_texts_come_in_anything_that_can_be_listed():
+    for texts in (["a", ""], ("a", ""), np.array(["a", ""]), (text for text in ["a", ""]), {"a": 1, "": 2}.keys()):
+        assert [answer.text for answer in connected().classify("intent", texts)] == ["a", ""]
+    assert len(SplitClient(connected(), "intent").classify(iter(["a", "b"]), iter(["u", "v"]))) == 2
+
+
+def test_a_model_that_gives_something_else_is_named():
+    with pytest.raises(InputError, match=r"intent_features gives no label: expected a classifier"):
+        connected(("features",)).classify("intent_features", ["a"])
+    with pytest.raises(InputError, match=r"intent gives no features: .*NAME_features"):
+        connected().features("intent", ["a"])
+    with pytest.raises(InputError, match="model: expected str, got None"):
+        connected().classify(None, ["a"])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TritonServer(8001), "url: expected str, got int"),
+        (lambda: TritonServer(NOBODY, timeout=None), "timeout: expected float, got None"),
+        (lambda: TritonServer(NOBODY, timeout=-1), "timeout is -1; expected a number of seconds above 0"),
+        (lambda: TritonServer(NOBODY, timeout=float("nan")), "timeout is nan"),
+        (lambda: TritonServer(NOBODY, tls="/ca.pem"), "tls: expected ClientTls or None, got str"),
+        (lambda: TritonServer(NOBODY, admin_key=b"secret"), "^admin_key: expected str or None, got bytes$"),
+        (lambda: Fleet([8001]), "url: expected str, got int"),
+        (lambda: Fleet(None), "urls: expected Iterable, got None"),
+        (lambda: ClientTls(None), "--tls-ca: expected str or PathLike, got None"),
+        (lambda: ClientTls("/nowhere.pem"), "cannot read --tls-ca /nowhere.pem"),
+        (lambda: ModelRepository(None), "location: expected str or PathLike, got None"),
+        (lambda: read_examples(None), "path: expected str or PathLike, got None"),
+        (lambda: PatchSettings(max_flips="0.01"), "max_flips: expected float, got str"),
+        (lambda: PatchSettings(max_flips=True), "max_flips: expected float, got bool"),
+        (lambda: PatchSettings(canary="10"), "percent: expected float, got str"),
+        (lambda: FoundingSettings(min_accuracy="0.5"), "min_accuracy: expected float, got str"),
+    ],
+)
+def test_what_is_made_of_the_wrong_things(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_one_address_is_a_fleet_and_whole_numbers_are_seconds():
+    with Fleet(NOBODY) as fleet:
+        assert (fleet.away, repr(fleet)) == ((NOBODY,), f"<Fleet at {NOBODY}>")
+    assert TritonServer(NOBODY, timeout=np.int64(3)).timeout == 3
+
+
+def test_arguments_in_the_wrong_place(classifier, tree):
+    server, held = TritonServer(NOBODY), Examples(("a",), ("music",))
+    before = tree(classifier.root)
+    for call, message in (
+        (lambda: rollback(classifier, server), "to: expected int or None, got TritonServer"),
+        (lambda: rollback(classifier, "1"), "to: expected int or None, got str"),
+        (lambda: rollback(classifier, None, NOBODY), "server: expected TritonServer or None, got str"),
+        (lambda: sync(classifier, None), "server: expected TritonServer, got None"),
+        (lambda: evaluate(classifier, held, server), "version: expected int or None, got TritonServer"),
+        (lambda: evaluate(held, classifier), "classifier: expected ModelRepository or Classifier, got Examples"),
+        (lambda: evaluate(classifier, None), "examples: expected Examples or str or PathLike, got None"),
+        (lambda: prune(classifier, "3"), "keep: expected int, got str"),
+        (lambda: diff(classifier, "1", "2"), "a: expected int, got str"),
+        (lambda: remember(classifier, held, 1), "server: expected TritonServer or None, got int"),
+        (lambda: remove_label(classifier, "music", 1), "server: expected TritonServer or None, got int"),
+        (lambda: rename_label(classifier, "music", "songs", 1), "server: expected TritonServer or None, got int"),
+        (lambda: merge_labels(classifier, "music", "songs"), "labels: expected a list, got str"),
+        (lambda: merge_labels(classifier, ["music", "alarm"], "songs", 1), "server: expected TritonServer or None"),
+        (lambda: drop_classifier(classifier, "intent"), "repository: expected ModelRepository, got Classifier"),
+        (lambda: drop_classifier(classifier.repository, None), "name: expected str, got None"),
+        (lambda: drop_classifier(classifier.repository, "intent", 1), "server: expected TritonServer or None"),
+        (lambda: new_classifier(classifier, "topics", held), "repository: expected ModelRepository, got Classifier"),
+        (lambda: new_classifier(classifier.repository, 3, held), "name: expected str, got int"),
+        (
+            lambda: new_classifier(classifier.repository, "topics", held, settings={"dry_run": True}),
+            "settings: expected FoundingSettings, got dict",
+        ),
+        (
+            lambda: new_classifier(classifier.repository, "topics", held, server=NOBODY),
+            "server: expected TritonServer or None, got str",
+        ),
+        (lambda: add_label(str(classifier.root), "payday", TEN), "expected ModelRepository or Classifier, got str"),
+        (lambda: add_label(classifier, "payday", TEN, classifier="other"), "got the classifier intent, and the name"),
+        (lambda: add_label(classifier.repository, "payday", TEN, classifier=classifier), "name: expected str or None"),
+        (lambda: add_label(classifier, "payday", TEN, server=NOBODY), "server: expected TritonServer or None, got str"),
+        (lambda: add_label(classifier, "payday", TEN, settings={"force": True}), "expected PatchSettings, got dict"),
+        (lambda: add_label(classifier, "payday", "pay.csv"), r"examples of 'payday': .*read_examples\(PATH\) reads"),
+        (lambda: add_label(classifier, "payday", [*TEN, float("nan")]), "payday, example 11: expected a text"),
+        (lambda: add_label(classifier, "payday", TEN, replay=TEN), "replay: expected Examples or str or PathLike"),
+        (lambda: add_label(classifier, "payday", TEN, evaluation=Examples((), ())), "examples holds no examples"),
+        (lambda: add_labels(classifier, ["payday"]), "examples: expected Mapping, got list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    assert tree(classifier.root) == before
+
+
+def test_a_repository_of_one_stands_for_its_classifier_and_a_classifier_for_itself(classifier, files):
+    repository = classifier.repository
+    assert add_label(classifier, "payday", TEN, classifier="intent", settings=PatchSettings(force=True)).version == 2
+    assert [entry.lineage.version for entry in history(repository)] == [1, 2]
+    assert rename_label(repository, "music", "songs").version == 3
+    assert rollback(repository).version == 2
+    assert evaluate(repository, files[1]).version == 2
+    assert diff(repository, 1, 2).added == ("payday",)
+    assert remember(repository, files[0]).version == 4
+    assert merge_labels(repository, ["alarm", "travel"], "planning", force=True).version == 5
+    assert remove_label(repository, "planning").version == 6
+    assert prune(repository, 1)
+
+
+def test_a_path_is_taken_wherever_labelled_texts_are(classifier, files):
+    train, held = files
+    assert evaluate(classifier, held).accuracy == evaluate(classifier, read_examples(held)).accuracy
+    assert diff(classifier, 1, 1, str(held)).examples == 30
+    report = add_label(classifier, "payday", TEN, replay=str(train), evaluation=held, settings=DRY)
+    assert report.verdict.calibration_size == 30
+    made = new_classifier(classifier.repository, "topics", train, settings=FoundingSettings(dry_run=True, force=True))
+    assert made.examples == 30
+    with pytest.raises(ExamplesError, match=r"cannot read none\.csv"):
+        evaluate(classifier, "none.csv")
+
+
+def test_examples_of_a_new_label_come_in_anything_that_can_be_listed(classifier, tmp_path):
+    path = tiny.write_csv(tmp_path / "new.csv", {"payday": TEN, "music": tiny.sentences("music", 3)})
+    given = [np.array(TEN), tuple(TEN), iter(TEN), Examples(tuple(TEN), None), read_examples(path)]
+    reports = [add_label(classifier, "payday", texts, settings=DRY) for texts in (TEN, *given)]
+    assert {report.examples for report in reports} == {10}
+    assert len({report.estimated_recall for report in reports}) == 1
+
+
+def test_examples_made_by_hand_are_looked_at():
+    made = Examples(["play a song", "wake me"], np.array(["music", "alarm"]))
+    assert (made.texts, made.labels, made.source) == (("play a song", "wake me"), ("music", "alarm"), "examples")
+    for arguments, message in (
+        ((("a", "b"), ("music",)), "examples: 2 texts, but 1 labels"),
+        ((("a",), None, "file.csv", (1, 2)), r"file\.csv: 1 texts, but 2 lines"),
+        (((1, 2), None), "examples, text 1: expected a text, got int"),
+        ((("a", " "), ("music", "music"), "file.csv", (2, 5)), r"file\.csv, line 5: the text is empty"),
+        ((("a", "b"), ("music", 1.5)), "examples, text 2: expected a label, got float"),
+        ((("a",), (" music",)), "examples, text 1: the label ' music' has spaces"),
+    ):
+        with pytest.raises(ExamplesError, match=message):
+            Examples(*arguments)
+    with pytest.raises(InputError, match="texts: expected a list, got str"):
+        Examples("play a song", ("music",))
+    with pytest.raises(ExamplesError, match="text 1: the text is empty"):
+        dataclasses.replace(made, texts=("", "b"))
+
+
+def test_what_holds_arrays_is_equal_to_itself_alone(classifier):
+    answers = connected().classify("intent", ["a", "a"])
+    report = add_label(classifier, "payday", TEN, settings=DRY)
+    again = add_label(classifier, "payday", TEN, settings=DRY)
+    head, memory = classifier.head(), classifier.memory()
+    pairs = [answers, (report, again), (report.fit, again.fit), (head, classifier.head())]
+    pairs += [(memory, classifier.memory()), (memory.clusters, classifier.memory().clusters)]
+    for one, other in pairs:
+        assert one == one and one != other  # noqa: PLR0124  identity is what is tested
+        assert len({one, other, one}) == 2
+
+
+def test_everything_says_in_a_line_what_it_is(classifier):
+    root = classifier.root
+    report = add_label(classifier, "payday", TEN, settings=DRY)
+    assert repr(classifier) == f"<Classifier intent at {root}>"
+    assert repr(classifier.repository) == f"<ModelRepository at {root}>"
+    assert repr(classifier.head()) == f"<Head version 1: 6 labels on {tiny.WIDTH} features>"
+    assert repr(classifier.memory()) == f"<Memory of 240 texts of 6 labels, with 120 of them as {tiny.WIDTH} features>"
+    assert repr(TritonServer(NOBODY, admin_key="secret")) == f"<TritonServer at {NOBODY}>"
+    assert repr(report) == f"<PatchReport of intent: version 2, +payday, gate {report.gate}, not published>"
