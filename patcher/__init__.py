@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TlsError,
         ToolError,
         VersionError,
+        WrongPort,
     )
     from patcher.examples import Examples, read_examples
     from patcher.fleet import Fleet
@@ -90,6 +91,7 @@ _HOMES = {
     "ToolError": "patcher.errors",
     "TritonServer": "patcher.triton.client",
     "VersionError": "patcher.errors",
+    "WrongPort": "patcher.errors",
     "add_label": "patcher.labelling",
     "add_labels": "patcher.labelling",
     "diff": "patcher.difference",
@@ -145,6 +147,7 @@ __all__ = [
     "ToolError",
     "TritonServer",
     "VersionError",
+    "WrongPort",
     "add_label",
     "add_labels",
     "diff",
