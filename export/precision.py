@@ -14,6 +14,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from export.backbone import BackboneFile, tidy_nodes
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from export.training import LabelIds
@@ -39,7 +39,7 @@ __all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision"
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MOST_TEXTS = 2000
-"""Training texts on which a precision is checked, evenly spread; a file given for it is taken whole."""
+"""Training texts on which a precision is checked, drawn at random; a file given for it is taken whole."""
 # Scopes of the exported module: what is not of the model is the pooling that export adds behind it.
 _MODEL_SCOPE = "/model/"
 
@@ -185,9 +185,12 @@ def _ordered(nodes: Iterable[onnx.NodeProto], known: set[str]) -> list[onnx.Node
     return ordered
 
 
-def sample(count: int) -> slice:
-    """Which of ``count`` training texts a precision is checked on."""
-    return slice(0, count, -(-count // MOST_TEXTS))
+def sample(count: int) -> NDArray[np.int64]:
+    """Places INT64 of those of ``count`` training texts that a precision is checked on.
+
+    Each has the same chance: of labels written in turn, each so many-th text may be of one label alone.
+    """
+    return np.sort(np.random.default_rng(0).permutation(count)[:MOST_TEXTS])
 
 
 def check_precision(

@@ -207,14 +207,15 @@ class _Stages:
         precision, seen = self.plan.target.precision, held_out or train
         if precision == "fp32" or seen is None:
             return None
-        some = slice(None) if held_out else sample(len(seen.examples))
-        before = self.features(plain, seen.examples.texts[some], "check")
+        count = len(seen.examples)
+        some = range(count) if held_out else sample(count).tolist()
+        before = self.features(plain, [seen.examples.texts[place] for place in some], "check")
         found = check_precision(
             precision,
             self._linear(split, plain),
             before,
             seen.features[some],
-            seen.ids[some],
+            [seen.ids[place] for place in some],
             seen.examples.source,
         )
         gain = f"{-100 * found.loss:+.2f} %"

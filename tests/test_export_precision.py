@@ -214,12 +214,13 @@ def test_a_change_that_gains_as_much_as_it_loses_still_counts():
         check_precision("int8", two_rows(), before, after, ids, "file")
 
 
-def test_the_sample_of_the_training_texts_is_spread_and_bounded():
+def test_the_sample_of_the_training_texts_is_drawn_of_all_and_bounded():
     for count in (1, 1999, 2000, 2001, 13500):
-        chosen = range(count)[sample(count)]
-        assert 0 < len(chosen) <= 2000
-        assert len(chosen) > min(count, 2000) / 2
-        assert count - chosen[-1] <= chosen.step
+        chosen = sample(count)
+        assert len(set(chosen.tolist())) == len(chosen) == min(count, 2000)
+        assert 0 <= chosen.min() <= chosen.max() < count
+    # Seven labels in turn, in a file of which each seventh text would do.
+    assert np.bincount(sample(14000) % 7).min() > 200
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from patcher.cli import add_label
 from patcher.errors import InputError
 from patcher.fit import METHODS, fit
 from patcher.fit.anchored import held_back
-from patcher.fit.closed import lda_rows, ridge_rows
+from patcher.fit.closed import _some, lda_rows, ridge_rows
 from patcher.fit.inputs import Labelled
 from patcher.fit.model import from_memory
 from patcher.fit.settings import SETTINGS
+from patcher.fit.task import Task
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL
 from patcher.memory import Memory
@@ -106,7 +107,7 @@ def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget(
     examples = {"new": new(10)}
     made = fit(examples, head, memory, method="anchored", replay=Labelled(features, ids), max_flips=0.0)
     inputs = made.counted[0].inputs
-    np.testing.assert_array_equal(inputs.features, features[held_back(len(ids))])
+    np.testing.assert_array_equal(inputs.features, features[held_back(ids)])
     verdict = judge(head, made, examples, memory, max_flips=0.0)
     assert verdict.calibration_size == len(inputs)
     assert verdict.flips == 0.0
@@ -115,6 +116,28 @@ def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget(
     fast = fit(examples, head, memory, method="anchored", replay=Labelled(features, ids), settings=still)
     plain = fit(examples, head, memory, replay=Labelled(features, ids))
     np.testing.assert_allclose(fast.weight, plain.weight, atol=1e-4)
+
+
+def test_anchored_holds_back_inputs_of_every_label_however_the_file_is_ordered():
+    for ids in (np.arange(200) % 5, np.arange(200) % 10, np.repeat(np.arange(5), 40)):
+        assert set(ids[held_back(ids)]) == set(ids)
+        assert len(held_back(ids)) == 40
+    # Of labels with a single input some are held back, too, and of whatever there is at least one.
+    assert len(held_back(np.arange(100))) == 20
+    assert held_back(np.zeros(1, np.int64)).tolist() == [0]
+    # The inputs that flips are counted on are the same ones, of every label.
+    head, memory, features, ids, new = world(labels=5)
+    turns = np.argsort(np.arange(len(ids)) % 40, kind="stable")  # l0, l1, l2, l3, l4, l0, ...
+    replay = Labelled(features[turns], ids[turns])
+    counted = fit({"new": new(10)}, head, memory, method="anchored", replay=replay).counted[0].inputs
+    assert set(counted.ids) == set(range(5))
+
+
+def test_refitted_rows_are_scaled_on_inputs_of_every_label():
+    head, memory, features, ids, new = world(labels=3, per_label=700)
+    turns = np.argsort(np.arange(len(ids)) % 700, kind="stable")  # every third one is of the same label
+    task = Task.of(new(5), head, None, Labelled(features[turns], ids[turns]), 0.005, SETTINGS)
+    assert np.bincount(_some(task.inputs, task.old)[1], minlength=3).min() > 250
 
 
 def test_a_refit_says_what_it_lacks():

@@ -29,7 +29,8 @@ from patcher import (
 from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
 from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
-from patcher.fit.softmax import fit_softmax, hold_out
+from patcher.fit.holding_out import hold_out
+from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
 from patcher.triton.server import EmbeddedTriton
 

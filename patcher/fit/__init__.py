@@ -150,7 +150,7 @@ def _counted(method: str, found: _Found, task: Task, *, remembered: bool) -> tup
     own = len(first)
     parts = [Counted(first, found.taken[found.taken < own]), Counted(others, found.taken[found.taken >= own] - own)]
     if method == "anchored":  # the new rows were looked at, and then all rows changed
-        parts = [Counted(first.part(held_back(own)), _NOTHING), Counted(others, _NOTHING)]
+        parts = [Counted(first.part(held_back(first.ids)), _NOTHING), Counted(others, _NOTHING)]
     return tuple(part for part in parts[: 2 if remembered else 1] if len(part.inputs))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.fit.holding_out import hold_out
 from patcher.fit.minimise import minimise
 from patcher.fit.model import Rows, log_sum_exp
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Anchored", "anchored_rows", "held_back"]
 
-_HELD_BACK = 5
-"""Each so many-th replayed input takes no part in the fit: on them the way's length is chosen, and flips counted."""
 _STEPS = 60
 _WAY = np.linspace(0.0, 1.0, 11)
 
@@ -42,9 +41,14 @@ class Anchored:
     way: float
 
 
-def held_back(count: int) -> Ints:
-    """Places of the replayed inputs that a refit does not see, INT64."""
-    return np.arange(0, count, _HELD_BACK)
+def held_back(ids: Ints) -> Ints:
+    """Places of the replayed inputs that a refit does not see, INT64: a fifth of each label's, by their ``ids``.
+
+    On them the length of the way is chosen, and flips are counted. Labels with a single input share that fifth.
+    """
+    single = np.bincount(ids)[ids] == 1
+    apart = hold_out(np.where(single, ids.max(initial=-1) + 1, ids))[1]
+    return apart if len(apart) else np.arange(min(1, len(ids)))
 
 
 def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
@@ -55,7 +59,7 @@ def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, input
     of equals.
     """
     white = task.old.whitening
-    unseen = held_back(len(inputs))
+    unseen = held_back(inputs.ids)
     seen = np.setdiff1d(np.arange(len(inputs)), unseen)
     count = len(start.weight) - len(examples)
     features = np.concatenate([inputs.features[seen], *examples.values()])

@@ -132,7 +132,8 @@ def _some(inputs: OldInputs | None, old: OldLabels) -> tuple[Floats, Ints]:
     """Features and ids of some real inputs, or else the labels' means."""
     if inputs is None:
         return old.means.astype(np.float32), old.places
-    some = slice(None, None, 1 + len(inputs) // _LOOKED_AT)
+    # Drawn at random: of labels written in turn, each so many-th input may be of one label alone.
+    some = np.sort(np.random.default_rng(0).permutation(len(inputs))[:_LOOKED_AT])
     return inputs.features[some], inputs.ids[some]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.fit.holding_out import hold_out
 from patcher.fit.minimise import minimise
 from patcher.fit.model import Whitening, log_sum_exp, whitening
 from patcher.memory import Memory
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["PENALTIES", "SoftmaxFit", "fit_softmax", "hold_out"]
+__all__ = ["PENALTIES", "SoftmaxFit", "fit_softmax"]
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Tried from the strongest to the weakest, each starting where the one before ended."""
 
-_SHARE = 0.2
 _MOST = 20_000
 """Inputs that the penalty is chosen on: more of them would tell the same."""
 _TOLERANCE = 1e-4
@@ -52,30 +52,12 @@ class SoftmaxFit:
     trial_bias: Floats
 
 
-def hold_out(ids: Ints, share: float = _SHARE, most: int = _MOST, seed: int = 0) -> tuple[Ints, Ints]:
-    """Positions of inputs to fit and of inputs held out, a share of each label's; at most ``most`` together.
-
-    Of a label with two or more inputs at least one is on each side.
-    """
-    rng = np.random.default_rng(seed)
-    counts = np.bincount(ids)
-    kept = np.maximum(np.minimum(counts, 2), np.floor(counts * min(1.0, most / len(ids))).astype(np.int64))
-    held = np.clip(np.round(kept * share).astype(np.int64), np.minimum(kept // 2, 1), None)
-    order = rng.permutation(len(ids))
-    order = order[np.argsort(ids[order], kind="stable")]
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    sorted_ids = ids[order]
-    apart = order[place < held[sorted_ids]]
-    fitted = order[(place >= held[sorted_ids]) & (place < kept[sorted_ids])]
-    return np.sort(fitted), np.sort(apart)
-
-
 def fit_softmax(features: Floats, ids: Ints, count: int) -> SoftmaxFit:
     """Fit ``count`` labels to features float32 ``[n, width]`` with labels INT64 ``[n]``, two inputs a label at least.
 
     The penalty is the one whose rows give the held-out inputs the least cross-entropy.
     """
-    fitted, apart = hold_out(ids)
+    fitted, apart = hold_out(ids, most=_MOST)
     white = _whitening(features[fitted], ids[fitted], count)
     points, held = (white.of(features[rows]).astype(np.float32) for rows in (fitted, apart))
     best, chosen, least = np.zeros(0), PENALTIES[0], np.inf

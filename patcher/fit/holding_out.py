@@ -1,0 +1,36 @@
+"""Which inputs take no part in a fit, so that it can be judged on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
+__all__ = ["hold_out"]
+
+_SHARE = 0.2
+
+
+def hold_out(ids: Ints, share: float = _SHARE, most: int | None = None, seed: int = 0) -> tuple[Ints, Ints]:
+    """Positions of inputs to fit and of inputs held out, a share of each label's; at most ``most`` together.
+
+    Drawn at random, since files are often written label by label or in turn. Of a label with two or more inputs at
+    least one is on each side.
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(ids)
+    part = 1.0 if most is None else min(1.0, most / max(1, len(ids)))
+    kept = np.maximum(np.minimum(counts, 2), np.floor(counts * part).astype(np.int64))
+    held = np.clip(np.round(kept * share).astype(np.int64), np.minimum(kept // 2, 1), None)
+    order = rng.permutation(len(ids))
+    order = order[np.argsort(ids[order], kind="stable")]
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    sorted_ids = ids[order]
+    apart = order[place < held[sorted_ids]]
+    fitted = order[(place >= held[sorted_ids]) & (place < kept[sorted_ids])]
+    return np.sort(fitted), np.sort(apart)
