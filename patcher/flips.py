@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["CONFIDENCE", "Flips", "count_flips", "logits_after", "upper_bound"]
+__all__ = ["CONFIDENCE", "Flips", "count_flips", "fewest_inputs", "logits_after", "upper_bound"]
 
 CONFIDENCE = 0.95
 _ROUNDED = 1e-9
@@ -49,6 +49,8 @@ class Flips:
         So many inputs of equal weight tell as much: ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling, 1965).
     thresholds
         Rows that were set as far as these very inputs let them.
+    refitted
+        Whether these very inputs took part in a refit of the old rows: then the bound is none of what fresh ones do.
     """
 
     calibration: str
@@ -59,6 +61,7 @@ class Flips:
     rate: float | None = None
     effective: float = 0.0
     thresholds: int = 1
+    refitted: bool = False
 
     @property
     def bound(self) -> float | None:
@@ -70,9 +73,14 @@ class Flips:
         """
         if self.calibration not in ("eval", "replay", "features"):
             return None
-        size = math.floor(self.effective + _ROUNDED)
+        size = self.equal
         flips = math.ceil((self.rate or 0.0) * self.effective - _ROUNDED)
         return upper_bound(flips + self.thresholds - 1, size)
+
+    @property
+    def equal(self) -> int:
+        """``effective``, as whole inputs."""
+        return math.floor(self.effective + _ROUNDED)
 
     @property
     def weighed(self) -> bool:
@@ -98,6 +106,21 @@ def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
     return high
 
 
+def fewest_inputs(most: float, thresholds: int = 1) -> int:
+    """Of so many inputs of equal weight none has to flip for a bound of at most ``most``, a share above 0.
+
+    ``thresholds`` as of ``Flips``: with more of them, more inputs are needed.
+    """
+    enough = 1
+    while upper_bound(thresholds - 1, enough) > most:
+        enough *= 2
+    few = enough // 2
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (middle, enough) if upper_bound(thresholds - 1, middle) > most else (few, middle)
+    return enough
+
+
 def count_flips(
     head: Head,
     fit: Fit,
@@ -112,6 +135,7 @@ def count_flips(
     for each in fit.counted:
         lost = np.union1d(_flipped(each.inputs, head, fit), each.taken)
         found = _counted(each.inputs, lost, head, thresholds=len(fit.labels))
+        found = replace(found, refitted=fit.old_rows is not None)
         counted.append(_in_full(found, head, fit, memory) if each.inputs.source == "features" else found)
     return counted or [Flips("none" if memory is None else "draws")]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.blocks import blocks
-from patcher.flips import Flips, count_flips, logits_after, upper_bound
+from patcher.flips import Flips, count_flips, fewest_inputs, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.screening import alike, known_already, repeats
 from patcher.wording import percent
@@ -59,6 +58,8 @@ class Verdict:
     flipped, flips, flips_upper_bound, bound
         How many of those flip, the rate of it (None where nothing could be counted), its one-sided upper bound at 95 %
         confidence (None where there is none), and in words what the bound means.
+    refitted
+        Whether the inputs took part in a refit of the old rows: the bound then understates what fresh ones do.
     estimated_recall
         For each new label the share of its examples that a fit without them finds; None where there is but one.
     confused_with
@@ -89,16 +90,17 @@ class Verdict:
     duplicates: tuple[Repeat, ...]
     known: tuple[Known, ...]
     too_few: tuple[str, ...]
+    refitted: bool = False
 
     @property
     def harm(self) -> str:
         """The flips in a few words; ``bound`` explains them."""
         if self.flips_upper_bound is None:
             return self.bound
-        return (
-            f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}; at most "
-            f"{percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
-        )
+        counted = f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}"
+        if self.refitted:
+            return f"{counted}, which took part in the refit; of fresh ones more may (--eval FILE bounds that)"
+        return f"{counted}; at most {percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain values for JSON."""
@@ -159,13 +161,14 @@ def judge(
         flipped=flips.count,
         flips=flips.rate,
         flips_upper_bound=flips.bound,
-        bound=_bound_words(flips),
+        bound=_bound_words(flips, fit.method),
         estimated_recall=recall,
         confused_with=lost_to,
         losing=flips.losing,
         duplicates=tuple(duplicates),
         known=known,
         too_few=too_few,
+        refitted=flips.refitted,
     )
 
 
@@ -313,11 +316,14 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
     there = {label for flips in counted for label, size in flips.sizes.items() if size}
     said = [_uncounted([label for label in head.labels if label not in there], len(head.labels))] if there else []
     flips = counted[0]
-    if flips.bound is not None and max_flips and flips.bound > max_flips:
-        said.append(
-            f"{flips.size} {_WHOSE[flips.calibration]} are too few to vouch for {percent(max_flips)}: about "
-            f"{math.ceil(3 / max_flips):,} without a flip would be needed"
-        )
+    if flips.bound is not None and not flips.refitted and 0 < max_flips < flips.bound:
+        needed = fewest_inputs(max_flips, flips.thresholds)
+        equal = f", as good as {flips.equal:,} of equal weight," if flips.weighed else ""
+        if flips.equal < needed:
+            short = f"are too few to vouch for {percent(max_flips)}: {needed:,} without a flip would be needed"
+        else:
+            short = f"would vouch for {percent(max_flips)} if none of them flipped"
+        said.append(f"{flips.size} {_WHOSE[flips.calibration]}{equal} {short}")
     return tuple(filter(None, said))
 
 
@@ -329,19 +335,29 @@ def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
         yield f"{label!r} is {other!r} but for case, spaces, '_' and '-': is it the same label?"
 
 
-def _bound_words(flips: Flips) -> str:
-    theirs = "those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
-    where = {
-        "eval": "the evaluation file",
-        "replay": f"the replayed sentences, {theirs}",
-        "features": f"the memory's real features, whose texts the model was trained on, {theirs}",
-    }
+def _bound_words(flips: Flips, method: str) -> str:
     if flips.bound is None:
         source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
         return f"no bound on flips can be given: the row was set on {source}, not on real inputs"
-    as_many = f", as {math.floor(flips.effective):,} inputs of equal weight tell as much" if flips.weighed else ""
+    where = {
+        "eval": "the evaluation file",
+        "replay": "the replayed sentences",
+        "features": "the memory's real features, whose texts the model was trained on",
+    }[flips.calibration]
+    seen = f"{flips.count} of {flips.size} inputs flip on {where}"
+    as_many = f", as {flips.equal:,} inputs of equal weight tell as much" if flips.weighed else ""
+    if flips.refitted:
+        held_back = method == "anchored" and flips.calibration == "replay"
+        part = ": those held back, on which it was chosen how far to go" if held_back else ""
+        return (
+            f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these taken no "
+            f"part, at most {percent(flips.bound)} would (one-sided Clopper-Pearson{as_many}); --eval FILE counts on "
+            "fresh ones"
+        )
+    nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
+    fits = "" if flips.calibration == "eval" else nearest
     return (
-        f"{flips.count} of {flips.size} inputs flip on {where[flips.calibration]}; with 95 % confidence at most "
+        f"{seen}{fits}; with 95 % confidence at most "
         f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"
     )
 
@@ -358,10 +374,11 @@ def _sentence(
         return f"Refused: {'; '.join(reasons)}."
     found = min((r for r in recall.values() if r is not None), default=None)
     finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimate of its recall"
-    harm = (
-        f"{_counted(flips)} flip (--max-flips allows {percent(max_flips)}), so at most {percent(flips.bound)} of "
-        f"inputs like them{_weighed(flips)} (95 % confidence)"
-        if flips.bound is not None
-        else "there is no bound on flips"
-    )
-    return f"Passed: {names} {finds}; {harm}."
+    if flips.bound is None:
+        return f"Passed: {names} {finds}; there is no bound on flips."
+    seen = f"{_counted(flips)} flip (--max-flips allows {percent(max_flips)})"
+    if flips.refitted:
+        harm = "counted on inputs that took part in the refit: --eval FILE bounds what fresh ones do"
+    else:
+        harm = f"so at most {percent(flips.bound)} of inputs like them{_weighed(flips)} (95 % confidence)"
+    return f"Passed: {names} {finds}; {seen}, {harm}."

@@ -224,7 +224,8 @@ class Memory:
         counts = np.concatenate([self.counts, np.zeros(len(fresh), np.int64)])
         sums = np.concatenate([self.sums, np.zeros((len(fresh), self.width))])
         counts += np.bincount(mine, minlength=len(every))
-        np.add.at(sums, mine, rows.astype(np.float64))
+        for block in blocks(len(rows)):  # a million rows need no second copy; the order of the sums is the same
+            np.add.at(sums, mine[block], rows[block].astype(np.float64))
         sample, sample_labels = self._sampled(rows, mine, counts)
         grown = dataclasses.replace(
             self,
@@ -375,7 +376,7 @@ def _rows(features: ArrayLike) -> Floats:
 
 
 def _moment(rows: Floats | Doubles) -> Doubles:
-    """Sum of ``x x'`` in float64, by blocks so that a million rows need no second copy."""
+    """Sum of ``x x'`` in float64, by blocks, so that a million rows need no second copy."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
     for block in blocks(len(rows), 4096):
         part = rows[block].astype(np.float64)

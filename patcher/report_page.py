@@ -44,9 +44,10 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 <tr><th>gate</th><td>{{ line.gate }}</td></tr>
 {% if details.get("examples") %}<tr><th>examples</th><td>{{ details.get("examples") }}</td></tr>{% endif %}
 {% if details.get("calibration") %}
-<tr><th>old inputs that flip</th><td>{{ details.get("flips")|percent }}, with 95 % confidence at most
-{{ details.get("flips_upper_bound")|percent }}
-({{ details.get("bound") or "counted on: " ~ details.get("calibration") }})</td></tr>
+<tr><th>old inputs that flip</th><td>{{ details.get("flips")|percent }}\
+{% if details.get("bound") %} ({{ details.get("bound") }})\
+{% else %}, with 95 % confidence at most {{ details.get("flips_upper_bound")|percent }}
+(counted on: {{ details.get("calibration") }}){% endif %}</td></tr>
 {% endif %}
 {% for label, recall in (details.get("estimated_recall") or {}).items() %}
 <tr><th>expected recall</th><td>{{ label }}: {{ recall|percent }}</td></tr>

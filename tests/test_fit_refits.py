@@ -134,10 +134,36 @@ def test_anchored_holds_back_inputs_of_every_label_however_the_file_is_ordered()
 
 
 def test_refitted_rows_are_scaled_on_inputs_of_every_label():
-    head, memory, features, ids, new = world(labels=3, per_label=700)
+    head, _, features, ids, new = world(labels=3, per_label=700)
     turns = np.argsort(np.arange(len(ids)) % 700, kind="stable")  # every third one is of the same label
     task = Task.of(new(5), head, None, Labelled(features[turns], ids[turns]), 0.005, SETTINGS)
     assert np.bincount(_some(task.inputs, task.old)[1], minlength=3).min() > 250
+
+
+@pytest.mark.parametrize("method", REFITS)
+def test_no_bound_is_claimed_on_inputs_that_took_part_in_a_refit(method):
+    head, memory, features, ids, new = world(per_label=60)
+    examples = {"new": new(10)}
+    replay = Labelled(features, ids) if method == "anchored" else None
+    made = fit(examples, head, memory, method=method, replay=replay)
+    seen = judge(head, made, examples, memory)
+    assert seen.refitted
+    assert "fits without" not in seen.bound
+    for words in (seen.bound, seen.harm, seen.sentence):
+        assert "took part in the refit" in words
+        assert "95 %" not in words
+        assert "--eval FILE" in words
+    assert ("on which it was chosen how far to go" in seen.bound) == (method == "anchored")
+    assert seen.flips_upper_bound is not None
+    assert not any("too few to vouch" in line for line in seen.advice)
+    fresh = judge(head, made, examples, memory, evaluation=Labelled(features[::7], ids[::7]))
+    assert not fresh.refitted
+    assert "95 %" in fresh.bound
+    assert "inputs like them" in fresh.harm
+    # The default method's words, also of a refit that changes no old row any more.
+    plain = judge(head, fit(examples, head, memory), examples, memory)
+    assert "by fits without them" in plain.bound
+    assert "95 %" in plain.harm
 
 
 def test_a_refit_says_what_it_lacks():

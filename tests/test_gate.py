@@ -11,7 +11,7 @@ from test_fit import world
 from patcher.fit import fit
 from patcher.fit.inputs import Labelled
 from patcher.fit.softmax import fit_softmax
-from patcher.flips import upper_bound
+from patcher.flips import fewest_inputs, upper_bound
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
@@ -27,6 +27,28 @@ def verdict(examples, head, memory, replay=None, **options):
 )
 def test_the_bound_is_clopper_and_pearsons(flips, size, expected):
     assert upper_bound(flips, size) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("thresholds", [1, 3, 10])
+@pytest.mark.parametrize("most", [0.005, 0.2, 1.0])
+def test_the_advised_number_of_inputs_is_the_least_that_vouches(thresholds, most):
+    needed = fewest_inputs(most, thresholds)
+    assert upper_bound(thresholds - 1, needed) <= most
+    assert needed == 1 or upper_bound(thresholds - 1, needed - 1) > most
+
+
+def test_more_labels_and_unequal_ones_need_more_inputs():
+    head, memory, _, _, new = world()
+    for count, needed in ((1, "598"), (3, "1,258")):
+        advice = verdict({f"n{k}": new(10, k) for k in range(count)}, head, memory).advice
+        assert any(
+            f"160 remembered inputs are too few to vouch for 0.50 %: {needed} without" in line for line in advice
+        )
+    # 800 inputs would do, but most of their weight lies on one label's 20.
+    head, memory, draw, _ = overlapping(1, labels=40, others=40, first=4000)
+    examples = {"new": draw(np.full(10, 0), 30.0)}
+    advice = judge(head, fit(examples, head, memory), examples, memory).advice
+    assert any("800 remembered inputs, as good as 38 of equal weight, are too few" in line for line in advice)
 
 
 def test_a_good_patch_passes_with_a_bound():

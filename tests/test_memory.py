@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -240,6 +241,18 @@ def test_damaged_bytes_are_refused() -> None:
     for broken in (b"", b"nonsense", data[:100], data[:-8], b"\xff" * 64):
         with pytest.raises(RepositoryError, match="no memory of ours"):
             read_memory(broken)
+
+
+def test_sums_need_no_second_copy_of_the_features_and_stay_the_same_to_the_bit() -> None:
+    features, ids = some_features(n=40_000, width=128)
+    tracemalloc.start()
+    memory = Memory.build(features, ids, LABELS, split=4, per_label=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < features.nbytes
+    sums = np.zeros((len(LABELS), 128))
+    np.add.at(sums, ids, features.astype(np.float64))
+    assert memory.sums.tobytes() == sums.tobytes()
 
 
 def test_a_newer_format_says_so() -> None:
