@@ -18,6 +18,7 @@ from patcher.arguments import listed
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
+from patcher.limits import check_share
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
 from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
@@ -147,7 +148,7 @@ def begin(classifier: Classifier, version: int, percent: float, server: TritonSe
 def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:
     """The same for a head that is on disk already; the lock must be held."""
     version = head.lineage.version
-    configs.check_share(percent)
+    check_share(percent)
     if version == classifier.serving():
         raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
     require_live(server, classifier)

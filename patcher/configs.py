@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from patcher.arguments import require
 from patcher.errors import InputError
 from patcher.model_config import MAX_BATCH_SIZE, ModelConfig, Step, Tensor, parameter, parse, to_text
 
@@ -18,7 +17,6 @@ __all__ = [
     "any_config",
     "asked_by",
     "backbone_config",
-    "check_share",
     "classifier_config",
     "encoder_config",
     "features_config",
@@ -207,13 +205,6 @@ def classifier_config(name: str, encoding: Sequence[Step], head: str, share: flo
 def asked_by(message: Any) -> str:
     """The model that a parsed encoder's configuration says it asks; empty for any other model."""
     return parameter(message, _BACKBONE, "")
-
-
-def check_share(percent: float) -> None:
-    """InputError for a share of the requests that is none, NaN included."""
-    require(float, percent=percent)
-    if not 0 < percent < 100:  # noqa: PLR2004  per cent
-        raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")
 
 
 def share_of(message: Any) -> float:

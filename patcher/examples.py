@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.arguments import listed, require
 from patcher.errors import ExamplesError, ToolError
 from patcher.wording import install_hint
+from patcher.words import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,8 +37,6 @@ __all__ = [
     "check_label",
     "check_text",
     "data_hash",
-    "label_words",
-    "plain_words",
     "read_examples",
     "split_labels",
 ]
@@ -49,9 +47,6 @@ LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
-_LETTERS_A_WORD = 3
-_NO_WORDS = frozenset(["label", "class", "intent", "category", "topic", "none", "new", "other", "test", "unknown"])
-"""Names that say nothing of what their texts are about."""
 MAX_FILE_BYTES = 1 << 30
 """A file is read whole."""
 MAX_EXAMPLES = 1_000_000
@@ -172,21 +167,6 @@ def check_label(label: object, where: str) -> str:
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label
-
-
-def plain_words(text: str) -> str:
-    """A text as it counts where two are compared: without case and spacing."""
-    return " ".join(text.casefold().split())
-
-
-def label_words(label: str) -> str | None:
-    """A label's name as a person would say it (``card_lost`` is "card lost"), or None where it is a code, no words."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)
-    words = re.findall(r"[^\W_]+", spaced)
-    letters = [word for word in words if sum(map(str.isalpha, word)) >= _LETTERS_A_WORD]
-    if not letters or {word.casefold() for word in letters} <= _NO_WORDS:
-        return None
-    return " ".join(words).lower()
 
 
 def as_examples(given: ExamplesLike, name: str) -> Examples:

@@ -24,7 +24,7 @@ from patcher.errors import (
     as_sentence,
 )
 from patcher.evaluation import Evaluation, evaluate_head
-from patcher.examples import as_examples, plain_words
+from patcher.examples import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
@@ -41,6 +41,7 @@ from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 from patcher.wording import percent
+from patcher.words import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -350,9 +350,9 @@ def _bound_words(flips: Flips, method: str) -> str:
         held_back = method == "anchored" and flips.calibration == "replay"
         part = ": those held back, on which it was chosen how far to go" if held_back else ""
         return (
-            f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these taken no "
-            f"part, at most {percent(flips.bound)} would (one-sided Clopper-Pearson{as_many}); --eval FILE counts on "
-            "fresh ones"
+            f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these "
+            f"taken no part, at most {percent(flips.bound)} would (one-sided Clopper-Pearson{as_many}); --eval FILE "
+            "counts on fresh ones"
         )
     nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
     fits = "" if flips.calibration == "eval" else nearest

@@ -20,7 +20,8 @@ import numpy as np
 from patcher.errors import RepositoryError
 from patcher.head import TOP_K, Head, Lineage
 from patcher.onnx_file import parse_model
-from patcher.scope import Scope, scope_graph
+from patcher.scope import Scope
+from patcher.scope_file import scope_graph
 
 if TYPE_CHECKING:
     import onnx

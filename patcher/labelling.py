@@ -11,7 +11,7 @@ import numpy as np
 from patcher.arguments import require
 from patcher.canary import require_free, start
 from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryError
-from patcher.examples import as_examples, data_hash, label_words, plain_words
+from patcher.examples import as_examples, data_hash
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
 from patcher.head_file import write_head
@@ -23,6 +23,7 @@ from patcher.repository import one_classifier
 from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
+from patcher.words import label_words, plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import listed, require
 from patcher.errors import LabelError
-from patcher.examples import Examples, check_label, check_text, plain_words
+from patcher.examples import Examples, check_label, check_text
 from patcher.head import refuse_joined
 from patcher.screening import Repeat
+from patcher.words import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher import configs
 from patcher.errors import RepositoryError
 from patcher.fit import Fit, fit
 from patcher.fit.model import woken
 from patcher.fit.scope import fit_scope
 from patcher.gate import Verdict, judge
-from patcher.limits import MAX_FLIPS, MIN_RECALL, check_limit
+from patcher.limits import MAX_FLIPS, MIN_RECALL, check_limit, check_share
 from patcher.scope import Scope, stretch_of
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class PatchSettings:
         for name in ("max_flips", "min_recall"):
             check_limit(name, getattr(self, name))
         if self.canary is not None:
-            configs.check_share(self.canary)
+            check_share(self.canary)
 
 
 DEFAULTS = PatchSettings()

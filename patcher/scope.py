@@ -25,14 +25,13 @@ from patcher.errors import RepositoryError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import onnx
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
     Halves = NDArray[np.float16]
     Ints = NDArray[np.int64]
 
-__all__ = ["Distance", "Scope", "scope_graph", "stretch_of"]
+__all__ = ["Distance", "Scope", "stretch_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,49 +127,6 @@ class Scope:
 def stretch_of(scope: Scope | None) -> float:
     """The stretch that the next version's scorer carries on from a head's; 1 where that has none."""
     return 1.0 if scope is None else scope.stretch
-
-
-def scope_graph(
-    scope: Scope, features: str, logits: str, out: str
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Nodes and initializers (opset 17, names starting with ``scope_``) that compute ``out`` FP32 ``[batch, 1]``."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    node = helper.make_node
-    if scope.distance is None:
-        chances = node("Softmax", [logits], ["scope_chances"], axis=1) if scope.exclusive else None
-        return [
-            chances or node("Sigmoid", [logits], ["scope_chances"]),
-            node("ReduceMax", ["scope_chances"], [out], axes=[1], keepdims=1),
-        ], []
-    means = scope.distance.means.astype(np.float32)
-    arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
-    arrays |= {
-        "scope_lengths": (means * means).sum(axis=1),
-        "scope_minus_two": np.array(-2.0, np.float32),
-        "scope_axis": np.array([1], np.int64),
-        "scope_one": np.array(1.0, np.float32),
-    }
-    nodes = [
-        node("Cast", ["scope_projection"], ["scope_axes"], to=TensorProto.FLOAT),
-        node("Cast", ["scope_means"], ["scope_places"], to=TensorProto.FLOAT),
-        node("MatMul", [features, "scope_axes"], ["scope_raw"]),
-        node("Sub", ["scope_raw", "scope_center"], ["scope_points"]),
-        node("Transpose", ["scope_places"], ["scope_columns"], perm=[1, 0]),
-        node("MatMul", ["scope_points", "scope_columns"], ["scope_dots"]),
-        node("Mul", ["scope_dots", "scope_minus_two"], ["scope_cross"]),
-        node("Add", ["scope_cross", "scope_lengths"], ["scope_partly"]),
-        node("Mul", ["scope_points", "scope_points"], ["scope_squares"]),
-        node("ReduceSum", ["scope_squares", "scope_axis"], ["scope_length"], keepdims=1),
-        node("Add", ["scope_partly", "scope_length"], ["scope_gaps"]),
-        node("Mul", ["scope_gaps", "scope_scale"], ["scope_scaled"]),
-        node("ReduceMin", ["scope_scaled"], ["scope_distance"], axes=[1], keepdims=1),
-        node("Div", ["scope_distance", "scope_limit"], ["scope_ratio"]),
-        node("Mul", ["scope_ratio", "scope_ratio"], ["scope_ratios"]),
-        node("Add", ["scope_ratios", "scope_one"], ["scope_sum"]),
-        node("Reciprocal", ["scope_sum"], [out]),
-    ]
-    return nodes, [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
 
 
 def _largest_probability(logits: Floats, *, exclusive: bool) -> Floats:

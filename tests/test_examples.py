@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patcher.errors import ExamplesError, PatcherError
-from patcher.examples import MAX_TEXT_BYTES, data_hash, label_words, read_examples
+from patcher.examples import MAX_TEXT_BYTES, data_hash, read_examples
+from patcher.words import label_words
 
 
 def write(tmp_path, name, content):

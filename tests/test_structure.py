@@ -19,7 +19,9 @@ PURE = (
     "patcher.narrow",
     "patcher.patch",
     "patcher.rounding",
+    "patcher.scope",
     "patcher.screening",
+    "patcher.words",
 )
 """Arrays in, arrays out."""
 OUTSIDE = {
@@ -45,10 +47,19 @@ def module_of(path):
 FILES = {module_of(path): path for package in ("patcher", "export") for path in (ROOT / package).rglob("*.py")}
 
 
-def imports(name):
-    """What a module imports anywhere, for types alone, too; the modules themselves where those are ours."""
+def imports(name, *, types=True):
+    """What a module imports anywhere, for ``types`` alone, too; the modules themselves where those are ours."""
+    tree = ast.parse(FILES[name].read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types
+        for inner in ast.walk(node)
+    }
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -81,9 +92,25 @@ def test_adding_labels_needs_no_exporter():
     assert {name: needed for name, needed in wrong.items() if needed} == {}
 
 
+def ways(name):
+    """Each module of ours that runs where ``name`` is imported, with the modules that lead there."""
+    found, new = {name: (name,)}, [name]
+    while new:
+        last = new.pop()
+        needed = {last, *imports(last, types=False)}
+        packages = {each.rsplit(".", 1)[0] for each in needed if "." in each}
+        for each in sorted((needed | packages) & set(FILES) - set(found)):
+            found[each] = (*found[last], each)
+            new.append(each)
+    return found
+
+
 @pytest.mark.parametrize("package", PURE)
 def test_the_core_touches_no_file_and_no_server(package):
     modules = [name for name in FILES if belongs(name, package)]
     assert modules
     for name in modules:
         assert {each.split(".")[0] for each in imports(name)} & OUTSIDE == set(), name
+        for last, way in ways(name).items():
+            outside = {each.split(".")[0] for each in imports(last, types=False)} & OUTSIDE
+            assert outside == set(), f"{' imports '.join(way)}, and that {outside}"

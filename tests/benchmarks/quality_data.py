@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.examples import Examples, data_hash, label_words, read_examples
+from patcher.examples import Examples, data_hash, read_examples
 from patcher.head import Head
 from patcher.memory import Memory
+from patcher.words import label_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
