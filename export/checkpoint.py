@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from patcher.errors import CheckpointError, ExamplesError
 from patcher.examples import check_label
 from patcher.head import MULTI_LABEL, SINGLE_LABEL
+from patcher.wording import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -108,7 +109,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{name} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which were "
+            f"{name} lacks {len(missing)} weights of {type(model).__name__} ({listing(missing, 3)}), which were "
             "left random: expected a checkpoint that was fine-tuned for sequence classification"
         )
     location = str(Path(name).resolve()) if Path(name).is_dir() else name

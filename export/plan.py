@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from export.tokenizer import TextEncoder
-    from export.training import LabelIds
     from patcher.examples import Examples, ExamplesLike
+    from patcher.labelled import LabelIds
 
     Source = str | os.PathLike[str] | nn.Module
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from export.training import LabelIds
     from patcher.head import Head
+    from patcher.labelled import LabelIds
 
     Floats = NDArray[np.float32]
 

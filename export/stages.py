@@ -16,14 +16,16 @@ from export.parity import check_parity, token_batch
 from export.precision import LIMITS, check_precision, convert, sample
 from export.split import find_split
 from export.tokenizer import embeddings
-from export.training import accuracy, build_memory, counter
+from export.training import accuracy, counter
 from patcher import __version__
 from patcher.errors import PatcherError
 from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.head import Head
 from patcher.head_file import write_head
+from patcher.labelled import flat_ids
 from patcher.layout import BackboneFiles
 from patcher.lineage import CHECKPOINT
+from patcher.memory import Memory
 from patcher.provenance import now
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
 from patcher.wording import percent
@@ -43,9 +45,8 @@ if TYPE_CHECKING:
     from export.precision import Limits, PrecisionCheck
     from export.split import Split
     from export.tokenizer import TextEncoder
-    from export.training import LabelIds
     from patcher.examples import Examples
-    from patcher.memory import Memory
+    from patcher.labelled import LabelIds
     from patcher.stopwatch import Stopwatch
 
     Features = NDArray[np.float32]
@@ -83,8 +84,7 @@ def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch
     )
     checked = stages.checked(split, plain.file, train, held_out)
     with watch("memory"):
-        labels, per_label = plan.checkpoint.labels, plan.per_label
-        memory = train and build_memory(train.features, train.ids, labels, split.split, per_label)
+        memory = train and stages.memory(split, train)
         head = stages.head(split, served, memory, held_out, checked)
     return Made(
         files=BackboneFiles(
@@ -221,6 +221,12 @@ class _Stages:
         gain = f"{-100 * found.loss:+.2f} %"
         self.tell(f"{percent(found.agreement)} of {found.texts} texts answered as in FP32, accuracy {gain}")
         return found
+
+    def memory(self, split: Split, train: Seen) -> Memory:
+        """What later patches know of the labels; a text with several of them counts for each."""
+        rows, ids = flat_ids(train.ids)
+        labels, per_label = self.plan.checkpoint.labels, self.plan.per_label
+        return Memory.build(train.features[rows], ids, labels, split.split, per_label=per_label)
 
     def head(
         self,

@@ -14,6 +14,7 @@ from torch import nn
 from export.checkpoint import own_logits
 from patcher.errors import CheckpointError, ExportError, InputError
 from patcher.triton.tokenizer.model import encode
+from patcher.wording import listing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +133,7 @@ def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     given = {*tokenizer("a"), "attention_mask"} & set(taken)
     if not {"input_ids", "attention_mask"} <= given:
         raise CheckpointError(
-            f"{type(model).__name__} takes {', '.join(list(taken)[:6])}; expected input_ids and attention_mask, for "
+            f"{type(model).__name__} takes {listing(taken, 6)}; expected input_ids and attention_mask, for "
             "texts of different lengths to share a batch"
         )
     unknown = given - set(_INPUTS)

@@ -1,4 +1,4 @@
-"""The texts that a classifier was fine-tuned on, and the memory made of them."""
+"""The texts that a classifier was fine-tuned on: their labels, and how many are answered rightly."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from patcher.errors import ExamplesError
 from patcher.evaluation import answers
-from patcher.examples import split_labels
 from patcher.head import MULTI_LABEL
-from patcher.memory import Memory
+from patcher.labelled import places_of
+from patcher.wording import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from patcher.examples import Examples
     from patcher.head import Head
+    from patcher.labelled import LabelIds
 
-    LabelIds = Sequence[Sequence[int]]
 
-__all__ = ["accuracy", "build_memory", "counter", "label_ids"]
+__all__ = ["accuracy", "counter", "label_ids"]
 
 _SECONDS_A_LINE = 5.0
 _UNNAMED = re.compile(r"LABEL_\d+")
@@ -38,14 +38,13 @@ def label_ids(examples: Examples, labels: Sequence[str], problem: str) -> LabelI
     Raises ExamplesError with the line for a label that the model does not have.
     """
     place = {label: index for index, label in enumerate(labels)}
-    rows = []
-    for index, cell in enumerate(examples.labelled()):
-        parts = split_labels(cell) if problem == MULTI_LABEL else (cell,)
-        unknown = next((part for part in parts if part not in place), None)
-        if unknown is not None:
-            raise ExamplesError(f"{examples.where(index)}: {_unknown(unknown, labels)}")
-        rows.append([place[part] for part in parts])
-    return rows
+
+    def index(label: str) -> int:
+        if label not in place:
+            raise ExamplesError(_unknown(label, labels))
+        return place[label]
+
+    return places_of(examples, index, several=problem == MULTI_LABEL)
 
 
 def _unknown(label: str, labels: Sequence[str]) -> str:
@@ -60,20 +59,8 @@ def _unknown(label: str, labels: Sequence[str]) -> str:
     elif near:
         hint = f"did you mean {', '.join(near)}?"
     else:
-        hint = f"expected one of {', '.join(labels[:5])}{' …' if len(labels) > 5 else ''}"  # noqa: PLR2004  a few
+        hint = f"expected one of {listing(labels)}"
     return f"the model has no label {label!r} among its {len(labels)}: {hint}"
-
-
-def build_memory(
-    features: NDArray[np.float32], ids: LabelIds, labels: Sequence[str], split: int, per_label: int
-) -> Memory:
-    """Memory of features FP32 ``[n, width]``; a text with several labels counts for each of them.
-
-    ``per_label`` of them are kept as they are; 0 keeps statistics alone.
-    """
-    rows = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
-    flat = np.array([label for each in ids for label in each], np.int64)
-    return Memory.build(features[rows], flat, labels, split, per_label=per_label)
 
 
 def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:

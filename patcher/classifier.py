@@ -119,13 +119,13 @@ class Classifier(Backbone):
         """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
         return max((*self.versions(), *self.incomplete(), *self.journal.published()), default=0) + 1
 
-    def publish(self, head: Head, memory: Memory | None) -> None:
-        """Add a new version; it serves when it is pinned. The lock must be held."""
+    def publish(self, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
+        """Add a new version, ``data`` being its head's file; it serves when it is pinned. The lock must be held."""
         version = head.lineage.version
         name = f"{self.head_model}/{version}"
         if self.storage.glob(f"{name}/*"):
             raise StorageError(f"version {version} of {self.name} is there already; nothing was changed")
-        files = layout.version_files(head, memory)
+        files = layout.version_files(head, memory, data)
         self.journal.append("publish", version=version, parent=head.lineage.parent, files=hashes(files))
         try:
             self.storage.add({name: files})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.arguments import listed, require
 from patcher.errors import ExamplesError, ToolError
-from patcher.wording import install_hint
+from patcher.wording import install_hint, listing
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[s
     """The columns of the texts and of the labels, and all others."""
     text = _column(names, TEXT_COLUMNS)
     if text is None:
-        found = ", ".join(repr(name[:60]) for name in names[:8])
+        found = listing((repr(name[:60]) for name in names), 8)
         raise ExamplesError(
             f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS[:-1])}{hint}"
         )

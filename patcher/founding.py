@@ -40,7 +40,7 @@ from patcher.repository import ModelRepository
 from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
-from patcher.wording import percent
+from patcher.wording import listing, percent
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifi
 
 _WEAK_RECALL = 0.75
 """Labels that are found less often than this among the held-out texts are named."""
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -213,10 +212,9 @@ def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         raise LabelError(f"{examples.source} has one label only ({only}); expected two or more to choose between")
     lonely = [label for label, count in counts.items() if count < 2]  # noqa: PLR2004  one to fit, one to judge
     if lonely:
-        named = ", ".join(map(repr, lonely[:_NAMED])) + (" …" if len(lonely) > _NAMED else "")
         raise ExamplesError(
-            f"{examples.source} has a single text of {len(lonely)} of its {len(counts)} labels ({named}); expected two "
-            "or more of each, ten are good: one is held out to judge by"
+            f"{examples.source} has a single text of {len(lonely)} of its {len(counts)} labels "
+            f"({listing(map(repr, lonely))}); expected two or more of each, ten are good: one is held out to judge by"
         )
     labels = tuple(counts)
     place = {label: index for index, label in enumerate(labels)}
@@ -266,7 +264,7 @@ def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
 
 
 def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
-    worst = ", ".join(f"{weak.label!r} (answered {weak.instead!r})" for weak in report.weak[:_NAMED])
+    worst = listing(f"{weak.label!r} (answered {weak.instead!r})" for weak in report.weak)
     return (
         f"the gate refused {report.classifier}: {percent(report.evaluation.accuracy, 1)} of {report.held_out} held-out "
         f"texts answered right, expected {percent(settings.min_accuracy, 1)} or more. Found least: "

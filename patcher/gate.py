@@ -13,7 +13,7 @@ from patcher.blocks import blocks
 from patcher.flips import Flips, count_flips, fewest_inputs, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.screening import alike, known_already, repeats
-from patcher.wording import percent
+from patcher.wording import listing, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -304,10 +304,9 @@ def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
 def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
-    named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")  # noqa: PLR2004  a few
     return (
-        f"nothing is remembered of {len(missing)} of {labels} labels ({named}): what a patch takes from them is "
-        "not counted (`patcher remember --data FILE` with texts of theirs, or `--eval FILE` with a patch)"
+        f"nothing is remembered of {len(missing)} of {labels} labels ({listing(missing)}): what a patch takes from "
+        "them is not counted (`patcher remember --data FILE` with texts of theirs, or `--eval FILE` with a patch)"
     )
 
 

@@ -213,17 +213,17 @@ def _publish(
         validate(data, patch.head)
         return
     try:
-        report.served = _served(target, patch, settings.canary, server)
+        report.served = _served(target, patch, data, settings.canary, server)
     except NotServed as error:
         raise NotServed(str(error), {**report.to_json(), **error.report}) from error
     report.published, report.canary = True, settings.canary
 
 
-def _served(target: Classifier, patch: Patch, canary: float | None, server: TritonServer | None) -> bool:
+def _served(target: Classifier, patch: Patch, data: bytes, canary: float | None, server: TritonServer | None) -> bool:
     if canary is None:
-        return roll_out(target, patch.head, patch.memory, server).served
+        return roll_out(target, patch.head, patch.memory, server, data).served
     require_live(server, target)
-    set_aside(target, patch.head, patch.memory)
+    set_aside(target, patch.head, patch.memory, data)
     with withdrawing(target, patch.head.lineage.version):
         start(target, patch.head, canary, server)
     return server is not None

@@ -160,6 +160,6 @@ def _source(model: str) -> bytes:
     return (Path(__file__).parent / "triton" / model / "model.py").read_bytes()
 
 
-def version_files(head: Head, memory: Memory | None) -> dict[str, bytes]:
-    """The files of a version; the head comes last, since it makes the version one."""
-    return ({} if memory is None else {MEMORY: write_memory(memory)}) | {MODEL: write_head(head)}
+def version_files(head: Head, memory: Memory | None, data: bytes | None = None) -> dict[str, bytes]:
+    """The files of a version; the head comes last, since it makes the version one. ``data`` is its file, if written."""
+    return ({} if memory is None else {MEMORY: write_memory(memory)}) | {MODEL: data or write_head(head)}

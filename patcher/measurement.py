@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["Load", "Measurement", "Ratio", "StepTime", "compare", "plot", "warnings", "write_csv"]
+__all__ = ["Load", "Measurement", "Ratio", "StepTime", "check_targets", "compare", "plot", "warnings", "write_csv"]
 
 _BUSY_CLIENT = 0.5
 """Share of this machine's cores from which on perf_analyzer itself may be what limits the figures."""

@@ -10,6 +10,7 @@ from patcher.errors import LabelError
 from patcher.examples import Examples, check_label, check_text
 from patcher.head import refuse_joined
 from patcher.screening import Repeat
+from patcher.wording import listing
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ def new_examples(examples: Examples, label: str | None, *, several: bool = False
         return {label: list(examples.texts)}
     groups = examples.by_label(several=several)
     if label not in groups:
-        found = ", ".join(list(groups)[:5])
         raise LabelError(
-            f"{examples.source} has a label column without {label!r} (it has {found}); "
+            f"{examples.source} has a label column without {label!r} (it has {listing(groups)}); "
             "leave LABEL out to add the labels of the column"
         )
     return {label: groups[label]}
@@ -69,7 +69,7 @@ def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip
     known = [label for label in texts if label in head.labels]
     if known and not (skip_known and len(known) < len(texts)):
         raise LabelError(
-            f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
+            f"{listing(map(repr, known))}: a label of {classifier} already, in version {head.lineage.version} "
             f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
         )
     for label in texts:

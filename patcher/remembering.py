@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from patcher.arguments import require
-from patcher.errors import ExamplesError, LabelError, RepositoryError
-from patcher.examples import as_examples, split_labels
+from patcher.errors import ExamplesError, RepositoryError
+from patcher.examples import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
+from patcher.labelled import flat_ids, places_of
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
 from patcher.repository import one_classifier
@@ -22,6 +21,7 @@ from patcher.triton.client import TritonServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
@@ -44,15 +44,13 @@ def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[
     Labels of a patch to come, ``new``, follow those of the head. Raises LabelError, with the line, for any other.
     """
     place = {label: index for index, label in enumerate((*head.labels, *new))}
-    rows, ids = [], []
-    for row, written in enumerate(examples.labelled()):
-        for label in (written,) if head.exclusive else split_labels(written):
-            try:
-                ids.append(place[label] if label in place else head.index(label))
-            except LabelError as error:
-                raise LabelError(f"{examples.where(row)}: {error}") from None
-            rows.append(row)
-    return np.array(rows, np.int64), np.array(ids, np.int64)
+    return flat_ids(
+        places_of(
+            examples,
+            lambda label: place[label] if label in place else head.index(label),
+            several=not head.exclusive,
+        )
+    )
 
 
 def build_memory(

@@ -113,8 +113,16 @@ def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
         server.classify(classifier.address, [probe_text()])
 
 
-def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: TritonServer | None) -> Switch:
+def roll_out(
+    classifier: Classifier,
+    head: Head,
+    memory: Memory | None,
+    server: TritonServer | None,
+    data: bytes | None = None,
+) -> Switch:
     """Publish ``head`` and make it the one that serves; the repository's lock must be held.
+
+    ``data`` is its file, where that was written already.
 
     Raises
     ------
@@ -124,10 +132,15 @@ def roll_out(classifier: Classifier, head: Head, memory: Memory | None, server: 
         when the server would not serve it; the previous version is pinned and loaded again.
     """
     require_live(server, classifier)
-    validate(write_head(head), head)
-    classifier.publish(head, memory)
+    _publish(classifier, head, memory, data)
     with withdrawing(classifier, head.lineage.version):
         return _switch(classifier, head, server)
+
+
+def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None) -> None:
+    data = data or write_head(head)
+    validate(data, head)
+    classifier.publish(head, memory, data)
 
 
 @contextlib.contextmanager
@@ -156,10 +169,9 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
     return _switch(classifier, head, server)
 
 
-def set_aside(classifier: Classifier, head: Head, memory: Memory | None) -> None:
-    """Publish ``head`` beside the version that goes on serving; the lock must be held."""
-    validate(write_head(head), head)
-    classifier.publish(head, memory)
+def set_aside(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
+    """Publish ``head``, with the file ``data``, beside the version that goes on serving; the lock must be held."""
+    _publish(classifier, head, memory, data)
     with withdrawing(classifier, head.lineage.version):
         classifier.journal.append("done", serving=classifier.serving())
 

@@ -24,14 +24,16 @@ from patcher.errors import RepositoryError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import TypeVar
 
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
     Halves = NDArray[np.float16]
     Ints = NDArray[np.int64]
+    Logits = TypeVar("Logits", NDArray[np.float32], NDArray[np.float64])
 
-__all__ = ["Distance", "Scope", "stretch_of"]
+__all__ = ["Distance", "Scope", "largest_probability", "stretch_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +85,10 @@ class Scope:
         """As of the head."""
         return self.problem == "single_label"
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether 0.5 means anything."""
-        return self.false_alarms is not None
-
     def score(self, features: Floats, logits: Floats) -> Floats:
         """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
         if self.distance is None:
-            return _largest_probability(logits, exclusive=self.exclusive)
+            return largest_probability(logits, exclusive=self.exclusive)
         ratio = self.distance.nearest(features) / self.distance.limit
         scores: Floats = (1.0 / (1.0 + ratio * ratio)).astype(np.float32)
         return scores
@@ -129,10 +126,9 @@ def stretch_of(scope: Scope | None) -> float:
     return 1.0 if scope is None else scope.stretch
 
 
-def _largest_probability(logits: Floats, *, exclusive: bool) -> Floats:
-    if exclusive:
-        above = logits - logits.max(axis=1, keepdims=True)
-        chances: Floats = (1.0 / np.exp(above).sum(axis=1)).astype(np.float32)
-    else:
-        chances = (1.0 / (1.0 + np.exp(-logits.max(axis=1)))).astype(np.float32)
+def largest_probability(logits: Logits, *, exclusive: bool) -> Logits:
+    """The probability of each input's best label ``[n]``, from logits ``[n, C]`` and in their precision."""
+    best = logits.max(axis=1, keepdims=True)
+    against = np.exp(logits - best).sum(axis=1) if exclusive else 1.0 + np.exp(-best[:, 0])
+    chances: Logits = (1.0 / against).astype(logits.dtype)
     return chances

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from patcher.scope import largest_probability
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
@@ -96,11 +97,7 @@ def known_already(
     """Each example that an old label takes with confidence, and as a typical one of its own."""
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
-    if head.exclusive:
-        chance = 1.0 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
-    else:
-        chance = 1.0 / (1.0 + np.exp(-logits.max(axis=1)))
-    sure = chance >= _SURE
+    sure = largest_probability(logits, exclusive=head.exclusive) >= _SURE
     if sure.any() and memory is not None and len(memory.sample):
         sure &= _typical(rows, best, old, memory)
     return [Known(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]

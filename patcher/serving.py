@@ -12,7 +12,7 @@ from patcher.configs import GPU_ENCODERS, PADDING_SLACK, SLACK, asked_by
 from patcher.errors import RepositoryError
 from patcher.model_config import MAX_BATCH_SIZE, is_on_gpu, parameter, parse, to_text
 
-__all__ = ["Serving", "serving_of", "with_response_cache", "with_serving"]
+__all__ = ["Serving", "serving_of", "with_encoders", "with_response_cache", "with_serving"]
 
 _THREADS, _LARGEST = "intra_op_thread_count", "largest_batch"
 

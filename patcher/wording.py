@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["install_hint", "percent"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["install_hint", "listing", "percent"]
+
+NAMED = 5
+"""So many names tell what is meant; a message with all of a thousand would not be read."""
 
 
 def install_hint(extra: str = "") -> str:
     """How to install an extra of ``pyproject.toml``, or patcher itself: neither is in a package index."""
     return f"pip install '.{f'[{extra}]' if extra else ''}' in the folder of patcher's clone"
+
+
+def listing(names: Iterable[str], most: int = NAMED) -> str:
+    """The first names, with commas, and ``…`` behind them where there are more."""
+    names = tuple(names)
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -45,3 +45,30 @@ def tree():
         return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 
     return read
+
+
+@pytest.fixture
+def command(capsys):
+    """A function that runs the command line in this process and returns its exit code, stdout and stderr."""
+    from patcher.cli import main
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def torn(monkeypatch):
+    """Every head that is published is damaged on the disk, after all checks of its own."""
+    from patcher.classifier import Classifier
+
+    publish = Classifier.publish
+
+    def damaged(self, head, *rest):
+        publish(self, head, *rest)
+        (self.version_path(head.lineage.version) / "model.onnx").write_bytes(b"damaged after the check")
+
+    monkeypatch.setattr(Classifier, "publish", damaged)

@@ -22,7 +22,6 @@ from patcher import (
     sync,
 )
 from patcher.canary import takes
-from patcher.cli import main
 from patcher.errors import InputError, NotServed, ServerError, ServerRefused, ServerUnreachable, VersionError
 from patcher.rollout import recover
 from patcher.triton.server import EmbeddedTriton
@@ -317,33 +316,28 @@ def test_what_makes_no_sense_is_refused(live):
 
 
 @pytest.mark.server
-def test_the_verb(live, monkeypatch, capsys, tmp_path):
+def test_the_verb(live, monkeypatch, command, tmp_path):
     classifier, server = live
     monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
     monkeypatch.setenv("TRITON_URL", server.url)
 
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
-    code, out, err = run("add-label", "--examples", file, "--canary", "25")
+    code, out, err = command("add-label", "--examples", file, "--canary", "25")
     assert code == 0, err
     assert "tried on 25 % of the requests" in out
     held_out = tiny.write_csv(tmp_path / "e.csv", {"payday": tiny.sentences("payday", 20, seed=9)})
-    code, out, err = run("canary", "--eval", held_out)
+    code, out, err = command("canary", "--eval", held_out)
     assert code == 0, err
     assert "intent_canary" in out
     assert "wrong before and right in the trial" in out
-    code, out, _ = run("canary", "--json")
+    code, out, _ = command("canary", "--json")
     version = json.loads(out)["version"]
     assert json.loads(out)["percent"] == 25
-    assert run("canary", "--promote", "--discard")[0] == 2
-    assert run("canary", "--version", "3")[0] == 2
-    assert run("canary", "--discard")[0] == 0
-    assert "no version of intent is on trial" in run("canary")[1]
-    code, out, _ = run("canary", "--version", version, "--percent", "5", "--json")
+    assert command("canary", "--promote", "--discard")[0] == 2
+    assert command("canary", "--version", "3")[0] == 2
+    assert command("canary", "--discard")[0] == 0
+    assert "no version of intent is on trial" in command("canary")[1]
+    code, out, _ = command("canary", "--version", version, "--percent", "5", "--json")
     assert (code, json.loads(out)["percent"]) == (0, 5)
-    code, out, _ = run("canary", "--promote", "--json")
+    code, out, _ = command("canary", "--promote", "--json")
     assert json.loads(out) == {"classifier": "intent", "version": version, "previous": 1}

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from patcher.cli import main
 from patcher.cli.output import not_installed
 from patcher.errors import as_sentence
 
@@ -23,17 +22,12 @@ DEAD = "127.0.0.1:1"
 
 
 @pytest.fixture
-def patcher(classifier, capsys, monkeypatch):
+def patcher(classifier, command, monkeypatch):
     """Run a verb on the tiny repository: (exit code, stdout, stderr)."""
     monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
     monkeypatch.setenv("TRITON_URL", DEAD)
 
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return command
 
 
 @pytest.fixture

@@ -508,7 +508,7 @@ def test_a_memory_that_comes_later_knows_that_its_texts_were_learnt(bert, tmp_pa
     train = train_file(tmp_path, checkpoints.TRAIN)
     plain = export_classifier(bert, tmp_path / "plain", train=train).classifier().head().scope
     later = export_classifier(bert, tmp_path / "later").classifier()
-    assert (later.head().scope.calibrated, later.head().scope.stretch) == (False, FINE_TUNED)
+    assert (later.head().scope.false_alarms, later.head().scope.stretch) == (None, FINE_TUNED)
     remember(later, read_examples(train))
     found = later.head(later.serving()).scope
     assert float(found.distance.limit[0]) == pytest.approx(float(plain.distance.limit[0]), rel=1e-5)

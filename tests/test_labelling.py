@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import tiny
 
-from patcher import Examples, PatchSettings, add_labels
+from patcher import Examples, PatchSettings, add_labels, head_file
 from patcher.errors import ExamplesError, LabelError
 from patcher.head import MULTI_LABEL
 
@@ -35,6 +35,16 @@ def test_a_text_that_comes_again_counts_once(classifier, option):
     name = {"replay": "--replay", "evaluation": "--eval"}[option]
     assert f"120 text(s) of {name} say what another says" in "".join(again.advice)
     assert "say what another says" not in "".join(once.advice)
+
+
+@pytest.mark.parametrize("canary, times", [(None, 1), (10, 2)])
+def test_a_patch_writes_its_heads_file_once(classifier, monkeypatch, canary, times):
+    written, plain = [], head_file._model
+    monkeypatch.setattr(head_file, "_model", lambda head: written.append(head) or plain(head))
+    report = add_labels(classifier.repository, NEW, settings=PatchSettings(canary=canary))
+    assert report.published
+    assert len(written) == times  # a version on trial has a model of its own
+    assert classifier.head_bytes(report.version) == head_file.write_head(classifier.head(report.version))
 
 
 def test_of_a_multi_label_text_that_comes_again_all_labels_count(tmp_path):

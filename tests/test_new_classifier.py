@@ -105,7 +105,7 @@ def test_a_new_classifier_without_a_server(classifier):
     (entry,) = history(made)
     assert (entry.what(), entry.lineage.method, entry.lineage.gate) == ("new", "softmax", "passed")
     assert made.memory().labels == tiny.NEW
-    assert made.head().scope.calibrated
+    assert made.head().scope.false_alarms is not None
     patch = add_label(repository, "weather", tiny.sentences("weather", 10), classifier="topics")
     assert patch.version == 2
     assert evaluate(made, examples((*tiny.NEW, "weather"), seed=9)).accuracy > 0.9
@@ -178,16 +178,15 @@ def triton(tiny_original, tmp_path_factory):
 
 @pytest.mark.server
 @pytest.mark.parametrize("place", [[], ["--in-store"]], ids=["an ensemble of its own", "in the store"])
-def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, place):
+def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, command, place):
     monkeypatch.setenv("TRITON_MODEL_REPO", str(triton.repository))
     monkeypatch.setenv("TRITON_URL", triton.url)
     name = "stored" if place else "own"
 
     def patcher(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
+        code, out, err = command(*arguments)
+        assert code == 0, err
+        return out
 
     train = {label: tiny.sentences(label, 20, seed=3) for label in tiny.NEW}
     file = tiny.write_csv(tmp_path / "train.csv", train)

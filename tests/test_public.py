@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_structure import FILES
 
 import patcher
 from patcher import errors
-from patcher.wording import install_hint
+from patcher.wording import install_hint, listing
 
 HEAVY = ("torch", "transformers", "pytriton", "matplotlib", "pyarrow", "scipy")
 
@@ -26,16 +27,18 @@ def test_every_public_name_is_there_and_says_what_it_is():
         _ = patcher.nothing
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["arguments", "backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
-     "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
-     "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "new_texts", "onnx_file",
-     "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
-     "storage.disk", "storage.object_store", "storage.s3", "wording"],
-)  # fmt: skip
+EXPORTING = sorted(name for name, path in FILES.items() if "\n__all__ = " in path.read_text())
+
+
+def test_every_module_says_what_it_exports_but_verbs_and_what_runs_alone():
+    silent = {name for name in FILES if name not in EXPORTING and not name.startswith("patcher.cli.")}
+    inside = {"patcher.triton.stub_start", *(name for name in FILES if name.endswith(".model") and ".triton." in name)}
+    assert silent == {"patcher.__main__", "patcher.triton", *inside}
+
+
+@pytest.mark.parametrize("name", EXPORTING)
 def test_modules_export_what_they_define(name):
-    module = importlib.import_module(f"patcher.{name}")
+    module = importlib.import_module(name)
     assert set(module.__all__) <= set(dir(module))
     public = {
         member
@@ -92,3 +95,11 @@ def test_every_extra_that_a_message_names_is_there():
     extras = (root / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     assert named <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
     assert install_hint("report") == "pip install '.[report]' in the folder of patcher's clone"
+
+
+def test_a_few_of_many_names_are_listed():
+    assert listing(["a", "b"]) == "a, b"
+    assert listing("abcde") == "a, b, c, d, e"
+    assert listing(map(repr, "abcdef")) == "'a', 'b', 'c', 'd', 'e' …"
+    assert listing("abcd", 3) == "a, b, c …"
+    assert listing([]) == ""

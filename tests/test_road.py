@@ -15,8 +15,6 @@ import pytest
 import tiny
 
 from patcher import ModelRepository, NotServed, TritonServer, add_label, rollback
-from patcher.classifier import Classifier
-from patcher.cli import main
 from patcher.runtime import Encoder
 from patcher.triton.server import EmbeddedTriton
 
@@ -44,17 +42,12 @@ def live(triton):
 
 
 @pytest.fixture
-def patcher(live, monkeypatch, capsys):
+def patcher(live, monkeypatch, command):
     classifier, server = live
     monkeypatch.setenv("TRITON_MODEL_REPO", str(classifier.root))
     monkeypatch.setenv("TRITON_URL", server.url)
 
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return command
 
 
 def test_the_server_answers_as_the_files_do(live):
@@ -123,17 +116,9 @@ def test_a_rollback_survives_a_restart(live, tmp_path):
     server.load("intent_head")
 
 
+@pytest.mark.usefixtures("torn")
 def test_what_the_server_will_not_serve_is_taken_back(live, monkeypatch, patcher):
     classifier, server = live
-    publish = Classifier.publish
-
-    def torn(self, head, memory):
-        publish(self, head, memory)
-        path = self.version_path(head.lineage.version)
-        (path / "model.onnx").write_bytes(b"damaged after the check")
-        return path
-
-    monkeypatch.setattr(Classifier, "publish", torn)
     texts = [a for text in tiny.sentences("payday", 10) for a in ("--text", text)]
     code, out, err = patcher("add-label", "payday", *texts)
     assert (code, out) == (4, "")

@@ -45,14 +45,14 @@ def test_strangers_score_lower_and_the_threshold_keeps_its_word():
     known = scope.score(fresh, head.logits(fresh))
     strange = (RNG.standard_normal((200, 20)) * 3).astype(np.float32)
     below = scope.score(strange, head.logits(strange)) < 0.5
-    assert scope.calibrated
+    assert scope.false_alarms is not None
     assert np.mean(known < 0.5) == pytest.approx(0.1, abs=0.03)
     assert below.mean() > 0.9
 
 
 def test_without_real_features_there_is_no_threshold():
-    assert not fit_scope(Memory.build(FEATURES, IDS, LABELS, 10, per_label=0), make_head()).calibrated
-    assert not fit_scope(None, make_head()).calibrated
+    assert fit_scope(Memory.build(FEATURES, IDS, LABELS, 10, per_label=0), make_head()).false_alarms is None
+    assert fit_scope(None, make_head()).false_alarms is None
 
 
 def test_a_damaged_scorer_is_refused():

@@ -30,7 +30,6 @@ from patcher import (
     rollback,
     sync,
 )
-from patcher.classifier import Classifier
 from patcher.cli import main
 from patcher.errors import InputError, ServerRefused
 from patcher.founding import publish_new
@@ -319,16 +318,9 @@ def test_one_configuration_tells_of_all_classifiers_in_a_store(live, monkeypatch
 
 
 @pytest.mark.server
-def test_what_the_store_will_not_serve_is_taken_back(live, monkeypatch):
+@pytest.mark.usefixtures("torn")
+def test_what_the_store_will_not_serve_is_taken_back(live):
     repository, server = live
-    publish = Classifier.publish
-
-    def torn(self, head, memory):
-        publish(self, head, memory)
-        path = self.version_path(head.lineage.version)
-        (path / "model.onnx").write_bytes(b"damaged after the check")
-
-    monkeypatch.setattr(Classifier, "publish", torn)
     with pytest.raises(NotServed, match="Version 1 serves again"):
         add_label(repository, "payday", tiny.sentences("payday", 10), server=server, classifier="s0")
     assert server.classify("intent_any/s0", ["hello"])[0].head_version == 1

@@ -8,8 +8,7 @@ import click
 
 from patcher import audit
 from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option
-from patcher.cli.output import table
-from patcher.wording import percent
+from patcher.cli.output import changed_answers, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,11 +92,5 @@ def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None,
         for arm in found.arms
     ]
     options.say(table(("model", "version", "requests", "failed", "ms in the head"), rows, right=(1, 2, 3, 4)))
-    if difference is not None and difference.flips is not None and difference.gains is not None:
-        options.say(
-            f"of {difference.examples} texts: {len(difference.flips)} right before and wrong in the trial "
-            f"({percent(len(difference.flips) / difference.examples)}), "
-            f"{len(difference.gains)} wrong before and right in the trial"
-        )
-        if difference.unknown:
-            options.say(f"texts with a label that neither version knows: {difference.unknown}")
+    for line in changed_answers(difference, "in the trial") if difference else ():
+        options.say(line)

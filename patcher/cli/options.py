@@ -170,8 +170,6 @@ def warn_if_open(path: Path) -> None:
 class _Location(click.Path):
     """A folder, or a URL that must not be taken for a path."""
 
-    name = "directory|s3://…"
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from patcher.storage import is_url
 

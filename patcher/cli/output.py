@@ -7,12 +7,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from patcher.errors import ToolError
-from patcher.wording import install_hint
+from patcher.wording import install_hint, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["not_installed", "seconds", "table", "tell"]
+    from patcher.difference import Difference
+
+__all__ = ["changed_answers", "not_installed", "seconds", "table", "tell"]
 
 
 def tell(text: str = "", *, err: bool = False) -> None:
@@ -32,6 +34,19 @@ def not_installed(verb: str, error: ModuleNotFoundError) -> ToolError:
     """What to say where an export's packages cannot be imported; transformers names none that it misses itself."""
     what = f"{error.name}, which is not installed" if error.name else f"packages that do not load ({error})"
     return ToolError(f"`patcher {verb}` needs {what}: {install_hint('export')}")
+
+
+def changed_answers(difference: Difference, then: str) -> Iterator[str]:
+    """Lines on how the answers to labelled texts differ, ``then`` being where the other version answers."""
+    if difference.flips is None or difference.gains is None:
+        return
+    lost, gained = len(difference.flips), len(difference.gains)
+    yield (
+        f"of {difference.examples} texts: {lost} right before and wrong {then} "
+        f"({percent(lost / difference.examples)}), {gained} wrong before and right {then}"
+    )
+    if difference.unknown:
+        yield f"texts with a label that neither version knows: {difference.unknown}"
 
 
 def seconds(duration: float) -> str:

@@ -8,8 +8,8 @@ import click
 
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
-from patcher.cli.output import table
-from patcher.wording import percent
+from patcher.cli.output import changed_answers, table
+from patcher.wording import listing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,19 +80,13 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
         + "".join(f"; {old} is {new} now" for old, new in difference.renamed))  # fmt: skip
     options.say(
         f"rows of labels in both: {difference.same_rows} the same to the bit, {len(difference.changed_rows)} changed"
-        + (f" ({', '.join(difference.changed_rows[:5])} …)" if difference.changed_rows else "")
+        + (f" ({listing(difference.changed_rows)})" if difference.changed_rows else "")
     )
-    if difference.flips is not None and difference.gains is not None:
-        options.say(
-            f"of {difference.examples} texts: {len(difference.flips)} right before and wrong now "
-            f"({percent(len(difference.flips) / difference.examples)}), "
-            f"{len(difference.gains)} wrong before and right now"
-        )
-        if difference.unknown:
-            options.say(f"texts with a label that neither version knows: {difference.unknown}")
-        if difference.flips:
-            rows = [(flip.text[:60], flip.label, flip.before, flip.after) for flip in difference.flips[:20]]
-            options.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
+    for line in changed_answers(difference, "now"):
+        options.say(line)
+    if difference.flips:
+        rows = [(flip.text[:60], flip.label, flip.before, flip.after) for flip in difference.flips[:20]]
+        options.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
 
 
 @click.command("rollback")

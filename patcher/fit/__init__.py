@@ -17,7 +17,7 @@ from patcher.fit.model import Rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.fit.task import Task
 from patcher.limits import MAX_FLIPS
-from patcher.wording import percent
+from patcher.wording import listing, percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,7 +124,7 @@ def _closed(method: str, shown: Mapping[str, Floats], task: Task) -> _Found:
     lacking = [label for label in task.head.labels if label not in memory.labels]
     if lacking:
         raise InputError(
-            f"{method} refits all rows, and the memory knows nothing of {', '.join(map(repr, lacking[:5]))}; "
+            f"{method} refits all rows, and the memory knows nothing of {listing(map(repr, lacking))}; "
             "`patcher remember --data FILE` builds it anew"
         )
     rows, new = closed_rows(method, shown, task, memory)

@@ -23,7 +23,7 @@ from patcher.wording import install_hint
 if TYPE_CHECKING:
     from patcher.triton.tls import ClientTls
 
-__all__ = ["PerfAnalyzer", "find_perf_analyzer", "install"]
+__all__ = ["PerfAnalyzer", "find_perf_analyzer", "install", "main", "tls_arguments"]
 
 _REQUIREMENT = "tritonclient==2.50.0"
 _SHA256 = "421fbb69ae6ab8cdb2c35b82134fcef2fe11e7af7718b1fcbc53335ab9bfe889"

@@ -1,0 +1,43 @@
+"""Labelled texts in numbers: which labels each has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patcher.errors import PatcherError
+from patcher.examples import split_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
+
+    from numpy.typing import NDArray
+
+    from patcher.examples import Examples
+
+    Ints = NDArray[np.int64]
+    LabelIds: TypeAlias = Sequence[Sequence[int]]
+
+__all__ = ["flat_ids", "places_of"]
+
+
+def places_of(examples: Examples, index: Callable[[str], int], *, several: bool) -> list[list[int]]:
+    """The place of each text's label, or labels where a text can have ``several``.
+
+    ``index`` tells a label's place, or raises an error of ours: that error, with the line, is raised here, too.
+    """
+    places = []
+    for row, written in enumerate(examples.labelled()):
+        try:
+            places.append([index(label) for label in (split_labels(written) if several else (written,))])
+        except PatcherError as error:
+            raise type(error)(f"{examples.where(row)}: {error}") from None
+    return places
+
+
+def flat_ids(ids: LabelIds) -> tuple[Ints, Ints]:
+    """One pair a text and label: places in the texts and of the labels, INT64 each."""
+    rows = np.repeat(np.arange(len(ids)), np.array([len(each) for each in ids], np.int64))
+    return rows, np.array([label for each in ids for label in each], np.int64)
