@@ -1,4 +1,4 @@
-"""Where the sentences of a label lie, when one mean says too little: k-means, and what is kept of it."""
+"""Where the sentences of a label lie, if one mean is not enough: k-means, and what is kept of its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Clusters", "half", "k_means"]
 
 _STEPS = 20
 _LEAST_SPREAD = 1e-3
-"""Of a feature, next to the widest: less is rounding."""
+"""Smallest spread of a feature, as a share of the widest one's: anything less is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +119,9 @@ def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generato
 def half(rows: Floats | Doubles) -> Halves:
     """Features as they are stored, float16; InputError for larger ones than that can hold.
 
-    A mean of hidden states, each brought to a root mean square of 1, is the root of the width at most, and what enters
-    a classifier comes out of a normalisation or a tanh. Cut off, larger features would be those of another text, and
-    what is counted on them would say nothing of the labels' own.
+    Sound features are far smaller: a mean of hidden states of root mean square 1 is at most the root of the width, and
+    the input of a classifier is the output of a normalisation or a tanh. Clipped, larger features would be those of
+    another text, and counts made on them would say nothing about the labels.
     """
     with np.errstate(over="ignore"):
         stored = np.asarray(rows).astype(np.float16)

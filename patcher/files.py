@@ -37,7 +37,7 @@ FORMAT = 2
 
 
 def require_folder(location: str | os.PathLike[str]) -> None:
-    """InputError where a repository is no folder: a head store reads heads there that Triton would not fetch."""
+    """InputError unless the repository is a folder: a head store reads heads from it that Triton would not fetch."""
     if is_url(location):
         raise InputError(
             f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
@@ -100,13 +100,13 @@ class RepositoryFiles:
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
         """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
 
-        In a folder it is the kernel's (flock), on an open file: it goes with the process that holds it, however that
-        ends. On NFS it holds between machines where the mount has a working lock service; mounted with ``nolock`` or
-        ``local_lock`` it keeps only the processes of one machine apart, and two machines must take turns by other
-        means: a version number is then still never taken twice, but of two pins the later one stands.
-        In an object store it is an object that its holder keeps fresh; one that is not is taken over, and whoever lost
-        it can write nothing any more.
-        Whoever holds it waits in vain for a second one: `add_label` and its like take it themselves.
+        In a folder it is a kernel lock (flock) on an open file, so it is released when the process that holds it ends,
+        however it ends. On NFS it works across machines if the mount has a working lock service. With ``nolock`` or
+        ``local_lock`` it only separates the processes of one machine, and machines must be kept from working at the
+        same time by other means: a version number is still never used twice, but the later of two pins wins.
+        In an object store it is an object that its holder keeps refreshing. If it stops, another process takes the
+        lock over, and the former holder can no longer write anything.
+        The lock is not reentrant: `add_label` and its like take it themselves, so do not call them while holding it.
         """
         with self.storage.lock(timeout) as lost:
             if not self.storage.in_one_step:
@@ -117,13 +117,13 @@ class RepositoryFiles:
             yield
 
     def _fence(self, name: str, holder: str) -> None:
-        """Make sure that ``holder``, who lost the lock and may not know it yet, can pin and record nothing any more."""
+        """Make sure that ``holder``, who lost the lock and may not know it, can no longer pin or record anything."""
         self.storage.amend(f"{name}_head/{CONFIG}", lambda data: data + self.storage.stamp().encode())
         Journal(self.storage, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
 
     def _sweep(self, classifiers: Sequence[str]) -> None:
-        """Take away what is left of versions whose upload or removal was cut off."""
-        # Looked for once: there may be thousands of heads, and each look goes through the names of all their objects.
+        """Remove what is left of versions whose upload or removal was interrupted."""
+        # One listing for all: there may be thousands of heads, and each listing goes through the names of all objects.
         by_head: dict[str, list[str]] = {}
         for path in self.storage.glob("*_head/*/*"):
             by_head.setdefault(path.split("/")[0], []).append(path)
@@ -171,11 +171,11 @@ class RepositoryFiles:
         return self.storage.has(f"{backbone}_any/{CONFIG}")
 
     def remove_backbone(self, name: str) -> None:
-        """Take a backbone's models out again: the way back of an export that failed after ``add_backbone``."""
+        """Remove a backbone's models again, for an export that failed after ``add_backbone``."""
         self.storage.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
-        """Take a classifier's models out again, its backbone not."""
+        """Remove a classifier's models again, but not its backbone."""
         self.storage.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
 
     def has_remains(self, name: str) -> bool:
@@ -228,7 +228,7 @@ class RepositoryFiles:
             raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
+        """Add models, replacing leftovers of an interrupted export but nothing that belongs to somebody else."""
         for name, files in folders.items():
             there = {*self.storage.glob(f"{name}/*"), *self.storage.glob(f"{name}/*/*")}
             if there and not self._is_ours(name, files):
@@ -239,7 +239,7 @@ class RepositoryFiles:
         self.storage.add(folders)
 
     def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
-        """Whether the model that is there has the inputs and outputs of the one that is to be in its place."""
+        """Whether an existing model has the inputs and outputs of the one that is to replace it."""
         found, ours = self.storage.find(f"{name}/{CONFIG}"), files.get(CONFIG)
         if found is None or not isinstance(ours, bytes):
             # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
@@ -254,7 +254,7 @@ class RepositoryFiles:
         )
 
     def renew_format(self) -> None:
-        """Have the repository say that models of this version are in it; the lock must be held."""
+        """Record in the repository that it holds models of this version; the lock must be held."""
         if self.format < FORMAT:  # older patchers do not know what an encoder is
             self.storage.replace(FORMAT_FILE, format_file())
             self.format = FORMAT

@@ -44,7 +44,7 @@ from patcher.wording import listing, percent
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -188,13 +188,19 @@ def new_classifier(
         report.seconds = watch.stop()
         raise GateRefused(_refusal(report, settings), report.to_json())
     with watch("scope"):
-        kept = {"per_label": settings.per_label} | ({"most_clusters": STORED_CLUSTERS} if settings.in_store else {})
-        memory = Memory.build(features, ids, labels, features.shape[1], **kept)
+        memory = _memory(features, ids, labels, settings)
         head = _head(base, labels, made, memory, report, examples)
     with watch("publish"):
         _publish(base, head, memory, report, settings, server)
     report.seconds = watch.stop()
     return report
+
+
+def _memory(
+    features: NDArray[np.float32], ids: NDArray[np.int64], labels: Sequence[str], settings: FoundingSettings
+) -> Memory:
+    limits = {"per_label": settings.per_label} | ({"most_clusters": STORED_CLUSTERS} if settings.in_store else {})
+    return Memory.build(features, ids, labels, features.shape[1], **limits)
 
 
 def _distinct(examples: Examples) -> Examples:

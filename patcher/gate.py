@@ -136,15 +136,10 @@ def judge(
     left_out
         How many texts of a file, by the option that named it, have the words of another and are not counted.
     """
-    names = {label: _names(label, len(rows), texts) for label, rows in examples.items()}
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation)
-    duplicates = [*repeated, *(pair for label, rows in examples.items() for pair in repeats(label, names[label], rows))]
-    known = tuple(
-        hit
-        for label, rows in examples.items()
-        for hit in known_already(label, names[label], rows, head, fit.old, memory)
-    )
+    duplicates, known = _screened(head, fit, examples, memory, texts)
+    duplicates = [*repeated, *duplicates]
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
     return Verdict(
@@ -166,10 +161,27 @@ def judge(
         confused_with=lost_to,
         losing=flips.losing,
         duplicates=tuple(duplicates),
-        known=known,
+        known=tuple(known),
         too_few=too_few,
         refitted=flips.refitted,
     )
+
+
+def _screened(
+    head: Head,
+    fit: Fit,
+    examples: Mapping[str, Floats],
+    memory: Memory | None,
+    texts: Mapping[str, Sequence[str]] | None,
+) -> tuple[list[Repeat], list[Known]]:
+    """The examples that repeat another, and those that an old label knows already."""
+    duplicates: list[Repeat] = []
+    known: list[Known] = []
+    for label, rows in examples.items():
+        names = _names(label, len(rows), texts)
+        duplicates += repeats(label, names, rows)
+        known += known_already(label, names, rows, head, fit.old, memory)
+    return duplicates, known
 
 
 def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) -> list[str]:

@@ -252,16 +252,17 @@ class Memory:
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
         """The memory without a label.
 
-        Its sentences leave the second moment exactly where their ``features`` are given, to within the rounding of
-        their spread where all lie in the sample; else they leave as sentences spread like every other label's, which
-        keeps ``within()`` what it was.
+        The label's share of the second moment is subtracted exactly if all its ``features`` are given, and to within
+        FP16 rounding if the sample holds them all. Otherwise its sentences are assumed to spread as those of the other
+        labels do, which leaves ``within()`` unchanged.
         """
         place = self._place(label)
         mean = self.sums[place] / self.counts[place]
         held: Floats | Doubles
         if features is None:
             held = self.features_of(label).astype(np.float64)
-            # Rounded as they are stored, they would leave what no sum of squares is: their mean at least is known.
+            # Stored features are rounded, and subtracting them could leave no valid sum of squares: shift them so that
+            # at least their mean is the exact one.
             held += mean - held.mean(axis=0) if len(held) else 0.0
         else:
             held = _rows(features)
@@ -297,7 +298,8 @@ class Memory:
     def merge(self, labels: Sequence[str], into: str) -> Memory:
         """The memory with several labels as one; the sample keeps at most ``per_label`` of their features.
 
-        Of each label as many as a sample of all their sentences would hold, for what is counted on it later.
+        Each label keeps a number in proportion to its sentences, as a sample drawn from all of them would, so that
+        whatever is counted on the sample later is weighed correctly.
         """
         places = [self._place(label) for label in dict.fromkeys(labels)]
         first = min(places)
@@ -326,11 +328,11 @@ class Memory:
             raise LabelError(f"the memory knows no label {label!r} among its {len(self.labels)}") from None
 
     def _sampled(self, rows: Floats, ids: Ints, counts: Ints) -> tuple[NDArray[np.float16], Ints]:
-        """The sample after more rows came: each sentence of a label had the same chance to be in it."""
+        """The sample after more rows were added; every sentence of a label has the same chance of being in it."""
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         touched, arrivals = np.unique(ids, return_counts=True)
         untouched = ~np.isin(self.sample_labels, touched)
-        # Of new labels alone: a mask would copy all that there is once more.
+        # With new labels only, keep everything by a slice: a mask would copy the whole sample.
         rest = slice(None) if untouched.all() else untouched
         parts, owners = [self.sample[rest]], [self.sample_labels[rest]]
         order = np.argsort(ids, kind="stable")
@@ -343,7 +345,7 @@ class Memory:
         return np.concatenate(parts), np.concatenate(owners)
 
     def _chosen(self, places: Sequence[int]) -> Ints:
-        """Positions in the sample where the labels at ``places`` are one: each sentence had the same chance."""
+        """Which of the sample to keep once the labels at ``places`` are one; every sentence has the same chance."""
         counts = self.counts[places]
         rng = np.random.default_rng([self.seed, len(self.sample)])
         shares = rng.multivariate_hypergeometric(counts, min(self.per_label, int(counts.sum())), method="marginals")
@@ -355,7 +357,7 @@ class Memory:
 
 
 def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Generator) -> Ints:
-    """Positions in [held | arrived] that stay: a sample of ``room`` of ``seen + arrived``, each with equal chance."""
+    """Positions in [held | arrived] to keep: ``room`` of the ``seen + arrived``, each with the same chance."""
     if held + arrived <= room and held == seen:
         everything: Ints = np.arange(held + arrived, dtype=np.int64)
         return everything

@@ -183,8 +183,8 @@ def parse(text: str, where: str = "config.pbtxt") -> Any:
 def _parsed(text: str) -> Any:
     """Parsing takes milliseconds, a copy some microseconds, and a change asks for the same texts again and again.
 
-    The exporter's scrapes ask for those of all classifiers in turn, one or two each: fewer than there are would be kept
-    in vain.
+    The metrics exporter asks for those of all classifiers in turn, one or two each, so a cache that is smaller than
+    their number would never hit.
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb

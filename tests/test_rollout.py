@@ -254,8 +254,8 @@ def test_a_disk_that_fills_up_between_publishing_and_pinning(classifier, tree, m
     before = tree(classifier.root)
     publish = Classifier.publish
 
-    def then_full(self, head, memory):
-        publish(self, head, memory)
+    def then_full(self, head, *rest):
+        publish(self, head, *rest)
 
         def full(*_):
             raise OSError(28, "No space left on device")

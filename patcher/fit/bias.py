@@ -23,11 +23,11 @@ __all__ = ["Calibration", "best_shift", "normal_below"]
 
 _STEPS = 240
 _FEWEST = 3
-"""With fewer held-out examples nothing is known of their spread."""
+"""With fewer held-out examples, nothing is known about their spread."""
 _TAKEN_UNSEEN = 0.05
-"""Labels' worth of old inputs that may be foretold as taken where the examples are too few to weigh it against."""
+"""How many labels' worth of old inputs may be lost, by estimate, if there are too few examples to weigh it against."""
 _FOUND_UNSEEN = 0.85
-"""Share of the held-out examples that have to stay found where nothing is known of old inputs."""
+"""Share of the held-out examples that must still be found if nothing is known about old inputs."""
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def minimise(
 ) -> Doubles:
     """Where a convex function is least, float64 ``[n]``.
 
-    ``function`` gives value and gradient; ``inverse`` float64 ``[n, n]``, where it is known, about that of the second
-    derivative, which spares half of the steps. Stops where the largest slope is below ``tolerance``, where no
+    ``function`` returns value and gradient; ``inverse`` float64 ``[n, n]``, if known, approximates the inverse of the
+    second derivative, which saves half of the steps. Stops where the largest slope is below ``tolerance``, where no
     step goes down any more, or after ``steps`` (Nocedal & Wright, Numerical Optimization, algorithms 7.4 and 7.5).
     """
     point, (value, slope) = start, function(start)

@@ -35,13 +35,13 @@ __all__ = [
 
 
 _LEAST_PIVOT = 0.5
-"""No pivot of a covariance with a ridge on it is below the ridge; what is below so much of it, was none."""
+"""A covariance plus a ridge has no pivot below the ridge; a pivot below this share of it means it was no covariance."""
 _COARSE = 2.0**-8
-"""Of its mean, what a feature spreads at least: four times the distance of two numbers that FP16 holds."""
+"""Smallest spread that a feature is given, as a share of its mean: four times the spacing of FP16 numbers."""
 _WIDER = 4.0
-"""Variance; a few examples widen no feature of many old inputs by so much that was in use."""
+"""Growth in variance; a few examples cannot widen a feature by as much if many old inputs made use of it."""
 _SMALL = 96
-"""Up to this size LAPACK's own routines are as fast."""
+"""Up to this size, LAPACK's own routines are just as fast."""
 
 
 @dataclass(frozen=True)

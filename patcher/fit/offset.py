@@ -29,7 +29,7 @@ _NODES = np.array([-3.7504397177257425, -2.3667594107345415, -1.1544053947399682
 _WEIGHTS = np.array([5.482688559722184e-4, 3.0757123967586498e-2, 0.24012317860501273, 0.4571428571428572,
                      0.24012317860501273, 3.0757123967586498e-2, 5.482688559722184e-4])  # fmt: skip
 _CLOSE = 1e-4
-"""Slope at which a row counts as found: its logits are then right to about a hundredth."""
+"""Slope at which the minimum counts as reached: the row's logits are then right to about a hundredth."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RowLoss:
         return value, np.append(slope, pull.sum())
 
     def curvature(self, values: Doubles) -> Doubles:
-        """About the loss's second derivative, float64 ``[r + 1, r + 1]``: as if spreads did not depend on the row."""
+        """Approximate second derivative of the loss, float64 ``[r + 1, r + 1]``: spreads are taken for constant."""
         spread, _, _, chance = self._outcomes(values)
         weight = ((chance * (1.0 - chance)) @ _WEIGHTS) * self._cloud.weight
         points = np.column_stack([self._cloud.points, np.ones(len(weight))])

@@ -32,7 +32,7 @@ _MOST = 2_000
 """Remembered inputs that the limit is set on: with many labels there are more than a quantile needs."""
 
 _FRESHER = 2.0
-"""So many times as far (squared) lie fresh texts as those that took part in the fine-tuning."""
+"""How many times as far (squared) fresh texts lie as those that took part in the fine-tuning."""
 
 FINE_TUNED = 2.0
 """The stretch for remembered inputs that took part in the fine-tuning, where no fresh ones tell it.
@@ -95,7 +95,7 @@ def fit_scope(
 
 
 def _clusters(memory: Memory, head: Head) -> tuple[NDArray[np.floating[Any]], Ints, Ints]:
-    """Of the head's labels: the clusters' means ``[M, width]``, how many inputs each stands for, whose each is."""
+    """The clusters of the head's labels: means ``[M, width]``, how many inputs each has, and its label."""
     there = set(head.labels)
     known = np.array([label in there for label in memory.labels])
     inside = known[memory.clusters.labels]
