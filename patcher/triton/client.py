@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.arguments import listed, require
-from patcher.errors import (
-    ControlRefused,
-    InputError,
-    ServerError,
-    ServerRefused,
-    ServerUnreachable,
-    TlsError,
-    WrongPort,
-)
-from patcher.triton.http_port import serves_http
-from patcher.triton.tls import ClientTls, handshake_problem, speaks_tls
+from patcher.errors import InputError, ServerError, ServerRefused, TlsError, WrongPort
+from patcher.triton.failures import Address
+from patcher.triton.tls import ClientTls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -128,7 +120,7 @@ class TritonServer:
             )
         self.url = url
         self.tls = tls
-        self._host, self._port = host.strip("[]"), number
+        self._address = Address(url, host.strip("[]"), number, tls)
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
         self._configs: dict[str, Any] = {}
@@ -186,61 +178,7 @@ class TritonServer:
         try:
             yield {"headers": self._headers, "client_timeout": seconds}
         except InferenceServerException as error:
-            raise self._error(what, error, seconds) from error
-
-    def _error(self, what: str, error: Any, seconds: float) -> ServerError:
-        status = (error.status() or "").removeprefix("StatusCode.")
-        message = " ".join((error.message() or "no reason given").split())
-        if problem := self._control_problem(message):
-            return ControlRefused(f"{self.url} {problem}")
-        if status == "DEADLINE_EXCEEDED":
-            return ServerUnreachable(
-                f"{self.url} did not {what} within {seconds:g} s: is it hanging, overloaded, or no gRPC port? "
-                "`patcher doctor` asks again"
-            )
-        if status == "UNAVAILABLE" and "unknown model" not in message:
-            return self._unreachable(message)
-        if status == "NOT_FOUND" or "unknown model" in message:
-            return ServerRefused(f"{self.url} could not {what}: {message}; `patcher doctor` says what it serves")
-        if status in (
-            "INVALID_ARGUMENT",
-            "PERMISSION_DENIED",
-            "UNAUTHENTICATED",
-            "RESOURCE_EXHAUSTED",
-            "UNIMPLEMENTED",
-        ):
-            return ServerRefused(f"{self.url} refused to {what}: {message}")
-        return ServerError(f"{self.url} failed to {what}: {message} ({status or 'no status'})")
-
-    def _control_problem(self, message: str) -> str | None:
-        if "protocol is restricted" in message:
-            got = "the wrong admin key" if self._headers else "no admin key"
-            return (
-                f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
-            )
-        if "explicit model load / unload is not allowed" in message:
-            return (
-                "takes no model control: it runs with --model-control-mode=none or poll; start it with "
-                "--model-control-mode=explicit, as `patcher serve` does"
-            )
-        return None
-
-    def _unreachable(self, message: str) -> ServerUnreachable:
-        if problem := self._tls_problem():
-            return TlsError(f"the server at {self.url} {problem}")
-        if self.tls is None and serves_http(self._host, self._port):
-            return WrongPort(f"{self.url} is a server's HTTP port; expected its gRPC port, which is 8001 by default")
-        return ServerUnreachable(
-            f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
-            "--url or $TRITON_URL names another"
-        )
-
-    def _tls_problem(self) -> str | None:
-        if self.tls is not None:
-            return handshake_problem(self._host, self._port, self.tls)
-        if speaks_tls(self._host, self._port):
-            return "speaks TLS only; give --tls-ca FILE, or $PATCHER_TLS_CA, with the authority that signed it"
-        return None
+            raise self._address.failure(what, error, seconds, keyed=self._headers is not None) from error
 
     def is_live(self) -> bool:
         """Whether a Triton server answers here; False where nobody does. Raises TlsError and WrongPort as all do."""
