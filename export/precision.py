@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.arrays import Floats
     from patcher.head import Head
     from patcher.labelled import LabelIds
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
 

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
-    Halves = NDArray[np.float16]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
+    from patcher.arrays import Doubles, Floats, Halves, Ints
 
 __all__ = ["Clusters", "half", "k_means"]
 

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.arrays import Floats
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["FeatureMap", "feature_map"]
 

@@ -15,16 +15,11 @@ from patcher.fit.inputs import Labelled, old_inputs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Bools, Floats, Ints
     from patcher.fit import Fit
     from patcher.fit.inputs import OldInputs
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
 __all__ = ["CONFIDENCE", "Flips", "count_flips", "fewest_inputs", "logits_after", "upper_bound"]
 

@@ -18,17 +18,12 @@ from patcher.wording import listing, percent
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Bools, Floats, Ints
     from patcher.fit import Fit
     from patcher.fit.inputs import Labelled
     from patcher.head import Head
     from patcher.memory import Memory
     from patcher.screening import Known, Repeat
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
 __all__ = ["Verdict", "judge", "unremembered"]
 

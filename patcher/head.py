@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.arrays import Floats, Ints
     from patcher.scope import Scope
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
 
 __all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TOP_K", "Head", "Lineage", "refuse_joined"]
 

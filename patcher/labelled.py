@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Ints
     from patcher.examples import Examples
 
-    Ints = NDArray[np.int64]
     LabelIds: TypeAlias = Sequence[Sequence[int]]
 
 __all__ = ["flat_ids", "places_of"]

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
+    from patcher.arrays import Doubles, Floats, Ints
 
 __all__ = ["Memory"]
 

@@ -22,15 +22,12 @@ from patcher.scope import Scope, stretch_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Floats
     from patcher.fit.inputs import Labelled
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
     from patcher.screening import Repeat
     from patcher.stopwatch import Stopwatch
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["DEFAULTS", "Given", "Patch", "PatchSettings", "make_patch"]
 

@@ -22,13 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Floats
     from patcher.classifier import Classifier
     from patcher.examples import Examples
     from patcher.head import Head
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["Report", "make_report", "render", "write_page"]
 

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
-    Halves = NDArray[np.float16]
-    Ints = NDArray[np.int64]
+    from patcher.arrays import Floats, Halves
+
     Logits = TypeVar("Logits", NDArray[np.float32], NDArray[np.float64])
 
 __all__ = ["Distance", "Scope", "largest_probability", "stretch_of"]

@@ -14,15 +14,10 @@ from patcher.words import plain_words
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Bools, Floats, Ints
     from patcher.fit.model import OldLabels
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
 __all__ = ["Known", "Repeat", "alike", "known_already", "repeats"]
 

@@ -114,3 +114,8 @@ def test_the_core_touches_no_file_and_no_server(package):
         for last, way in ways(name).items():
             outside = {each.split(".")[0] for each in imports(last, types=False)} & OUTSIDE
             assert outside == set(), f"{' imports '.join(way)}, and that {outside}"
+
+
+def test_types_of_arrays_are_for_type_checking_alone():
+    assert [name for name in FILES if "patcher.arrays" in imports(name, types=False)] == []
+    assert [name for name in FILES if "patcher.arrays" in imports(name)] != []

@@ -22,15 +22,10 @@ from patcher.wording import listing, percent
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.inputs import Labelled
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
 
 __all__ = ["METHODS", "Counted", "Fit", "HeldOut", "fit"]
 

@@ -18,14 +18,9 @@ from patcher.fit.model import Rows, log_sum_exp
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.inputs import OldInputs
     from patcher.fit.task import Task
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
 
 __all__ = ["Anchored", "anchored_rows", "held_back"]
 

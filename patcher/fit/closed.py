@@ -24,16 +24,12 @@ from patcher.head import Head
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.inputs import OldInputs
     from patcher.fit.logistic import NewRow
     from patcher.fit.task import Task
     from patcher.memory import Memory
 
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
     Found = tuple[Doubles, Doubles]
 
 __all__ = ["closed_rows", "discriminants", "lda_rows", "ridge_rows"]

@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Floats, Ints
     from patcher.fit.inputs import OldInputs
     from patcher.fit.model import OldLabels, Rows
     from patcher.head import Head
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
 
 __all__ = ["Counted", "Fit", "HeldOut"]
 

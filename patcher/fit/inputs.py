@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patcher.arrays import Bools, Doubles, Floats, Ints
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
 __all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "own_logits"]
 

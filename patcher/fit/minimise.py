@@ -10,9 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from patcher.arrays import Doubles
 
 __all__ = ["minimise"]
 

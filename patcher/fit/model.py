@@ -13,13 +13,10 @@ from patcher.fit.settings import SETTINGS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.settings import Settings
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
 
 __all__ = [
     "OldLabels",

@@ -16,10 +16,7 @@ import numpy as np
 from patcher.fit.minimise import minimise
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
+    from patcher.arrays import Doubles, Ints
 
 __all__ = ["Cloud", "RowLoss", "fit_row", "join", "span"]
 

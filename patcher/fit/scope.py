@@ -14,12 +14,10 @@ from patcher.scope import Distance, Scope
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from patcher.arrays import Floats, Ints
     from patcher.fit.model import Whitening
     from patcher.head import Head
     from patcher.memory import Memory
-
-    Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
 
 __all__ = ["FINE_TUNED", "fit_scope"]
 

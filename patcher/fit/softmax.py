@@ -20,11 +20,7 @@ from patcher.memory import Memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
+    from patcher.arrays import Doubles, Floats, Ints
 
 __all__ = ["PENALTIES", "SoftmaxFit", "fit_softmax"]
 

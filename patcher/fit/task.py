@@ -10,14 +10,10 @@ from patcher.fit.model import OldLabels, from_memory, from_rows
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Floats
     from patcher.fit.inputs import Labelled
     from patcher.fit.settings import Settings
     from patcher.head import Head
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["Task"]
 

@@ -1,0 +1,16 @@
+"""Types of arrays by what they hold; for type checking alone, nothing imports them to run."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Bools", "Doubles", "Floats", "Halves", "Ints"]
+
+Bools: TypeAlias = NDArray[np.bool_]
+Doubles: TypeAlias = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.float32]
+Halves: TypeAlias = NDArray[np.float16]
+Ints: TypeAlias = NDArray[np.int64]
