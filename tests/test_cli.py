@@ -83,7 +83,7 @@ def test_labels_that_neither_version_knows_are_refused_or_told(patcher, examples
     strange = tiny.write_csv(tmp_path / "strange.csv", {"wetter": ["is it raining"], "Weather": ["will it snow"]})
     code, out, err = patcher("diff", 1, 2, "--eval", strange)
     assert (code, out) == (2, "")
-    assert "none of the file's 2 labels (Weather, wetter …) is one of the 7 of versions 1 and 2" in err
+    assert "none of the file's 2 labels (Weather, wetter) is one of the 7 of versions 1 and 2" in err
     some = tiny.write_csv(tmp_path / "some.csv", {"wetter": ["is it raining"], "weather": tiny.sentences("weather", 3)})
     code, out, err = patcher("diff", 1, 2, "--eval", some)
     assert (code, "neither version knows: 1" in out) == (0, True), err
