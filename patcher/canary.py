@@ -20,7 +20,8 @@ from patcher.errors import InputError, NotServed, PatcherError, ServerError, Ser
 from patcher.fleet import each, present
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
-from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
+from patcher.recovery import changing
+from patcher.rollout import Switch, let_go, on_trial, probe, require_live, roll_back, validate
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:

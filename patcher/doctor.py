@@ -14,8 +14,9 @@ from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
+from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
-from patcher.rollout import catch_up, probe, probe_text, recover, validate
+from patcher.rollout import probe, probe_text, validate
 from patcher.wording import install_hint
 
 if TYPE_CHECKING:

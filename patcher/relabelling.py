@@ -18,8 +18,9 @@ from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
+from patcher.recovery import changing
 from patcher.repository import one_classifier
-from patcher.rollout import changing, roll_out
+from patcher.rollout import roll_out
 from patcher.scope import Scope, stretch_of
 from patcher.triton.client import TritonServer
 

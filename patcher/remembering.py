@@ -14,8 +14,9 @@ from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
+from patcher.recovery import changing
 from patcher.repository import one_classifier
-from patcher.rollout import Switch, changing, roll_out
+from patcher.rollout import Switch, roll_out
 from patcher.scope import stretch_of
 from patcher.triton.client import TritonServer
 

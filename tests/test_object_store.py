@@ -41,8 +41,9 @@ from patcher import (
 from patcher.cli import main
 from patcher.errors import Busy, InputError, LockLost, PatcherError, RepositoryError, ServerError, StorageError
 from patcher.lease import Lease
+from patcher.recovery import changing
 from patcher.relabelling import rename_label
-from patcher.rollout import changing, roll_back
+from patcher.rollout import roll_back
 from patcher.storage.object_store import ObjectStore
 from patcher.storage.s3 import Bucket, parse_url
 from patcher.triton.server import EmbeddedTriton

@@ -57,8 +57,8 @@ from patcher.journal import Journal
 from patcher.lifecycle import history
 from patcher.metrics import Targets, _probes
 from patcher.names import check_name
+from patcher.recovery import changing, recover
 from patcher.relabelling import merge_labels, remove_label, rename_label
-from patcher.rollout import changing, recover
 from patcher.serve import cache_options
 from patcher.serving import with_response_cache
 from patcher.storage.disk import Disk

@@ -31,7 +31,7 @@ def test_every_public_name_is_there_and_says_what_it_is():
     ["arguments", "backbone", "classifier", "configs", "difference", "errors", "evaluation", "examples", "features",
      "files", "fit", "fleet", "founding", "gate", "head", "head_file", "journal", "labelling", "lease", "lifecycle",
      "limits", "lineage", "memory", "memory_file", "metrics", "model_config", "names", "new_texts", "onnx_file",
-     "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
+     "recovery", "relabelling", "remembering", "repository", "rollout", "runtime", "scope", "stopwatch", "storage",
      "storage.disk", "storage.object_store", "storage.s3", "wording"],
 )  # fmt: skip
 def test_modules_export_what_they_define(name):
