@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError
 from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
@@ -112,6 +113,11 @@ class EmbeddedTriton:
         encoder_runs_backbone: bool = True,
         onnxruntime_backend: Path | str | None = None,
     ) -> None:
+        require(str, os.PathLike, repository=repository)
+        require(str, host=host)
+        require(str, None, metrics_host=metrics_host)
+        require(int, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+        models = listed(models, "models")
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
             raise InputError(
