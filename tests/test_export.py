@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -612,6 +613,23 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
             run_export(bert, root, name="late")
     assert not (tmp_path / "fresh").exists()
     assert tree(kept.repository.root) == before
+
+
+def test_what_a_killed_export_left_is_taken_away_by_the_next(bert, tmp_path, monkeypatch):
+    (tmp_path / "patcher-export-killed").mkdir()
+    (tmp_path / "patcher-export-killed" / ".patcher-alive").touch()
+    (tmp_path / "patcher-export-killed" / "model.onnx").write_bytes(b"large")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def killed(_plan, folder, *_):
+        assert [path.name for path in tmp_path.glob("patcher-export-*")] == [folder.name]
+        assert [path.name for path in folder.iterdir()] == [".patcher-alive"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.classifier.make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_classifier(bert, tmp_path / "models", name="intent")
+    assert not list(tmp_path.iterdir())
 
 
 def alter(monkeypatch, part, change):
