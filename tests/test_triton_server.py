@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
 import shutil
@@ -25,7 +26,7 @@ from patcher import TritonServer
 from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError, WrongPort
 from patcher.serve import damaged
-from patcher.triton import installation, process
+from patcher.triton import installation, prepared, process
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -527,6 +528,82 @@ class TestInstallation:
             found = set(pool.map(lambda _: installation.find_installation().backends, range(4)))
         assert len(found) == 1
         assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.pop().parent.name]
+
+
+class TestPreparedFolders:
+    """What earlier installations left in the cache."""
+
+    @pytest.fixture
+    def base(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return tmp_path / "patcher"
+
+    def left(self, base, name, days, *, mark=True):
+        folder = base / name
+        (folder / "backends").mkdir(parents=True)
+        if mark:
+            (folder / prepared.MARK).touch()
+        os.utime(folder / prepared.MARK if mark else folder, (time.time() - days * 86400,) * 2)
+        return folder
+
+    def test_those_that_nobody_asked_for_in_a_month_are_taken_away(self, base):
+        self.left(base, "triton-old", 31)
+        self.left(base, "triton-older-patcher", 31, mark=False)
+        for days, mark in ((29, True), (29, False)):
+            self.left(base, f"triton-{days}-{mark}", days, mark=mark)
+        self.left(base, "objects", 99, mark=False)
+        (base / "triton-elsewhere").symlink_to(self.left(base, "precious", 99))
+        found = installation.find_installation().backends.parent.name
+        assert {path.name for path in base.iterdir()} == {
+            found, "triton-29-True", "triton-29-False", "objects", "precious"
+        }  # fmt: skip
+
+    def test_those_that_a_server_uses_stay(self, base):
+        held, named = self.left(base, "triton-held", 0), self.left(base, "triton-named", 99, mark=False)
+        descriptor = prepared.in_use(held)
+        os.utime(held / prepared.MARK, (1, 1))
+        sleeper = [sys.executable, "-c", "import time; time.sleep(300)", f"--backend-directory={named}/backends"]
+        with subprocess.Popen([*sleeper[:3], "in-use"], pass_fds=[descriptor]) as server:
+            os.close(descriptor)
+            with subprocess.Popen(sleeper) as older:
+                installation.find_installation()
+                assert held.is_dir()
+                assert named.is_dir()
+                older.kill()
+            server.kill()
+        installation.find_installation()
+        assert not held.exists()
+        assert not named.exists()
+
+    def test_a_server_holds_its_own_until_it_ends(self, base, classifier, tmp_path):
+        with EmbeddedTriton(classifier.root, [], log_file=tmp_path / "log") as server:
+            held = server.installation.backends.parent
+            installation._held.pop(held)  # as where the process that started it is gone
+            (mark,) = server.installation.kept
+            os.close(mark)
+            os.utime(held / prepared.MARK, (1, 1))
+            prepared.take_away(base, "triton-*", base / "another")
+            assert held.is_dir()
+        prepared.take_away(base, "triton-*", base / "another")
+        assert not held.exists()
+
+    def test_one_that_goes_while_it_is_asked_for_is_put_together_anew(self, base):
+        folder = self.left(base, "triton-old", 31)
+        with (folder / prepared.MARK).open("r+") as taking:
+            fcntl.flock(taking, fcntl.LOCK_EX)
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(prepared.in_use, folder)
+                time.sleep(0.2)
+                assert not asked.done()
+                folder.rename(base / "gone")
+                taking.close()
+                assert asked.result() is None
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+    def test_one_that_cannot_be_marked_is_used_all_the_same(self, base):
+        folder = self.left(base, "triton-read-only", 31, mark=False)
+        folder.chmod(0o500)
+        assert prepared.in_use(folder) == -1
 
 
 class TestTheOtherBackend:

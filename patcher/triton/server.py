@@ -386,7 +386,7 @@ class EmbeddedTriton:
         for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
             _free(left.name.removesuffix(_MARK))
         with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
-            self._process = start_with_parent(command, environment, log.fileno(), mark.fileno())
+            self._process = start_with_parent(command, environment, log.fileno(), [mark.fileno(), *installation.kept])
         if self._http_key is not None:
             self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
 
