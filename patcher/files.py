@@ -136,8 +136,8 @@ class RepositoryFiles:
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        models = {name.split("/")[0] for name in self.storage.glob(f"*/{CONFIG}")}
-        stored = {name.split("/")[0] for name in self.storage.glob(f"*_head/{STORE}")}
+        found = [name.split("/") for name in self.storage.glob(f"*/{CONFIG}", f"*_head/{STORE}")]
+        models, stored = ({model for model, file in found if file == kind} for kind in (CONFIG, STORE))
         names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
         own = {name for name in names if name in models or f"{name}_head" in stored}
         return tuple(sorted(filter(is_classifier_name, own)))
@@ -189,6 +189,13 @@ class RepositoryFiles:
         """Head versions under a name, whether or not the classifier is whole."""
         return version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
 
+    def versions_by_name(self) -> dict[str, tuple[int, ...]]:
+        """Head versions under every name, looked for at once."""
+        paths: dict[str, list[str]] = {}
+        for path in self.storage.glob(f"*_head/*/{MODEL}"):
+            paths.setdefault(path.split("/")[0].removesuffix("_head"), []).append(path)
+        return {name: version_numbers(found) for name, found in paths.items()}
+
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
         return self.storage.has(f"{name}_features/{CONFIG}")
@@ -230,7 +237,7 @@ class RepositoryFiles:
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
         """Add models; what an export left that was cut off gives way to them, what is somebody else's does not."""
         for name, files in folders.items():
-            there = {*self.storage.glob(f"{name}/*"), *self.storage.glob(f"{name}/*/*")}
+            there = self.storage.glob(f"{name}/*", f"{name}/*/*")
             if there and not self._is_ours(name, files):
                 raise InputError(
                     f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
