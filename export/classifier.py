@@ -80,6 +80,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         parity=made.parity.difference,
         parity_texts=made.parity.texts,
         train_examples=len(train.examples) if train else 0,
+        train_repeated=plan.repeated,
         train_accuracy=made.accuracy,
         memory_bytes=made.memory.size if made.memory else 0,
         precision=plan.target.precision,

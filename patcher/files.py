@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["FORMAT", "RepositoryFiles", "format_file", "require_folder"]
+__all__ = ["FORMAT", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
@@ -267,8 +267,8 @@ class RepositoryFiles:
             self.format = FORMAT
 
 
-def _around(location: Path | str) -> str:
-    """Which repository a place lies in, and what to say instead of it; nothing where it lies in none."""
+def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Which repository a place lies in, and which of its classifiers it may be one of; None where it lies in none."""
     if is_url(location):
         parent, _, name = str(location).rstrip("/").rpartition("/")
     else:
@@ -277,6 +277,14 @@ def _around(location: Path | str) -> str:
     with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
         storage = open_storage(parent)
         if storage.find(FORMAT_FILE) is not None:
-            which = f" --classifier {name}" if holds(storage, name) else ""
-            return f"{parent} is the repository that it lies in: expected --repo {parent}{which}"
-    return ""
+            return parent, name if holds(storage, name) else ""
+    return None
+
+
+def _around(location: Path | str) -> str:
+    """What to say instead of a place that lies in a repository; nothing where it lies in none."""
+    found = enclosing(location)
+    if found is None:
+        return ""
+    which = f" --classifier {found[1]}" if found[1] else ""
+    return f"{found[0]} is the repository that it lies in: expected --repo {found[0]}{which}"

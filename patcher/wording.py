@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["install_hint", "percent"]
+__all__ = ["install_hint", "percent", "repeats"]
 
 
 def install_hint(extra: str = "") -> str:
@@ -13,3 +13,8 @@ def install_hint(extra: str = "") -> str:
 def percent(share: float | None, digits: int = 2) -> str:
     """``0.0123`` as ``1.23 %``; an em dash for None."""
     return "—" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def repeats(count: int) -> str:
+    """What is said of texts of which another of their label has the same words."""
+    return f"{count:,} text(s) say what another of their label says, and are left out: the same words count once"
