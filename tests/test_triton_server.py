@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
+from tritonclient import grpc
 
 from patcher import TritonServer
 from patcher.cli import main
@@ -203,6 +204,34 @@ class TestServer:
             with pytest.raises(InputError, match=f"{port}.*another port"):
                 EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
 
+    def test_waits_as_long_as_the_log_goes_on(self, tmp_path, monkeypatch):
+        (tmp_path / "empty").mkdir()
+        triton = EmbeddedTriton(tmp_path / "empty", ["large"], log_file=tmp_path / "log")
+        triton.grpc_port = triton.http_port = triton.metrics_port = 1  # where nobody answers
+        monkeypatch.setattr(triton, "_process", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        done = threading.Event()
+
+        def log():
+            with (tmp_path / "log").open("w") as file:
+                for number in range(10):
+                    time.sleep(0.3)
+                    print(f"successfully loaded {number}", file=file, flush=True)
+            done.set()
+
+        threading.Thread(target=log).start()
+        with pytest.raises(ServerError, match=r"log told nothing new for 1 s, waiting for large .*--start-timeout"):
+            triton.wait_ready(1.0)
+        assert done.is_set()
+        triton._process.kill()
+        triton._process.wait()
+
+    def test_a_start_is_given_up_when_told(self, classifier, tmp_path, capsys):
+        arguments = ["serve", "--repo", str(classifier.root), "--log-file", str(tmp_path / "log")]
+        for port in ("grpc", "http", "metrics"):
+            arguments += [f"--{port}-port", "0"]
+        assert main([*arguments, "--start-timeout", "0.05"]) == 1
+        assert "told nothing new for 0.05 s, waiting for intent" in capsys.readouterr().err
+
     def test_keeps_the_log_of_the_server_before(self, tmp_path):
         (tmp_path / "empty").mkdir()
         log, kept = tmp_path / "log", tmp_path / "log.1"
@@ -332,7 +361,15 @@ class TestClient:
     def test_no_text_and_an_empty_text(self, client):
         assert client.classify("intent", []) == []
         assert client.features("intent_features", []).shape == (0, tiny.WIDTH)
-        assert client.classify("intent", [""])[0].text == ""
+        found = client.classify("intent", ["", "please tell me", " "])
+        assert [answer.text for answer in found] == ["", "please tell me", " "]
+        assert all(np.isfinite(answer.logits).all() for answer in found)
+        # A client that sends the tensor itself gets the same.
+        text = grpc.InferInput("text", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([[b""]], object))
+        raw = grpc.InferenceServerClient(client.url).infer("intent", [text])
+        np.testing.assert_allclose(raw.as_numpy("logits")[0], found[0].logits, atol=1e-5)
+        assert raw.as_numpy("label")[0, 0].decode() == found[0].labels[0]
 
     def test_several_threads_may_share_it(self, client):
         with ThreadPoolExecutor(4) as pool:
