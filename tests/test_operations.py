@@ -796,6 +796,21 @@ def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, 
     assert doctor._version(classifier, 1, 2) is None
 
 
+def test_a_comparison_reads_no_rows_of_the_versions_between(classifier, monkeypatch):
+    for _ in range(3):
+        rename_label(classifier, "music", "songs")
+        rename_label(classifier, "songs", "music")
+    rename_label(classifier, "music", "songs")
+    read, head = [], Classifier.head
+    monkeypatch.setattr(Classifier, "head", lambda self, version=None: read.append(version) or head(self, version))
+    assert diff(classifier, 1, 8).renamed == (("music", "songs"),)
+    assert sorted(read) == [1, 8]
+    between = classifier.root / "intent_head" / "4" / "model.onnx"
+    between.write_bytes(b"damaged")
+    with pytest.raises(RepositoryError, match=r"4/model\.onnx: .*`patcher rollback --to N`"):
+        diff(classifier, 1, 8)
+
+
 def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
     for old, new in (("music", "m1"), ("m1", "m2"), ("m2", "m3")):
         rename_label(classifier, old, new)
