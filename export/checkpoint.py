@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
+__all__ = ["HUB", "Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
+
+HUB = "hf://"
+"""Before an id of the hub: no folder is meant, whatever lies here."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
@@ -71,6 +74,8 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
 
     Parameters
     ----------
+    source
+        ``hf://ID`` names the hub alone, where an id looks like a mistyped folder.
     allow_pickle
         Read weights from a pickle file where there is no safetensors file: unpickling can run code.
     trust_remote_code
@@ -165,6 +170,8 @@ def _ready(
 
 
 def _checked_source(name: str) -> str:
+    if name.startswith(HUB):
+        return _hub_id(name.removeprefix(HUB))
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -174,9 +181,19 @@ def _checked_source(name: str) -> str:
     if path.exists() or near or not _HUB_ID.fullmatch(name):
         what = "a file" if path.exists() else "no folder that is there"
         hint = f": did you mean {' or '.join(near)}?" if near else ""
+        if near and not path.exists() and _HUB_ID.fullmatch(name):
+            hint += f" {HUB}{name} is the hub's"
         raise CheckpointError(
             f"{name!r} is {what}; expected the folder of a checkpoint, or an id of the hub (owner/name){hint}"
         )
+    return name
+
+
+def _hub_id(name: str) -> str:
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{HUB + name!r}: {name!r} is no id of the hub; expected {HUB}owner/name")
+    if Path(name).exists():  # what reads checkpoints would take that
+        raise CheckpointError(f"{name} lies in this folder, where {HUB}{name} cannot be read; run this from another")
     return name
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.plan import ExportOptions, foresee
@@ -12,6 +10,7 @@ from export.report import ExportReport
 from export.stages import make
 from patcher.errors import InputError
 from patcher.repository import ModelRepository
+from patcher.scratch import scratch
 from patcher.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     watch = Stopwatch()
     with watch("load"):
         plan = foresee(model, repository_dir, options)
-    with tempfile.TemporaryDirectory(prefix="patcher-export-") as folder:
-        made = make(plan, Path(folder), options.get("progress") or _silent, watch)
+    with scratch("patcher-export-") as folder:
+        made = make(plan, folder, options.get("progress") or _silent, watch)
         with watch("publish"):
             repository = _publish(repository_dir, plan, made)
     train = plan.train
@@ -81,6 +80,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         parity=made.parity.difference,
         parity_texts=made.parity.texts,
         train_examples=len(train.examples) if train else 0,
+        train_repeated=plan.repeated,
         train_accuracy=made.accuracy,
         memory_bytes=made.memory.size if made.memory else 0,
         precision=plan.target.precision,

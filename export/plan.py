@@ -14,7 +14,8 @@ from export.tokenizer import prepare_tokenizer
 from export.training import label_ids
 from patcher.errors import InputError
 from patcher.examples import as_examples
-from patcher.files import require_folder
+from patcher.files import enclosing, require_folder
+from patcher.head import MULTI_LABEL
 from patcher.names import check_name
 from patcher.remembering import FEATURES_A_LABEL
 from patcher.repository import ModelRepository
@@ -105,6 +106,11 @@ class Plan:
     encoder: TextEncoder
     target: Target
     train: LabelledTexts | None
+    """Each label's texts once."""
+    repeated: int
+    """Further ones for training."""
+    data_hash: str
+    """Of all for training, as they were given."""
     per_label: int
     held_out: LabelledTexts | None
 
@@ -119,13 +125,25 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
     backbone = options.get("backbone") or name
     _refuse_taken(repository_dir, name, backbone, in_store=in_store)
     target = _target(options)
-    given = (("train", options.get("train")), ("evaluation", options.get("evaluation")))
-    files = [None if each is None else as_examples(each, option) for option, each in given]
+    named = (("train", options.get("train")), ("evaluation", options.get("evaluation")))
+    files = [None if each is None else as_examples(each, option) for option, each in named]
     checkpoint = _checkpoint(model, options)
-    train, held_out = (_labelled(each, checkpoint) for each in files)
+    given, held_out = (_labelled(each, checkpoint) for each in files)
+    train = given and _once(given, checkpoint)
     encoder = prepare_tokenizer(checkpoint, options.get("max_length"))
-    per_label = options.get("per_label", FEATURES_A_LABEL)
-    return Plan(name, backbone, in_store, checkpoint, encoder, target, train, per_label, held_out)
+    return Plan(
+        name,
+        backbone,
+        in_store,
+        checkpoint,
+        encoder,
+        target,
+        train,
+        repeated=len(given.examples) - len(train.examples) if given and train else 0,
+        data_hash=given.examples.data_hash() if given else "",
+        per_label=options.get("per_label", FEATURES_A_LABEL),
+        held_out=held_out,
+    )
 
 
 def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:
@@ -135,6 +153,8 @@ def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *,
     if in_store:
         require_folder(location)
     repository = ModelRepository.at(location)
+    if repository is None and (around := enclosing(location)):
+        raise InputError(f"{location} lies in a repository; expected --repo {around[0]}")
     if repository is not None and name in repository.classifiers():
         raise InputError(f"{location} holds a classifier {name!r} already; expected another --name, or another --repo")
 
@@ -157,6 +177,11 @@ def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledText
     if examples is None:
         return None
     return LabelledTexts(examples, label_ids(examples, checkpoint.labels, checkpoint.problem))
+
+
+def _once(given: LabelledTexts, checkpoint: Checkpoint) -> LabelledTexts | None:
+    """Without texts that come again: in the memory they would make what is counted on it look surer."""
+    return _labelled(given.examples.once_a_label(several=checkpoint.problem == MULTI_LABEL), checkpoint)
 
 
 def _checkpoint(model: Source, options: ExportOptions) -> Checkpoint:

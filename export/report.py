@@ -38,6 +38,8 @@ class ExportReport:
     """Largest difference of a logit from the checkpoint's, on ``parity_texts`` texts."""
     parity_texts: int
     train_examples: int = 0
+    train_repeated: int = 0
+    """Further ones that were left out, as another of their label has the same words."""
     train_accuracy: float | None = None
     """Share of the training texts that the exported files answer as they are labelled; None without them."""
     memory_bytes: int = 0

@@ -244,7 +244,7 @@ class _Stages:
             served.file,
             created=now(),
             tool_version=__version__,
-            data_hash=train.examples.data_hash() if train else "",
+            data_hash=self.plan.data_hash,
             details={
                 "architecture": type(checkpoint.model).__name__,
                 **({CHECKPOINT: checkpoint.location} if checkpoint.location else {}),
@@ -255,6 +255,7 @@ class _Stages:
                 **({"checked": checked.details()} if checked else {}),
                 "max_length": self.plan.encoder.max_length,
                 "train_examples": len(train.examples) if train else 0,
+                **({"train_repeated": self.plan.repeated} if self.plan.repeated else {}),
             },
         )
         fresh = held_out and held_out.features

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from export.checkpoint import load_checkpoint
+from export.checkpoint import HUB, load_checkpoint
 from export.parity import check_parity
 from export.precision import LIMITS, precision_of
 from export.stages import split_off
@@ -99,7 +99,7 @@ def _recorded(name: str, head: Head) -> str:
         raise InputError(f"nothing says what {name} was exported from; expected --checkpoint MODEL")
     if Path(found).is_absolute() and not Path(found).is_dir():
         raise InputError(f"{name} was exported from {found}, which is not there any more; expected --checkpoint MODEL")
-    return str(found)
+    return str(found) if Path(found).is_absolute() else f"{HUB}{found}"
 
 
 def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:

@@ -14,21 +14,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher import configs
-from patcher.arguments import listed
+from patcher.arguments import listed, require
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import each, present
 from patcher.limits import check_share
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
-from patcher.rollout import Switch, changing, let_go, on_trial, probe, require_live, roll_back, validate
+from patcher.recovery import changing
+from patcher.rollout import Switch, let_go, on_trial, probe, require_live, roll_back, validate
 from patcher.signals import uninterrupted
+from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.head import Head
-    from patcher.triton.client import Answer, TritonServer
+    from patcher.triton.client import Answer
 
 __all__ = [
     "Arm",
@@ -93,6 +95,9 @@ class SplitClient:
     """
 
     def __init__(self, server: TritonServer, classifier: str, *, refresh_seconds: float = _REFRESH_SECONDS) -> None:
+        require(TritonServer, server=server)
+        require(str, classifier=classifier)
+        require(float, refresh_seconds=refresh_seconds)
         self.server, self.classifier, self.refresh_seconds = server, classifier, refresh_seconds
         self._percent, self._read = 0.0, float("-inf")
 

@@ -8,26 +8,28 @@ it. A journal tells what was begun and how it ended (``patcher.journal``); numbe
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from patcher import layout, model_config
 from patcher.backbone import Backbone
 from patcher.errors import InputError, RepositoryError, StorageError, VersionError
-from patcher.head_file import read_head
+from patcher.head_file import read_head, read_lineage
 from patcher.journal import Journal, hashes
 from patcher.memory_file import read_memory
 from patcher.names import CONFIG, JOURNAL, MODEL, version_numbers
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from patcher.files import RepositoryFiles
-    from patcher.head import Head
+    from patcher.head import Head, Lineage
     from patcher.memory import Memory
 
 __all__ = ["Classifier", "add_classifier"]
+
+_Read = TypeVar("_Read")
 
 
 class Classifier(Backbone):
@@ -88,15 +90,31 @@ class Classifier(Backbone):
     def head(self, version: int | None = None) -> Head:
         """A head version, the serving one by default."""
         number = self.serving() if version is None else version
-        data = self.head_bytes(number)
-        path = f"{self.repository.location}/{self.head_model}/{number}/{MODEL}"
-        try:
-            head = read_head(data)
-        except RepositoryError as error:
-            raise RepositoryError(f"{path}: {error}; `patcher rollback --to N` needs none but version N") from error
-        if head.lineage.version != number:
-            raise RepositoryError(f"{path} says it is version {head.lineage.version}; expected {number}")
+        head = self._read(number, read_head)
+        self._check(number, head.lineage)
         return head
+
+    def lineage(self, version: int) -> Lineage:
+        """Where a version comes from, without its rows: a tenth of the work."""
+        lineage = self._read(version, read_lineage)
+        self._check(version, lineage)
+        return lineage
+
+    def _read(self, version: int, reader: Callable[[bytes], _Read]) -> _Read:
+        data = self.head_bytes(version)
+        try:
+            return reader(data)
+        except RepositoryError as error:
+            raise RepositoryError(
+                f"{self._file(version)}: {error}; `patcher rollback --to N` needs none but version N"
+            ) from error
+
+    def _check(self, version: int, lineage: Lineage) -> None:
+        if lineage.version != version:
+            raise RepositoryError(f"{self._file(version)} says it is version {lineage.version}; expected {version}")
+
+    def _file(self, version: int) -> str:
+        return f"{self.repository.location}/{self.head_model}/{version}/{MODEL}"
 
     def head_bytes(self, version: int) -> bytes:
         """The file of a head version as it lies there."""

@@ -120,7 +120,7 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
     steps, version = [], b
     while version > a:
         try:
-            lineage = classifier.head(version).lineage
+            lineage = classifier.lineage(version)
         except VersionError:  # pruned, with what it renamed
             return _same_rows(classifier, a, b)
         steps.append(lineage.renamed)

@@ -14,12 +14,13 @@ from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
+from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
-from patcher.rollout import catch_up, probe, probe_text, recover, validate
+from patcher.rollout import probe, probe_text, validate
 from patcher.wording import install_hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from patcher.classifier import Classifier
@@ -143,7 +144,8 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
     except PatcherError as error:
         yield Check(name, "fault", str(error))
         return
-    faults = [check for version in versions if (check := _version(classifier, version, serving))]
+    published = _published(classifier)  # after the versions: each is then in it
+    faults = [check for version in versions if (check := _version(classifier, version, serving, published))]
     yield from faults
     for number in classifier.incomplete():
         yield Check(
@@ -192,9 +194,20 @@ def _gone(classifier: Classifier) -> list[int]:
     return sorted(classifier.journal.served() - set(classifier.versions()) - classifier.journal.pruned())
 
 
-def _version(classifier: Classifier, version: int, serving: int) -> Check | None:
+def _published(classifier: Classifier) -> dict[int, dict[str, str]]:
+    """What the journal says of every version; nothing where it cannot be read, which is a finding of its own."""
     try:
-        _untouched(classifier, version)
+        return classifier.journal.published()
+    except PatcherError:
+        return {}
+
+
+def _version(
+    classifier: Classifier, version: int, serving: int, published: Mapping[int, Mapping[str, str]]
+) -> Check | None:
+    try:
+        if version in published:
+            _untouched(classifier, version, published[version])
         head = classifier.head(version)
         classifier.memory(version)
         if version == serving:
@@ -208,13 +221,7 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
     return None
 
 
-def _untouched(classifier: Classifier, version: int) -> None:
-    try:
-        recorded = classifier.journal.published().get(version)
-    except RepositoryError:
-        return  # a finding of its own
-    if recorded is None:
-        return
+def _untouched(classifier: Classifier, version: int, recorded: Mapping[str, str]) -> None:
     found = hashes(classifier.files(version))
     for name in sorted(found.keys() | recorded.keys()):
         now, then = found.get(name, "gone"), recorded.get(name, "none")

@@ -109,6 +109,16 @@ class Examples:
         parts = ([part for row in rows for part in split_labels(labels[row])] for rows in places.values())
         return dataclasses.replace(kept, labels=tuple("|".join(dict.fromkeys(each)) for each in parts))
 
+    def once_a_label(self, *, several: bool = False) -> Examples:
+        """Each label's texts once, the same words being the same text.
+
+        A text that comes again tells nothing new of its label. Of two labels of one text neither is known to be wrong.
+        """
+        if several:
+            return self.once(several=True)
+        pairs = zip(map(plain_words, self.texts), self.labelled(), strict=True)
+        return self.part(sorted({pair: row for row, pair in reversed([*enumerate(pairs)])}.values()))
+
     def labelled(self) -> tuple[str, ...]:
         """The labels; ExamplesError where the file has none."""
         if self.labels is None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["FORMAT", "RepositoryFiles", "format_file", "require_folder"]
+__all__ = ["FORMAT", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
@@ -136,8 +136,8 @@ class RepositoryFiles:
 
     def classifiers(self) -> tuple[str, ...]:
         """Names of the classifiers, sorted."""
-        models = {name.split("/")[0] for name in self.storage.glob(f"*/{CONFIG}")}
-        stored = {name.split("/")[0] for name in self.storage.glob(f"*_head/{STORE}")}
+        found = [name.split("/") for name in self.storage.glob(f"*/{CONFIG}", f"*_head/{STORE}")]
+        models, stored = ({model for model, file in found if file == kind} for kind in (CONFIG, STORE))
         names = {head.removesuffix("_head") for head in models if head.endswith("_head")}
         own = {name for name in names if name in models or f"{name}_head" in stored}
         return tuple(sorted(filter(is_classifier_name, own)))
@@ -189,6 +189,13 @@ class RepositoryFiles:
         """Head versions under a name, whether or not the classifier is whole."""
         return version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
 
+    def versions_by_name(self) -> dict[str, tuple[int, ...]]:
+        """Head versions under every name, looked for at once."""
+        paths: dict[str, list[str]] = {}
+        for path in self.storage.glob(f"*_head/*/{MODEL}"):
+            paths.setdefault(path.split("/")[0].removesuffix("_head"), []).append(path)
+        return {name: version_numbers(found) for name, found in paths.items()}
+
     def has_backbone(self, name: str) -> bool:
         """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
         return self.storage.has(f"{name}_features/{CONFIG}")
@@ -230,7 +237,7 @@ class RepositoryFiles:
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
         """Add models, replacing leftovers of an interrupted export but nothing that belongs to somebody else."""
         for name, files in folders.items():
-            there = {*self.storage.glob(f"{name}/*"), *self.storage.glob(f"{name}/*/*")}
+            there = self.storage.glob(f"{name}/*", f"{name}/*/*")
             if there and not self._is_ours(name, files):
                 raise InputError(
                     f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
@@ -260,8 +267,8 @@ class RepositoryFiles:
             self.format = FORMAT
 
 
-def _around(location: Path | str) -> str:
-    """Which repository a place lies in, and what to say instead of it; nothing where it lies in none."""
+def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Which repository a place lies in, and which of its classifiers it may be one of; None where it lies in none."""
     if is_url(location):
         parent, _, name = str(location).rstrip("/").rpartition("/")
     else:
@@ -270,6 +277,14 @@ def _around(location: Path | str) -> str:
     with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
         storage = open_storage(parent)
         if storage.find(FORMAT_FILE) is not None:
-            which = f" --classifier {name}" if holds(storage, name) else ""
-            return f"{parent} is the repository that it lies in: expected --repo {parent}{which}"
-    return ""
+            return parent, name if holds(storage, name) else ""
+    return None
+
+
+def _around(location: Path | str) -> str:
+    """What to say instead of a place that lies in a repository; nothing where it lies in none."""
+    found = enclosing(location)
+    if found is None:
+        return ""
+    which = f" --classifier {found[1]}" if found[1] else ""
+    return f"{found[0]} is the repository that it lies in: expected --repo {found[0]}{which}"

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from patcher.arguments import listed
+from patcher.arguments import listed, require
 from patcher.errors import InputError, PatcherError, ServerError
 from patcher.triton.client import TritonServer
 
@@ -32,6 +32,7 @@ class Fleet(TritonServer):
     """
 
     def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
+        require(float, watch_seconds=watch_seconds)
         urls = [urls] if isinstance(urls, str) else listed(urls, "urls")
         if not urls:
             raise InputError("no server; expected HOST:PORT, or several with commas between them")

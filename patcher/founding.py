@@ -41,7 +41,6 @@ from patcher.rollout import require_live, serve, validate
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 from patcher.wording import listing, percent
-from patcher.words import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,6 +103,8 @@ class NewClassifierReport:
     penalty: float
     gate: str
     weak: tuple[WeakLabel, ...]
+    repeated: int = 0
+    """Texts that were left out, as another of their label has the same words."""
     version: int = 1
     published: bool = False
     served: bool = False
@@ -122,7 +123,7 @@ class NewClassifierReport:
         """All of it, with the figures of every label."""
         return {
             **{name: getattr(self, name) for name in ("classifier", "backbone", "in_store", "address", "version")},
-            **{name: getattr(self, name) for name in ("labels", "examples", "held_out")},
+            **{name: getattr(self, name) for name in ("labels", "examples", "repeated", "held_out")},
             "accuracy": self.evaluation.accuracy,
             "macro_f1": self.evaluation.macro_f1,
             "per_label": self.evaluation.to_json()["per_label"],
@@ -176,7 +177,8 @@ def new_classifier(
         repository.require_folder()
     base = repository.backbone(backbone)
     repository.refuse_existing(check_name(name))
-    examples = _distinct(as_examples(examples, "examples"))
+    given = as_examples(examples, "examples")
+    examples = given.once_a_label()  # a repeated text would be judged by a fit that saw it
     labels, ids = _checked(examples)
     with watch("features"):
         features = extract_features(base, examples.texts, server, progress)
@@ -184,6 +186,7 @@ def new_classifier(
         made = fit_softmax(features, ids, len(labels))
     with watch("judge"):
         report = _judged(name, base, labels, ids, features, made, settings)
+        report.repeated = len(given) - len(examples)
     if report.gate == "refused":
         report.seconds = watch.stop()
         raise GateRefused(_refusal(report, settings), report.to_json())
@@ -201,12 +204,6 @@ def _memory(
 ) -> Memory:
     limits = {"per_label": settings.per_label} | ({"most_clusters": STORED_CLUSTERS} if settings.in_store else {})
     return Memory.build(features, ids, labels, features.shape[1], **limits)
-
-
-def _distinct(examples: Examples) -> Examples:
-    """Each label's texts once: a repeated one would be judged by a fit that saw it."""
-    pairs = zip(map(plain_words, examples.texts), examples.labelled(), strict=True)
-    return examples.part(sorted({pair: row for row, pair in reversed([*enumerate(pairs)])}.values()))
 
 
 def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:

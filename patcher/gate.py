@@ -18,7 +18,7 @@ from patcher.wording import listing, percent
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from patcher.arrays import Bools, Floats, Ints
+    from patcher.arrays import Bools, Doubles, Floats, Ints
     from patcher.fit import Fit
     from patcher.fit.inputs import Labelled
     from patcher.head import Head
@@ -112,6 +112,7 @@ def judge(
     texts: Mapping[str, Sequence[str]] | None = None,
     repeated: Sequence[Repeat] = (),
     left_out: Mapping[str, int] | None = None,
+    weights: Mapping[str, Doubles] | None = None,
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -130,9 +131,11 @@ def judge(
         Pairs of examples with the same words, of which the second is none of ``examples``.
     left_out
         How many texts of a file, by the option that named it, have the words of another and are not counted.
+    weights
+        How many inputs each example of a label stands for, float64 ``[n]``, where they stand for unequal numbers.
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
-    recall, lost_to = _recall(fit, head, evaluation)
+    recall, lost_to = _recall(fit, head, evaluation, weights or {})
     duplicates, known = _screened(head, fit, examples, memory, texts)
     duplicates = [*repeated, *duplicates]
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
@@ -183,7 +186,9 @@ def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) ->
     return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
 
 
-def _recall(fit: Fit, head: Head, evaluation: Labelled | None) -> tuple[dict[str, float | None], dict[str, str | None]]:
+def _recall(
+    fit: Fit, head: Head, evaluation: Labelled | None, weights: Mapping[str, Doubles]
+) -> tuple[dict[str, float | None], dict[str, str | None]]:
     recall: dict[str, float | None] = {}
     lost_to: dict[str, str | None] = {}
     for position, label in enumerate(fit.labels, start=len(head.labels)):
@@ -198,7 +203,7 @@ def _recall(fit: Fit, head: Head, evaluation: Labelled | None) -> tuple[dict[str
             if held is None or len(held.margins) <= 1:
                 recall[label], rivals = None, list(held.rivals) if held else []
             else:
-                recall[label] = float((held.margins > 0).mean())
+                recall[label] = float(np.average(held.margins > 0, weights=weights.get(label)))
                 rivals = [rival for rival, margin in zip(held.rivals, held.margins, strict=True) if margin <= 0]
         lost_to[label] = Counter(rivals).most_common(1)[0][0] if rivals else None
     return recall, lost_to

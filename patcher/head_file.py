@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-__all__ = ["read_head", "write_head"]
+__all__ = ["read_head", "read_lineage", "write_head"]
 
 # 17 is the newest opset that ORT knows completely since 1.12, and IR 8 belongs to it: every Triton of the last years
 # loads such a file.
@@ -71,6 +71,14 @@ def read_head(data: bytes) -> Head:
             scope=Scope.from_arrays(metadata["scope"], arrays) if metadata["scope"] else None,
             lineage=_lineage(metadata["lineage"]),
         )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RepositoryError(f"this ONNX file is no head of ours: {type(error).__name__} {error}") from error
+
+
+def read_lineage(data: bytes) -> Lineage:
+    """The lineage of a head alone, none of whose arrays is looked at; RepositoryError as ``read_head`` raises it."""
+    try:
+        return _lineage(_metadata(_parse(data))["lineage"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RepositoryError(f"this ONNX file is no head of ours: {type(error).__name__} {error}") from error
 

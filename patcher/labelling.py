@@ -18,9 +18,10 @@ from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.new_texts import checked, distinct, unknown_to
 from patcher.patch import DEFAULTS, Given, Patch, PatchSettings, make_patch
+from patcher.recovery import changing
 from patcher.remembering import label_ids
 from patcher.repository import one_classifier
-from patcher.rollout import changing, require_live, roll_out, set_aside, validate, withdrawing
+from patcher.rollout import require_live, roll_out, set_aside, validate, withdrawing
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 from patcher.words import label_words, plain_words

@@ -14,8 +14,9 @@ from patcher.evaluation import Evaluation, evaluate_head
 from patcher.examples import as_examples
 from patcher.features import extract_features
 from patcher.head import Lineage
+from patcher.recovery import catch_up, changing
 from patcher.repository import one_classifier
-from patcher.rollout import Switch, catch_up, changing, roll_back
+from patcher.rollout import Switch, roll_back
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from patcher.classifier import Classifier
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ClientTls
 
@@ -90,8 +91,9 @@ def probe_replica(server: TritonServer, classifier: str, address: str, texts: Se
     return Probe(server.url, classifier, True, answer.head_version, len(answer.logits), seconds, scores, scopes)  # noqa: FBT003
 
 
-def _probes(targets: Targets) -> list[Probe]:
-    names = [(name, _address(targets.repository, name)) for name in targets.names()]
+def _probes(targets: Targets, classifiers: Sequence[tuple[str, Classifier | None]] | None = None) -> list[Probe]:
+    found = _classifiers(targets) if classifiers is None else classifiers
+    names = [(name, classifier.address if classifier else name) for name, classifier in found]
     if not names:
         return []
     with contextlib.ExitStack() as stack:
@@ -129,12 +131,16 @@ def _lives(server: TritonServer) -> bool:
         return False
 
 
-def _address(repository: ModelRepository | None, name: str) -> str:
-    """What clients ask for a classifier; its name where its files cannot be read, which hides no other."""
+def _classifiers(targets: Targets) -> list[tuple[str, Classifier | None]]:
+    """The classifiers to ask for now; None for one whose files cannot be read, which hides no other."""
+    return [(name, _readable(targets.repository, name)) for name in targets.names()]
+
+
+def _readable(repository: ModelRepository | None, name: str) -> Classifier | None:
     try:
-        return repository.classifier(name).address if repository else name
+        return repository.classifier(name) if repository else None
     except PatcherError:
-        return name
+        return None
 
 
 class _Collector:
@@ -147,8 +153,9 @@ class _Collector:
         return []
 
     def collect(self) -> Iterator[Any]:
-        yield from _replica_metrics(_probes(self._targets))
-        yield from _repository_metrics(self._targets)
+        classifiers = _classifiers(self._targets)
+        yield from _replica_metrics(_probes(self._targets, classifiers))
+        yield from _repository_metrics(classifiers)
         yield from self._changes.metrics()
 
 
@@ -184,19 +191,22 @@ def _replica_metrics(probes: Sequence[Probe]) -> Iterator[Any]:
         yield family
 
 
-def _repository_metrics(targets: Targets) -> Iterator[Any]:
+def _repository_metrics(classifiers: Sequence[tuple[str, Classifier | None]]) -> Iterator[Any]:
     from prometheus_client.core import GaugeMetricFamily
 
     pinned = GaugeMetricFamily("patcher_pinned_version", "Head version pinned in the repository", labels=["classifier"])
     count = GaugeMetricFamily("patcher_versions", "Head versions in the repository", labels=["classifier"])
-    for name in targets.names() if targets.repository else ():
-        try:
-            classifier = targets.repository.classifier(name) if targets.repository else None
-            if classifier:
-                pinned.add_metric([name], classifier.serving())
-                count.add_metric([name], len(classifier.versions()))
-        except PatcherError:
-            continue
+    found = [classifier for _, classifier in classifiers if classifier]
+    versions: dict[str, tuple[int, ...]] = {}
+    with contextlib.suppress(PatcherError):
+        # Once for all where there are several: in an object store each look is a request.
+        several = len(found) > 1
+        versions = found[0].repository.versions_by_name() if several else {each.name: each.versions() for each in found}
+    for each in found:
+        with contextlib.suppress(PatcherError):
+            pinned.add_metric([each.name], each.serving())
+            if each.name in versions:  # it may have been dropped since
+                count.add_metric([each.name], len(versions[each.name]))
     yield from (pinned, count)
 
 

@@ -18,13 +18,14 @@ from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import next_lineage
 from patcher.patch import PatchSettings
+from patcher.recovery import changing
 from patcher.repository import one_classifier
-from patcher.rollout import changing, roll_out
+from patcher.rollout import roll_out
 from patcher.scope import Scope, stretch_of
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -132,7 +133,11 @@ def merge_labels(
             rest = _forgotten(rest, label)
         examples = {into: np.concatenate(features)}
         made = fit(examples, head, rest, max_flips=limits.max_flips)
-        verdict = judge(head, made, examples, rest, max_flips=limits.max_flips, min_recall=limits.min_recall)
+        weights = {into: _weights(memory, labels, [len(rows) for rows in features])}
+        verdict = judge(
+            head, made, examples, rest,
+            weights=weights, max_flips=limits.max_flips, min_recall=limits.min_recall,
+        )  # fmt: skip
         if not (verdict.passed or force):
             raise GateRefused(f"the gate refused the merge: {verdict.sentence}", {"verdict": verdict.to_dict()})
         merged = memory.merge(labels, into) if memory else None
@@ -152,6 +157,12 @@ def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
             "merging needs a memory with features (`patcher export … --train FILE`)"
         )
     return rows
+
+
+def _weights(memory: Memory | None, labels: Sequence[str], kept: Sequence[int]) -> NDArray[np.float64]:
+    """How many of its label's texts each of the ``kept`` features stands for, float64 ``[sum(kept)]``."""
+    counts = dict(zip(memory.labels, memory.counts.tolist(), strict=True)) if memory else {}
+    return np.repeat([counts[label] / rows for label, rows in zip(labels, kept, strict=True)], kept)
 
 
 def _forgotten(memory: Memory | None, label: str) -> Memory | None:

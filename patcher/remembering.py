@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from patcher.arguments import require
@@ -13,8 +14,9 @@ from patcher.fit.scope import fit_scope
 from patcher.labelled import flat_ids, places_of
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
+from patcher.recovery import changing
 from patcher.repository import one_classifier
-from patcher.rollout import Switch, changing, roll_out
+from patcher.rollout import Switch, roll_out
 from patcher.scope import stretch_of
 from patcher.triton.client import TritonServer
 
@@ -29,13 +31,23 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.repository import ClassifierLike
 
-__all__ = ["build_memory", "label_ids", "remember"]
+__all__ = ["Remembered", "build_memory", "label_ids", "remember"]
 
 FEATURES_A_LABEL = 20
 """Real features kept of each label: enough to see a flip rate of 1 / (20 labels) with confidence."""
 
 STORED_CLUSTERS = 1
 """Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
+
+
+@dataclass(frozen=True)
+class Remembered(Switch):
+    """A change of the serving version to one with another memory."""
+
+    texts: int
+    """Those that the memory was built from."""
+    repeated: int
+    """Further ones that were left out, as another of their label has the same words."""
 
 
 def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -75,8 +87,11 @@ def remember(
     *,
     per_label: int = FEATURES_A_LABEL,
     progress: Callable[[int], None] | None = None,
-) -> Switch:
+) -> Remembered:
     """Build the memory anew from ``examples`` and publish it with the next head version, whose rows are the same.
+
+    A text that comes again under its label, with the same words, counts once: it is no fresh information, and a bound
+    on the harm of a patch that took it for such would look surer than it is.
 
     Of labels that no example has, it keeps the features that are remembered now, which is all that there is of a label
     that was added by a patch.
@@ -90,16 +105,19 @@ def remember(
     """
     require(TritonServer, None, server=server)
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
-    label_ids(classifier.head(), examples)  # before minutes go into features, and those before the lock is held
-    features = extract_features(classifier, examples.texts, None, progress)
+    head = classifier.head()
+    label_ids(head, examples)  # before minutes go into features, and those before the lock is held
+    once = examples.once_a_label(several=not head.exclusive)
+    features = extract_features(classifier, once.texts, None, progress)
     with changing(classifier, server):
         parent = classifier.head()
-        memory = build_memory(parent, examples, features, per_label=per_label, **_limits(classifier))
+        memory = build_memory(parent, once, features, per_label=per_label, **_limits(classifier))
         memory = _beside(memory, _readable(classifier), parent)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)
-        return roll_out(classifier, head, memory, server)
+        switch = roll_out(classifier, head, memory, server)
+    return Remembered(**vars(switch), texts=len(once), repeated=len(examples) - len(once))
 
 
 def _limits(classifier: Classifier) -> dict[str, int]:

@@ -10,7 +10,7 @@ from patcher.errors import RepositoryError, VersionError
 from patcher.serving import serving_of
 from patcher.signals import interruptible
 from patcher.triton.process import has_gpu
-from patcher.triton.server import EmbeddedTriton
+from patcher.triton.server import START_SECONDS, EmbeddedTriton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -39,6 +39,7 @@ def serve(
     log_file: Path | None = None,
     encoder_runs_backbone: bool = True,
     onnxruntime_backend: Path | None = None,
+    start_timeout: float = START_SECONDS,
     say: Callable[[str], object] = print,
 ) -> int:
     """Serve every classifier of ``repository`` until SIGINT, SIGTERM or SIGHUP, then let requests in flight finish.
@@ -70,7 +71,7 @@ def serve(
             for name, error in left_out.items():
                 say(f"warning: {name} is not served: {error}; once that is repaired, `patcher sync` has it served")
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
-            server.start()
+            server.start(start_timeout)
             if not server.key_hidden:
                 say("warning: this system lets other users see the admin key in the list of processes")
             say(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["install_hint", "listing", "percent"]
+__all__ = ["install_hint", "listing", "percent", "repeats"]
 
 NAMED = 5
 """So many names tell what is meant; a message with all of a thousand would not be read."""
@@ -27,3 +27,8 @@ def listing(names: Iterable[str], most: int = NAMED) -> str:
 def percent(share: float | None, digits: int = 2) -> str:
     """``0.0123`` as ``1.23 %``; an em dash for None."""
     return "—" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def repeats(count: int) -> str:
+    """What is said of texts of which another of their label has the same words."""
+    return f"{count:,} text(s) say what another of their label says, and are left out: the same words count once"

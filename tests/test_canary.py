@@ -23,7 +23,7 @@ from patcher import (
 )
 from patcher.canary import takes
 from patcher.errors import InputError, NotServed, ServerError, ServerRefused, ServerUnreachable, VersionError
-from patcher.rollout import recover
+from patcher.recovery import recover
 from patcher.triton.server import EmbeddedTriton
 
 KEYS = [f"user-{i}" for i in range(400)]

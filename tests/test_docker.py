@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import inspect
 import json
 import os
 import re
@@ -19,9 +20,11 @@ import yaml
 from packaging.requirements import Requirement
 
 from patcher import TritonServer
-from patcher.errors import ServerRefused
+from patcher.cli.serve import serve_command
+from patcher.errors import InputError, ServerRefused
 from patcher.triton.installation import find_installation
 from patcher.triton.process import free_ports
+from patcher.triton.server import EmbeddedTriton
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -354,6 +357,53 @@ def test_a_classifier_that_was_dropped_makes_nothing_unready(tmp_path: Path) -> 
             codes.append(subprocess.run(command, env=environment, capture_output=True, check=False).returncode)
         server.shutdown()
     assert codes == [1, 0, 1]
+
+
+def unit() -> dict[str, list[str]]:
+    """Each setting of the service's unit, with all its values."""
+    found: dict[str, list[str]] = {}
+    for line in (DOCKER / "patcher.service").read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def test_the_service_lets_patcher_stop_the_server() -> None:
+    found = unit()
+    assert found["KillMode"] == ["mixed"]
+    drained = inspect.signature(EmbeddedTriton).parameters["exit_timeout"].default
+    assert int(found["TimeoutStopSec"][0]) > 2 * drained + 10  # for requests in flight, then for the server's own end
+    assert found["RestartPreventExitStatus"] == [str(InputError.exit_code)]
+    (command,) = found["ExecStart"]
+    program, verb, *options = command.split()
+    assert (program, verb) == ("/opt/patcher/.venv/bin/patcher", "serve")
+    known = {name for parameter in serve_command.params for name in parameter.opts}
+    assert {word for word in options if word.startswith("--")} <= known
+    assert options[options.index("--admin-key-file") + 1] == "${CREDENTIALS_DIRECTORY}/admin-key"
+    assert found["LoadCredential"] == ["admin-key:/etc/patcher/admin-key"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_the_service_is_one_for_systemd(tmp_path: Path) -> None:
+    text = (DOCKER / "patcher.service").read_text().replace("/opt/patcher/.venv/bin/patcher", "/bin/true")
+    path = tmp_path / "patcher.service"
+    path.write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False)
+    assert not [line for line in done.stderr.splitlines() if "patcher.service" in line], done.stderr
+    path.write_text(text.replace("KillMode=mixed", "KillMode=mixd"))
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False)
+    assert "KillMode" in done.stderr or "mixd" in done.stderr
+
+
+def test_what_restarts_an_unhealthy_container_is_a_script_that_asks_the_health_check() -> None:
+    text = (DOCKER / "README.md").read_text()
+    (script,) = re.findall(r"```\n(compose=.*?)```", text, re.DOTALL)
+    assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+    (asked,) = re.findall(r"exec -T (\w+) python3 (\S+) --live", script)
+    service = compose()["services"][asked[0]]
+    assert service["healthcheck"]["test"][-1] == asked[1]
+    assert service["restart"] == "unless-stopped"
 
 
 def test_monitoring_scrapes_what_compose_runs() -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -202,8 +203,36 @@ def test_a_folder_that_is_mistyped_is_told_without_asking_the_hub(mistyped, tmp_
         (folder / "config.json").touch()
     (tmp_path / "my-finetunedbert-logs").mkdir()
     meant = Path(mistyped).parent / "my-finetuned-bert"
-    with pytest.raises(CheckpointError, match=rf"no folder that is there; .*: did you mean {meant}\?$"):
+    hub = "" if mistyped.startswith("./") else f" hf://{mistyped} is the hub's"
+    with pytest.raises(CheckpointError, match=rf"no folder that is there; .*: did you mean {meant}\?{hub}$"):
         run_export(mistyped, tmp_path / "model_repository")
+
+
+def test_an_id_of_the_hub_is_taken_for_one_when_it_says_so(bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bert, "bert-mini")
+    asked = []
+    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: asked.append(1))
+    with pytest.raises(CheckpointError, match=r"^cannot read .* of bertmini \(no folder of that name is"):
+        run_export("hf://bertmini", tmp_path / "model_repository")
+    assert asked == [1]
+    for wrong, reason in (
+        ("hf://a/b/c", "'a/b/c' is no id of the hub; expected hf://owner/name"),
+        ("hf://", "'' is no id of the hub"),
+        ("hf://bert-mini", "bert-mini lies in this folder, where hf://bert-mini cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            run_export(wrong, tmp_path / "model_repository")
+
+
+def test_a_repository_inside_of_a_repository_is_refused(bert, tmp_path, tree):
+    root = tmp_path / "model_repository"
+    run_export(bert, root)
+    before = tree(root)
+    for inside, name in (("intent", "other"), ("new", "other"), ("intent", "intent")):
+        with pytest.raises(InputError, match=rf"{root}/{inside} lies in a repository; expected --repo {root}$"):
+            run_export("./not/there", root / inside, name=name)
+    assert tree(root) == before
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
@@ -450,6 +479,27 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
     assert "5 labels" in report.sentence()
 
 
+def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
+    again = [(f" {text.upper()}  ", label) for text, label in checkpoints.TRAIN[:3]]
+    other = (checkpoints.TRAIN[0][0], checkpoints.TRAIN[-1][1])  # neither label is known to be the wrong one
+    made = {}
+    for name, rows in (("once", [*checkpoints.TRAIN, other]), ("often", [*checkpoints.TRAIN, other, *again, *again])):
+        arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
+        assert main(arguments) == 0
+        classifier = ModelRepository(tmp_path / name).classifier()
+        made[name] = (capsys.readouterr().out, classifier.head().lineage, classifier.files(1)["memory.safetensors"])
+    (said, once, memory), (told, often, same) = made["once"], made["often"]
+    assert memory == same
+    count = len(checkpoints.TRAIN) + 1
+    assert f"a memory of {count} texts" in said
+    assert "left out" not in said
+    assert f"a memory of {count} texts" in told
+    assert "6 text(s) say what another of their label says, and are left out" in told
+    assert (once.details["train_examples"], once.details.get("train_repeated")) == (count, None)
+    assert (often.details["train_examples"], often.details["train_repeated"]) == (count, 6)
+    assert once.data_hash != often.data_hash
+
+
 def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, capsys):
     told = {}
     for name, label in (("all", checkpoints.LABELS[0]), ("other", checkpoints.LABELS[1])):
@@ -612,6 +662,32 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
             run_export(bert, root, name="late")
     assert not (tmp_path / "fresh").exists()
     assert tree(kept.repository.root) == before
+
+
+def test_a_multi_label_text_that_comes_again_has_the_labels_of_both(tmp_path):
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", problem_type="multi_label_classification")
+    rows = [*checkpoints.TRAIN, ("hello, I lost my card", "greeting"), ("Hello, I lost my card", "greeting|card lost")]
+    report = run_export(folder, tmp_path / "model_repository", train=train_file(tmp_path, rows))
+    memory = report.repository.classifier().memory()
+    counts = dict(zip(memory.labels, memory.counts.tolist(), strict=True))
+    assert (counts["card lost"], counts["greeting"], report.train_repeated) == (3, 3, 1)
+
+
+def test_what_a_killed_export_left_is_taken_away_by_the_next(bert, tmp_path, monkeypatch):
+    (tmp_path / "patcher-export-killed").mkdir()
+    (tmp_path / "patcher-export-killed" / ".patcher-alive").touch()
+    (tmp_path / "patcher-export-killed" / "model.onnx").write_bytes(b"large")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def killed(_plan, folder, *_):
+        assert [path.name for path in tmp_path.glob("patcher-export-*")] == [folder.name]
+        assert [path.name for path in folder.iterdir()] == [".patcher-alive"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.classifier.make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_classifier(bert, tmp_path / "models", name="intent")
+    assert not list(tmp_path.iterdir())
 
 
 def alter(monkeypatch, part, change):

@@ -9,6 +9,7 @@ import pytest
 from test_fit import world
 
 from patcher.fit import fit
+from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
 from patcher.fit.softmax import fit_softmax
 from patcher.flips import fewest_inputs, upper_bound
@@ -285,6 +286,18 @@ def test_the_bound_holds_for_labels_that_overlap_old_ones(count):
         test = np.repeat(ids, 5)
         broken += flips_of(head, made, draw(test), test) > bound
     assert broken <= 1
+
+
+def test_recall_weighs_each_example_by_what_it_stands_for():
+    head, memory, _, _, new = world()
+    examples = {"new": new(10)}
+    margins = np.where(np.arange(10) < 4, -1.0, 1.0).astype(np.float32)
+    made = dataclasses.replace(fit(examples, head, memory), held_out={"new": HeldOut(margins, ("l0",) * 10)})
+    assert judge(head, made, examples, memory).estimated_recall == {"new": pytest.approx(0.6)}
+    weights = np.repeat([9.0, 1.0], [4, 6])
+    refused = judge(head, made, examples, memory, weights={"new": weights})
+    assert refused.estimated_recall == {"new": pytest.approx(6 / 42)}
+    assert not refused.passed
 
 
 def test_a_flip_weighs_what_its_label_weighs():

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from patcher.cli import main
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.examples import Examples
 from patcher.memory import Memory
@@ -268,6 +269,28 @@ def test_values_that_are_not_finite_are_refused() -> None:
     data[at : at + 8] = np.float64(np.nan).tobytes()
     with pytest.raises(RepositoryError, match="damaged"):
         read_memory(bytes(data))
+
+
+def test_texts_that_come_again_are_remembered_once(classifier, capsys, tmp_path) -> None:
+    texts = {label: tiny.sentences(label, 5, seed=5) for label in tiny.OLD}
+    once = remember(classifier, flat(texts))
+    memory = classifier.files(once.version)["memory.safetensors"]
+    often = remember(classifier, flat({label: [*group, *map(str.upper, group)] for label, group in texts.items()}))
+    assert classifier.files(often.version)["memory.safetensors"] == memory
+    count = 5 * len(tiny.OLD)
+    assert (once.texts, once.repeated) == (count, 0)
+    assert (often.texts, often.repeated) == (count, count)
+    lines = {label: [*group, group[0]] for label, group in texts.items()}
+    path = tiny.write_csv(tmp_path / "again.csv", lines)
+    assert main(["remember", "--repo", str(classifier.root), "--data", str(path), "--no-load"]) == 0
+    out = capsys.readouterr().out
+    assert f"{count} texts remembered" in out
+    assert f"{len(tiny.OLD)} text(s) say what another of their label says" in out
+
+
+def flat(texts) -> Examples:
+    pairs = [(text, label) for label, group in texts.items() for text in group]
+    return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "some.csv")
 
 
 def test_what_is_kept_of_other_labels_is_put_beside_a_new_memory_at_once(classifier, monkeypatch) -> None:

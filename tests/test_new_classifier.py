@@ -328,6 +328,17 @@ def test_one_of_very_many_stays_small(tiny_original, tmp_path):
     assert len(classifier.memory().clusters.labels) == 2
 
 
+def test_texts_that_come_again_are_told(tiny_original, tmp_path, capsys):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    texts = {label: tiny.sentences(label, 10) for label in ("payday", "pizza")}
+    path = tiny.write_csv(tmp_path / "topics.csv", {label: [*group, group[3]] for label, group in texts.items()})
+    arguments = ["new-classifier", "topics", "--repo", str(tmp_path / "model_repository"), "--train", str(path)]
+    assert main([*arguments, "--force", "--no-load"]) == 0
+    out = capsys.readouterr().out
+    assert "2 labels from 20 texts" in out
+    assert "repeats   2 text(s) say what another of their label says, and are left out" in out
+
+
 @pytest.mark.parametrize("in_store", [False, True])
 def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path, monkeypatch, capsys, tree, in_store):
     shutil.copytree(tiny_original, tmp_path / "model_repository")

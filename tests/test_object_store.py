@@ -33,6 +33,7 @@ from patcher import (
     drop_classifier,
     history,
     lease,
+    metrics,
     new_classifier,
     prune,
     rollback,
@@ -41,8 +42,10 @@ from patcher import (
 from patcher.cli import main
 from patcher.errors import Busy, InputError, LockLost, PatcherError, RepositoryError, ServerError, StorageError
 from patcher.lease import Lease
+from patcher.metrics import Targets
+from patcher.recovery import changing
 from patcher.relabelling import rename_label
-from patcher.rollout import changing, roll_back
+from patcher.rollout import roll_back
 from patcher.storage.object_store import ObjectStore
 from patcher.storage.s3 import Bucket, parse_url
 from patcher.triton.server import EmbeddedTriton
@@ -123,6 +126,53 @@ def test_the_layout_is_that_of_a_folder_and_every_folder_has_a_file(remote, tiny
     original = ModelRepository(tiny_original).classifier()
     assert remote.head_bytes(1) == original.head_bytes(1)
     assert (remote.versions(), remote.serving(), remote.next_version()) == ((1,), 1, 2)
+
+
+def test_doctor_reads_the_journal_no_oftener_for_more_versions(remote, store):
+    def asked():
+        store.requests.clear()
+        assert faults() == []
+        return store.requests.count(("GET", "repository/intent.journal"))
+
+    before = asked()
+    for _ in range(2):
+        rename_label(remote, "music", "songs")
+        rename_label(remote, "songs", "music")
+    assert len(remote.versions()) == 5
+    assert asked() == before
+
+
+def test_a_look_for_names_lists_those_alone_that_can_match(remote, store):
+    store.requests.clear()
+    assert remote.storage.glob("intent_head/1/*") == ["intent_head/1/memory.safetensors", "intent_head/1/model.onnx"]
+    assert remote.storage.glob("intent_h*/1/model.onnx", "intent/*") == [
+        "intent/config.pbtxt",
+        "intent_head/1/model.onnx",
+    ]
+    assert remote.storage.glob("intent_head/1/model.onnx", "none/*") == ["intent_head/1/model.onnx"]
+    assert len(store.requests) == 3
+    assert set(Bucket(URL).names("intent_head/1/")) == {"intent_head/1/memory.safetensors", "intent_head/1/model.onnx"}
+
+
+def test_a_scrape_lists_the_bucket_no_oftener_for_more_classifiers(remote, store):
+    pytest.importorskip("prometheus_client")
+    repository, head = remote.repository, remote.head()
+
+    def scraped():
+        store.requests.clear()
+        collector = metrics._Collector(Targets(("127.0.0.1:1",), (), ModelRepository(URL), every=True))
+        families = {family.name: family for family in collector.collect()}
+        counts = {each.labels["classifier"]: each.value for each in families["patcher_versions"].samples}
+        return counts, sum(method == "GET" and not name for method, name in store.requests)
+
+    counts, before = scraped()
+    assert counts == {"intent": 1}
+    with repository.lock():
+        for name in ("second", "third", "fourth"):
+            repository.add_classifier(name, head, backbone="intent")
+    counts, after = scraped()
+    assert counts == {"intent": 1, "second": 1, "third": 1, "fourth": 1}
+    assert (before, after) == (2, 2)
 
 
 def test_two_pins_are_never_dated_to_the_same_second(remote, store):
@@ -356,7 +406,7 @@ class TestKilled:
 
     def test_parts_of_versions_are_looked_for_once_for_all_classifiers(self, remote, monkeypatch):
         looks, glob = [], ObjectStore.glob
-        monkeypatch.setattr(ObjectStore, "glob", lambda self, pattern: looks.append(pattern) or glob(self, pattern))
+        monkeypatch.setattr(ObjectStore, "glob", lambda self, *given: looks.append(given) or glob(self, *given))
         with remote.repository.lock():
             pass
         alone = len(looks)

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import tiny
@@ -52,13 +53,16 @@ from patcher.errors import (
     StorageError,
     VersionError,
 )
+from patcher.examples import Examples
 from patcher.fleet import addresses, resolved, watch, waves
+from patcher.gate import judge
 from patcher.journal import Journal
 from patcher.lifecycle import history
 from patcher.metrics import Targets, _probes
 from patcher.names import check_name
+from patcher.recovery import changing, recover
 from patcher.relabelling import merge_labels, remove_label, rename_label
-from patcher.rollout import changing, recover
+from patcher.remembering import remember
 from patcher.serve import cache_options
 from patcher.serving import with_response_cache
 from patcher.storage.disk import Disk
@@ -792,6 +796,21 @@ def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, 
     assert doctor._version(classifier, 1, 2) is None
 
 
+def test_a_comparison_reads_no_rows_of_the_versions_between(classifier, monkeypatch):
+    for _ in range(3):
+        rename_label(classifier, "music", "songs")
+        rename_label(classifier, "songs", "music")
+    rename_label(classifier, "music", "songs")
+    read, head = [], Classifier.head
+    monkeypatch.setattr(Classifier, "head", lambda self, version=None: read.append(version) or head(self, version))
+    assert diff(classifier, 1, 8).renamed == (("music", "songs"),)
+    assert sorted(read) == [1, 8]
+    between = classifier.root / "intent_head" / "4" / "model.onnx"
+    between.write_bytes(b"damaged")
+    with pytest.raises(RepositoryError, match=r"4/model\.onnx: .*`patcher rollback --to N`"):
+        diff(classifier, 1, 8)
+
+
 def test_renames_are_known_after_the_versions_between_are_pruned(classifier):
     for old, new in (("music", "m1"), ("m1", "m2"), ("m2", "m3")):
         rename_label(classifier, old, new)
@@ -837,6 +856,21 @@ def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
     assert found.renamed == ((other, one),)
     assert found.removed == (f"{one} (of version 1)",)
     assert (found.added, found.changed_rows) == ((), ())
+
+
+def test_a_merge_is_judged_by_the_texts_of_each_label(classifier, monkeypatch):
+    texts = {label: tiny.sentences(label, 40 if label == "music" else 8, seed=5) for label in tiny.OLD}
+    pairs = [(text, label) for label, group in texts.items() for text in dict.fromkeys(group)]
+    remember(classifier, Examples(*map(tuple, zip(*pairs, strict=True)), "some.csv"))
+    counts = {label: sum(each == label for _, each in pairs) for label in ("music", "alarm")}
+    heard = {}
+    monkeypatch.setattr("patcher.relabelling.judge", lambda *given, **more: heard.update(more) or judge(*given, **more))
+    merge_labels(classifier, ["music", "alarm"], "sound", force=True)
+    weights = heard["weights"]["sound"]
+    kept = [min(20, count) for count in counts.values()]
+    stands_for = [count / rows for count, rows in zip(counts.values(), kept, strict=True)]
+    assert weights.tolist() == pytest.approx(np.repeat(stands_for, kept).tolist())
+    assert weights.sum() == sum(counts.values())
 
 
 def test_all_labels_cannot_be_merged(classifier, tree):

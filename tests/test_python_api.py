@@ -11,6 +11,7 @@ import tiny
 
 from patcher import (
     ClientTls,
+    EmbeddedTriton,
     Examples,
     ExamplesError,
     Fleet,
@@ -133,6 +134,15 @@ def test_a_model_that_gives_something_else_is_named():
         (lambda: TritonServer(NOBODY, admin_key=b"secret"), "^admin_key: expected str or None, got bytes$"),
         (lambda: Fleet([8001]), "url: expected str, got int"),
         (lambda: Fleet(None), "urls: expected Iterable, got None"),
+        (lambda: Fleet(NOBODY, watch_seconds="2"), "watch_seconds: expected float, got str"),
+        (lambda: SplitClient(NOBODY, "intent"), "server: expected TritonServer, got str"),
+        (lambda: SplitClient(None, "intent"), "server: expected TritonServer, got None"),
+        (lambda: SplitClient(TritonServer(NOBODY), None), "classifier: expected str, got None"),
+        (lambda: SplitClient(TritonServer(NOBODY), "intent", refresh_seconds="5"), "refresh_seconds: expected float"),
+        (lambda: EmbeddedTriton(None, []), "repository: expected str or PathLike, got None"),
+        (lambda: EmbeddedTriton("repository", "intent"), "models: expected a list, got str"),
+        (lambda: EmbeddedTriton("repository", [], host=None), "host: expected str, got None"),
+        (lambda: EmbeddedTriton("repository", [], grpc_port="8001"), "grpc_port: expected int, got str"),
         (lambda: ClientTls(None), "--tls-ca: expected str or PathLike, got None"),
         (lambda: ClientTls("/nowhere.pem"), "cannot read --tls-ca /nowhere.pem"),
         (lambda: ModelRepository(None), "location: expected str or PathLike, got None"),

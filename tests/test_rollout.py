@@ -22,7 +22,8 @@ from patcher.errors import RepositoryError, ServerError, ServerUnreachable, Stor
 from patcher.head_file import write_head
 from patcher.journal import Journal
 from patcher.lineage import next_lineage
-from patcher.rollout import changing, probe, roll_back, roll_out, set_aside, validate
+from patcher.recovery import changing
+from patcher.rollout import probe, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
 from patcher.storage import disk
 from patcher.triton.client import Answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import checkpoints
 import numpy as np
@@ -13,9 +14,11 @@ import transformers
 
 from export import export_classifier, to_transformers
 from export.precision import LIMITS, Limits
+from export.to_transformers import _recorded
 from patcher import PatchSettings, add_label, prune, remove_label
 from patcher.cli import main
 from patcher.errors import ExportError, InputError, ParityError
+from patcher.head import Lineage
 from patcher.narrow import narrow_head
 from patcher.runtime import Encoder
 from tests.test_fit import world
@@ -125,6 +128,11 @@ def test_the_verb(bert, patched, tmp_path, capsys):
     assert (found["version"], found["refitted"], found["agreement"]) == (1, [], 1.0)
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_hub_is_named_as_one():
+    lineage = Lineage(version=1, parent=None, backbone="b", details={"checkpoint": "distilbert-mine"})
+    assert _recorded("intent", SimpleNamespace(lineage=lineage)) == "hf://distilbert-mine"
 
 
 def test_the_checkpoint_is_taken_from_where_the_export_found_it(bert, tmp_path, monkeypatch, capsys):

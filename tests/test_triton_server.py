@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
 import shutil
@@ -20,12 +21,13 @@ import numpy as np
 import psutil
 import pytest
 import tiny
+from tritonclient import grpc
 
 from patcher import TritonServer
 from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError, WrongPort
 from patcher.serve import damaged
-from patcher.triton import installation, process
+from patcher.triton import installation, prepared, process
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -202,6 +204,34 @@ class TestServer:
             with pytest.raises(InputError, match=f"{port}.*another port"):
                 EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
 
+    def test_waits_as_long_as_the_log_goes_on(self, tmp_path, monkeypatch):
+        (tmp_path / "empty").mkdir()
+        triton = EmbeddedTriton(tmp_path / "empty", ["large"], log_file=tmp_path / "log")
+        triton.grpc_port = triton.http_port = triton.metrics_port = 1  # where nobody answers
+        monkeypatch.setattr(triton, "_process", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        done = threading.Event()
+
+        def log():
+            with (tmp_path / "log").open("w") as file:
+                for number in range(10):
+                    time.sleep(0.3)
+                    print(f"successfully loaded {number}", file=file, flush=True)
+            done.set()
+
+        threading.Thread(target=log).start()
+        with pytest.raises(ServerError, match=r"log told nothing new for 1 s, waiting for large .*--start-timeout"):
+            triton.wait_ready(1.0)
+        assert done.is_set()
+        triton._process.kill()
+        triton._process.wait()
+
+    def test_a_start_is_given_up_when_told(self, classifier, tmp_path, capsys):
+        arguments = ["serve", "--repo", str(classifier.root), "--log-file", str(tmp_path / "log")]
+        for port in ("grpc", "http", "metrics"):
+            arguments += [f"--{port}-port", "0"]
+        assert main([*arguments, "--start-timeout", "0.05"]) == 1
+        assert "told nothing new for 0.05 s, waiting for intent" in capsys.readouterr().err
+
     def test_keeps_the_log_of_the_server_before(self, tmp_path):
         (tmp_path / "empty").mkdir()
         log, kept = tmp_path / "log", tmp_path / "log.1"
@@ -331,7 +361,15 @@ class TestClient:
     def test_no_text_and_an_empty_text(self, client):
         assert client.classify("intent", []) == []
         assert client.features("intent_features", []).shape == (0, tiny.WIDTH)
-        assert client.classify("intent", [""])[0].text == ""
+        found = client.classify("intent", ["", "please tell me", " "])
+        assert [answer.text for answer in found] == ["", "please tell me", " "]
+        assert all(np.isfinite(answer.logits).all() for answer in found)
+        # A client that sends the tensor itself gets the same.
+        text = grpc.InferInput("text", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([[b""]], object))
+        raw = grpc.InferenceServerClient(client.url).infer("intent", [text])
+        np.testing.assert_allclose(raw.as_numpy("logits")[0], found[0].logits, atol=1e-5)
+        assert raw.as_numpy("label")[0, 0].decode() == found[0].labels[0]
 
     def test_several_threads_may_share_it(self, client):
         with ThreadPoolExecutor(4) as pool:
@@ -527,6 +565,82 @@ class TestInstallation:
             found = set(pool.map(lambda _: installation.find_installation().backends, range(4)))
         assert len(found) == 1
         assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.pop().parent.name]
+
+
+class TestPreparedFolders:
+    """What earlier installations left in the cache."""
+
+    @pytest.fixture
+    def base(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return tmp_path / "patcher"
+
+    def left(self, base, name, days, *, mark=True):
+        folder = base / name
+        (folder / "backends").mkdir(parents=True)
+        if mark:
+            (folder / prepared.MARK).touch()
+        os.utime(folder / prepared.MARK if mark else folder, (time.time() - days * 86400,) * 2)
+        return folder
+
+    def test_those_that_nobody_asked_for_in_a_month_are_taken_away(self, base):
+        self.left(base, "triton-old", 31)
+        self.left(base, "triton-older-patcher", 31, mark=False)
+        for days, mark in ((29, True), (29, False)):
+            self.left(base, f"triton-{days}-{mark}", days, mark=mark)
+        self.left(base, "objects", 99, mark=False)
+        (base / "triton-elsewhere").symlink_to(self.left(base, "precious", 99))
+        found = installation.find_installation().backends.parent.name
+        assert {path.name for path in base.iterdir()} == {
+            found, "triton-29-True", "triton-29-False", "objects", "precious"
+        }  # fmt: skip
+
+    def test_those_that_a_server_uses_stay(self, base):
+        held, named = self.left(base, "triton-held", 0), self.left(base, "triton-named", 99, mark=False)
+        descriptor = prepared.in_use(held)
+        os.utime(held / prepared.MARK, (1, 1))
+        sleeper = [sys.executable, "-c", "import time; time.sleep(300)", f"--backend-directory={named}/backends"]
+        with subprocess.Popen([*sleeper[:3], "in-use"], pass_fds=[descriptor]) as server:
+            os.close(descriptor)
+            with subprocess.Popen(sleeper) as older:
+                installation.find_installation()
+                assert held.is_dir()
+                assert named.is_dir()
+                older.kill()
+            server.kill()
+        installation.find_installation()
+        assert not held.exists()
+        assert not named.exists()
+
+    def test_a_server_holds_its_own_until_it_ends(self, base, classifier, tmp_path):
+        with EmbeddedTriton(classifier.root, [], log_file=tmp_path / "log") as server:
+            held = server.installation.backends.parent
+            installation._held.pop(held)  # as where the process that started it is gone
+            (mark,) = server.installation.kept
+            os.close(mark)
+            os.utime(held / prepared.MARK, (1, 1))
+            prepared.take_away(base, "triton-*", base / "another")
+            assert held.is_dir()
+        prepared.take_away(base, "triton-*", base / "another")
+        assert not held.exists()
+
+    def test_one_that_goes_while_it_is_asked_for_is_put_together_anew(self, base):
+        folder = self.left(base, "triton-old", 31)
+        with (folder / prepared.MARK).open("r+") as taking:
+            fcntl.flock(taking, fcntl.LOCK_EX)
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(prepared.in_use, folder)
+                time.sleep(0.2)
+                assert not asked.done()
+                folder.rename(base / "gone")
+                taking.close()
+                assert asked.result() is None
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+    def test_one_that_cannot_be_marked_is_used_all_the_same(self, base):
+        folder = self.left(base, "triton-read-only", 31, mark=False)
+        folder.chmod(0o500)
+        assert prepared.in_use(folder) == -1
 
 
 class TestTheOtherBackend:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonOptions) -> None:
     """Ask the server for the labels of each TEXT: the best ones with their scores, and the head version that answered.
 
+    An empty text is refused, as a mistake; a client that sends one gets an answer.
+
     \b
     patcher classify "my card is gone" "where is my parcel"
     patcher classify --file questions.csv --json

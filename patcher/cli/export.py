@@ -15,7 +15,7 @@ from patcher.cli.options import (
     trust_remote_code_option,
 )
 from patcher.cli.output import not_installed, tell
-from patcher.wording import percent
+from patcher.wording import percent, repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +87,8 @@ def export_command(
 ) -> None:
     """Split MODEL, a fine-tuned checkpoint (folder or hub id), into a Triton model repository.
 
+    hf://ID names the hub alone, where an id looks like the name of a folder that is here.
+
     The backbone is exported once, the head becomes version 1. Before anything appears in the repository, the exported
     files must answer as the checkpoint does; otherwise nothing is written.
 
@@ -125,6 +127,8 @@ def export_command(
         tell(json.dumps(report.to_json(), indent=2))
     else:
         tell(report.sentence())
+        if report.train_repeated:
+            tell(f"{train}: {repeats(report.train_repeated)}")
         tell(f"Next: patcher serve --repo {repo}")
 
 

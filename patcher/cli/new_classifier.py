@@ -20,7 +20,7 @@ from patcher.cli.options import (
 from patcher.cli.output import seconds
 from patcher.limits import MIN_ACCURACY
 from patcher.names import check_name
-from patcher.wording import percent
+from patcher.wording import percent, repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +119,8 @@ def _render(report: NewClassifierReport, options: CommonOptions) -> None:
         options.say(f"weak      {weak.label}: {found}, most others answered {weak.instead}")
     if len(report.weak) > _SHOWN:
         options.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
+    if report.repeated:
+        options.say(f"repeats   {repeats(report.repeated)}")
     options.say(f"asked     as {report.address}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
     options.say(

@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, memory_option, no_load_option
 from patcher.cli.output import tell
+from patcher.wording import repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +48,20 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     memory = classifier.memory(switch.version)
     size = memory.size if memory else 0
     options.emit(
-        {"classifier": classifier.name, "version": switch.version, "served": switch.served, "memory_bytes": size}
+        {
+            "classifier": classifier.name,
+            "version": switch.version,
+            "served": switch.served,
+            "memory_bytes": size,
+            "texts": switch.texts,
+            "repeated": switch.repeated,
+        }
     )
     if not options.json:
         state = "serves" if switch.served else "is published; no server was asked to load it"
-        options.say(f"{len(examples)} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
+        options.say(f"{switch.texts} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
+        if switch.repeated:
+            options.say(repeats(switch.repeated))
     head = classifier.head(switch.version)
     if said := unremembered(head.labels, memory):
         tell(f"warning: {said}", err=True)

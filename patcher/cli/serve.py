@@ -44,6 +44,15 @@ from patcher.errors import InputError
 )
 @click.option("--log-file", type=FILE, help="Where Triton writes its log.")
 @click.option(
+    "--start-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up where the server is not ready and its log has told nothing new for so long: it tells each model that "
+    "it has loaded, so that only a single one which takes longer wants more.",
+)
+@click.option(
     "--ask-backbone",
     is_flag=True,
     help="Have encoders ask the backbone's own model, as on servers that others start, where they would run a backbone "
@@ -70,6 +79,7 @@ def serve_command(
     tls_client_ca: Path | None,
     metrics_host: str | None,
     log_file: Path | None,
+    start_timeout: float,
     ask_backbone: bool,
     onnxruntime_backend: Path | None,
 ) -> None:
@@ -101,5 +111,6 @@ def serve_command(
         log_file=log_file,
         encoder_runs_backbone=not ask_backbone,
         onnxruntime_backend=onnxruntime_backend,
+        start_timeout=start_timeout,
         say=tell,
     )

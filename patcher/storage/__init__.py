@@ -74,8 +74,8 @@ class Storage(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
 
-    def glob(self, pattern: str) -> list[str]:
-        """Names of the files that match; ``*`` stands for one part, or a piece of one."""
+    def glob(self, *patterns: str) -> list[str]:
+        """Names of the files that match one of the patterns; ``*`` stands for one part, or a piece of one."""
 
     def local(self, name: str) -> Path:
         """A file of this machine with that content, to read."""

@@ -102,9 +102,10 @@ class Disk:
         """Whether there is such a file."""
         return (self.root / name).is_file()
 
-    def glob(self, pattern: str) -> list[str]:
+    def glob(self, *patterns: str) -> list[str]:
         """Names of the files that match."""
-        return [path.relative_to(self.root).as_posix() for path in self.root.glob(pattern)]
+        paths = dict.fromkeys(path for pattern in patterns for path in self.root.glob(pattern))
+        return [path.relative_to(self.root).as_posix() for path in paths]
 
     def local(self, name: str) -> Path:
         """The file itself."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -98,10 +99,12 @@ class ObjectStore:
         """Whether there is such an object."""
         return name in self._names() if self._lease else self.bucket.tag(name) is not None
 
-    def glob(self, pattern: str) -> list[str]:
-        """Names of the objects that match, part by part."""
-        parts = pattern.split("/")
-        return sorted(name for name in self._names() if _matches(name.split("/"), parts))
+    def glob(self, *patterns: str) -> list[str]:
+        """Names of the objects that match, part by part: of one request, for no more names than can match."""
+        parts = [pattern.split("/") for pattern in patterns]
+        below = os.path.commonprefix([re.split(r"[*?\[]", pattern)[0] for pattern in patterns])  # noqa: RUF071  of names
+        names = self._names() if self._lease else self.bucket.names(below)
+        return sorted(name for name in names if any(_matches(name.split("/"), each) for each in parts))
 
     def local(self, name: str) -> Path:
         """A copy in the user's cache, made once for each content that the object ever had."""

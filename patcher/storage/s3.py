@@ -173,10 +173,10 @@ class Bucket:
         """Delete an object, which need not be there."""
         self._call("delete_object", name, doing="write")
 
-    def names(self) -> dict[str, str]:
-        """ETag of every object, by name."""
+    def names(self, beginning: str = "") -> dict[str, str]:
+        """ETag of every object, by name; of those alone whose names have this beginning."""
         prefix, found = self._key(""), {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix + beginning)
         with self._mapped("", "read"):
             for page in pages:
                 found.update({each["Key"][len(prefix) :]: str(each["ETag"]) for each in page.get("Contents", ())})

@@ -272,6 +272,8 @@ class TritonServer:
         """The answer of a classifier (its name or address) to each text; texts of like length share a request.
 
         Without ``logits`` they are not fetched: with thousands of labels they are nearly all that an answer weighs.
+        An empty text is answered as any other is, and as the server answers it to any client; `patcher classify`
+        refuses one, since there it is a mistake.
 
         Raises
         ------

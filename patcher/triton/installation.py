@@ -26,11 +26,13 @@ import platform
 import shutil
 import sys
 import sysconfig
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.errors import InputError, ToolError
 from patcher.scratch import scratch
+from patcher.triton.prepared import in_use, take_away
 from patcher.wording import install_hint
 
 __all__ = ["Installation", "find_installation", "find_libpython"]
@@ -40,6 +42,9 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _LIBRARY = "libtriton_onnxruntime.so"
 _VARIABLE = "PATCHER_SERVER_ONNXRUNTIME"
 _kept: dict[str, Path] = {}
+_held: dict[Path, int] = {}
+"""For as long as this process lives: it may start a server from there at any time."""
+_building = threading.Lock()
 _at_exit = contextlib.ExitStack()
 atexit.register(_at_exit.close)
 
@@ -52,6 +57,8 @@ class Installation:
     backends: Path
     caches: Path
     environment: dict[str, str]
+    kept: tuple[int, ...] = ()
+    """Descriptors that the server is to have open: nobody takes its folder away meanwhile."""
 
 
 def find_installation(onnxruntime_backend: Path | str | None = None) -> Installation:
@@ -86,7 +93,8 @@ def find_installation(onnxruntime_backend: Path | str | None = None) -> Installa
         "LD_LIBRARY_PATH": os.pathsep.join(search),
         "PATH": os.pathsep.join([str(folder / "env" / "bin"), os.environ.get("PATH", os.defpath)]),
     }
-    return Installation(server / "bin" / "tritonserver", folder / "backends", server / "caches", environment)
+    kept = tuple(mark for mark in [_held.get(folder, -1)] if mark >= 0)
+    return Installation(server / "bin" / "tritonserver", folder / "backends", server / "caches", environment, kept)
 
 
 def find_libpython(bundled: Path) -> Path | None:
@@ -173,18 +181,31 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
     folder = base / name
-    if folder.is_dir():
-        return folder
-    with contextlib.ExitStack() as stack:
-        try:
-            base.mkdir(parents=True, exist_ok=True)
-            building = stack.enter_context(scratch(".triton-", base)) / name
-        except OSError:
+    if not _hold(folder):
+        with contextlib.ExitStack() as stack:
+            try:
+                base.mkdir(parents=True, exist_ok=True)
+                building = stack.enter_context(scratch(".triton-", base)) / name
+            except OSError:
+                return _temporary(name, sources, paths)
+            _build(building, sources, paths)
+            with contextlib.suppress(OSError):  # somebody else was faster
+                building.rename(folder)
+        if not _hold(folder):
             return _temporary(name, sources, paths)
-        _build(building, sources, paths)
-        with contextlib.suppress(OSError):  # somebody else was faster
-            building.rename(folder)
+    take_away(base, "triton-*", folder)
     return folder
+
+
+def _hold(folder: Path) -> bool:
+    """Whether it is there; then nobody takes it away."""
+    with _building:
+        if folder in _held and folder.is_dir():
+            return True
+        mark = in_use(folder)
+        if mark is not None:
+            _held[folder] = mark
+        return mark is not None
 
 
 def _temporary(name: str, sources: dict[str, Path], paths: list[str]) -> Path:

@@ -12,12 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, ToolError
+from patcher.scratch import scratch
 from patcher.wording import install_hint
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def install() -> PerfAnalyzer:
         where the wheel cannot be had, is not the one expected, or its binary does not run here.
     """
     target = _target()
-    with tempfile.TemporaryDirectory(prefix="patcher-") as name:
-        wheel = _download(Path(name))
+    with scratch("patcher-wheel-") as folder:
+        wheel = _download(folder)
         libraries = target.parent / "lib"
         libraries.mkdir(parents=True, exist_ok=True)
         for plain, source in _wanted_libraries().items():

@@ -58,11 +58,11 @@ def dead_children(pid: int) -> list[int]:
 
 
 def start_with_parent(
-    command: Sequence[str], environment: Mapping[str, str], log: int, kept: int
+    command: Sequence[str], environment: Mapping[str, str], log: int, kept: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     """Start ``command``, output to the descriptor ``log``; it gets SIGTERM when this process ends, however it ends.
 
-    The command and its children have the descriptor ``kept`` open for as long as one of them lives.
+    The command and its children have the descriptors ``kept`` open for as long as one of them lives.
 
     Raises ServerError where it cannot be started.
     """
@@ -78,7 +78,7 @@ def start_with_parent(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=(kept,),
+                pass_fds=kept,
                 start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
             )
         except OSError as error:

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError
 from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
     from patcher.triton.installation import Installation
     from patcher.triton.tls import ClientTls, ServerTls
 
-__all__ = ["EmbeddedTriton"]
+__all__ = ["START_SECONDS", "EmbeddedTriton"]
 
+START_SECONDS = 120.0
+"""A server that starts is given up where it told nothing for so long."""
 _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 1.0
 _SILENT_SECONDS, _MISSED = 60.0, 3
@@ -112,6 +115,11 @@ class EmbeddedTriton:
         encoder_runs_backbone: bool = True,
         onnxruntime_backend: Path | str | None = None,
     ) -> None:
+        require(str, os.PathLike, repository=repository)
+        require(str, host=host)
+        require(str, None, metrics_host=metrics_host)
+        require(int, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+        models = listed(models, "models")
         admin_headers(admin_key)
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
             raise InputError(
@@ -175,8 +183,11 @@ class EmbeddedTriton:
         """A client that may control models; a server with TLS wants ``tls``."""
         return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout, tls=tls)
 
-    def start(self, timeout: float = 120.0) -> Self:
-        """Start the server and wait until every model answers; at most ``timeout`` seconds.
+    def start(self, timeout: float = START_SECONDS) -> Self:
+        """Start the server and wait until every model answers, as long as it gets on.
+
+        It is given up where its log has told nothing new for ``timeout`` seconds: thousands of models take long, and
+        each that is loaded is told there.
 
         Raises
         ------
@@ -204,8 +215,12 @@ class EmbeddedTriton:
         return self
 
     def wait_ready(self, timeout: float) -> None:
-        """Wait until every model answers; ServerError with the log's words where that does not come about."""
-        deadline = time.monotonic() + timeout
+        """Wait until every model answers; ServerError with the log's words where that does not come about.
+
+        The server is given ``timeout`` seconds from each word of its log.
+        """
+        require(float, timeout=timeout)
+        told, deadline = self._log_size(), time.monotonic() + timeout
         addresses = [url.rsplit(":", 1) for url in (self.url, self.http_url, self.metrics_url)]
         with self.client(timeout=5.0) as client:
 
@@ -224,11 +239,14 @@ class EmbeddedTriton:
                     raise ServerError(
                         f"tritonserver ended with exit code {code} before it was ready.{self._log_says()}"
                     )
+                if (size := self._log_size()) != told:
+                    told, deadline = size, time.monotonic() + timeout
                 if time.monotonic() > deadline:
                     waiting = [model for model in self.models if not (ready() and ready(model))]
                     raise ServerError(
-                        f"tritonserver was not ready after {timeout:g} s, waiting for {', '.join(waiting) or 'HTTP'}."
-                        + self._log_says()
+                        f"tritonserver was not ready, and its log told nothing new for {timeout:g} s, waiting for "
+                        f"{', '.join(waiting) or 'HTTP'} (a model that takes longer to load wants a longer "
+                        f"--start-timeout).{self._log_says()}"
                     )
                 time.sleep(_POLL_SECONDS)
 
@@ -380,9 +398,14 @@ class EmbeddedTriton:
         for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
             _free(left.name.removesuffix(_MARK))
         with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
-            self._process = start_with_parent(command, environment, log.fileno(), mark.fileno())
+            self._process = start_with_parent(command, environment, log.fileno(), [mark.fileno(), *installation.kept])
         if self._http_key is not None:
             self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
+
+    def _log_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return self.log_file.stat().st_size if self.log_file else 0
+        return 0
 
     def _log_says(self) -> str:
         lines = telling_lines(self.log_file) if self.log_file else []
