@@ -23,6 +23,8 @@ class Settings:
         the classifier features most of all, so that the covariance alone promises a separation that a new label lacks.
     positive_variance
         Spread of the cloud that an example stands for, in units of that covariance.
+    variant_share
+        Of an example's weight what its variants have together, where it has some; 0.3 to 0.7 measured the same.
     penalty
         On the row's squared distance to the prior in whitened features.
     prior
@@ -56,6 +58,7 @@ class Settings:
     ridge_hidden: float = 0.1
     total: float = 1.0
     positive_variance: float = 4.0
+    variant_share: float = 0.5
     penalty: float = 1e-3
     prior: str = "zero"
     near: int = 32
