@@ -793,7 +793,7 @@ def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, 
     monkeypatch.setattr(Classifier, "head_bytes", pruned)
     assert [entry.lineage.version for entry in history(classifier)] == [2]
     monkeypatch.undo()
-    assert doctor._version(classifier, 1, 2) is None
+    assert doctor._version(classifier, 1, 2, {}) is None
 
 
 def test_a_comparison_reads_no_rows_of_the_versions_between(classifier, monkeypatch):

@@ -219,7 +219,7 @@ class TestServer:
             done.set()
 
         threading.Thread(target=log).start()
-        with pytest.raises(ServerError, match=r"log told nothing new for 1 s, waiting for large .*--start-timeout"):
+        with pytest.raises(ServerError, match=r"not ready after 1 s, waiting for large, .*--start-timeout"):
             triton.wait_ready(1.0)
         assert done.is_set()
         triton._process.kill()
@@ -230,7 +230,7 @@ class TestServer:
         for port in ("grpc", "http", "metrics"):
             arguments += [f"--{port}-port", "0"]
         assert main([*arguments, "--start-timeout", "0.05"]) == 1
-        assert "told nothing new for 0.05 s, waiting for intent" in capsys.readouterr().err
+        assert "not ready after 0.05 s, waiting for intent" in capsys.readouterr().err
 
     def test_keeps_the_log_of_the_server_before(self, tmp_path):
         (tmp_path / "empty").mkdir()

@@ -244,8 +244,8 @@ class EmbeddedTriton:
                 if time.monotonic() > deadline:
                     waiting = [model for model in self.models if not (ready() and ready(model))]
                     raise ServerError(
-                        f"tritonserver was not ready, and its log told nothing new for {timeout:g} s, waiting for "
-                        f"{', '.join(waiting) or 'HTTP'} (a model that takes longer to load wants a longer "
+                        f"tritonserver was not ready after {timeout:g} s, waiting for {', '.join(waiting) or 'HTTP'}, "
+                        "without a new word in its log (a model that takes longer to load wants a longer "
                         f"--start-timeout).{self._log_says()}"
                     )
                 time.sleep(_POLL_SECONDS)
