@@ -1,4 +1,4 @@
-"""Many rows a few at a time: the logits of 5,000 labels for 100,000 inputs take gigabytes, and are soon done with."""
+"""Many rows in blocks: all logits of 100,000 inputs for 5,000 labels would take gigabytes, and are soon dropped."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ _ROWS = 1024
 
 
 def blocks(count: int, rows: int = _ROWS) -> Iterator[slice]:
-    """Slices of at most so many ``rows``, which together are all of ``count``, in order."""
+    """Slices of at most ``rows`` rows that together cover ``count`` of them, in order."""
     return (slice(start, start + rows) for start in range(0, count, rows))

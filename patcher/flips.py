@@ -1,4 +1,4 @@
-"""How many inputs of old labels a fit takes from them, and what such a count says of all inputs like those."""
+"""How many inputs of old labels a fit takes away, and what such a count says about all inputs like them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROUNDED = 1e-9
 
 @dataclass(frozen=True)
 class Flips:
-    """Inputs that were answered rightly and are no longer.
+    """Inputs that were answered correctly before a patch and no longer are.
 
     Parameters
     ----------
@@ -37,15 +37,16 @@ class Flips:
         ``count`` of ``size`` inputs, those of ``calibration``: ``eval``, ``replay`` or ``features`` of the memory.
         Nothing was counted where it is ``draws`` or ``none``.
     losing, sizes
-        Flips by old label, most first, and inputs of each label there is one of.
+        Flips by old label, most first, and the number of inputs of each label that has any.
     rate
         Share of the inputs that flip, each label weighed by its share of the data; None where nothing was counted.
     effective
-        So many inputs of equal weight tell as much: ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling, 1965).
+        The number of inputs of equal weight that would tell as much: ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling,
+        1965).
     thresholds
-        Rows that were set as far as these very inputs let them.
+        Number of rows whose threshold was set on these very inputs.
     refitted
-        Whether these very inputs took part in a refit of the old rows: then the bound is none of what fresh ones do.
+        Whether these very inputs took part in a refit of the old rows; then the bound does not hold for fresh inputs.
     """
 
     calibration: str
@@ -62,9 +63,9 @@ class Flips:
     def bound(self) -> float | None:
         """The rate's one-sided upper bound at 95 % confidence; None where nothing was counted.
 
-        Clopper-Pearson's, of as many flips in as many inputs as tell as much (Korn & Graubard, Survey Methodology,
-        1998). A row that is set just short of one more flip is as good as one that was not looked at; with several of
-        them as many flips less one are added, as each stops short of one of its own.
+        Clopper-Pearson's, for the effective numbers of flips and inputs (Korn & Graubard, Survey Methodology, 1998).
+        One row that is set just short of its next flip is no worse than a row that was set without these inputs. With
+        several such rows, one flip is added for each but the first, as each stops just short of a flip of its own.
         """
         if self.calibration not in ("eval", "replay", "features"):
             return None
@@ -122,7 +123,7 @@ def count_flips(
     memory: Memory | None,
     evaluation: Labelled | None,
 ) -> list[Flips]:
-    """On the best inputs there are, which the bound comes from, and on all others: none may hide what another shows."""
+    """Flips on the best inputs, which give the bound, and then on all others: none may hide what another shows."""
     counted = []
     if evaluation is not None:
         found = _on_evaluation(head, fit, evaluation)
@@ -152,7 +153,7 @@ def _counted(inputs: OldInputs, lost: Ints, head: Head, thresholds: int = 1) -> 
 
 
 def _in_full(found: Flips, head: Head, fit: Fit, memory: Memory | None) -> Flips:
-    """With many labels few inputs of each are looked at: for those that lose some, all there are."""
+    """With many labels only a few inputs of each are looked at; for labels that lose some, count all there are."""
     inputs = old_inputs(memory, None, head, only=found.losing) if found.losing else None
     if inputs is None or memory is None or len(memory.sample) <= found.size or not head.exclusive:
         return found

@@ -1,9 +1,9 @@
 """A head as one plain linear layer on the classifier features, for those who need just that.
 
-Rows patched in look at features that a fine-tuned layer does not see. Here each of them is fitted again on the
-classifier features alone, from what the memory keeps of its examples, in the order in which they were added;
-after a refit, which changed every row, all of them are, as discriminants. Such a row
-finds a few inputs less (``tests/benchmarks/quality.py``: the classifier's features alone).
+Rows that were patched in use features that a fine-tuned layer does not see. Here each of them is fitted again on the
+classifier features alone, from what the memory keeps of its examples, in the order in which they were added. After a
+refit, which changed every row, all rows are fitted again, as discriminants. Such a row finds slightly fewer inputs
+(``tests/benchmarks/quality.py``: the classifier's features alone).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["narrow_head", "narrow_memory"]
 
 
 def narrow_memory(memory: Memory) -> Memory:
-    """The same memory of the classifier features alone."""
+    """The same memory, reduced to the classifier features."""
     split = memory.split
     return dataclasses.replace(
         memory,

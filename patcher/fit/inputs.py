@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "own_logits"]
 
 _MOST = 20_000
-"""Inputs looked at: with none of so many taken, at most 0.015 % are, and thousands of labels stay quick."""
+"""Most inputs looked at: if none of this many is taken, at most 0.015 % are, and thousands of labels stay fast."""
 
 
 class Labelled(NamedTuple):
     """Labelled data: features float32 ``[n, width]``, and the positions INT64 ``[n]`` of their labels.
 
-    What has several labels is there once for each, side by side.
+    A text with several labels has one row for each of them, one after the other.
     """
 
     features: Floats
@@ -39,10 +39,10 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Nearest:
-    """The inputs that a new row comes nearest to.
+    """The inputs that are nearest to being taken by a new row.
 
-    ``places`` INT64 ``[m]`` in the inputs; ``margins`` float64 ``[m]``, what the new logit lacks to win; ``right``,
-    whether the input is answered rightly as things are.
+    ``places`` INT64 ``[m]`` in the inputs; ``margins`` float64 ``[m]``, how far the new logit is from winning;
+    ``right``, whether the input is answered correctly without the new row.
     """
 
     places: Ints
@@ -55,8 +55,8 @@ class OldInputs:
     """Features float32 ``[n, width]``, their label's position in the head ``[n]``, and its logit ``[n]``.
 
     ``weights`` float64 ``[n]``, 1 on average: how many inputs each stands for, where labels have unequal shares of
-    them. ``source`` is ``eval``, ``replay`` or ``features`` (of the memory); the last ``others`` of them were put
-    beside those, and a budget of flips holds on either part.
+    them. ``source`` is ``eval``, ``replay`` or ``features`` (of the memory). The last ``others`` of them were added to
+    those; the budget of flips applies to each of the two parts.
     """
 
     features: Floats
@@ -70,7 +70,7 @@ class OldInputs:
         return len(self.ids)
 
     def beside(self, other: OldInputs | None) -> OldInputs:
-        """These and others, under the name of these."""
+        """These inputs followed by others, with the source of these."""
         if other is None:
             return self
         features, ids = np.concatenate([self.features, other.features]), np.concatenate([self.ids, other.ids])
@@ -84,27 +84,27 @@ class OldInputs:
         return OldInputs(self.features[places], self.ids[places], own, weights, self.source, others)
 
     def apart(self) -> tuple[OldInputs, OldInputs]:
-        """These alone, and those of the memory that were put beside them; either may be none."""
+        """The inputs themselves, and those of the memory that were added to them; either part may be empty."""
         own = len(self) - self.others
         mine, theirs = self.part(np.arange(own)), self.part(np.arange(own, len(self)))
         return mine, dataclasses.replace(theirs, source="features", others=0)
 
     def groups(self, places: Ints) -> list[tuple[float, Bools]]:
-        """Each part that a budget holds on: what its inputs weigh together, and which of ``places`` are of it."""
+        """For each part that the budget applies to: its inputs' total weight, and which of ``places`` belong to it."""
         own = len(self) - self.others
         parts = ((self.weights[:own], places < own), (self.weights[own:], places >= own))
         return [(float(weights.sum()), mine) for weights, mine in parts if len(weights)]
 
     def without(self, features: Floats) -> OldInputs | None:
-        """Those whose features, as a memory stores them, are none of ``features``; None where all are."""
+        """Those whose features, as a memory stores them, are not among ``features``; None if no input is left."""
         left = np.flatnonzero(~np.isin(_bytes(half(self.features)), _bytes(half(features))))
         return self.part(left) if len(left) else None
 
     def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int, also: Ints | None = None) -> Nearest:
         """The ``count`` inputs with the least margin to a new row, float32 ``[width]``, and those at ``also``.
 
-        An input's own logit is at most its best, so few of them need all logits: with thousands of labels the
-        difference between a second and a minute.
+        An input's own logit is at most its best one, so only a few inputs need all logits: with thousands of labels,
+        that is the difference between a second and a minute.
         """
         new = self.features @ weight + bias
         places = _least(self.own - new if head.exclusive else -new, count)

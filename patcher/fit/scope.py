@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 __all__ = ["FINE_TUNED", "fit_scope"]
 
 _RANK = 128
-"""Directions kept: with 135 labels and 768 features they and the clusters cost half a megabyte in the head's file."""
+"""Directions kept; for 135 labels and 768 features, they and the clusters take half a megabyte of the head's file."""
 
 _FEWEST_FRESH = 20
-"""With fewer, the share of them that a limit should keep out is less than one."""
+"""With fewer, the share of them that should lie beyond the limit would be less than one input."""
 _MOST = 2_000
-"""Remembered inputs that the limit is set on: with many labels there are more than a quantile needs."""
+"""Most remembered inputs that the limit is computed from; a quantile does not need more."""
 
 _FRESHER = 2.0
 """How many times as far (squared) fresh texts lie as those that took part in the fine-tuning."""
 
 FINE_TUNED = 2.0
-"""The stretch for remembered inputs that took part in the fine-tuning, where no fresh ones tell it.
+"""The stretch for remembered inputs that took part in the fine-tuning, if there are no fresh ones to measure it on.
 
-On two backbones of posing labels they said 1.8 and 1.9 (``tests/benchmarks/results/tuning.md``).
+Measured on two backbones, with old labels treated as new: 1.8 and 1.9 (``tests/benchmarks/results/tuning.md``).
 """
 
 _LONGEST = 30_000.0
 """The largest number in a projection: half of what FP16 holds."""
 
 _MOST_CLUSTERS = 10_000
-"""Above this the labels' own means do: they lie close enough, and a head's file need not grow tenfold."""
+"""With more, the labels' own means are used: they are close enough together, and the file stays a tenth of the size."""
 
 
 def fit_scope(

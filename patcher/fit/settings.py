@@ -1,7 +1,7 @@
-"""The figures that a fit is tuned by: chosen once and for all by old labels posing as new ones.
+"""The settings of a fit, chosen once and for all on old labels that were treated as new ones.
 
-They were measured on encoders that never saw the posing labels (``tests/benchmarks/tune_backbone.py`` trains them,
-``tests/benchmarks/tune_fit.py`` compares).
+They were measured on encoders that never saw those labels (``tests/benchmarks/tune_backbone.py`` trains the encoders,
+``tests/benchmarks/tune_fit.py`` compares settings).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Settings:
     ----------
     ridge_classifier, ridge_hidden, total
         Features are standardised, and the covariance inside labels is widened by a ridge on the classifier features,
-        one on the others, and this share of the covariance of all inputs. Fine-tuning has squeezed the labels it saw,
-        the classifier features most of all, so that the covariance alone promises a separation that a new label lacks.
+        one on the others, and this share of the covariance of all inputs. Fine-tuning has pulled together the texts of
+        the labels it saw, above all in the classifier features, so the covariance alone would promise a separation that
+        a new label does not have.
     positive_variance
         Spread of the cloud that an example stands for, in units of that covariance.
     variant_share
@@ -33,25 +34,25 @@ class Settings:
         Old labels that take part: this many by their logits on the examples and as many by the distance of their
         means; all of them where there are no more than ``near_floor``. The same holds for the other new labels.
     hard, hard_weight
-        So many real inputs of old labels, those that a first row comes nearest to, join as negatives of this weight
-        (a label's mean has weight 1).
+        This many real inputs of old labels, the nearest to a first version of the row, are added as negatives with this
+        weight (a label's mean has weight 1).
     kernel
-        Width of the cloud that a real old input stands for when errors are foretold, in standard deviations of the
-        row's margin inside its label.
+        Width of the cloud that a real old input stands for when errors are predicted, in standard deviations of the
+        row's margin within the input's label.
     taken_weight
-        Price of an old input that the new label takes, next to one of the new label's that is missed, both counted
-        in labels' worth of inputs.
+        Cost of an old input that the new label takes, relative to an input of the new label that is missed, both
+        counted in labels' worth of inputs.
     folds
-        Ten examples are left out one by one, more of them in as many groups.
+        Up to this many examples are left out one at a time; more are left out in this many groups.
     name_slack
-        A label's name takes part if its squared distance to the examples is at most so many times that to any other
-        label.
+        A label's name takes part if its squared distance to the examples is at most this many times its distance to
+        any other label.
     refit_ridge
-        Of ``ridge``: penalty a sentence, on standardised features.
+        Of ``ridge``: penalty per sentence, on standardised features.
     refit_taken_weight
-        Of ``ridge`` and ``lda``: ``taken_weight``; with 1 the most texts are answered right over all labels.
+        ``taken_weight`` for ``ridge`` and ``lda``; at 1 the most texts of all labels together are answered right.
     anchor
-        Of ``anchored``: penalty on the squared way of all rows from where they were, in whitened features.
+        Of ``anchored``: penalty on the squared distance of all rows from where they were, in whitened features.
     """
 
     ridge_classifier: float = 1.0
