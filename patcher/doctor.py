@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.features import extract_features
 from patcher.fleet import members, present
-from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.repository import ModelRepository
 from patcher.rollout import catch_up, probe, probe_text, recover, validate
@@ -209,20 +208,12 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
 
 
 def _untouched(classifier: Classifier, version: int) -> None:
+    files = classifier.files(version)
     try:
-        recorded = classifier.journal.published().get(version)
+        recorded = classifier.journal.published().get(version, {})
     except RepositoryError:
         return  # a finding of its own
-    if recorded is None:
-        return
-    found = hashes(classifier.files(version))
-    for name in sorted(found.keys() | recorded.keys()):
-        now, then = found.get(name, "gone"), recorded.get(name, "none")
-        if now != then:
-            raise RepositoryError(
-                f"{name} was changed after it was published: its SHA-256 is {now[:12]}, the journal says {then[:12]}; "
-                "restore it from a copy, or go to another version and prune this one"
-            )
+    classifier.require_published(version, {name: files.get(name) for name in (*files, *recorded)})
 
 
 def _backbone(classifier: Classifier) -> Check:

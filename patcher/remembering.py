@@ -95,7 +95,7 @@ def remember(
     label_ids(classifier.head(), examples)  # before minutes go into features, and those before the lock is held
     features = extract_features(classifier, examples.texts, None, progress)
     with changing(classifier, server):
-        parent = classifier.head()
+        parent = classifier.head(published=True)
         memory = build_memory(parent, examples, features, per_label=per_label, **_limits(classifier))
         memory = _beside(memory, _readable(classifier), parent)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -409,6 +410,25 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
         ("add-label", "dry_run"), ("add-label", "bad_input"), ("add-label", "done"), ("prune", "done"),
     ]  # fmt: skip
     assert events[3]["classifier"] == "intent"
+
+
+def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
+    log, fsync = tmp_path / "audit.jsonl", os.fsync
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(descriptor):
+        if os.fstat(descriptor).st_ino == log.stat().st_ino:
+            os.kill(os.getpid(), signal.SIGINT)
+        fsync(descriptor)
+
+    log.touch()
+    monkeypatch.setattr(os, "fsync", interrupted)
+    try:
+        assert patcher("prune", "--keep", "1")[0] == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert json.loads(log.read_text())["outcome"] == "done"
 
 
 def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):

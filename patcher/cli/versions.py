@@ -151,9 +151,11 @@ def sync_command(options: CommonOptions) -> int:
     Ends with 1 where one of them does not answer, or will not.
     """
     from patcher.lifecycle import sync
+    from patcher.names import CANARY
 
     names = options.repository.classifiers() if options.classifier_name is None else ()
-    classifiers = [options.repository.classifier(name) for name in names] or [options.classifier]
+    own = [name for name in names if not name.endswith(CANARY)]  # a trial is brought in step with its classifier
+    classifiers = [options.repository.classifier(name) for name in own] or [options.classifier]
     with options.server() as server:
         found = [(each.name, url, state) for each in classifiers for url, state in sync(each, server).items()]
     options.emit([{"classifier": name, "url": url, "state": state} for name, url, state in found])
