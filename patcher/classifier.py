@@ -116,10 +116,10 @@ class Classifier(Backbone):
         number = self.serving() if version is None else version
         name = f"{self.version_name(number)}/{layout.MEMORY}"
         data = self.storage.find(name)
-        if published:
-            self.require_published(number, {layout.MEMORY: data})
         if data is None:
             return None
+        if published:
+            self.require_published(number, {layout.MEMORY: data})
         try:
             return read_memory(data)
         except RepositoryError as error:

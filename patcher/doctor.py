@@ -260,6 +260,11 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
             if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
                 found = f"its trial has ended, and {server.url} goes on with it; `patcher sync` ends it there, too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)
+            if repository.stored_on(name) is not None and server.is_ready(f"{name}_head"):
+                found = (
+                    f"{server.url} answers it from a model that the repository has no more; `patcher sync` ends that"
+                )
+                yield Check(f"{name}, served", "fault", found)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; nothing more was asked of it")
 

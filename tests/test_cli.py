@@ -483,3 +483,9 @@ def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):
     said = run.communicate(timeout=60)[1]
     assert (run.returncode, "interrupted" in said) == (130, True), said
     assert tree(classifier.root) == before
+
+
+def test_one_long_label_does_not_widen_every_line_of_the_history(patcher):
+    assert patcher("rename-label", "music", "x" * 500, "--no-load")[0] == 0
+    assert max(map(len, patcher("history")[1].splitlines())) < 200
+    assert json.loads(patcher("history", "--json")[1])[1]["renamed"] == [["music", "x" * 500]]

@@ -905,12 +905,6 @@ class TestDamage:
         remember(classifier, Examples(tuple(TEN), ("payday",) * 10))
         assert remove_label(classifier, "music").version == 4
 
-    def test_a_memory_that_is_gone_is_not_done_without(self, classifier):
-        patched(classifier)
-        (classifier.version_path(2) / "memory.safetensors").unlink()
-        with pytest.raises(RepositoryError, match="its SHA-256 is gone"):
-            remove_label(classifier, "music")
-
 
 def test_all_labels_cannot_be_merged(classifier, tree):
     before = tree(classifier.root)

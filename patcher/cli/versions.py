@@ -48,7 +48,7 @@ def history_command(options: CommonOptions) -> None:
             entry.lineage.parent or "—",
             entry.lineage.created[:19],
             entry.labels,
-            entry.what(),
+            _shortened(entry.what()),
             entry.lineage.method,
             entry.lineage.gate,
             entry.lineage.author or "—",
@@ -58,6 +58,11 @@ def history_command(options: CommonOptions) -> None:
     ]
     header = ("version", "parent", "created", "labels", "change", "method", "gate", "by", "data")
     options.say(table(header, rows, right=(3,)))
+
+
+def _shortened(text: str, width: int = 80) -> str:
+    """One long label would make all lines of a table as long; --json has it whole."""
+    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 @click.command("diff")
