@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ _ON_DAMAGED = {
     *("add-label", "rename-label", "remove-label", "merge-labels", "remember", "rollback"),
     *("labels", "history", "diff", "evaluate", "report", "classify"),
 }
+_WRITE = {"add-label", "rename-label", "remove-label", "merge-labels", "remember", "rollback"}
+_SERVED = "patcher_head_version{"
 _SHARED = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
 
 
@@ -184,6 +187,10 @@ class Walk:
             self.together()
         elif fault < 0.14 and isinstance(self.location, Path):
             self.damaged()
+        elif 0.2 < fault < 0.22 and isinstance(self.location, Path):
+            self.full()
+        elif 0.22 < fault < 0.23 and self.triton:
+            self.scraped()
         else:
             self.verb()
         self.check()
@@ -212,11 +219,11 @@ class Walk:
 
     # -- faults -----------------------------------------------------------------------------------------------------
 
-    def spawn(self, plan: Plan) -> subprocess.Popen[bytes]:
-        """A verb in a process of its own; what it imports is there when this returns."""
+    def spawn(self, plan: Plan, before: str = "") -> subprocess.Popen[bytes]:
+        """A verb in a process of its own, after what is to be done ``before``; when this returns, it begins."""
         code = "import sys; from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
         code += "import patcher.canary, patcher.lifecycle, patcher.founding; "
-        code += "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+        code += before + "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, *self.arguments(plan)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout
@@ -293,6 +300,47 @@ class Walk:
         twin.highest = max(twin.highest, classifier.next_version() - 1)
         self.world.twins[name] = twin
 
+    def full(self) -> None:
+        """No file can be written: whatever is tried, nothing changes."""
+        plan = self.verbs.draw(self.world, server=self.triton is not None, changing=True)
+        if plan.verb not in _WRITE:
+            return
+        limit = int(self.rng.choice([0, 10, 300, 700]))
+        before = (
+            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.dont_write_bytecode = True; "
+        )
+        process = self.spawn(plan, f"{before}resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); ")
+        said = process.communicate()[1].decode()
+        self.log.append(f"{' '.join(self.arguments(plan))}, {limit} bytes a file -> {process.returncode}")
+        self.counts["a full disk"] += 1
+        codes = {1} | (plan.codes - {0})
+        fits = process.returncode in codes and "Traceback" not in said
+        self.rules.need("what cannot be written fails", fits, f"{self.log[-1]}, expected {codes}: {said}")
+        repaired = self.call(Plan("doctor", ["--repair"], [], {0}))
+        self.rules.need("doctor mends it", repaired.code == 0, f"{self.log[-1]}: {repaired.out}")
+        for name, twin in self.world.twins.items():
+            twin.answering = {twin.serving} if self.triton else set()
+            # A number that was begun is not given again.
+            twin.highest = ModelRepository(self.location).classifier(name).next_version() - 1
+
+    def scraped(self) -> None:
+        """``metrics`` tells the version that each classifier answers from, until Ctrl-C."""
+        process = self.spawn(Plan("metrics", ["--port", "0"], [], {0}))
+        assert process.stdout
+        place = process.stdout.readline().decode().split()[2].rstrip(";")
+        with urllib.request.urlopen(place, timeout=30) as page:  # noqa: S310  it is our own
+            text = page.read().decode()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1].decode()
+        self.log.append(f"metrics -> {process.returncode}")
+        self.counts[f"metrics: {process.returncode}"] += 1
+        self.rules.need("metrics ends by Ctrl-C", process.returncode == 0 and "Traceback" not in said, said)
+        for name, twin in self.world.twins.items():
+            lines = [line for line in text.splitlines() if line.startswith(_SERVED) and f'classifier="{name}"' in line]
+            told = {int(float(line.rsplit(" ", 1)[1])) for line in lines}
+            if twin.answering:
+                self.rules.need("metrics tell what answers", bool(told) and told <= twin.answering, f"{name}: {lines}")
+
     def together(self) -> None:
         """Two verbs at once: one waits for the other, or is refused."""
         plans = [self.verbs.draw(self.world, server=self.triton is not None, changing=True) for _ in range(2)]
@@ -313,7 +361,8 @@ class Walk:
         repository = ModelRepository(self.location)
         for name, twin in self.world.twins.items():
             classifier = repository.classifier(name)
-            for number in sorted(set(classifier.versions()) - set(twin.versions)):
+            new = sorted(set(classifier.versions()) - set(twin.versions))
+            for number in new:
                 head, memory = classifier.head(number), classifier.memory(number)
                 kinds = dict(twin.versions[head.lineage.parent or 1].kinds)
                 for old, new in head.lineage.renamed:
@@ -329,7 +378,7 @@ class Walk:
             twin.trial = None if trial is None else trial.serving()
             twin.serving, twin.highest = classifier.serving(), max(twin.highest, classifier.next_version() - 1)
             if self.triton:
-                twin.answering |= {twin.serving}
+                twin.answering |= {twin.serving, *new}
 
     def damaged(self) -> None:
         """A byte of a head's file is another: doctor says so, no change is built on it, what serves goes on."""

@@ -81,7 +81,7 @@ class Verbs:
         if classifier:
             chances.pop("new_classifier")
         if self.checkpoint and not changing:
-            chances |= {"export": 0.5, "to_transformers": 0.5}
+            chances |= {"export": 1, "to_transformers": 1, "tune": 0.3}
         names = list(chances)
         total = sum(chances.values())
         verb = str(self.rng.choice(names, p=[chances[each] / total for each in names]))
@@ -500,8 +500,13 @@ class Verbs:
     def to_transformers(self, draw: Draw) -> Plan:
         """A checkpoint of what serves; only what was exported has one."""
         self.seeds += 1
-        codes = {0, 2} if draw.name == "exported" else {1, 2}
+        codes = {0, 2} if draw.name == "exported" else {1, 2}  # rows of an early label may have nothing remembered
         return Plan("to-transformers", [], [str(self.folder / f"checkpoint-{self.seeds}")], codes)
+
+    def tune(self, draw: Draw) -> Plan:
+        """Other settings, which a server that is started again takes up."""
+        file = self.old_data(draw.twin)
+        return Plan("tune", ["--input", file, "--seconds", "5", "--concurrency", "2"], [], {0})
 
 
 _CHANGES = {
