@@ -303,7 +303,7 @@ class Walk:
     def full(self) -> None:
         """No file can be written: whatever is tried, nothing changes."""
         plan = self.verbs.draw(self.world, server=self.triton is not None, changing=True)
-        if plan.verb not in _WRITE:
+        if plan.verb not in _WRITE or plan.change is None:  # a dry run writes nothing
             return
         limit = int(self.rng.choice([0, 10, 300, 700]))
         before = (
