@@ -147,7 +147,7 @@ def begin(classifier: Classifier, version: int, percent: float, server: TritonSe
         when the server would not serve it; the canary is gone again, or has the share that it had.
     """
     with changing(classifier, server):
-        return start(classifier, classifier.head(version), percent, server)
+        return start(classifier, classifier.head(version, published=True), percent, server)
 
 
 def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:

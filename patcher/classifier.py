@@ -20,7 +20,7 @@ from patcher.names import CONFIG, JOURNAL, MODEL, version_numbers
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from patcher.files import RepositoryFiles
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Classifier", "add_classifier"]
 
 _Read = TypeVar("_Read")
+
+_CURE = "restore it from a copy, or go to another version and prune this one"
+_CURES = {layout.MEMORY: "restore it from a copy, or build it anew by `patcher remember --data FILE`"}
 
 
 class Classifier(Backbone):
@@ -87,10 +90,14 @@ class Classifier(Backbone):
             raise VersionError(f"{what}; there are {there} (`patcher history`)")
         return name
 
-    def head(self, version: int | None = None) -> Head:
-        """A head version, the serving one by default."""
+    def head(self, version: int | None = None, *, published: bool = False) -> Head:
+        """A head version, the serving one by default.
+
+        With ``published``, for what is to be built on it or to serve, RepositoryError where its file is not the one
+        that was published: the numbers of a damaged row are numbers all the same.
+        """
         number = self.serving() if version is None else version
-        head = self._read(number, read_head)
+        head = self._read(number, read_head, published=published)
         self._check(number, head.lineage)
         return head
 
@@ -100,8 +107,10 @@ class Classifier(Backbone):
         self._check(version, lineage)
         return lineage
 
-    def _read(self, version: int, reader: Callable[[bytes], _Read]) -> _Read:
+    def _read(self, version: int, reader: Callable[[bytes], _Read], *, published: bool = False) -> _Read:
         data = self.head_bytes(version)
+        if published:
+            self.require_published(version, {MODEL: data})
         try:
             return reader(data)
         except RepositoryError as error:
@@ -120,12 +129,15 @@ class Classifier(Backbone):
         """The file of a head version as it lies there."""
         return self.storage.read(f"{self.version_name(version)}/{MODEL}")
 
-    def memory(self, version: int | None = None) -> Memory | None:
-        """The memory beside a head version; None where it was exported without one."""
-        name = f"{self.version_name(self.serving() if version is None else version)}/{layout.MEMORY}"
+    def memory(self, version: int | None = None, *, published: bool = False) -> Memory | None:
+        """The memory beside a head version, ``published`` as for ``head``; None where it was exported without one."""
+        number = self.serving() if version is None else version
+        name = f"{self.version_name(number)}/{layout.MEMORY}"
         data = self.storage.find(name)
         if data is None:
             return None
+        if published:
+            self.require_published(number, {layout.MEMORY: data})
         try:
             return read_memory(data)
         except RepositoryError as error:
@@ -167,6 +179,25 @@ class Classifier(Backbone):
         """The files of a version as they lie there, by name."""
         names = sorted(self.storage.glob(f"{self.version_name(version)}/*"))
         return {name.rpartition("/")[2]: self.storage.read(name) for name in names if self.storage.has(name)}
+
+    def require_published(
+        self, version: int, files: Mapping[str, bytes | None], recorded: Mapping[str, str] | None = None
+    ) -> None:
+        """RepositoryError where one of a version's ``files`` is not the one that was published.
+
+        ``recorded`` is what the journal says of it, which is read where it is not given.
+        """
+        recorded = self.journal.published().get(version) if recorded is None else recorded
+        if recorded is None:  # of a patcher that wrote no journal
+            return
+        found = hashes({name: data for name, data in files.items() if data is not None})
+        for name in sorted(files):
+            now, then = found.get(name, "gone"), recorded.get(name, "none")
+            if now != then and not (name not in found and name not in recorded):
+                raise RepositoryError(
+                    f"{name} of version {version} of {self.name} was changed after it was published: its SHA-256 is "
+                    f"{now[:12]}, the journal says {then[:12]}; {_CURES.get(name, _CURE)}"
+                )
 
     def note(self, event: str, **values: Any) -> None:
         """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""

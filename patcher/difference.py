@@ -123,15 +123,16 @@ def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
             lineage = classifier.lineage(version)
         except VersionError:  # pruned, with what it renamed
             return _same_rows(classifier, a, b)
-        steps.append(lineage.renamed)
+        steps.append(lineage)
         version = lineage.parent or 0
     if version != a:
         return {}
-    names: dict[str, str] = {}
-    for old, new in (pair for step in reversed(steps) for pair in step):
-        first = next((name for name, now in names.items() if now == old), old)
-        names[first] = new
-    return names
+    # What came after ``a``, or left on the way, had no other name in ``a``, whatever became of its own.
+    names = {label: label for label in classifier.head(a).labels}
+    for step in reversed(steps):
+        renamed = dict(step.renamed)
+        names = {first: renamed.get(now, now) for first, now in names.items() if now not in step.removed}
+    return {first: now for first, now in names.items() if first != now}
 
 
 def _same_rows(classifier: Classifier, a: int, b: int) -> dict[str, str]:

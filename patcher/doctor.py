@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.features import extract_features
 from patcher.fleet import members, present
-from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
@@ -222,14 +221,8 @@ def _version(
 
 
 def _untouched(classifier: Classifier, version: int, recorded: Mapping[str, str]) -> None:
-    found = hashes(classifier.files(version))
-    for name in sorted(found.keys() | recorded.keys()):
-        now, then = found.get(name, "gone"), recorded.get(name, "none")
-        if now != then:
-            raise RepositoryError(
-                f"{name} was changed after it was published: its SHA-256 is {now[:12]}, the journal says {then[:12]}; "
-                "restore it from a copy, or go to another version and prune this one"
-            )
+    files = classifier.files(version)
+    classifier.require_published(version, {name: files.get(name) for name in (*files, *recorded)}, recorded)
 
 
 def _backbone(classifier: Classifier) -> Check:
@@ -276,6 +269,11 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
             if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
                 found = f"its trial has ended, and {server.url} goes on with it; `patcher sync` ends it there, too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)
+            if repository.stored_on(name) is not None and server.is_ready(f"{name}_head"):
+                found = (
+                    f"{server.url} answers it from a model that the repository has no more; `patcher sync` ends that"
+                )
+                yield Check(f"{name}, served", "fault", found)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; nothing more was asked of it")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from patcher.classifier import Classifier
     from patcher.files import RepositoryFiles
 
-__all__ = ["drop_classifier", "take_out"]
+__all__ = ["drop_classifier", "forget_other", "take_out"]
 
 
 def drop_classifier(repository: ModelRepository, name: str, server: TritonServer | None = None) -> tuple[int, ...]:
@@ -70,6 +70,14 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
     with contextlib.suppress(ServerError):
         _unload(classifier.name, server)
     with contextlib.suppress(ServerError):
+        _forget(classifier.repository, classifier.name, server)
+
+
+def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
+    """Of one of the same name that was dropped without a server hearing of it, where it was served the other way."""
+    if classifier.in_store:
+        _unload(classifier.name, server)
+    else:
         _forget(classifier.repository, classifier.name, server)
 
 

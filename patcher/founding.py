@@ -13,7 +13,7 @@ import numpy as np
 from patcher import __version__, audit
 from patcher.arguments import require
 from patcher.classifier import add_classifier
-from patcher.dropping import take_out
+from patcher.dropping import forget_other, take_out
 from patcher.errors import (
     ExamplesError,
     GateRefused,
@@ -347,6 +347,7 @@ def publish_new(
         undo.callback(take_out, classifier, server)
         try:
             each(present(server), lambda replica: serve(classifier, head, replica))
+            forget_other(classifier, server)
         except PatcherError as error:
             undo.close()
             raise NotServed(

@@ -235,7 +235,7 @@ def _served(target: Classifier, patch: Patch, data: bytes, canary: float | None,
 
 def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:
     """The head that serves and what is remembered, where both are of this backbone and no other trial is in the way."""
-    head = classifier.head()
+    head = classifier.head(published=True)
     if head.lineage.backbone != classifier.fingerprint():
         raise RepositoryError(
             f"version {head.lineage.version} belongs to backbone {head.lineage.backbone[:12]}, "
@@ -243,7 +243,7 @@ def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | Non
         )
     if on_trial:
         require_free(classifier)
-    return head, classifier.memory()
+    return head, classifier.memory(published=True)
 
 
 class _Data(NamedTuple):

@@ -159,7 +159,8 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
     """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
 
     The lock must be held. A replica that serves the right version already is asked, and otherwise left alone. The same
-    goes for a version on trial; one whose trial has ended is let go of.
+    goes for a version on trial; one whose trial has ended is let go of, and so is a model that a stored classifier has
+    no more.
     """
     trial = on_trial(classifier)
     found = dict.fromkeys((member.url for member in members(server)), "away")
@@ -167,8 +168,11 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
         try:
             require_answer(replica)
             states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
-            changed = "caught up" in states or (trial is None and let_go(classifier.name + CANARY, replica))
-            found[replica.url] = "caught up" if changed else "agreed"
+            # Of a trial that has ended, and of a classifier with a model of its own that was here before a stored one.
+            ended = ([] if trial else [classifier.name + CANARY]) + ([classifier.name] if classifier.in_store else [])
+            if sum(let_go(name, replica) for name in ended):
+                states.add("caught up")
+            found[replica.url] = "caught up" if "caught up" in states else "agreed"
         except PatcherError as error:
             found[replica.url] = f"failed: {error}"
     return found

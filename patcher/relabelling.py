@@ -66,7 +66,7 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
     with changing(classifier, server):
-        parent, memory = classifier.head(), classifier.memory()
+        parent, memory = classifier.head(published=True), classifier.memory(published=True)
         head = parent.without(label)
         if len(head.labels) < _FEWEST:
             raise LabelError(f"{classifier.name} has {len(parent.labels)} labels; a classifier needs two at least")
@@ -79,7 +79,7 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
     with changing(classifier, server):
-        parent, memory = classifier.head(), classifier.memory()
+        parent, memory = classifier.head(published=True), classifier.memory(published=True)
         if old == new:
             raise LabelError(f"{old!r} has that name already; nothing to change")
         refuse_joined(parent, new)
@@ -115,7 +115,7 @@ def merge_labels(
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
     with changing(classifier, server):
-        parent, memory = classifier.head(), classifier.memory()
+        parent, memory = classifier.head(published=True), classifier.memory(published=True)
         head, features = parent, []
         for label in labels:
             head = head.without(label)

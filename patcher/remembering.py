@@ -110,7 +110,7 @@ def remember(
     once = examples.once_a_label(several=not head.exclusive)
     features = extract_features(classifier, once.texts, None, progress)
     with changing(classifier, server):
-        parent = classifier.head()
+        parent = classifier.head(published=True)
         memory = build_memory(parent, once, features, per_label=per_label, **_limits(classifier))
         memory = _beside(memory, _readable(classifier), parent)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())

@@ -155,7 +155,7 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
         if to is None:
             raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
     require_live(server, classifier)
-    head = classifier.head(to)
+    head = classifier.head(to, published=True)
     validate(classifier.head_bytes(to), head)
     return _switch(classifier, head, server)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -48,7 +49,9 @@ class Known(NamedTuple):
 def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
     """Each new label that is an old one, or a new one before it, but for case, spaces, ``_`` and ``-``; with that."""
     first: dict[str, str] = {}
-    pairs = [(label, first.setdefault(re.sub(r"[\s_-]", "", label.casefold()), label)) for label in (*old, *new)]
+    # Normalized, as an accent may be a character of its own: both ways look the same.
+    plain = (re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", label).casefold()) for label in (*old, *new))
+    pairs = [(label, first.setdefault(words, label)) for label, words in zip((*old, *new), plain, strict=True)]
     return [(label, other) for label, other in pairs[len(old) :] if label != other]
 
 

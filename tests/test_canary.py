@@ -178,6 +178,16 @@ def test_a_version_that_the_server_will_not_serve_is_not_on_trial(live, monkeypa
 
 
 @pytest.mark.server
+def test_sync_of_all_classifiers_goes_on_beside_a_trial(live, command):
+    classifier, server = live
+    on_trial(live)
+    code, out, _ = command("sync", "--json", "--repo", classifier.root, "--url", server.url)
+    assert code == 0
+    found = json.loads(out)
+    assert [(each["classifier"], each["state"]) for each in found] == [("intent", "agreed")]
+
+
+@pytest.mark.server
 def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live, monkeypatch):
     classifier, server = live
 

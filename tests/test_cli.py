@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -405,6 +406,25 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
     assert events[3]["classifier"] == "intent"
 
 
+def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
+    log, fsync = tmp_path / "audit.jsonl", os.fsync
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(descriptor):
+        if os.fstat(descriptor).st_ino == log.stat().st_ino:
+            os.kill(os.getpid(), signal.SIGINT)
+        fsync(descriptor)
+
+    log.touch()
+    monkeypatch.setattr(os, "fsync", interrupted)
+    try:
+        assert patcher("prune", "--keep", "1")[0] == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert json.loads(log.read_text())["outcome"] == "done"
+
+
 def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
     for damage in (b"", None):
         path = classifier.root / "intent_features" / "config.pbtxt"
@@ -457,3 +477,9 @@ def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):
     said = run.communicate(timeout=60)[1]
     assert (run.returncode, "interrupted" in said) == (130, True), said
     assert tree(classifier.root) == before
+
+
+def test_one_long_label_does_not_widen_every_line_of_the_history(patcher):
+    assert patcher("rename-label", "music", "x" * 500, "--no-load")[0] == 0
+    assert max(map(len, patcher("history")[1].splitlines())) < 200
+    assert json.loads(patcher("history", "--json")[1])[1]["renamed"] == [["music", "x" * 500]]

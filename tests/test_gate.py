@@ -223,6 +223,10 @@ def test_a_name_that_is_another_but_for_its_spelling_is_told():
     assert "other" not in advice
     twice = verdict({"my pay": new(10), "MyPay": new(10, 1)}, head, memory)
     assert any("'MyPay' is 'my pay' but for case" in line for line in twice.advice)
+    accents = verdict(
+        {"caf\N{LATIN SMALL LETTER E WITH ACUTE}": new(10), "cafe\N{COMBINING ACUTE ACCENT}": new(10, 1)}, head, memory
+    )
+    assert any("but for case" in line for line in accents.advice)
     assert not any("but for case" in line for line in verdict({"card lost 2": new(10)}, head, memory).advice)
 
 

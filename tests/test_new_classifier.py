@@ -19,12 +19,14 @@ from patcher import (
     NotServed,
     TritonServer,
     add_label,
+    doctor,
     drop_classifier,
     merge_labels,
     new_classifier,
     read_examples,
     remember,
     rollback,
+    sync,
 )
 from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
@@ -293,6 +295,32 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             drop_classifier(repository, "unheard", server)
         with pytest.raises(ServerError, match="no classifier 'unheard'"):
             server.classify("intent_any/unheard", ["hello"])
+
+
+@pytest.mark.server
+def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_way(triton):
+    repository, name = ModelRepository(triton.repository), "again"
+    own, stored = FoundingSettings(), FoundingSettings(in_store=True)
+    places = {own: name, stored: f"intent_any/{name}"}
+    with TritonServer(triton.url) as server:
+        for first, then in ((own, stored), (stored, own)):
+            new_classifier(repository, name, examples(), server=server, settings=first)
+            drop_classifier(repository, name)
+            new_classifier(repository, name, examples(tiny.OLD), server=server, settings=then)
+            assert server.classify(places[then], ["hello"])[0].labels[0] in tiny.OLD
+            with pytest.raises(ServerRefused):
+                server.classify(places[first], ["hello"])
+            drop_classifier(repository, name, server)
+
+        new_classifier(repository, name, examples(), server=server)
+        drop_classifier(repository, name)
+        classifier = repository.classifier(new_classifier(repository, name, examples(), settings=stored).classifier)
+        found = [each.finding for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"]
+        assert any("from a model that the repository has no more; `patcher sync` ends that" in each for each in found)
+        assert sync(classifier, server) == {server.url: "caught up"}
+        assert not server.is_ready(name)
+        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        drop_classifier(repository, name, server)
 
 
 @pytest.mark.server

@@ -27,6 +27,7 @@ import swaps
 import together
 
 from patcher import (
+    Examples,
     Fleet,
     ModelRepository,
     NotServed,
@@ -53,7 +54,6 @@ from patcher.errors import (
     StorageError,
     VersionError,
 )
-from patcher.examples import Examples
 from patcher.fleet import addresses, resolved, watch, waves
 from patcher.gate import judge
 from patcher.journal import Journal
@@ -871,6 +871,71 @@ def test_a_merge_is_judged_by_the_texts_of_each_label(classifier, monkeypatch):
     stands_for = [count / rows for count, rows in zip(counts.values(), kept, strict=True)]
     assert weights.tolist() == pytest.approx(np.repeat(stands_for, kept).tolist())
     assert weights.sum() == sum(counts.values())
+
+
+def test_a_name_that_another_label_has_had_is_no_rename(classifier):
+    rename_label(classifier, "music", "songs")
+    remove_label(classifier, "songs")
+    add_label(classifier, "songs", TEN)
+    found = diff(classifier, 1, 4)
+    assert (found.renamed, found.added, found.removed) == ((), ("songs",), ("music",))
+    rename_label(classifier, "songs", "money")  # which version 1 had under no name at all
+    found = diff(classifier, 1, 5)
+    assert (found.renamed, found.added, found.removed) == ((), ("money",), ("music",))
+    assert diff(classifier, 4, 5).renamed == (("songs", "money"),)
+
+
+class TestDamage:
+    """A row that lost a bit is a row all the same: nothing is built on it, and it comes to serve no more."""
+
+    @pytest.fixture
+    def damaged(self, classifier):
+        patched(classifier)
+
+        def damage(version, name):
+            path = classifier.version_path(version) / name
+            data = bytearray(path.read_bytes())
+            row = classifier.head(version).base_weight.tobytes() if name == "model.onnx" else data[-1:]
+            data[data.rindex(row)] ^= 1
+            path.write_bytes(data)
+            classifier.head(version), classifier.memory(version)  # both can be read
+            return classifier
+
+        return damage
+
+    def test_no_version_is_built_on_a_damaged_head(self, damaged, tree):
+        classifier = damaged(2, "model.onnx")
+        before = tree(classifier.root)
+        changes = [
+            lambda: add_label(classifier, "pizza", tiny.sentences("pizza", 10)),
+            lambda: remove_label(classifier, "music"),
+            lambda: rename_label(classifier, "music", "songs"),
+            lambda: merge_labels(classifier, ["music", "alarm"], "sounds", force=True),
+            lambda: remember(classifier, Examples(tuple(TEN), ("payday",) * 10)),
+        ]
+        for change in changes:
+            with pytest.raises(
+                RepositoryError, match=r"model\.onnx of version 2 of intent was changed after it was pub"
+            ):
+                change()
+        assert tree(classifier.root) == before
+        assert rollback(classifier).version == 1
+
+    def test_a_damaged_head_comes_to_serve_no_more(self, damaged):
+        classifier = damaged(1, "model.onnx")
+        for change in (lambda: rollback(classifier), lambda: canary.begin(classifier, 1, 10, None)):
+            with pytest.raises(RepositoryError, match="version 1 of intent was changed after it was published"):
+                change()
+        assert classifier.serving() == 2
+
+    def test_a_damaged_memory_is_built_anew_and_keeps_no_version_from_serving(self, damaged):
+        classifier = damaged(2, "memory.safetensors")
+        with pytest.raises(RepositoryError, match="build it anew by `patcher remember"):
+            remove_label(classifier, "music")
+        rollback(classifier)
+        assert rollback(classifier, 2).version == 2
+        remember(classifier, Examples(tuple(TEN), ("payday",) * 10))
+        assert remove_label(classifier, "music").version == 4
 
 
 def test_all_labels_cannot_be_merged(classifier, tree):

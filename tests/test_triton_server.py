@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import http.client
 import os
 import shutil
@@ -746,3 +747,18 @@ threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
 print("the model", end=", ")
 """
     assert stub(program.strip()) == "the model, a thread\nothers at exit\n"
+
+
+def test_ctrl_c_while_a_connection_is_made_leaves_no_traceback(monkeypatch):
+    import grpc
+
+    def interrupted(*_args, **_more):
+        raise KeyboardInterrupt
+
+    said = []
+    monkeypatch.setattr(grpc, "insecure_channel", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with TritonServer("127.0.0.1:9") as server, pytest.raises(KeyboardInterrupt):
+        server.is_live()
+    gc.collect()
+    assert said == []

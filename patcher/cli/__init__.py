@@ -12,7 +12,7 @@ import click
 from patcher import audit
 from patcher.cli.output import tell
 from patcher.errors import PatcherError
-from patcher.signals import interruptible
+from patcher.signals import interruptible, uninterrupted
 
 __all__ = ["main"]
 
@@ -118,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     with interruptible():
         code, error = _run(arguments, "--json" in given)
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
-    audit.finish(code, error, to_stderr=verbose)
+    with uninterrupted():  # what was done or undone is on record, whenever Ctrl-C comes
+        audit.finish(code, error, to_stderr=verbose)
     return code
 
 

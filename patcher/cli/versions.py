@@ -48,7 +48,7 @@ def history_command(options: CommonOptions) -> None:
             entry.lineage.parent or "—",
             entry.lineage.created[:19],
             entry.labels,
-            entry.what(),
+            _shortened(entry.what()),
             entry.lineage.method,
             entry.lineage.gate,
             entry.lineage.author or "—",
@@ -58,6 +58,11 @@ def history_command(options: CommonOptions) -> None:
     ]
     header = ("version", "parent", "created", "labels", "change", "method", "gate", "by", "data")
     options.say(table(header, rows, right=(3,)))
+
+
+def _shortened(text: str, width: int = 80) -> str:
+    """One long label would make all lines of a table as long; --json has it whole."""
+    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 @click.command("diff")
@@ -145,9 +150,11 @@ def sync_command(options: CommonOptions) -> int:
     Ends with 1 where one of them does not answer, or will not.
     """
     from patcher.lifecycle import sync
+    from patcher.names import CANARY
 
     names = options.repository.classifiers() if options.classifier_name is None else ()
-    classifiers = [options.repository.classifier(name) for name in names] or [options.classifier]
+    own = [name for name in names if not name.endswith(CANARY)]  # a trial is brought in step with its classifier
+    classifiers = [options.repository.classifier(name) for name in own] or [options.classifier]
     with options.server() as server:
         found = [(each.name, url, state) for each in classifiers for url, state in sync(each, server).items()]
     options.emit([{"classifier": name, "url": url, "state": state} for name, url, state in found])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +88,18 @@ class ModelStatistics:
     compute_ns: int
 
 
+@cache
+def _client_class() -> Any:
+    import tritonclient.grpc as triton
+
+    class Client(triton.InferenceServerClient):  # type: ignore[misc]  # it has no types
+        def __del__(self) -> None:
+            with suppress(AttributeError):  # of one that Ctrl-C left half made
+                super().__del__()
+
+    return Client
+
+
 class TritonServer:
     """A Triton server at ``url`` (gRPC, HOST:PORT).
 
@@ -143,8 +155,6 @@ class TritonServer:
 
     @cached_property
     def _client(self) -> Any:
-        import tritonclient.grpc as triton
-
         # A proxy from the environment would be asked for this very machine, too.
         proxy = int(not self.url.startswith(_LOOPBACK))
         arguments: list[tuple[str, int | str]] = [
@@ -157,11 +167,11 @@ class TritonServer:
             ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS[1]),
         ]
         if self.tls is None:
-            return triton.InferenceServerClient(self.url, channel_args=arguments)
+            return _client_class()(self.url, channel_args=arguments)
         if self.tls.server_name:
             arguments.append(("grpc.ssl_target_name_override", self.tls.server_name))
         own = [str(path) if path else None for path in (self.tls.key, self.tls.certificate)]
-        return triton.InferenceServerClient(
+        return _client_class()(
             self.url,
             ssl=True,
             root_certificates=str(self.tls.ca),

@@ -1,0 +1,28 @@
+"""A short walk of ``benchmarks/walk.py``, the same each time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import walk
+from walk_model import Broken
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_short_walk_breaks_no_rule():
+    found = walk.run(steps=25, seed=12, raced=False)
+    assert found["versions"] > 5
+    assert {"labels", "logits are those of the file", "doctor finds nothing"} <= set(found["checks"])
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_broken_rule_is_told_with_the_steps_before_it(monkeypatch):
+    monkeypatch.setattr("patcher.head.Head.renamed", lambda self, old, new: self)
+    with pytest.raises(Broken, match=r"seed 1, after [\s\S]* -> 0\n.*labels: "):
+        walk.run(steps=60, seed=1, raced=False)
