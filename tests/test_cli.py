@@ -411,6 +411,24 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
     assert events[3]["classifier"] == "intent"
 
 
+def test_a_text_that_looks_like_a_flag_is_a_text(patcher, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    texts = [word for text in ("--dry-run", "--json", "rollback") for word in ("--text", text)]
+    code, out, err = patcher("add-label", "payday", *texts, "--no-load", "--force")
+    assert (code, out.startswith("{")) == (0, False), err
+    code, out, err = patcher("add-label", "pizza", *texts, "--no-load", "--max-flips", "2")
+    assert (code, out) == (2, ""), err
+    code, out, err = patcher("add-label", "--dry-run", "pizza", "--verison", "--json", "--max-flips")
+    assert (code, json.loads(out)["exit_code"], "No such option" in err) == (2, 2, True)
+    code, out, err = patcher("nonsense", "prune", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2), err
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(event["verb"], event["outcome"]) for event in events] == [
+        ("add-label", "done"), ("add-label", "bad_input"), ("add-label", "bad_input"),
+    ]  # fmt: skip
+
+
 def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
     for damage in (b"", None):
         path = classifier.root / "intent_features" / "config.pbtxt"
