@@ -11,6 +11,7 @@ import numpy as np
 from patcher.blocks import blocks
 from patcher.errors import LabelError
 from patcher.examples import split_labels
+from patcher.wording import few
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -94,8 +95,8 @@ def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], o
     unknown = tuple(label for label in occurring if label not in known)
     if len(unknown) == len(occurring):
         raise LabelError(
-            f"none of the file's {len(occurring)} labels ({', '.join(occurring[:3])} …) is one of the {len(known)} of "
-            f"{of}; `patcher labels` lists them"
+            f"none of the file's labels ({few(occurring, 3)}) is one of the {len(known)} of {of}; `patcher "
+            "labels` lists them"
         )
     return unknown
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["install_hint", "percent"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["counted", "few", "install_hint", "percent"]
+
+
+def counted(number: int, what: str) -> str:
+    """``1 version``, ``2 versions``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The names, or the first of them and a mark that there are more."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def install_hint(extra: str = "") -> str:

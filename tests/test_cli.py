@@ -16,6 +16,7 @@ import tiny
 
 from patcher.cli import main
 from patcher.cli.output import not_installed
+from patcher.difference import Difference
 from patcher.errors import as_sentence
 
 DEAD = "127.0.0.1:1"
@@ -89,7 +90,7 @@ def test_labels_that_neither_version_knows_are_refused_or_told(patcher, examples
     strange = tiny.write_csv(tmp_path / "strange.csv", {"wetter": ["is it raining"], "Weather": ["will it snow"]})
     code, out, err = patcher("diff", 1, 2, "--eval", strange)
     assert (code, out) == (2, "")
-    assert "none of the file's 2 labels (Weather, wetter …) is one of the 7 of versions 1 and 2" in err
+    assert "none of the file's labels (Weather, wetter) is one of the 7 of versions 1 and 2" in err
     some = tiny.write_csv(tmp_path / "some.csv", {"wetter": ["is it raining"], "weather": tiny.sentences("weather", 3)})
     code, out, err = patcher("diff", 1, 2, "--eval", some)
     assert (code, "neither version knows: 1" in out) == (0, True), err
@@ -448,9 +449,22 @@ def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
     assert patcher("rollback", "--to", "1", "--no-load")[0] == 0
     shutil.rmtree(classifier.root / "intent_head" / "2")
     code, out, _ = patcher("doctor")
-    assert (code, "versions 2 are not there any more" in out) == (1, True)
-    assert "versions 2 are written off" in patcher("doctor", "--repair")[1]
+    assert (code, "version 2 is not there any more" in out) == (1, True)
+    assert "version 2 is written off" in patcher("doctor", "--repair")[1]
     assert "not there any more" not in patcher("doctor")[1]
+
+
+def test_one_is_not_told_as_several_nor_a_whole_list_as_a_part(patcher, monkeypatch):
+    assert "1 version left" in patcher("prune", "--keep", "1")[1]
+    out = patcher("doctor")[1]
+    assert "1 classifier (intent)" in out
+    assert "1 version, 1 serves" in out
+    assert patcher("rename-label", "music", "songs", "--no-load")[0] == 0
+    assert "2 versions left" in patcher("prune", "--keep", "2")[1]
+    for count, said in ((5, "5 changed (a, b, c, d, e)\n"), (6, "6 changed (a, b, c, d, e …)\n"), (0, "0 changed\n")):
+        found = Difference(1, 2, (), (), (), same_rows=3, changed_rows=tuple("abcdef"[:count]))
+        monkeypatch.setattr("patcher.difference.diff", lambda *_, found=found: found)
+        assert said in patcher("diff", 1, 2)[1]
 
 
 def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):

@@ -48,7 +48,7 @@ def test_a_label_that_the_head_lacks_counts_as_wrong():
 
 
 def test_a_file_of_strange_labels_is_refused():
-    with pytest.raises(LabelError, match=r"none of the file's 1 labels \(x …\)"):
+    with pytest.raises(LabelError, match=r"none of the file's labels \(x\)"):
         evaluate_head(identity_head(), rows("a"), ["x"])
 
 

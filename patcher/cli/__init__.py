@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -67,7 +68,7 @@ class _Run:
 
     def foresee(self, verb: str, command: click.Command, rest: list[str]) -> None:
         """Read the flags as the verb does, for which ``--text "--dry-run"`` is a text, and mind no other mistake."""
-        lenient = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
+        lenient: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
         given = command.make_context(verb, list(rest), **lenient).params
         self.as_json = bool(given.get("as_json", self.as_json))
         audit.note(verb=verb)

@@ -9,7 +9,7 @@ import click
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import table
-from patcher.wording import percent
+from patcher.wording import counted, few, percent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
         + "".join(f"; {old} is {new} now" for old, new in difference.renamed))  # fmt: skip
     options.say(
         f"rows of labels in both: {difference.same_rows} the same to the bit, {len(difference.changed_rows)} changed"
-        + (f" ({', '.join(difference.changed_rows[:5])} …)" if difference.changed_rows else "")
+        + (f" ({few(difference.changed_rows, 5)})" if difference.changed_rows else "")
     )
     if difference.flips is not None and difference.gains is not None:
         options.say(
@@ -138,7 +138,9 @@ def prune_command(keep: int, options: CommonOptions) -> None:
     audit.note(classifier=classifier.name, versions=list(pruned))
     options.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
     if not options.json:
-        options.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {len(classifier.versions())} versions left")
+        options.say(
+            f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {counted(len(classifier.versions()), 'version')} left"
+        )
 
 
 @click.command("sync")
