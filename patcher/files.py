@@ -211,6 +211,8 @@ class RepositoryFiles:
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
+        for model in configs:
+            self.storage.read(f"{model}/{CONFIG}")  # one that is not there is named
         with contextlib.ExitStack() as stack:
             changes = [
                 stack.enter_context(self.storage.replacing(f"{model}/{CONFIG}", text.encode()))
