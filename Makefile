@@ -15,7 +15,7 @@ IMPORTED := click filelock google grpc numpy onnx onnxruntime safetensors tokeni
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test lint format bench bench-quality bench-serving audit sbom clean
+.PHONY: help setup demo test test-fast lint format bench bench-quality bench-serving audit sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ demo: setup ## fine-tune, export, serve, add a label, roll back: the whole road 
 
 test: setup ## the tests
 	@$(BIN)/python -m pytest
+
+test-fast: setup ## the tests that take no more than ten seconds each
+	@$(BIN)/python -m pytest -m "not slow"
 
 lint: setup ## ruff, mypy, hadolint
 	$(BIN)/ruff check .

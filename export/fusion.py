@@ -16,6 +16,8 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
+import traceback
 from typing import TYPE_CHECKING
 
 import onnx
@@ -70,6 +72,8 @@ def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: 
                 optimization_options=options,
             ).model
     except Exception as error:  # it fails in a dozen ways on graphs that it was not made for
+        if os.environ.get("PATCHER_DEBUG") == "1":  # or on one that we made wrongly
+            traceback.print_exc()
         raise ExportError(f"ONNX Runtime's optimizer fails on this graph ({error})") from error
     if not any(node.domain == FUSED and node.op_type.endswith("Attention") for node in model.graph.node):
         raise ExportError("ONNX Runtime has no fused attention for this graph")

@@ -59,6 +59,11 @@ class Classifier(Backbone):
         """What ``TritonServer.classify`` and others take: ``NAME``, or ``ENSEMBLE/NAME`` in a store."""
         return f"{self.any_model}/{self.name}" if self.in_store else self.name
 
+    @property
+    def head_address(self) -> str:
+        """What ``TritonServer.head_logits`` takes: the head's model, or ``STORE/NAME``."""
+        return f"{self.store_model}/{self.name}" if self.in_store else self.head_model
+
     def versions(self) -> tuple[int, ...]:
         """Head versions that are there, ascending."""
         return version_numbers(self.storage.glob(f"{self.head_model}/*/{MODEL}"))

@@ -16,7 +16,7 @@ from patcher.names import CANARY, MODEL
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import probe, probe_text, validate
-from patcher.wording import install_hint
+from patcher.wording import counted, install_hint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +32,13 @@ _OPTIONAL = {
     "nvidia-pytriton": "patcher serve",
     "torch": "patcher export",
     "transformers": "patcher export",
+    "huggingface-hub": "patcher export",
+    "accelerate": "a Trainer with an ExportCallback",
     "pyarrow": "Parquet files",
     "botocore": "a repository on s3://",
     "matplotlib": "plots",
     "jinja2": "patcher report",
+    "prometheus-client": "patcher metrics",
 }
 
 
@@ -65,7 +68,9 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         return
     names = repository.classifiers()
     found = (
-        f"{location}: {len(names)} classifiers ({', '.join(names)})" if names else f"{location} holds no classifier yet"
+        f"{location}: {counted(len(names), 'classifier')} ({', '.join(names)})"
+        if names
+        else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
     seen: set[str] = set()
@@ -101,7 +106,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
-                    yield Check(what, "note", f"versions {', '.join(map(str, gone))} are written off")
+                    yield Check(what, "note", f"{_these(gone)} written off")
                 classifier.adopt()
                 for url, state in (catch_up(classifier, server) if server else {}).items():
                     yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
@@ -155,7 +160,7 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         )
     yield _journal(classifier)
     damaged = f", {len(faults)} with a fault" if faults else ""
-    yield Check(name, "fault" if faults else "ok", f"{len(versions)} versions, {serving} serves{damaged}")
+    yield Check(name, "fault" if faults else "ok", f"{counted(len(versions), 'version')}, {serving} serves{damaged}")
     if classifier.backbone_model not in seen:
         seen.add(classifier.backbone_model)
         yield _backbone(classifier)
@@ -176,16 +181,19 @@ def _journal(classifier: Classifier) -> Check:
         done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
     if gone := _gone(classifier):
-        found = ", ".join(map(str, gone))
-        done = "restore their folders, or `patcher doctor --repair` writes them off"
-        return Check(what, "fault", f"versions {found} are not there any more, and were not pruned; {done}")
+        done = "restore what is missing, or `patcher doctor --repair` writes it off"
+        return Check(what, "fault", f"{_these(gone)} not there any more, and not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
-        found = ", ".join(map(str, unknown))
-        return Check(
-            what, "note", f"versions {found} are not in it, of an older patcher perhaps; the next change adds them"
-        )
+        done = "of an older patcher perhaps; the next change adds what is missing"
+        return Check(what, "note", f"{_these(unknown)} not in it, {done}")
     return Check(what, "ok", "nothing was interrupted; every file is the one that was published")
+
+
+def _these(versions: Sequence[int]) -> str:
+    """``version 2 is``, ``versions 2, 3 are``."""
+    numbers = ", ".join(map(str, versions))
+    return f"version {numbers} is" if len(versions) == 1 else f"versions {numbers} are"
 
 
 def _gone(classifier: Classifier) -> list[int]:

@@ -218,14 +218,20 @@ class RepositoryFiles:
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
-        before = {model: self.storage.read(f"{model}/{CONFIG}") for model in configs}
-        try:
-            for model, text in configs.items():
-                self.storage.replace(f"{model}/{CONFIG}", text.encode())
-        except BaseException:
-            for model, data in before.items():
-                self.storage.replace(f"{model}/{CONFIG}", data)
-            raise
+        for model in configs:
+            self.storage.read(f"{model}/{CONFIG}")  # one that is not there is named
+        with contextlib.ExitStack() as stack:
+            changes = [
+                stack.enter_context(self.storage.replacing(f"{model}/{CONFIG}", text.encode()))
+                for model, text in configs.items()
+            ]
+            try:
+                for change in changes:
+                    change.make()
+            except BaseException:
+                for change in reversed(changes):
+                    change.undo()
+                raise
 
     def refuse_existing(self, name: str) -> None:
         """InputError where ``name`` is taken."""

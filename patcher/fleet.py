@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from patcher.classifier import Classifier
 
-__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "resolved", "watch", "waves"]
+__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "resolved", "split", "watch", "waves"]
 
 WATCH_SECONDS = 2.0
 _POLL_SECONDS = 0.1
@@ -24,7 +24,7 @@ _KINDS = (socket.AF_INET, socket.AF_INET6)
 
 
 class Fleet(TritonServer):
-    """Several servers as one: questions go to the first that lives, changes to all of them.
+    """Several servers as one: questions go to the first that lives, changes to all that do.
 
     A replica that does not answer is away: it is named in ``away``, left alone, and learns of the change by
     ``patcher sync``, or from the files when it starts again. ``watch_seconds`` is how long the first replica serves a
@@ -38,8 +38,13 @@ class Fleet(TritonServer):
             raise InputError("no server; expected HOST:PORT, or several with commas between them")
         self.members = tuple(TritonServer(url, **options) for url in dict.fromkeys(urls))
         self.watch_seconds = watch_seconds
-        with ThreadPoolExecutor(len(self.members)) as pool:
-            alive = list(pool.map(TritonServer.is_live, self.members))
+        try:
+            with ThreadPoolExecutor(len(self.members)) as pool:
+                alive = list(pool.map(TritonServer.is_live, self.members))
+        except BaseException:  # one that speaks another protocol, say
+            for member in self.members:
+                member.close()
+            raise
         self.away = tuple(each.url for each, there in zip(self.members, alive, strict=True) if not there)
         first = alive.index(True) if True in alive else 0
         super().__init__(self.members[first].url, **options)
@@ -53,15 +58,40 @@ class Fleet(TritonServer):
             member.close()
         super().close()
 
+    def load(self, model: str) -> None:
+        """Have every replica that is there load ``model``."""
+        self._all(lambda replica: replica.load(model))
+        self._configs.clear()
+
+    def unload(self, model: str) -> None:
+        """Have every replica that is there stop serving ``model``."""
+        self._all(lambda replica: replica.unload(model))
+
+    def check_control(self) -> None:
+        """ControlRefused where one of them would load and unload no model for us."""
+        self._all(lambda replica: replica.check_control())
+
+    def refresh(self, store: str, classifier: str, width: int) -> None:
+        """Have the head store of every replica that is there serve the version that the files pin."""
+        self._all(lambda replica: replica.refresh(store, classifier, width))
+
+    def _all(self, do: Callable[[TritonServer], object]) -> None:
+        each(present(self) or self.members, do)
+
 
 def addresses(given: str) -> tuple[str, ...]:
     """The servers that ``--url`` names: separated by commas, or a name that resolves to several addresses."""
     found: list[str] = []
-    for url in filter(None, (part.strip() for part in given.split(","))):
+    for url in split(given):
         # One that is a single machine is asked by its name, which is what a certificate of its own is made out to.
         several = resolved(url)
         found += several if len(several) > 1 else [url]
     return tuple(dict.fromkeys(found)) or (given,)
+
+
+def split(given: str) -> list[str]:
+    """The servers in a list with commas, each as it is named there."""
+    return [part.strip() for part in given.split(",") if part.strip()]
 
 
 def resolved(url: str) -> list[str]:

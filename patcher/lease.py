@@ -35,6 +35,8 @@ _BEAT_SECONDS = 5.0
 _SURE_SECONDS = 25.0
 """For so long after a write the holder need not fear that it was taken over."""
 _LOOK_SECONDS = 0.25
+REQUEST_SECONDS = 5.0
+"""For so long one request for the lock may go unanswered: who waits longer could not keep it anyway."""
 
 
 class Lease:
@@ -107,7 +109,9 @@ class Lease:
         """Give the lock back; where the store does not answer, or it is another's by now, it lapses by itself."""
         self._done.set()
         if self._beating is not None:
-            self._beating.join()
+            self._beating.join(REQUEST_SECONDS)
+            if self._beating.is_alive():
+                return
         with contextlib.suppress(PatcherError):
             self._write(None, self._tag)
 
@@ -127,8 +131,24 @@ class Lease:
             self._beats += 1
             started = time.monotonic()
             content = {"holder": holder and {**holder, "token": self._token}, "by": self._token, "beat": self._beats}
-            self._tag = self._bucket.put(self._name, json.dumps(content).encode(), tag)
+            data = json.dumps(content).encode()
+            try:
+                self._tag = self._bucket.put(self._name, data, tag)
+            except LockLost:
+                # A beat whose answer was lost on its way has changed it, too.
+                found = self._bucket.get(self._name)
+                if found is None or _by(found.data) != self._token:
+                    raise
+                self._tag = self._bucket.put(self._name, data, found.tag)
             self._fresh = started
+
+
+def _by(data: bytes) -> str | None:
+    """Whose write it is."""
+    try:
+        return str(json.loads(data)["by"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _holder(data: bytes) -> dict[str, Any] | None:

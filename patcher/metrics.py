@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.audit import read_event
-from patcher.errors import PatcherError, ToolError
-from patcher.fleet import resolved
+from patcher.errors import InputError, PatcherError, ToolError
+from patcher.fleet import resolved, split
 from patcher.rollout import probe_text
 from patcher.triton.client import TritonServer
 from patcher.wording import install_hint
@@ -42,7 +42,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Targets:
-    """What to look at: servers by address (a DNS name means every replica behind it), classifiers, files."""
+    """What to look at: servers by address (several with commas; a name means every replica behind it), and the rest."""
 
     urls: tuple[str, ...]
     classifiers: tuple[str, ...]
@@ -112,7 +112,7 @@ def _probes(targets: Targets, classifiers: Sequence[tuple[str, Classifier | None
 
 def _servers(targets: Targets) -> Iterator[TritonServer]:
     """Every replica, with one connection for all that is asked of it."""
-    for url in dict.fromkeys(targets.urls):
+    for url in dict.fromkeys(split(",".join(targets.urls))):
         for replica in resolved(url):
             yield TritonServer(replica, timeout=_TIMEOUT, tls=_named(targets.tls, url))
 
@@ -268,8 +268,11 @@ class _Changes:
 def expose(targets: Targets, host: str, port: int) -> tuple[Any, Any]:
     """Serve ``/metrics`` at ``host``:``port`` (0 picks one): the HTTP server and its thread.
 
-    Raises ToolError without prometheus-client, or where the port cannot be had.
+    Raises InputError for servers whose address is none, ToolError without prometheus-client, or where the port cannot
+    be had.
     """
+    if not list(_servers(targets)):
+        raise InputError("no server; expected HOST:PORT, or several with commas between them")
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:

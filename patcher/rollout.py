@@ -79,29 +79,41 @@ def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
     """ServerError unless the ensemble is ready and answers from exactly ``head``, each instance of its models.
 
     A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
-    another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
+    another repository. So the ensemble has to answer from the version of ``head``, with its labels; and the head model,
+    asked with features of this very server, with its logits. Those of two requests could not be compared: in INT8 a
+    text's features depend on the texts that share its batch.
     """
     if not server.is_ready(classifier.ensemble):
         raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
     check_same_backbone(classifier, server)
     text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
-    if answer.head_version != head.lineage.version:
-        raise ServerError(
-            f"the server answers from head version {answer.head_version}; expected {head.lineage.version}. "
-            "Does it serve this very repository?"
-        )
-    features = server.features(classifier.features_model, [text])
-    expected, rounding = head.logits(features)[0], head.rounding(features)[0]
-    if answer.logits.shape != expected.shape:
-        raise ServerError(f"the server answers with {len(answer.logits)} logits; expected {len(expected)}")
-    off = np.abs(answer.logits - expected)
-    if not (off <= 1e-2 + 1e-3 * np.abs(expected) + rounding).all():
-        raise ServerError(f"the server's logits are off by {off.max():.3g} from those of version {answer.head_version}")
+    _require_version(answer.head_version, head)
+    if len(answer.logits) != len(head.labels):
+        raise ServerError(f"the server answers with {len(answer.logits)} logits; expected {len(head.labels)}")
+    if not np.isfinite(answer.logits).all():
+        raise ServerError("the server answers with logits that are not finite numbers")
     if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
         raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+    features = server.features(classifier.features_model, [text])
+    logits, version = server.head_logits(classifier.head_address, features)
+    _require_version(version, head)
+    expected, rounding = head.logits(features), head.rounding(features)
+    if logits.shape != expected.shape:
+        raise ServerError(f"the head answers with logits of shape {logits.shape}; expected {expected.shape}")
+    off = np.abs(logits - expected)
+    if not (off <= 1e-2 + 1e-3 * np.abs(expected) + rounding).all():
+        raise ServerError(f"the server's logits are off by {off.max():.3g} from those of version {version}")
     for _ in range(1, server.instances(classifier.address)):
         server.classify(classifier.address, [probe_text()])
+
+
+def _require_version(found: int, head: Head) -> None:
+    if found != head.lineage.version:
+        raise ServerError(
+            f"the server answers from head version {found}; expected {head.lineage.version}. "
+            "Does it serve this very repository?"
+        )
 
 
 def roll_out(

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["install_hint", "listing", "percent", "repeats"]
+__all__ = ["counted", "install_hint", "listing", "percent", "repeats"]
 
 NAMED = 5
 """So many names tell what is meant; a message with all of a thousand would not be read."""
+
+
+def counted(number: int, what: str) -> str:
+    """``1 version``, ``2 versions``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def install_hint(extra: str = "") -> str:

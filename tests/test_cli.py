@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from patcher.cli.output import not_installed
+from patcher.difference import Difference
 from patcher.errors import as_sentence
 
 DEAD = "127.0.0.1:1"
@@ -425,6 +426,24 @@ def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examp
     assert json.loads(log.read_text())["outcome"] == "done"
 
 
+def test_a_text_that_looks_like_a_flag_is_a_text(patcher, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    texts = [word for text in ("--dry-run", "--json", "rollback") for word in ("--text", text)]
+    code, out, err = patcher("add-label", "payday", *texts, "--no-load", "--force")
+    assert (code, out.startswith("{")) == (0, False), err
+    code, out, err = patcher("add-label", "pizza", *texts, "--no-load", "--max-flips", "2")
+    assert (code, out) == (2, ""), err
+    code, out, err = patcher("add-label", "--dry-run", "pizza", "--verison", "--json", "--max-flips")
+    assert (code, json.loads(out)["exit_code"], "No such option" in err) == (2, 2, True)
+    code, out, err = patcher("nonsense", "prune", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2), err
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(event["verb"], event["outcome"]) for event in events] == [
+        ("add-label", "done"), ("add-label", "bad_input"), ("add-label", "bad_input"),
+    ]  # fmt: skip
+
+
 def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
     for damage in (b"", None):
         path = classifier.root / "intent_features" / "config.pbtxt"
@@ -444,9 +463,22 @@ def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
     assert patcher("rollback", "--to", "1", "--no-load")[0] == 0
     shutil.rmtree(classifier.root / "intent_head" / "2")
     code, out, _ = patcher("doctor")
-    assert (code, "versions 2 are not there any more" in out) == (1, True)
-    assert "versions 2 are written off" in patcher("doctor", "--repair")[1]
+    assert (code, "version 2 is not there any more" in out) == (1, True)
+    assert "version 2 is written off" in patcher("doctor", "--repair")[1]
     assert "not there any more" not in patcher("doctor")[1]
+
+
+def test_one_is_not_told_as_several_nor_a_whole_list_as_a_part(patcher, monkeypatch):
+    assert "1 version left" in patcher("prune", "--keep", "1")[1]
+    out = patcher("doctor")[1]
+    assert "1 classifier (intent)" in out
+    assert "1 version, 1 serves" in out
+    assert patcher("rename-label", "music", "songs", "--no-load")[0] == 0
+    assert "2 versions left" in patcher("prune", "--keep", "2")[1]
+    for count, said in ((5, "5 changed (a, b, c, d, e)\n"), (6, "6 changed (a, b, c, d, e …)\n"), (0, "0 changed\n")):
+        found = Difference(1, 2, (), (), (), same_rows=3, changed_rows=tuple("abcdef"[:count]))
+        monkeypatch.setattr("patcher.difference.diff", lambda *_, found=found: found)
+        assert said in patcher("diff", 1, 2)[1]
 
 
 def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):

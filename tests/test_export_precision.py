@@ -13,13 +13,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
+from transformers import AutoConfig  # noqa: E402
 
 import export.precision  # noqa: E402
 import export.stages  # noqa: E402
 from export import run_export  # noqa: E402
+from export.backbone import BackboneFile  # noqa: E402
+from export.fusion import fuse  # noqa: E402
 from export.precision import LIMITS, Limits, check_precision, sample  # noqa: E402
 from patcher.cli import main  # noqa: E402
-from patcher.errors import InputError, PrecisionError  # noqa: E402
+from patcher.errors import ExportError, InputError, PrecisionError  # noqa: E402
 from patcher.head import Head  # noqa: E402
 from patcher.runtime import Encoder  # noqa: E402
 
@@ -265,3 +268,13 @@ def test_the_command_line_passes_it_all_on(bert, train, tmp_path, capsys):
     assert (document["precision"], document["device"], document["checked"]["texts"]) == ("int8", "cpu", 10)
     assert main([*arguments, "--name", "other", "--device", "gpu", "--precision", "int8", "--json"]) == 2
     assert "int8 is made for CPUs" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("debug", ["1", ""])
+def test_why_operators_are_not_fused_shows_whole_only_when_asked_for(bert, tmp_path, monkeypatch, capsys, debug):
+    monkeypatch.setenv("PATCHER_DEBUG", debug)
+    path = tmp_path / "backbone.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ExportError, match="optimizer fails on this graph"):
+        fuse(BackboneFile(path, "", ()), AutoConfig.from_pretrained(bert), tmp_path / "fused.onnx", left=False)
+    assert ("Traceback" in capsys.readouterr().err) == bool(debug)

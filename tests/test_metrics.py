@@ -14,12 +14,14 @@ import promql_parser
 import pytest
 import tiny
 import yaml
+from certificates import Authority
 
 from patcher import ModelRepository, metrics
 from patcher.audit import read_event
 from patcher.cli import main
 from patcher.metrics import Targets, _Changes, _probes, expose
 from patcher.triton.server import EmbeddedTriton
+from patcher.triton.tls import ClientTls
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
 
@@ -254,6 +256,31 @@ def test_a_replica_that_hangs_is_waited_for_once(monkeypatch):
         names = tuple(f"c{number}" for number in range(40))
         probes = _probes(Targets((f"127.0.0.1:{hanging.getsockname()[1]}",), names))
     assert [(probe.classifier, probe.up) for probe in probes] == [(name, False) for name in names]
+
+
+def test_servers_may_stand_in_one_list_with_commas(tmp_path):
+    probes = _probes(Targets(("127.0.0.1:1, 127.0.0.1:2", "127.0.0.1:1"), ("intent",)))
+    assert [(probe.replica, probe.up) for probe in probes] == [("127.0.0.1:1", False), ("127.0.0.1:2", False)]
+    tls = ClientTls(Authority(tmp_path).ca)
+    servers = metrics._servers(Targets(("localhost:1,[::1]:2",), (), tls=tls))
+    assert [server.tls.server_name for server in servers] == ["localhost", "::1"]
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1", "127.0.0.1:1,here", " , "])
+def test_an_address_that_is_none_is_refused_before_the_first_scrape(classifier, capsys, url):
+    assert main(["metrics", "--repo", str(classifier.root), "--port", "0", "--url", url]) == 2
+    assert "expected HOST:PORT" in capsys.readouterr().err
+
+
+def test_json_says_where_the_metrics_are(classifier, capsys, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("threading.Thread.join", stopped)
+    assert main(["metrics", "--repo", str(classifier.root), "--port", "0", "--url", "127.0.0.1:1", "--json"]) == 0
+    captured = capsys.readouterr()
+    url = json.loads(captured.out)["url"]
+    assert f"metrics at {url}; Ctrl-C stops it" in captured.err
 
 
 def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier, tmp_path):

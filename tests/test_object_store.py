@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import datetime as dt
 import json
 import os
 import subprocess
@@ -46,8 +47,9 @@ from patcher.metrics import Targets
 from patcher.recovery import changing
 from patcher.relabelling import rename_label
 from patcher.rollout import roll_back
+from patcher.storage import object_store
 from patcher.storage.object_store import ObjectStore
-from patcher.storage.s3 import Bucket, parse_url
+from patcher.storage.s3 import Bucket, _age, parse_url
 from patcher.triton.server import EmbeddedTriton
 
 MODELS = ["intent", "intent_features"]
@@ -501,6 +503,47 @@ class TestTwo:
         assert store.lost is None
         assert (remote.serving(), faults()) == (2, [])
 
+    def test_a_beat_whose_answer_is_lost_does_not_lose_the_lock(self, remote, monkeypatch):
+        monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.2)
+        put, beats = Bucket.put, []
+
+        def losing(self, name, content, tag):
+            found = put(self, name, content, tag)
+            if threading.current_thread().name == "patcher-lease":
+                beats.append(found)
+                if len(beats) == 1:
+                    raise StorageError("no answer within 5 s")
+            return found
+
+        monkeypatch.setattr(Bucket, "put", losing)
+        with remote.repository.lock():
+            while len(beats) < 3:
+                time.sleep(0.05)
+            remote.storage.replace("patcher.json", b'{"format": 1}')
+        assert remote.storage.busy() is False
+
+    def test_who_is_done_does_not_wait_for_a_store_that_does_not_answer(self, remote, store, monkeypatch):
+        for module in (lease, object_store):
+            monkeypatch.setattr(module, "REQUEST_SECONDS", 0.5)
+        monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.1)
+        hangs, over = threading.Event(), threading.Event()
+
+        def hanging(method, name):
+            if method != "PUT" or not name.endswith(".lock"):
+                return False
+            hangs.set()
+            over.wait(10)
+            return True
+
+        with remote.repository.lock():
+            store.fault = hanging
+            assert hangs.wait(20)
+            began = time.monotonic()
+        took = time.monotonic() - began
+        over.set()
+        store.fault = None
+        assert took < 5
+
     @pytest.mark.parametrize("asleep_before", ["publish", "model.onnx", "switch", "config.pbtxt", "done"])
     def test_one_that_was_only_slow_writes_nothing_over_the_others(self, remote, monkeypatch, asleep_before):
         """The worst case: the holder of the lock sleeps through its lapse, just before one of its writes."""
@@ -665,6 +708,26 @@ class TestFaults:
             store.refuse = None
             assert (found, said in words) == (expected, True), words
         assert objects() == before
+
+    def test_credentials_that_ran_out_after_a_listing_are_no_wrong_usage(self, remote, store):
+        bucket = Bucket(URL)
+        assert bucket.names()
+        store.refuse = "ExpiredToken"
+        try:
+            with pytest.raises(StorageError, match="are the AWS credentials right"):
+                bucket.get("patcher.json")
+        finally:
+            store.refuse = None
+
+    @pytest.mark.parametrize("date, age", [("soon", None), ("", None), ("Thu, 01 Jan 2026 00:00:09 -0000", 9.0)])
+    def test_a_date_that_is_none_is_told(self, date, age):
+        written = dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc)
+        answer = {"ResponseMetadata": {"HTTPHeaders": {"date": date}}, "LastModified": written}
+        if age is not None:
+            assert _age(answer) == age
+            return
+        with pytest.raises(StorageError, match=rf"the object store dates its answers '{date}'; expected a date"):
+            _age(answer)
 
     def test_a_file_that_was_changed_on_the_store_shows(self, remote):
         bucket, name = Bucket(URL), f"{remote.head_model}/1/memory.safetensors"

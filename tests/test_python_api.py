@@ -19,8 +19,10 @@ from patcher import (
     InputError,
     ModelRepository,
     PatchSettings,
+    ServerUnreachable,
     SplitClient,
     TritonServer,
+    WrongPort,
     add_label,
     add_labels,
     diff,
@@ -162,6 +164,41 @@ def test_one_address_is_a_fleet_and_whole_numbers_are_seconds():
     with Fleet(NOBODY) as fleet:
         assert (fleet.away, repr(fleet)) == ((NOBODY,), f"<Fleet at {NOBODY}>")
     assert TritonServer(NOBODY, timeout=np.int64(3)).timeout == 3
+
+
+def test_a_fleet_changes_every_replica_that_is_there(monkeypatch):
+    monkeypatch.setattr(TritonServer, "is_live", lambda server: server.url != "c:1")
+    asked = []
+    for name in ("load", "unload", "check_control", "refresh"):
+        monkeypatch.setattr(TritonServer, name, lambda server, *given, name=name: asked.append((server.url, *given)))
+        with Fleet(["a:1", "b:1", "c:1"]) as fleet:
+            given = {"check_control": (), "refresh": ("intent_heads", "s1", 3)}.get(name, ("intent",))
+            getattr(fleet, name)(*given)
+        assert sorted(asked) == [("a:1", *given), ("b:1", *given)], name
+        asked.clear()
+    monkeypatch.setattr(TritonServer, "is_live", lambda _: False)
+
+    def gone(server, model):
+        raise ServerUnreachable(f"nobody answers at {server.url}")
+
+    monkeypatch.setattr(TritonServer, "load", gone)
+    with Fleet(["a:1", "b:1"]) as fleet, pytest.raises(ServerUnreachable, match="2 of 2 replicas failed"):
+        fleet.load("intent")
+
+
+def test_a_fleet_that_cannot_be_made_leaves_no_connection_open(monkeypatch):
+    closed = []
+
+    def asked(server):
+        if server.url == "b:1":
+            raise WrongPort("b:1 is an HTTP port")
+        return True
+
+    monkeypatch.setattr(TritonServer, "is_live", asked)
+    monkeypatch.setattr(TritonServer, "close", lambda server: closed.append(server.url))
+    with pytest.raises(WrongPort):
+        Fleet(["a:1", "b:1"])
+    assert closed == ["a:1", "b:1"]
 
 
 def test_arguments_in_the_wrong_place(classifier, tree):

@@ -64,14 +64,20 @@ class Server:
         self._maybe_fail("load")
         self.serving = self.classifier.serving()
 
+    def _features(self, texts):
+        return self.encoder.encode(texts)
+
     def features(self, _, texts):
         self._maybe_fail("features")
-        return self.encoder.encode(texts)
+        return self._features(texts)
+
+    def head_logits(self, _, features):
+        return self.classifier.head(self.serving).logits(features), self.serving
 
     def classify(self, _, texts):
         self._maybe_fail("classify")
         head = self.classifier.head(self.serving)
-        logits = head.logits(self.encoder.encode(texts))
+        logits = head.logits(self._features(texts))
         best = [head.labels[row.argmax()] for row in logits]
         return [
             Answer(text, (label,), (1.0,), row, head.lineage.version, None)

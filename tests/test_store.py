@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -142,6 +143,34 @@ def test_one_head_is_read_again_and_no_other(stored, tmp_path):
         heads.refresh("s1")
     with pytest.raises(store.HeadError, match="no classifier 's1'"):
         heads.get("s1")
+
+
+@pytest.mark.parametrize(
+    "parameters, refreshed",
+    [
+        ('{"refresh":true}', True),
+        ('{"refresh": true, "sequence_id": 3}', True),
+        ('{"refresh":false}', False),
+        ('{"trace":"before the refresh"}', False),
+        ('{"refreshed_by":"ann"}', False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_only_the_parameter_has_a_head_read_again(monkeypatch, parameters, refreshed):
+    asked = []
+    tensors = {"classifier": np.array([[b"s1"]], object), "features": np.zeros((1, 3), np.float32)}
+    monkeypatch.setattr(store, "_input", lambda _, name: tensors[name])
+    monkeypatch.setattr(store, "_response", lambda *_: "answered")
+    monkeypatch.setattr(store, "answer", lambda *_: [{}])
+    served = store.Served(1, None)
+    model = store.TritonPythonModel()
+    model._heads = SimpleNamespace(
+        get=lambda name: asked.append(("get", name)) or served,
+        refresh=lambda name: asked.append(("refresh", name)) or served,
+    )
+    assert model.execute([SimpleNamespace(parameters=lambda: parameters)]) == ["answered"]
+    assert asked == [("refresh" if refreshed else "get", "s1")]
 
 
 @pytest.mark.parametrize(

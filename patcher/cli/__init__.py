@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -58,6 +60,22 @@ _SECTIONS = {
 _VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in section.items()}
 
 
+@dataclass
+class _Run:
+    """What has to be known of a run however it ends, bad usage included."""
+
+    as_json: bool
+
+    def foresee(self, verb: str, command: click.Command, rest: list[str]) -> None:
+        """Read the flags as the verb does, for which ``--text "--dry-run"`` is a text, and mind no other mistake."""
+        lenient: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
+        given = command.make_context(verb, list(rest), **lenient).params
+        self.as_json = bool(given.get("as_json", self.as_json))
+        audit.note(verb=verb)
+        if given.get("dry_run"):
+            audit.note(outcome="dry_run")
+
+
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -78,7 +96,11 @@ class _Verbs(click.Group):
             near = difflib.get_close_matches(args[0], _VERBS, 1)
             hint = f"; did you mean `patcher {near[0]}`?" if near else "; `patcher --help` lists them"
             raise click.UsageError(f"no verb {args[0]!r}{hint}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        run = ctx.find_object(_Run)
+        if run and name and command:
+            run.foresee(name, command, rest)
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # Not through the commands themselves, which would import them all.
@@ -112,39 +134,37 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     # numpy's BLAS threads turn on the spot for 25 ms after each product, on cores that a server beside us may need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-    audit.begin(next((word for word in given if word in _VERBS), ""))
-    if "--dry-run" in given:
-        audit.note(outcome="dry_run")
+    audit.begin("")
     with interruptible():
-        code, error = _run(arguments, "--json" in given)
+        code, error = _run(arguments, _Run("--json" in given))
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
     with uninterrupted():  # what was done or undone is on record, whenever Ctrl-C comes
         audit.finish(code, error, to_stderr=verbose)
     return code
 
 
-def _run(arguments: list[str] | None, as_json: bool) -> tuple[int, str]:
+def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
     try:
-        result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False)
+        result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
         if os.environ.get("PATCHER_DEBUG") == "1":
             raise
-        return _failed(str(error), error.exit_code, as_json, error.report)
+        return _failed(str(error), error.exit_code, run.as_json, error.report)
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.format_message(), err=True)
         return 2, "no verb was given"
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        if context is not None and not as_json:
+        if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        return _failed(error.format_message(), 2, as_json)
+        return _failed(error.format_message(), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
-        return _failed("interrupted; what was begun was undone", 130, as_json)
+        return _failed("interrupted; what was begun was undone", 130, run.as_json)
     except Exception as error:
         if os.environ.get("PATCHER_DEBUG") == "1":
             raise
         said = f"unexpected {type(error).__name__}: {error}. This is a fault of patcher; PATCHER_DEBUG=1 shows where"
-        return _failed(said, 1, as_json)
+        return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
 
 

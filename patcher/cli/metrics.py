@@ -42,7 +42,9 @@ def metrics_command(
     every = options.classifier_name is None
     targets = Targets((options.url, *more), names, repository, audit_log, sample, options.tls, every)
     server, thread = expose(targets, host, port)
-    options.say(f"metrics at http://{host}:{server.server_port}/metrics; Ctrl-C stops it")
+    url = f"http://{host}:{server.server_port}/metrics"
+    options.emit({"url": url})
+    options.say(f"metrics at {url}; Ctrl-C stops it")
     try:
         thread.join()
     except KeyboardInterrupt:

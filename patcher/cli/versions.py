@@ -9,7 +9,7 @@ import click
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, table
-from patcher.wording import listing
+from patcher.wording import counted, listing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,7 +137,9 @@ def prune_command(keep: int, options: CommonOptions) -> None:
     audit.note(classifier=classifier.name, versions=list(pruned))
     options.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
     if not options.json:
-        options.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {len(classifier.versions())} versions left")
+        options.say(
+            f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {counted(len(classifier.versions()), 'version')} left"
+        )
 
 
 @click.command("sync")

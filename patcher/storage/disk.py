@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from patcher.errors import Busy, RepositoryError, StorageError
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,8 +124,16 @@ class Disk:
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content by one rename."""
-        with self._staging(_parent(name)) as staging:
-            replace(self.root / name, data, staging, newer_than=self._newest(name))
+        if not (self.root / name).exists():
+            with self._staging(_parent(name)) as staging:
+                replace(self.root / name, data, staging, newer_than=self._newest(name))
+            return
+        with self.replacing(name, data) as replacement:
+            try:
+                replacement.make()
+            except BaseException:
+                replacement.undo()
+                raise
 
     @contextlib.contextmanager
     def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
@@ -158,29 +167,35 @@ class Disk:
         with self._staging(parent) as staging:
             for name, files in folders.items():
                 _write(staging / PurePosixPath(name).name, files)
-            # The last name makes the whole visible; what an export left that was killed before it got there is in the
-            # way.
-            for name in folders:
-                target, made = self.root / name, staging / PurePosixPath(name).name
-                if target.exists():
-                    target.rename(staging / f"leftover-{target.name}")
-                _share(made, target.parent.stat().st_mode)
-                flush_tree(made)
-                made.rename(target)
-            flush_folder(self.root / parent)
+            moved: list[tuple[Path, Path]] = []
+            try:
+                # The last name makes the whole visible; what an export left that was killed before it got there is in
+                # the way.
+                for name in folders:
+                    target, made = self.root / name, staging / PurePosixPath(name).name
+                    if target.exists():
+                        _move(target, staging / f"leftover-{target.name}", moved)
+                    _share(made, target.parent.stat().st_mode)
+                    flush_tree(made)
+                    _move(made, target, moved)
+                flush_folder(self.root / parent)
+            except BaseException:
+                _move_back(moved)
+                raise
 
     def take_away(self, folders: list[str]) -> None:
         """Rename them out of the way, each in one step, and then delete: none of it asks a full disk for room."""
-        aside = []
-        with storage_errors(self.root):
+        moved: list[tuple[Path, Path]] = []
+        with storage_errors(self.root, "nothing was taken away"):
             try:
                 for path in (self.root / name for name in folders):
                     if path.exists():
-                        aside.append(path.with_name(f"{_STAGING}{secrets.token_hex(4)}"))
-                        path.rename(aside[-1])
-            finally:
-                for path in aside:
-                    _delete(path)
+                        _move(path, path.with_name(f"{_STAGING}{secrets.token_hex(4)}"), moved)
+            except BaseException:
+                _move_back(moved)
+                raise
+        for _, aside in moved:
+            _delete(aside)
 
     def append(self, name: str, size: int, data: bytes) -> None:
         """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
@@ -293,15 +308,49 @@ class Disk:
 class _Replacement:
     def __init__(self, path: Path, data: bytes, before: Path, newest: int) -> None:
         self.path, self.data, self.before, self.newest = path, data, before, newest
+        self.tried = False
 
     def make(self) -> None:
+        self.tried = True
         self.newest = replace(self.path, self.data, self.before.parent, newer_than=self.newest)
 
     def undo(self) -> None:
+        # What could not be made is there still, often as the very file that the way back would rename.
+        if not self.tried or (self.path.exists() and self.before.samefile(self.path)):
+            return
         with contextlib.suppress(PermissionError):  # somebody else's file: to rename it is allowed, to date it is not
             _date(self.before, self.newest)
-        self.before.replace(self.path)
+        with uninterrupted(), _way_back(self.path):
+            self.before.replace(self.path)
         flush_folder(self.path.parent, tolerant=True)
+
+
+def _move(path: Path, to: Path, moved: list[tuple[Path, Path]]) -> None:
+    """Rename, noted for the way back."""
+    moved.append((path, to))  # first: one that is interrupted may have been done
+    path.rename(to)
+
+
+def _move_back(moved: Sequence[tuple[Path, Path]]) -> None:
+    """Undo renames, the last one first; StorageError where that fails, too."""
+    with uninterrupted():
+        for before, now in reversed(moved):
+            if now.exists() and not before.exists():
+                with _way_back(before):
+                    now.rename(before)
+        for folder in {path.parent for move in moved for path in move}:
+            flush_folder(folder, tolerant=True)
+
+
+@contextlib.contextmanager
+def _way_back(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"writing failed, and {path} could not be put back as it was, either: {error.strerror or error}; "
+            "`patcher doctor` says what is there now"
+        ) from error
 
 
 def _parent(name: str) -> str:
@@ -345,12 +394,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def storage_errors(root: Path) -> Iterator[None]:
-    """Turn what the operating system says of writing below ``root`` into a StorageError."""
+def storage_errors(root: Path, state: str = "nothing was changed") -> Iterator[None]:
+    """Turn what the operating system says of writing below ``root`` into a StorageError; ``state`` is how it is now.
+
+    The body sees to it that this is true.
+    """
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write to {root}: {error.strerror or error}; nothing was changed") from error
+        raise StorageError(f"cannot write to {root}: {error.strerror or error}; {state}") from error
 
 
 def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0) -> int:
@@ -370,8 +422,14 @@ def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: in
     except OSError:  # half a file on a full disk helps nobody
         temporary.unlink(missing_ok=True)
         raise
+    new = not path.exists()
     temporary.replace(path)
-    flush_folder(path.parent)
+    try:
+        flush_folder(path.parent)
+    except OSError:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
     return time_ns
 
 

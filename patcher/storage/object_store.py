@@ -15,11 +15,12 @@ import tempfile
 import time
 import uuid
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, LockLost, RepositoryError, StorageError
-from patcher.lease import Lease
+from patcher.lease import REQUEST_SECONDS, Lease
 from patcher.storage.disk import storage_errors
 from patcher.storage.s3 import Bucket
 
@@ -192,7 +193,7 @@ class ObjectStore:
     @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[str]:
         """Hold the lock object."""
-        lease = Lease(self.bucket, _LOCK)
+        lease = Lease(self._hurried, _LOCK)
         lost = lease.acquire(timeout, self._progress)
         self._lease, self._known, self._listed = lease, {}, None
         try:
@@ -203,7 +204,12 @@ class ObjectStore:
 
     def busy(self) -> bool:
         """Whether somebody holds the lock object, and keeps it fresh."""
-        return Lease(self.bucket, _LOCK).held()
+        return Lease(self._hurried, _LOCK).held()
+
+    @cached_property
+    def _hurried(self) -> Bucket:
+        """For the lock, whose holder can wait for no answer longer than it lasts."""
+        return self.bucket.hurried(REQUEST_SECONDS)
 
     def _progress(self) -> dict[str, str]:
         return {name: tag for name, tag in self.bucket.names().items() if name.endswith(".journal")}

@@ -7,8 +7,10 @@ object still is the one that was read. All that patcher promises about object st
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import email.utils
 import re
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -76,31 +78,45 @@ class Bucket:
     Credentials and region, and the endpoint where the URL has none, are found as every AWS tool does: in the
     environment, in ``~/.aws``, or from the machine's role.
 
+    ``timeout`` is how long it waits for an answer each of ``tries`` times.
+
     Raises ToolError where botocore is missing, InputError for a URL that is none, or settings that cannot be read.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout: float = 60.0, tries: int = 3) -> None:
         self.url = url.rstrip("/")
         self._endpoint, self.bucket, self.path = parse_url(url)
-        self._answered = False
+        self._timeout, self._tries = timeout, tries
+        self._answered = threading.Event()
+
+    def hurried(self, timeout: float) -> Bucket:
+        """The same place for who cannot wait as long: two tries of ``timeout`` seconds."""
+        bucket = Bucket(self.url, timeout=timeout, tries=2)
+        bucket._session, bucket._answered = self._session, self._answered
+        return bucket
 
     @cached_property
-    def _client(self) -> Any:
+    def _session(self) -> Any:
         try:
-            import botocore.config
             import botocore.session
         except ImportError as error:
             raise ToolError(f"{self.url} needs botocore, which is not installed: {install_hint('s3')}") from error
+        return botocore.session.get_session()
+
+    @cached_property
+    def _client(self) -> Any:
+        session = self._session
+        import botocore.config
+
         config = botocore.config.Config(
-            connect_timeout=5,
-            read_timeout=60,
-            retries={"mode": "standard", "total_max_attempts": 3},
+            connect_timeout=min(5.0, self._timeout),
+            read_timeout=self._timeout,
+            retries={"mode": "standard", "total_max_attempts": self._tries},
             # Stores that only speak like Amazon's need not know its checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
         with self._mapped("", "read"):
-            session = botocore.session.get_session()
             try:
                 return session.create_client("s3", endpoint_url=self._endpoint, config=config)
             except ValueError as error:  # what it says of an endpoint that is none
@@ -179,6 +195,7 @@ class Bucket:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix + beginning)
         with self._mapped("", "read"):
             for page in pages:
+                self._answered.set()
                 found.update({each["Key"][len(prefix) :]: str(each["ETag"]) for each in page.get("Contents", ())})
         return found
 
@@ -192,7 +209,7 @@ class Bucket:
         with self._mapped(name, doing):
             try:
                 answer = getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
-                self._answered = True
+                self._answered.set()
                 return answer
             except ClientError as error:
                 if error.response["Error"]["Code"] in unless:
@@ -226,7 +243,7 @@ class Bucket:
 
     def _unfit(self, message: str) -> PatcherError:
         # What was right a moment ago, and then ran out, is no wrong usage: something may have been changed by now.
-        return StorageError(message) if self._answered else InputError(message)
+        return StorageError(message) if self._answered.is_set() else InputError(message)
 
     def _refused(self, where: str, doing: str, error: Any) -> PatcherError:
         code, said = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
@@ -247,5 +264,12 @@ def _age(answer: Any) -> float:
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if date is None:
         raise StorageError("the object store does not date its answers, which tells whether a lock is still held")
-    now = email.utils.parsedate_to_datetime(date)
+    try:
+        now = email.utils.parsedate_to_datetime(date)
+    except (ValueError, TypeError):
+        raise StorageError(
+            f"the object store dates its answers {date!r:.80}; expected a date of HTTP, such as 'Thu, 01 Jan 2026 "
+            "00:00:00 GMT', which tells whether a lock is still held"
+        ) from None
+    now = now if now.tzinfo else now.replace(tzinfo=dt.timezone.utc)  # "-0000" says no zone, and means this one
     return float((now - answer["LastModified"]).total_seconds())

@@ -270,13 +270,19 @@ class TritonServer:
 
         ``width`` is the number of features that the store takes. ServerRefused with the store's reason where it cannot.
         """
-        import tritonclient.grpc as triton
-
-        features = triton.InferInput("features", [1, width], "FP32")
-        features.set_data_from_numpy(np.zeros((1, width), np.float32))
-        inputs = [features, _strings("classifier", [classifier.encode()])]
+        inputs = _to_head(np.zeros((1, width), np.float32), classifier)
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
+
+    def head_logits(self, head: str, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+        """Logits FP32 ``[n, labels]`` and version of ``head`` (a model or address) for features FP32 ``[n, width]``.
+
+        The backbone has no part in it. InputError for a model that is no head.
+        """
+        model, classifier = _parts(head)
+        with self._asked(f"answer a request to {head}") as options:
+            result = self._client.infer(model, _to_head(features, classifier), **options)
+        return _output(result, "logits"), int(_output(result, "head_version")[0, 0])
 
     def classify(self, classifier: str, texts: Iterable[str], *, logits: bool = True) -> list[Answer]:
         """The answer of a classifier (its name or address) to each text; texts of like length share a request.
@@ -358,6 +364,15 @@ def admin_headers(key: str | None) -> dict[str, str] | None:
 def _parts(address: str) -> tuple[str, str]:
     model, _, classifier = address.partition("/")
     return model, classifier
+
+
+def _to_head(features: NDArray[np.float32], classifier: str) -> list[Any]:
+    """The inputs of a head, with the name of a ``classifier`` where it is one of a store."""
+    import tritonclient.grpc as triton
+
+    tensor = triton.InferInput("features", list(features.shape), "FP32")
+    tensor.set_data_from_numpy(features)
+    return [tensor, *([_strings("classifier", [classifier.encode()] * len(features))] if classifier else [])]
 
 
 def _strings(name: str, values: Sequence[bytes]) -> Any:

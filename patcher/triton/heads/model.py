@@ -127,7 +127,7 @@ class TritonPythonModel:
                 responses[index] = _refusal(error)
                 continue
             groups.setdefault(name, []).append(index)
-            if "refresh" in (request.parameters() or ""):
+            if json.loads(request.parameters() or "{}").get("refresh"):
                 stale.add(name)
         for name, members in groups.items():
             try:

@@ -1,0 +1,125 @@
+"""A folder's writes that fail in the middle: all of it or nothing, and nothing is claimed that is not so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from patcher.errors import StorageError
+from patcher.storage import disk
+from patcher.storage.disk import Disk
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def storage(tmp_path):
+    (tmp_path / "root").mkdir()
+    return Disk(tmp_path / "root")
+
+
+def failing(monkeypatch, name, at, error=FULL, where=disk):
+    """Have the call number ``at`` of a function fail, and those before and after it not."""
+    real, calls = getattr(where, name), iter(range(1, 100))
+
+    def counted(*args, **more):
+        if next(calls) == at:
+            raise error
+        return real(*args, **more)
+
+    monkeypatch.setattr(where, name, counted)
+
+
+FOLDERS = {f"b_{role}": {"config.pbtxt": b"new"} for role in ("tokenizer", "backbone", "features")}
+
+
+@pytest.mark.parametrize("name, at", [("flush_tree", 3), ("flush_folder", 4), ("_share", 2), ("_move", 3)])
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
+def test_folders_are_added_all_or_none(storage, monkeypatch, tree, name, at, error):
+    storage.add({"b_backbone": {"config.pbtxt": b"what a killed export left"}})
+    before = tree(storage.root)
+    failing(monkeypatch, name, at, error)
+    with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
+        storage.add(FOLDERS)
+    assert tree(storage.root) == before
+    if error is FULL:
+        assert "No space left on device; nothing was changed" in str(caught.value)
+    monkeypatch.undo()
+    storage.add(FOLDERS)
+    assert storage.read("b_backbone/config.pbtxt") == b"new"
+
+
+def test_folders_are_taken_away_all_or_none(storage, monkeypatch, tree):
+    storage.add(FOLDERS)
+    before = tree(storage.root)
+    failing(monkeypatch, "rename", 3, PermissionError(13, "Permission denied"), Path)
+    with pytest.raises(StorageError, match="Permission denied; nothing was taken away"):
+        storage.take_away(list(FOLDERS))
+    assert tree(storage.root) == before
+
+
+def test_a_way_back_that_fails_is_told(storage, monkeypatch):
+    failing(monkeypatch, "flush_tree", 2)
+    rename, calls = Path.rename, iter(range(1, 100))
+    monkeypatch.setattr(Path, "rename", lambda *each: rename(*each) if next(calls) < 2 else refuse())
+
+    def refuse():
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(StorageError, match="could not be put back as it was, either: Permission denied") as caught:
+        storage.add(FOLDERS)
+    assert "nothing was changed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [b"old", None])
+def test_a_file_that_cannot_be_flushed_is_as_it_was(storage, monkeypatch, before):
+    storage.add({"model": {"1/model.py": b"program"}})
+    if before is not None:
+        storage.replace("model/config.pbtxt", before)
+    failing(monkeypatch, "flush_folder", 1)
+    with pytest.raises(StorageError, match="nothing was changed"):
+        storage.replace("model/config.pbtxt", b"new")
+    assert storage.find("model/config.pbtxt") == before
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_what_was_not_made_is_not_dated_anew(storage, monkeypatch, hard_links):
+    """A server would load the model once more."""
+    storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
+    path = storage.root / "model" / "config.pbtxt"
+    os.utime(path, ns=(10**18,) * 2)
+    if not hard_links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: refuse())
+
+    def refuse():
+        raise OSError(1, "Operation not permitted")
+
+    with storage.replacing("model/config.pbtxt", b"new") as replacement:
+        replacement.undo()
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (b"old", 10**18)
+    if hard_links:
+        monkeypatch.setattr(os, "fsync", lambda _: refuse())
+        with storage.replacing("model/config.pbtxt", b"new") as replacement:
+            with pytest.raises(OSError, match="not permitted"):
+                replacement.make()
+            replacement.undo()
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == (b"old", 10**18)
+
+
+def test_configurations_are_replaced_all_or_none_on_a_full_disk(classifier, monkeypatch, tree):
+    before = tree(classifier.root)
+    real, calls = os.fsync, iter(range(1, 100))
+
+    def full(descriptor):
+        if next(calls) > 3:  # from then on nothing fits any more
+            raise FULL
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    models = (classifier.encoder_model, classifier.backbone_model, classifier.head_model)
+    texts = {model: classifier.repository.config_text(model) + "\n# new\n" for model in models}
+    with pytest.raises(StorageError, match="nothing was changed"):
+        classifier.repository.write_configs(texts)
+    assert tree(classifier.root) == before
