@@ -330,7 +330,7 @@ def test_the_verb(live, monkeypatch, capsys, tmp_path):
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
     code, out, err = run("add-label", "--examples", file, "--canary", "25")
     assert code == 0, err
-    assert "tried on 25 % of the requests" in out
+    assert "is on trial with 25 % of the requests" in out
     held_out = tiny.write_csv(tmp_path / "e.csv", {"payday": tiny.sentences("payday", 20, seed=9)})
     code, out, err = run("canary", "--eval", held_out)
     assert code == 0, err

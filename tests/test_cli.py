@@ -267,12 +267,40 @@ def test_the_shell_completes_verbs_and_options():
     assert completed("patcher add-label --me") == ["plain,--method"]
 
 
-def test_every_verb_teaches(patcher):
+def test_every_verb_explains_itself(patcher):
     from patcher.cli import _VERBS
 
     for verb in _VERBS:
         code, out, _ = patcher(verb, "--help")
         assert (code, "Usage: patcher" in out, "--help" in out) == (0, True, True)
+
+
+COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-file": "key", "--tls-server-name": "x"}
+
+
+@pytest.mark.parametrize(
+    "verb, shown",
+    [
+        *((verb, {"--classifier"}) for verb in ("labels", "history", "diff", "evaluate", "report", "prune")),
+        *((verb, {"--classifier"}) for verb in ("tune", "upgrade", "to-transformers")),
+        *((verb, set(COMMON) - {"--watch", "--admin-key-file"}) for verb in ("classify", "loadtest", "metrics")),
+        *((verb, set(COMMON)) for verb in ("add-label", "remember", "rollback", "canary", "merge-labels")),
+        ("doctor", set(COMMON) - {"--classifier", "--watch"}),
+        ("sync", set(COMMON) - {"--watch"}),
+        ("new-classifier", set(COMMON) - {"--classifier", "--watch"}),
+    ],
+)
+def test_the_help_of_a_verb_shows_no_option_that_it_ignores(verb, shown, patcher):
+    out = patcher(verb, "--help")[1]
+    assert {option for option in COMMON if f"  {option} " in out} == shown
+
+
+def test_every_verb_takes_the_common_options_so_that_scripts_need_not_know(patcher, classifier):
+    given = [word for option, value in COMMON.items() if "tls" not in option for word in (option, value)]
+    code, out, err = patcher("labels", *given, "--json")
+    assert (code, json.loads(out)["labels"]) == (0, list(tiny.OLD)), err
+    code, _, err = patcher("prune", "--keep", "1", *given)
+    assert code == 0, err
 
 
 def test_help_answers_at_once_and_without_heavy_imports():
@@ -360,7 +388,7 @@ def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_labe
     file.write_text("text,topic\n" + "".join(f"{text},pay\n" for text in tiny.sentences("payday", 10)))
     code, _, err = patcher("add-label", "payday", "--examples", file, "--dry-run")
     assert code == 0, err
-    assert "only the texts are read (not 'topic'): all 10 are taken as 'payday'" in err
+    assert "are read (not 'topic'); all 10 become examples of 'payday'" in err
 
 
 def test_a_trial_that_no_server_was_asked_for_says_so(patcher, examples):
@@ -421,7 +449,7 @@ def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
             path.write_bytes(damage)
         code, out, err = patcher("doctor")
         assert code == 1
-        assert "a fault of patcher" not in out + err
+        assert "a bug in patcher" not in out + err
         assert "nobody answers" in out
 
 

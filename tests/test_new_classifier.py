@@ -191,7 +191,7 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, pla
     train = {label: tiny.sentences(label, 20, seed=3) for label in tiny.NEW}
     file = tiny.write_csv(tmp_path / "train.csv", train)
     out = patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)
-    assert f"{name} on intent, 3 labels from 60 texts: version 1 serves" in out
+    assert f"{name} on intent, 3 labels from 60 texts: version 1 now serves" in out
     question = tiny.sentences("pizza", 1, seed=8)[0]
     (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
     assert (answer["label"], answer["head_version"]) == ("pizza", 1)
@@ -350,7 +350,7 @@ def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path,
     assert "half" not in repository.classifiers()
     assert repository.has_remains("half")
     assert main(["drop-classifier", "half", "--yes", "--no-load", "--repo", str(repository.root)]) == 0
-    assert capsys.readouterr().out.startswith("half is gone")
+    assert capsys.readouterr().out.startswith("half was deleted")
     kept = {
         name: data for name, data in tree(repository.root).items() if not name.startswith("intent_") or name in before
     }

@@ -826,7 +826,7 @@ def test_a_path_that_is_not_utf8_is_named(classifier, capsys):
     assert main(["doctor", "--repo", odd]) == 1
     captured = capsys.readouterr()
     assert "expected one in UTF-8" in captured.out
-    assert "a fault of patcher" not in captured.err
+    assert "a bug in patcher" not in captured.err
 
 
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):
