@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["install_hint", "percent"]
+__all__ = ["install_hint", "percent", "plural"]
 
 
 def install_hint(extra: str = "") -> str:
@@ -13,3 +13,8 @@ def install_hint(extra: str = "") -> str:
 def percent(share: float | None, digits: int = 2) -> str:
     """``0.0123`` as ``1.23 %``; an em dash for None."""
     return "—" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 example``, ``1,200 examples``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

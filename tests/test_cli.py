@@ -353,8 +353,8 @@ def test_the_same_words_are_one_example(patcher, tmp_path):
     assert report["verdict"]["too_few"] == ["payday"]
     assert len(report["verdict"]["duplicates"]) == 5
     once = ("add-label", "payday2", "--text", "one and the same", "--no-load")
-    assert "has one example" in patcher(*once)[2]
-    assert "has one example" in patcher(*once, "--text", "One and the  same")[2]
+    assert "has only one example" in patcher(*once)[2]
+    assert "has only one example" in patcher(*once, "--text", "One and the  same")[2]
 
 
 def test_a_label_under_another_name_is_refused(patcher, classifier, tmp_path):
@@ -377,10 +377,10 @@ def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(pat
     some = tiny.write_csv(tmp_path / "some.csv", {label: train[label] for label in tiny.OLD[:2]})
     code, _, err = patcher("remember", "--data", some, "--no-load")
     assert code == 0
-    assert f"nothing is remembered of {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
+    assert f"the memory has nothing on {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
     more = tiny.write_csv(tmp_path / "more.csv", {"refund": tiny.sentences("refund", 10)})
     out = patcher("add-label", "--examples", more, "--no-load", "--force", "--json")[1]
-    assert any("nothing is remembered of" in line for line in json.loads(out)["verdict"]["advice"])
+    assert any("the memory has nothing on" in line for line in json.loads(out)["verdict"]["advice"])
 
 
 def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_label(patcher, tmp_path):
