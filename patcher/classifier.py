@@ -112,7 +112,7 @@ class Classifier(Backbone):
             return read_memory(data)
         except RepositoryError as error:
             raise RepositoryError(
-                f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` builds it anew"
+                f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` rebuilds it"
             ) from error
 
     def next_version(self) -> int:

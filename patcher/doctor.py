@@ -73,12 +73,14 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         yield from _on_disk(repository, name, seen)
     if server is None:
         yield Check(
-            "server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+            "server", "note", f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
         )
         return
     for member in members(server):
         if member not in present(server):
-            yield Check("server", "fault", f"nobody answers at {member.url}, one of {url}; `patcher sync` when it does")
+            yield Check(
+                "server", "fault", f"no server answers at {member.url}, one of {url}; run `patcher sync` when it does"
+            )
             continue
         yield from _on_server(repository, names, member)
 
@@ -97,7 +99,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 try:
                     classifier.journal.entries()
                 except RepositoryError as error:
-                    yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside()} now")
+                    yield Check(what, "note", f"{error}; it was moved to {classifier.journal.set_aside()}")
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
@@ -117,7 +119,7 @@ def _installation() -> Iterator[Check]:
     there = [check for check in runtimes if check.state == "ok"]
     yield there[0] if there else Check("onnxruntime", "fault", "missing: pip install onnxruntime-gpu (or onnxruntime)")
     for package, verb in _OPTIONAL.items():
-        yield _package(package, "note", f"only {verb} needs it")
+        yield _package(package, "note", f"needed only for {verb}")
     from patcher.triton.perf_analyzer import find_perf_analyzer
 
     try:
@@ -149,7 +151,7 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         yield Check(
             f"{name}, version {number}",
             "note",
-            f"{classifier.head_model}/{number} has files and no {MODEL}, as a copy leaves that was cut off; copy it "
+            f"{classifier.head_model}/{number} has files but no {MODEL}, perhaps from an interrupted copy; copy it "
             "again, or delete the folder",
         )
     yield _journal(classifier)
@@ -167,24 +169,24 @@ def _journal(classifier: Classifier) -> Check:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
         if pending and classifier.storage.busy():
-            return Check(what, "note", f"under way: {pending}; another patcher is at work")
+            return Check(what, "note", f"in progress: {pending}; another patcher is running")
         pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
     if pending:
-        done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
+        done = "`patcher doctor --repair`, or the next verb that changes anything, finishes or undoes it"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
     if gone := _gone(classifier):
         found = ", ".join(map(str, gone))
-        done = "restore their folders, or `patcher doctor --repair` writes them off"
-        return Check(what, "fault", f"versions {found} are not there any more, and were not pruned; {done}")
+        done = "restore their folders, or write them off with `patcher doctor --repair`"
+        return Check(what, "fault", f"versions {found} are missing, and were not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
         found = ", ".join(map(str, unknown))
         return Check(
-            what, "note", f"versions {found} are not in it, of an older patcher perhaps; the next change adds them"
+            what, "note", f"versions {found} are not in it, perhaps made by an older patcher; the next change adds them"
         )
-    return Check(what, "ok", "nothing was interrupted; every file is the one that was published")
+    return Check(what, "ok", "nothing was interrupted; every file is as published")
 
 
 def _gone(classifier: Classifier) -> list[int]:
@@ -200,7 +202,7 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
-            raise RepositoryError("belongs to another backbone than the one here")
+            raise RepositoryError("belongs to a different backbone")
     except PatcherError as error:
         if version not in classifier.versions():  # pruned meanwhile
             return None
@@ -221,7 +223,7 @@ def _untouched(classifier: Classifier, version: int) -> None:
         if now != then:
             raise RepositoryError(
                 f"{name} was changed after it was published: its SHA-256 is {now[:12]}, the journal says {then[:12]}; "
-                "restore it from a copy, or go to another version and prune this one"
+                "restore it from a copy, or switch to another version and prune this one"
             )
 
 
@@ -267,10 +269,10 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
         for name in names:
             yield _served(repository, name, server)
             if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
-                found = f"its trial has ended, and {server.url} goes on with it; `patcher sync` ends it there, too"
+                found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)
     except ServerError as error:
-        yield Check("server", "fault", f"{error}; nothing more was asked of it")
+        yield Check("server", "fault", f"{error}; no further checks were made on it")
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:
@@ -284,6 +286,6 @@ def _served(repository: ModelRepository, name: str, server: TritonServer) -> Che
         if isinstance(error, ServerUnreachable) and not server.is_live():
             raise
         if repository.storage.busy():
-            return Check(what, "note", f"another patcher is at work: {error}")
+            return Check(what, "note", f"another patcher is running: {error}")
         return Check(what, "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
     return Check(what, "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels")

@@ -37,10 +37,10 @@ FORMAT = 2
 
 
 def require_folder(location: str | os.PathLike[str]) -> None:
-    """InputError where a repository is no folder: a head store reads heads there that Triton would not fetch."""
+    """InputError where a repository is not a folder: a head store reads heads there that Triton would not fetch."""
     if is_url(location):
         raise InputError(
-            f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
+            f"{location} is not a folder: a head store reads its heads from one, and cannot be served from an "
             "object store; expected classifiers with an ensemble of their own there (without --in-store)"
         )
 
@@ -60,7 +60,7 @@ class RepositoryFiles:
         self.storage = storage or open_storage(location)
         if not self.storage.there():
             otherwise = (
-                f"`patcher export MODEL --repo {self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
+                f"`patcher export MODEL --repo {self.location}` creates one, --repo or $TRITON_MODEL_REPO names another"
             )
             raise RepositoryError(
                 f"no model repository at {self.location}: no such folder; {_around(self.location) or otherwise}"
@@ -87,7 +87,7 @@ class RepositoryFiles:
         if data is None:
             otherwise = f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
             raise RepositoryError(
-                f"{self.location} is no model repository of patcher: it has no {FORMAT_FILE}; "
+                f"{self.location} is not a model repository of patcher: it has no {FORMAT_FILE}; "
                 f"{_around(self.location) or otherwise}"
             )
         if not isinstance(number, int) or number > FORMAT or number < 1:
@@ -224,7 +224,7 @@ class RepositoryFiles:
         """InputError where ``name`` is taken."""
         if self.storage.has(f"{name}/{CONFIG}") or self.storage.has(f"{name}_head/{STORE}"):
             there = name in self.classifiers()
-            cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
+            cure = f"delete it with `patcher drop-classifier {name}`" if there else "remove its folders"
             raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
@@ -233,8 +233,8 @@ class RepositoryFiles:
             there = {*self.storage.glob(f"{name}/*"), *self.storage.glob(f"{name}/*/*")}
             if there and not self._is_ours(name, files):
                 raise InputError(
-                    f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
-                    "or choose another name"
+                    f"{self.location} already contains {name}, which patcher did not create for this "
+                    "classifier; move it away, or choose another name"
                 )
         self.storage.add(folders)
 
@@ -271,5 +271,5 @@ def _around(location: Path | str) -> str:
         storage = open_storage(parent)
         if storage.find(FORMAT_FILE) is not None:
             which = f" --classifier {name}" if holds(storage, name) else ""
-            return f"{parent} is the repository that it lies in: expected --repo {parent}{which}"
+            return f"it lies inside the repository {parent}: expected --repo {parent}{which}"
     return ""

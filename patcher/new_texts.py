@@ -68,8 +68,8 @@ def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip
     known = [label for label in texts if label in head.labels]
     if known and not (skip_known and len(known) < len(texts)):
         raise LabelError(
-            f"{', '.join(map(repr, known[:5]))}: a label of {classifier} already, in version {head.lineage.version} "
-            f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
+            f"{', '.join(map(repr, known[:5]))}: already in {classifier} (version {head.lineage.version}, "
+            f"{len(head.labels)} labels); expected new labels (`patcher labels` lists the existing ones)"
         )
     for label in texts:
         refuse_joined(head, label)

@@ -91,24 +91,26 @@ def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
     another repository. So the answer itself is compared, with the version, the labels and the logits of ``head``.
     """
     if not server.is_ready(classifier.ensemble):
-        raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
+        raise ServerError(
+            f"the server's {classifier.ensemble} is not ready; is --repo the repository that this server serves?"
+        )
     check_same_backbone(classifier, server)
     text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
     if answer.head_version != head.lineage.version:
         raise ServerError(
             f"the server answers from head version {answer.head_version}; expected {head.lineage.version}. "
-            "Does it serve this very repository?"
+            "Is --repo the repository that this server serves?"
         )
     features = server.features(classifier.features_model, [text])
     expected, rounding = head.logits(features)[0], head.rounding(features)[0]
     if answer.logits.shape != expected.shape:
-        raise ServerError(f"the server answers with {len(answer.logits)} logits; expected {len(expected)}")
+        raise ServerError(f"the server returned {len(answer.logits)} logits; expected {len(expected)}")
     off = np.abs(answer.logits - expected)
     if not (off <= 1e-2 + 1e-3 * np.abs(expected) + rounding).all():
         raise ServerError(f"the server's logits are off by {off.max():.3g} from those of version {answer.head_version}")
     if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
-        raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+        raise ServerError(f"the server answers {answer.labels[0]!r}, but its own logits say otherwise")
     for _ in range(1, server.instances(classifier.address)):
         server.classify(classifier.address, [probe_text()])
 
@@ -191,7 +193,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
-            "--url or $TRITON_URL names another, --no-load does without"
+            "--url or $TRITON_URL names another, --no-load publishes without one"
         )
     for replica in present(server) if classifier is not None and not classifier.in_store else ():
         replica.check_control()
@@ -221,9 +223,9 @@ def _come_back(
     if not isinstance(error, LockLost) and classifier.serving() != previous:
         # Only where files are far away: the one that pins could be replaced, and then not any more.
         raise NotServed(
-            f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
-            f"{as_sentence(error)} Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes "
-            "it, and so does the next verb that changes anything",
+            f"version {version} of {classifier.name} was published, but something failed, and so did the rollback: "
+            f"{as_sentence(error)} Version {version} may still be pinned; `patcher doctor --repair`, or the next "
+            "verb that changes anything, finishes or undoes it",
             {"version": version, "parent_version": previous, "published": True, "served": False},
         ) from error
     # Whatever it was, the files are as before; now the servers that were asked have to be, too.
@@ -257,7 +259,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
-            f"`patcher rollback --to {previous}` tries again, a restarted server comes up on it"
+            f"to retry: `patcher rollback --to {previous}`; a restarted server serves it"
         )
     else:
         classifier.note("undone", serving=previous)
@@ -267,7 +269,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     raise NotServed(
         f"version {version} of {classifier.name} was published, but the server would not serve it: "
         f"{as_sentence(str(cause) or type(cause).__name__)} {state}; "
-        f"`patcher rollback --to {version}` tries it once more",
+        f"to retry: `patcher rollback --to {version}`",
         {"version": version, "parent_version": previous, "published": True, "served": False},
     ) from cause
 
@@ -303,8 +305,8 @@ def changing(classifier: Classifier, server: TritonServer | None = None, *, leav
             if pending is None:
                 raise
             raise NotServed(
-                f"interrupted, and not undone: {pending}; `patcher doctor --repair` finishes or undoes it, and so does "
-                "the next verb that changes anything"
+                f"interrupted, and not undone: {pending}; `patcher doctor --repair`, or the next verb that changes "
+                "anything, finishes or undoes it"
             ) from interrupt
 
 
@@ -381,7 +383,7 @@ def _undo(classifier: Classifier, published: int | None) -> str:
         return f"finished: version {published} is on trial, and version {serving} serves"
     if published is not None and here and published != serving:
         classifier.withdraw(published)
-        return f"undone: version {published} was never made to serve, and is withdrawn"
+        return f"undone: version {published} never served and was withdrawn"
     classifier.note("undone", serving=serving)
     return f"undone: version {serving} serves"
 
@@ -396,7 +398,7 @@ def _finish_pruning(classifier: Classifier) -> None:
 def _require_answer(replica: TritonServer) -> None:
     """ServerUnreachable from one that hangs: each question would wait for it, and no Ctrl-C ends the way back."""
     if not replica.is_live():
-        raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
+        raise ServerUnreachable(f"{replica.url} does not answer; run `patcher sync` again when it does")
 
 
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:

@@ -130,7 +130,7 @@ def test_the_gate_refuses_and_force_is_recorded(patcher, classifier, tmp_path, t
     assert code == 3
     assert json.loads(out)["gate"] == "refused"
     assert err.splitlines()[0] == "error: the gate refused the patch:"
-    assert err.splitlines()[-1].strip() == "`--force` publishes all the same"
+    assert err.splitlines()[-1].strip() == "`--force` publishes anyway"
     assert "weather" in err
     assert tree(classifier.root) == before
     code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json", "--force")
@@ -177,7 +177,7 @@ WRONG = {
     "no option": (["labels", "--verison", "1"], 2, "No such option"),
     "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
     "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
-    "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "a label of intent already"),
+    "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "already in intent"),
     "an empty label": (["add-label", " ", "--text", "a b"], 2, "the label is empty"),
     "an empty text": (["add-label", "payday", "--text", ""], 2, "example 1: the text is empty"),
     "10 MB of text": (["add-label", "payday", "--text", "a" * 10_000_000], 2, "has 10,000,000 bytes"),
@@ -398,7 +398,7 @@ def test_a_trial_that_no_server_was_asked_for_says_so(patcher, examples):
 
 def test_a_classifier_that_is_there_can_be_dropped(patcher, examples):
     code, _, err = patcher("new-classifier", "intent", "--backbone", "intent", "--train", examples, "--no-load")
-    assert (code, "or delete it by `patcher drop-classifier intent` first" in err) == (2, True), err
+    assert (code, "or delete it with `patcher drop-classifier intent` first" in err) == (2, True), err
 
 
 def test_sync_takes_every_classifier_unless_one_is_named(patcher, classifier, monkeypatch):
@@ -450,7 +450,7 @@ def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
         code, out, err = patcher("doctor")
         assert code == 1
         assert "a bug in patcher" not in out + err
-        assert "nobody answers" in out
+        assert "no server answers" in out
 
 
 def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
@@ -458,9 +458,9 @@ def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
     assert patcher("rollback", "--to", "1", "--no-load")[0] == 0
     shutil.rmtree(classifier.root / "intent_head" / "2")
     code, out, _ = patcher("doctor")
-    assert (code, "versions 2 are not there any more" in out) == (1, True)
+    assert (code, "versions 2 are missing, and were not pruned" in out) == (1, True)
     assert "versions 2 are written off" in patcher("doctor", "--repair")[1]
-    assert "not there any more" not in patcher("doctor")[1]
+    assert "are missing" not in patcher("doctor")[1]
 
 
 def test_weakest_labels_are_among_those_with_texts(patcher, tmp_path):

@@ -161,7 +161,7 @@ def no_tokenizer(folder):
         (regression, "trained for regression"),
         (one_label, r"1 label\(s\), as a regression has"),
         (repeated_label, "'balance' more than once"),
-        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or characters that do not print"),
+        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or unprintable characters"),
         (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
         (other_shapes, "their shapes are not those that its config.json says"),
@@ -566,7 +566,7 @@ def test_a_head_store_answers_for_it_when_asked_for(bert, tmp_path, monkeypatch,
     (classifier.root / classifier.version_name(2) / "memory.safetensors").write_bytes(b"damaged")
     remember(classifier, read_examples(train))
     assert len(classifier.memory().clusters.labels) == 5
-    with pytest.raises(InputError, match="is no folder: a head store"):
+    with pytest.raises(InputError, match="is not a folder: a head store"):
         export_classifier(bert, "s3://bucket/models", in_store=True)
 
     def full(*_args, **_more):

@@ -282,10 +282,10 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
         new_classifier(repository, "unheard", examples(), server=server, settings=FoundingSettings(in_store=True))
 
         def away(self, *_):
-            raise ServerUnreachable("nobody answers")
+            raise ServerUnreachable("no server answers")
 
         monkeypatch.setattr(TritonServer, "refresh", away)
-        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* once more"):
+        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* again to retry"):
             drop_classifier(repository, "unheard", server)
         monkeypatch.undo()
         assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1

@@ -220,7 +220,7 @@ class TritonServer:
             )
         if "explicit model load / unload is not allowed" in message:
             return (
-                "takes no model control: it runs with --model-control-mode=none or poll; start it with "
+                "does not allow model control: it runs with --model-control-mode=none or poll; start it with "
                 "--model-control-mode=explicit, as `patcher serve` does"
             )
         return None
@@ -229,7 +229,9 @@ class TritonServer:
         if problem := self._tls_problem():
             return TlsError(f"the server at {self.url} {problem}")
         if self.tls is None and serves_http(self._host, self._port):
-            return WrongPort(f"{self.url} is a server's HTTP port; expected its gRPC port, which is 8001 by default")
+            return WrongPort(
+                f"{self.url} is the HTTP port of a server; expected its gRPC port, which is 8001 by default"
+            )
         return ServerUnreachable(
             f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
             "--url or $TRITON_URL names another"
@@ -239,7 +241,7 @@ class TritonServer:
         if self.tls is not None:
             return handshake_problem(self._host, self._port, self.tls)
         if speaks_tls(self._host, self._port):
-            return "speaks TLS only; give --tls-ca FILE, or $PATCHER_TLS_CA, with the authority that signed it"
+            return "accepts only TLS; pass --tls-ca FILE, or $PATCHER_TLS_CA, with the CA that signed its certificate"
         return None
 
     def is_live(self) -> bool:
@@ -401,7 +403,7 @@ def admin_headers(key: str | None) -> dict[str, str] | None:
     if key is None:
         return None
     if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-        raise InputError("the admin key must be printable ASCII without blanks around it")
+        raise InputError("the admin key must be printable ASCII without spaces around it")
     return {"triton-grpc-protocol-admin-key": key}
 
 
@@ -426,7 +428,7 @@ def _encoded(text: str, place: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"a text holds half a character at position {error.start} ({error.reason}): {text!r}"
+            f"a text contains an unpaired surrogate at position {error.start} ({error.reason}): {text!r}"
         ) from None
 
 
@@ -434,8 +436,8 @@ def _output(result: Any, name: str) -> Any:
     found = result.as_numpy(name)
     if found is None:
         raise InputError(
-            f"{result.get_response().model_name} gives no {name}: expected a classifier to classify, NAME_features for "
-            "features"
+            f"{result.get_response().model_name} has no output {name}: expected a classifier to classify, "
+            "NAME_features for features"
         )
     return found
 
