@@ -457,7 +457,7 @@ def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, caps
         arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
         assert main([*arguments, "--json"]) == 0
         captured = capsys.readouterr()
-        told[json.loads(captured.out)["train_accuracy"]] = "is answered as labelled; is it this" in captured.err
+        told[json.loads(captured.out)["train_accuracy"]] = "get the label they have there; is it this" in captured.err
     assert min(told) < 0.5
     assert told == {share: share < 0.5 for share in told}
 

@@ -208,7 +208,7 @@ def test_from_the_shell(secured, authority, monkeypatch, capsys, tmp_path):
     assert main(["classify", "hello", "--tls-cert", str(authority.ca)]) == 2
     assert "TLS needs --tls-ca" in capsys.readouterr().err
     assert main(["serve", "--tls-cert", str(authority.ca)]) == 2
-    assert "--tls-cert FILE and --tls-key FILE together" in capsys.readouterr().err
+    assert "TLS requires both --tls-cert FILE and --tls-key FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("which", ["secured", "mutual"])
