@@ -419,7 +419,7 @@ def test_a_model_in_memory_is_copied_and_exported_with_dropout_off(tmp_path):
 def test_a_model_in_memory_needs_its_tokenizer(tmp_path):
     with pytest.raises(InputError, match="without its tokenizer"):
         run_export(checkpoints.make_model("bert", checkpoints.make_tokenizer()), tmp_path / "model_repository")
-    with pytest.raises(CheckpointError, match="no transformers model, but a Linear"):
+    with pytest.raises(CheckpointError, match="not a transformers model, but a Linear"):
         run_export(torch.nn.Linear(2, 2), tmp_path / "model_repository", tokenizer=checkpoints.make_tokenizer())
 
 

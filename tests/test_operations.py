@@ -763,7 +763,7 @@ def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
     assert patched(classifier) == 3
     notes = [check for check in doctor.diagnose(classifier.root, None, "url") if check.what == "intent, version 2"]
     assert [check.state for check in notes] == ["note"]
-    assert "intent_head/2 has files and no model.onnx" in notes[0].finding
+    assert "intent_head/2 has files but no model.onnx" in notes[0].finding
 
 
 def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifier):
