@@ -17,7 +17,7 @@ STAMP := $(VENV)/.setup-done
 
 .PHONY: help setup demo test test-fast lint format bench bench-quality bench-serving audit sbom clean
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## build .venv with everything in it (PYTHON=python3.12 for another interpreter)
@@ -38,41 +38,41 @@ $(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
 	$(BIN)/python -m patcher.triton.perf_analyzer install
 	@touch $@
 
-demo: setup ## fine-tune, export, serve, add a label, roll back: the whole road on this machine
+demo: setup ## fine-tune, export, serve, add a label, roll back: the whole workflow on this machine
 	@$(BIN)/python tests/demo/run.py
 
-test: setup ## the tests
+test: setup ## run the tests
 	@$(BIN)/python -m pytest
 
-test-fast: setup ## the tests that take no more than ten seconds each
+test-fast: setup ## run the tests that take no more than ten seconds each
 	@$(BIN)/python -m pytest -m "not slow"
 
-lint: setup ## ruff, mypy, hadolint
+lint: setup ## run ruff, mypy and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 
-format: setup ## let ruff put the code in shape
+format: setup ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-quality bench-serving ## both benchmarks
+bench: bench-quality bench-serving ## run both benchmarks
 
-bench-quality: setup ## how right the patched classifier is (ARGS="--checkpoint DIR --data DIR")
+bench-quality: setup ## measure the accuracy of a patched classifier (ARGS="--checkpoint DIR --data DIR")
 	@$(BIN)/python tests/benchmarks/quality.py $(ARGS)
 
-bench-serving: setup ## how fast it answers (ARGS="--repo DIR --checkpoint DIR --texts FILE")
+bench-serving: setup ## measure how fast it answers (ARGS="--repo DIR --checkpoint DIR --texts FILE")
 	@$(BIN)/python tests/benchmarks/serving.py $(ARGS)
 
-audit: setup ## known faults in the packages installed here (asks a service on the internet)
+audit: setup ## check the installed packages for known vulnerabilities (asks a service on the internet)
 	@$(PIP_INSTALL) -e '.[audit]'
 	@mkdir -p build
 	@# A package that the service does not know is a failure (--strict); it knows torch without the mark of its CPU build.
 	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+cpu$$//' >build/installed.txt
 	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r build/installed.txt
 
-sbom: setup ## build/sbom.json: what is installed here, as a validated CycloneDX document
+sbom: setup ## write build/sbom.json: the installed packages, as a validated CycloneDX document
 	@$(PIP_INSTALL) -e '.[audit]'
 	@mkdir -p build
 	@$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --validate \

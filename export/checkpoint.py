@@ -133,7 +133,7 @@ def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: s
     name = source or f"the {type(model).__name__} in memory"
     if not isinstance(model, PreTrainedModel):
         merge = "; merge its adapters first (`merge_and_unload`)" if hasattr(model, "merge_and_unload") else ""
-        raise CheckpointError(f"{name} is no transformers model, but a {type(model).__name__}{merge}")
+        raise CheckpointError(f"{name} is not a transformers model, but a {type(model).__name__}{merge}")
     labels, problem = _labels(model.config, name), _problem(model.config, name)
     _refuse_unfit(model.config, name)
     if not type(model).__name__.endswith(_SUFFIX):
@@ -229,7 +229,7 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
         # Their messages run over many lines; the first one tells what happened.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "trust_remote_code" in str(error):
-            reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust where it comes from"
+            reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust its source"
         elif "ignore_mismatched_sizes" in str(error):
             reason = "their shapes are not those that its config.json says"
         looked = "no hub answers to be asked for it" if options["local_files_only"] else "it was looked for on the hub"
@@ -245,7 +245,7 @@ def _refuse_pickle(name: str) -> None:
     if pickles:
         raise CheckpointError(
             f"{name} has its weights in a pickle ({pickles[0]}), which can run code when it is read; expected "
-            "model.safetensors (`save_pretrained` writes it), or --allow-pickle if you trust where it comes from"
+            "model.safetensors (`save_pretrained` writes it), or --allow-pickle if you trust its source"
         )
 
 
@@ -269,7 +269,7 @@ def _refuse_unfit(config: PretrainedConfig, name: str) -> None:
     if getattr(config, "attention_type", None) == "block_sparse":
         raise CheckpointError(
             f"{name} reads long texts with block-sparse attention and short ones with full attention, which one graph "
-            "cannot do; attention_type original_full in its config.json reads all of them as the short ones"
+            "cannot do; set attention_type to original_full in its config.json to use full attention for all of them"
         )
 
 

@@ -113,8 +113,8 @@ def check_parity(
     if limits is not None and noise > limits.noise:
         raise PrecisionError(
             f"in this precision the logits move by {percent(noise, 1)} of their spread on {len(rows)} texts; expected "
-            f"at most {percent(limits.noise, 1)}: this model does not take so few bits, a higher --precision keeps "
-            "more of it"
+            f"at most {percent(limits.noise, 1)}: this model loses too much at this precision; use a higher "
+            "--precision"
         )
     return Parity(len(features), len(rows), worst, rows, noise)
 

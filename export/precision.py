@@ -221,8 +221,8 @@ def check_precision(
         if share > max(limit, slack):
             raise PrecisionError(
                 f"{precision} {what} on {found.texts} texts of {source}; expected at most {percent(limit)}: "
-                f"this model does not take so few bits, --precision {'fp16' if precision == 'int8' else 'fp32'} "
-                "keeps more of it",
+                "this model loses too much at this precision; use "
+                f"--precision {'fp16' if precision == 'int8' else 'fp32'}",
                 found.details(),
             )
     return found

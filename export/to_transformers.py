@@ -75,7 +75,7 @@ def to_transformers(
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already and not empty; expected a folder to be made")
+        raise InputError(f"{target} already exists and is not empty; expected the path of a new folder")
     head = classifier.head(version)
     memory = classifier.memory(head.lineage.version)
     plain = narrow_head(head, memory)

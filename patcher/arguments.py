@@ -37,6 +37,6 @@ def listed(given: Iterable[_Item], name: str, hint: str = "") -> list[_Item]:
     """
     if isinstance(given, (str, bytes)):
         got = type(given).__name__
-        raise InputError(f'{name}: expected a list, got {got}; put brackets around one alone: ["…"]{hint}')
+        raise InputError(f'{name}: expected a list, got {got}; put brackets around a single one: ["…"]{hint}')
     require(Iterable, **{name: given})
     return list(given)

@@ -155,7 +155,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
     version = head.lineage.version
     check_share(percent)
     if version == classifier.serving():
-        raise VersionError(f"version {version} of {classifier.name} serves already; expected another one to try")
+        raise VersionError(f"version {version} of {classifier.name} already serves; expected another one to try")
     require_live(server, classifier)
     there = require_free(classifier, version)
     repository, name = classifier.repository, classifier.name + CANARY
@@ -174,7 +174,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
             with uninterrupted():
                 _put_back(trial, head, before, server)
         except PatcherError as failed:
-            state, back = f"The way back failed, too ({failed})", False
+            state, back = f"The rollback failed too ({failed})", False
         if back and not isinstance(error, PatcherError):
             raise
         raise NotServed(
@@ -202,8 +202,8 @@ def require_free(classifier: Classifier, version: int | None = None) -> Classifi
     """
     if classifier.in_store:
         raise InputError(
-            f"{classifier.name} is in the head store of {classifier.backbone}, which tries no version on a share of "
-            "the requests; expected a classifier with an ensemble of its own, or a rollout to all of them"
+            f"{classifier.name} is in the head store of {classifier.backbone}, which does not support trials; "
+            "expected a classifier with an ensemble of its own, or a rollout to all of them"
         )
     there = on_trial(classifier)
     if there is not None and there.serving() != version:
@@ -289,8 +289,8 @@ def _refuse_stale(classifier: Classifier, tried: int) -> None:
     if not (_descends(classifier, tried, serving) or _descends(classifier, serving, tried)):
         raise InputError(
             f"version {tried} of {classifier.name} was made without what was changed in version {serving}, which "
-            "serves now: `patcher canary --discard` ends the trial; then make its change anew, or go to it all the "
-            f"same by `patcher rollback --to {tried}`"
+            "serves now: `patcher canary --discard` ends the trial; then make its change again, or switch to it "
+            f"anyway with `patcher rollback --to {tried}`"
         )
 
 
@@ -331,7 +331,7 @@ def _release(name: str, server: TritonServer | None, before: str = "") -> None:
     if failed:
         raise ServerError(
             f"{before}the trial has ended in the repository, but may still be answered from by {'; '.join(failed)}. "
-            "`patcher sync` ends it there, too"
+            "`patcher sync` ends it there too"
         )
 
 

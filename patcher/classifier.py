@@ -31,7 +31,7 @@ __all__ = ["Classifier", "add_classifier"]
 
 _Read = TypeVar("_Read")
 
-_CURE = "restore it from a copy, or go to another version and prune this one"
+_CURE = "restore it from a copy, or switch to another version and prune this one"
 _CURES = {layout.MEMORY: "restore it from a copy, or build it anew by `patcher remember --data FILE`"}
 
 
@@ -147,7 +147,7 @@ class Classifier(Backbone):
             return read_memory(data)
         except RepositoryError as error:
             raise RepositoryError(
-                f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` builds it anew"
+                f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` rebuilds it"
             ) from error
 
     def next_version(self) -> int:

@@ -16,7 +16,7 @@ from patcher.names import CANARY, MODEL
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import probe, probe_text, validate
-from patcher.wording import counted, install_hint
+from patcher.wording import install_hint, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +68,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         return
     names = repository.classifiers()
     found = (
-        f"{location}: {counted(len(names), 'classifier')} ({', '.join(names)})"
+        f"{location}: {plural(len(names), 'classifier')} ({', '.join(names)})"
         if names
         else f"{location} holds no classifier yet"
     )
@@ -78,12 +78,14 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         yield from _on_disk(repository, name, seen)
     if server is None:
         yield Check(
-            "server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+            "server", "note", f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
         )
         return
     for member in members(server):
         if member not in present(server):
-            yield Check("server", "fault", f"nobody answers at {member.url}, one of {url}; `patcher sync` when it does")
+            yield Check(
+                "server", "fault", f"no server answers at {member.url}, one of {url}; run `patcher sync` when it does"
+            )
             continue
         yield from _on_server(repository, names, member)
 
@@ -102,7 +104,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 try:
                     classifier.journal.entries()
                 except RepositoryError as error:
-                    yield Check(what, "note", f"{error}; it lies in {classifier.journal.set_aside()} now")
+                    yield Check(what, "note", f"{error}; it was moved to {classifier.journal.set_aside()}")
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
@@ -122,7 +124,7 @@ def _installation() -> Iterator[Check]:
     there = [check for check in runtimes if check.state == "ok"]
     yield there[0] if there else Check("onnxruntime", "fault", "missing: pip install onnxruntime-gpu (or onnxruntime)")
     for package, verb in _OPTIONAL.items():
-        yield _package(package, "note", f"only {verb} needs it")
+        yield _package(package, "note", f"needed only for {verb}")
     from patcher.triton.perf_analyzer import find_perf_analyzer
 
     try:
@@ -155,12 +157,12 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         yield Check(
             f"{name}, version {number}",
             "note",
-            f"{classifier.head_model}/{number} has files and no {MODEL}, as a copy leaves that was cut off; copy it "
+            f"{classifier.head_model}/{number} has files but no {MODEL}, perhaps from an interrupted copy; copy it "
             "again, or delete the folder",
         )
     yield _journal(classifier)
     damaged = f", {len(faults)} with a fault" if faults else ""
-    yield Check(name, "fault" if faults else "ok", f"{counted(len(versions), 'version')}, {serving} serves{damaged}")
+    yield Check(name, "fault" if faults else "ok", f"{plural(len(versions), 'version')}, {serving} serves{damaged}")
     if classifier.backbone_model not in seen:
         seen.add(classifier.backbone_model)
         yield _backbone(classifier)
@@ -173,21 +175,21 @@ def _journal(classifier: Classifier) -> Check:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
         pending, published = classifier.journal.pending(), classifier.journal.published()
         if pending and classifier.storage.busy():
-            return Check(what, "note", f"under way: {pending}; another patcher is at work")
+            return Check(what, "note", f"in progress: {pending}; another patcher is running")
         pending = classifier.journal.pending()  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
     if pending:
-        done = "`patcher doctor --repair` finishes or undoes it, and so does the next verb that changes anything"
+        done = "`patcher doctor --repair`, or the next verb that changes anything, finishes or undoes it"
         return Check(what, "fault", f"interrupted: {pending}; {done}")
     if gone := _gone(classifier):
-        done = "restore what is missing, or `patcher doctor --repair` writes it off"
-        return Check(what, "fault", f"{_these(gone)} not there any more, and not pruned; {done}")
+        done = "restore what is missing, or write it off with `patcher doctor --repair`"
+        return Check(what, "fault", f"{_these(gone)} missing, and not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
-        done = "of an older patcher perhaps; the next change adds what is missing"
+        done = "perhaps made by an older patcher; the next change adds what is missing"
         return Check(what, "note", f"{_these(unknown)} not in it, {done}")
-    return Check(what, "ok", "nothing was interrupted; every file is the one that was published")
+    return Check(what, "ok", "nothing was interrupted; every file is as published")
 
 
 def _these(versions: Sequence[int]) -> str:
@@ -220,7 +222,7 @@ def _version(
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
-            raise RepositoryError("belongs to another backbone than the one here")
+            raise RepositoryError("belongs to a different backbone")
     except PatcherError as error:
         if version not in classifier.versions():  # pruned meanwhile
             return None
@@ -275,15 +277,15 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
         for name in names:
             yield _served(repository, name, server)
             if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
-                found = f"its trial has ended, and {server.url} goes on with it; `patcher sync` ends it there, too"
+                found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
                 yield Check(f"{name}{CANARY}, served", "fault", found)
             if repository.stored_on(name) is not None and server.is_ready(f"{name}_head"):
                 found = (
-                    f"{server.url} answers it from a model that the repository has no more; `patcher sync` ends that"
+                    f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
                 )
                 yield Check(f"{name}, served", "fault", found)
     except ServerError as error:
-        yield Check("server", "fault", f"{error}; nothing more was asked of it")
+        yield Check("server", "fault", f"{error}; no further checks were made on it")
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:
@@ -297,6 +299,6 @@ def _served(repository: ModelRepository, name: str, server: TritonServer) -> Che
         if isinstance(error, ServerUnreachable) and not server.is_live():
             raise
         if repository.storage.busy():
-            return Check(what, "note", f"another patcher is at work: {error}")
+            return Check(what, "note", f"another patcher is running: {error}")
         return Check(what, "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
     return Check(what, "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels")

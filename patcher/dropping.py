@@ -103,5 +103,5 @@ def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None)
     if failed:
         raise ServerError(
             f"{name} is deleted, but may still be answered for by {'; '.join(failed)}. "
-            f"`patcher drop-classifier {name}` once more asks again"
+            f"run `patcher drop-classifier {name}` again to retry"
         )

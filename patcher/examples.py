@@ -54,7 +54,7 @@ MAX_EXAMPLES = 1_000_000
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
 _HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")
-_HINTS[".json"] = ": write one object a line, and end the name in .jsonl"
+_HINTS[".json"] = ": write one object per line, and end the name in .jsonl"
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -159,7 +159,7 @@ def check_text(text: object, where: str) -> str:
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ExamplesError(f"{where}: the text is no valid Unicode ({error.reason})") from error
+        raise ExamplesError(f"{where}: the text is not valid Unicode ({error.reason})") from error
     if size > MAX_TEXT_BYTES:
         raise ExamplesError(f"{where}: the text has {size:,} bytes; expected at most {MAX_TEXT_BYTES:,}")
     return text
@@ -173,7 +173,7 @@ def check_label(label: object, where: str) -> str:
     if not label.strip():
         raise ExamplesError(f"{where}: the label is empty")
     if label != label.strip() or not label.isprintable():
-        raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it or characters that do not print")
+        raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it or unprintable characters")
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label
@@ -187,7 +187,7 @@ def as_examples(given: ExamplesLike, name: str) -> Examples:
     require(Examples, str, os.PathLike, **{name: given})
     examples = given if isinstance(given, Examples) else read_examples(given)
     if not examples:
-        raise ExamplesError(f"{examples.source} holds no examples; expected one at least")
+        raise ExamplesError(f"{examples.source} holds no examples; expected at least one")
     return examples
 
 
@@ -218,13 +218,13 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
     for line, text, label, others in records:
         where = f"{path}, line {line}"
         if len(texts) == MAX_EXAMPLES:
-            raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or part the file")
+            raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or split the file")
         texts.append(text)
         lines.append(line)
         if label is not None:
             labels.append(label)
         elif labels:
-            raise ExamplesError(f"{where}: no label, though the lines before have one")
+            raise ExamplesError(f"{where}: no label, although earlier lines have one")
         unread.update(dict.fromkeys(others))
     if not texts:
         raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
@@ -243,7 +243,7 @@ def _check_size(path: Path) -> None:
     if not size:
         raise ExamplesError(f"{path} is empty; expected a header and at least one line")
     if size > MAX_FILE_BYTES:
-        raise ExamplesError(f"{path} has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: part the file")
+        raise ExamplesError(f"{path} has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: split the file")
 
 
 def _content(path: Path) -> str:
@@ -295,9 +295,9 @@ def _header_hint(names: Sequence[str], delimiter: str) -> str:
         parts = [part for name in names for part in name.split(other)]
         if other != delimiter and len(parts) > len(names) and _column(parts, TEXT_COLUMNS):
             instead = f"use {_DELIMITERS[delimiter]}" + (", or end the name in .tsv" if other == "\t" else "")
-            return f". Its columns are parted by {called}: {instead}"
+            return f". Its columns are separated by {called}: {instead}"
     if any(" " in name.strip() for name in names):
-        return ". Is the line with the columns' names missing?"
+        return ". Is the line with the column names missing?"
     return ""
 
 
@@ -338,7 +338,7 @@ def _jsonl(content: str, path: Path) -> Iterator[Record]:
         try:
             record = json.loads(row)
         except (ValueError, RecursionError) as error:
-            raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object a line") from error
+            raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object per line") from error
         if not isinstance(record, dict):
             raise ExamplesError(f"{path}, line {line}: expected an object, got {type(record).__name__}")
         names = tuple(record)
@@ -367,8 +367,8 @@ def _lines(content: str, path: Path) -> Iterator[Record]:
         # A sentence may begin with "Question, ..." too, but a header is single words.
         if len(names) > 1 and not any(" " in name for name in names) and _column(names, TEXT_COLUMNS):
             raise ExamplesError(
-                f"{path} looks like a table: its first line {first.strip()!r:.60} is a header, each line of a .txt is "
-                f"one text; end its name in {ending}"
+                f"{path} looks like a table: its first line {first.strip()!r:.60} is a header, but each line of a "
+                f".txt is one text; rename it to end in {ending}"
             )
     # Not splitlines: it also splits at form feeds and the like, which no editor counts as lines.
     for line, text in enumerate(content.split("\n"), 1):

@@ -55,8 +55,8 @@ def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
     if ours != theirs:
         raise ServerError(
             f"the server at {server.url} serves backbone {theirs[:12] or 'without a fingerprint'}, the repository "
-            f"{backbone.repository.location} holds {ours[:12]}: expected one and the same; does --repo name the "
-            "server's repository?"
+            f"{backbone.repository.location} holds {ours[:12]}: they must be the same; is --repo the "
+            "repository that this server serves?"
         )
     _load_missing(backbone, backbone.features_model, server)
 
@@ -71,5 +71,5 @@ def _load_missing(backbone: Backbone, model: str, server: TritonServer) -> None:
             raise
         raise ServerError(
             f"the server at {server.url} has no model {model}, which the repository "
-            f"{backbone.repository.location} holds ({error}); does --repo name the server's repository?"
+            f"{backbone.repository.location} holds ({error}); is --repo the repository that this server serves?"
         ) from error

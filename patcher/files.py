@@ -40,7 +40,7 @@ def require_folder(location: str | os.PathLike[str]) -> None:
     """InputError unless the repository is a folder: a head store reads heads from it that Triton would not fetch."""
     if is_url(location):
         raise InputError(
-            f"{location} is no folder: a head store reads its heads from one, and cannot be served from an "
+            f"{location} is not a folder: a head store reads its heads from one, and cannot be served from an "
             "object store; expected classifiers with an ensemble of their own there (without --in-store)"
         )
 
@@ -60,7 +60,7 @@ class RepositoryFiles:
         self.storage = storage or open_storage(location)
         if not self.storage.there():
             otherwise = (
-                f"`patcher export MODEL --repo {self.location}` makes one, --repo or $TRITON_MODEL_REPO names another"
+                f"`patcher export MODEL --repo {self.location}` creates one, --repo or $TRITON_MODEL_REPO names another"
             )
             raise RepositoryError(
                 f"no model repository at {self.location}: no such folder; {_around(self.location) or otherwise}"
@@ -87,7 +87,7 @@ class RepositoryFiles:
         if data is None:
             otherwise = f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
             raise RepositoryError(
-                f"{self.location} is no model repository of patcher: it has no {FORMAT_FILE}; "
+                f"{self.location} is not a model repository of patcher: it has no {FORMAT_FILE}; "
                 f"{_around(self.location) or otherwise}"
             )
         if not isinstance(number, int) or number > FORMAT or number < 1:
@@ -237,7 +237,7 @@ class RepositoryFiles:
         """InputError where ``name`` is taken."""
         if self.storage.has(f"{name}/{CONFIG}") or self.storage.has(f"{name}_head/{STORE}"):
             there = name in self.classifiers()
-            cure = f"delete it by `patcher drop-classifier {name}`" if there else "remove its folders"
+            cure = f"delete it with `patcher drop-classifier {name}`" if there else "remove its folders"
             raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
@@ -246,8 +246,8 @@ class RepositoryFiles:
             there = self.storage.glob(f"{name}/*", f"{name}/*/*")
             if there and not self._is_ours(name, files):
                 raise InputError(
-                    f"{self.location} has a {name} already that is somebody else's or of another model; move it away, "
-                    "or choose another name"
+                    f"{self.location} already contains {name}, which patcher did not create for this "
+                    "classifier; move it away, or choose another name"
                 )
         self.storage.add(folders)
 
@@ -293,4 +293,4 @@ def _around(location: Path | str) -> str:
     if found is None:
         return ""
     which = f" --classifier {found[1]}" if found[1] else ""
-    return f"{found[0]} is the repository that it lies in: expected --repo {found[0]}{which}"
+    return f"it lies inside the repository {found[0]}: expected --repo {found[0]}{which}"

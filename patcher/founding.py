@@ -272,7 +272,7 @@ def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
         f"the gate refused {report.classifier}: {percent(report.evaluation.accuracy, 1)} of {report.held_out} held-out "
         f"texts answered right, expected {percent(settings.min_accuracy, 1)} or more. Found least: "
         f"{worst or 'none in particular'}. "
-        "More texts of these help, or another backbone; `--force` publishes all the same."
+        "More texts of these help, or another backbone; `--force` publishes anyway."
     )
 
 
@@ -351,8 +351,8 @@ def publish_new(
         except PatcherError as error:
             undo.close()
             raise NotServed(
-                f"{name} was published, but the server would not serve it: {as_sentence(error)} It is taken out again; "
-                "`patcher doctor` says what the server serves",
+                f"{name} was published, but the server would not serve it: {as_sentence(error)} It was removed again; "
+                "`patcher doctor` shows what the server serves",
                 {"published": False, "served": False},
             ) from error
         undo.pop_all()

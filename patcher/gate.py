@@ -13,7 +13,7 @@ from patcher.blocks import blocks
 from patcher.flips import Flips, count_flips, fewest_inputs, logits_after, upper_bound
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.screening import alike, known_already, repeats
-from patcher.wording import listing, percent
+from patcher.wording import listing, percent, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class Verdict:
     losing
         Flips by old label, most first.
     duplicates
-        Examples that say what one before them says.
+        Examples that repeat an earlier one.
     known
         Examples that belong to an old label with confidence.
     too_few
@@ -228,14 +228,14 @@ def _reasons(
     exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}), and --max-flips allows "
-        f"{percent(max_flips)}"
+        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}; limit: --max-flips "
+        f"{percent(max_flips)})"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
     reasons += [
-        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.calibration]}, to what may be "
-        "the same label under another name"
+        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.calibration]}; the new label "
+        "may be the same one under another name"
         for flips in counted
         for label, lost in flips.losing.items()
         if exclusive and _taken_over(lost, flips.sizes[label], max_flips)
@@ -243,16 +243,16 @@ def _reasons(
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
-            f"only {most.size} {_WHOSE[most.calibration]} are there to count on, which vouch for nothing (at most "
-            f"{percent(upper_bound(most.count, most.size), 0)} flip)"
+            f"only {most.size} {_WHOSE[most.calibration]} are available, which are too few to conclude anything "
+            f"(at most {percent(upper_bound(most.count, most.size), 0)} flip)"
         )
     for label, found in recall.items():
         if found is None:
-            reasons.append(f"{label!r} has one example, so nothing says whether it would be found")
+            reasons.append(f"{label!r} has only one example, so there is no way to tell whether it would be found")
         elif found < min_recall:
             reasons.append(
-                f"{label!r} would be found in {percent(found, 0)} of its inputs, and --min-recall asks for "
-                f"{percent(min_recall, 0)}"
+                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: --min-recall "
+                f"{percent(min_recall, 0)})"
             )
     return tuple(reasons)
 
@@ -267,7 +267,7 @@ def _counted(flips: Flips) -> str:
 
 
 def _weighed(flips: Flips) -> str:
-    return ", each label weighed by its texts" if flips.weighed else ""
+    return ", weighted by texts per label" if flips.weighed else ""
 
 
 def _advice(
@@ -278,9 +278,7 @@ def _advice(
     too_few: Sequence[str],
     duplicates: Sequence[Repeat],
 ) -> tuple[str, ...]:
-    advice = [
-        f"{label!r} has fewer than {FEW} examples; ten different ones make it far more reliable" for label in too_few
-    ]
+    advice = [f"{label!r} has fewer than {FEW} examples; ten different ones are far more reliable" for label in too_few]
     for label, rival in lost_to.items():
         found = recall[label]
         if rival and found is not None and found < _GOOD_RECALL:
@@ -292,19 +290,22 @@ def _advice(
         hits = [hit for hit in known if hit.label == label]
         most = Counter(hit.old for hit in hits).most_common(1)[0][0]
         advice.append(
-            f"{len(hits)} example(s) of {label!r} already belong to an old label, mostly {most!r}: is it the same?"
+            f"{plural(len(hits), 'example')} of {label!r} already belong to an old label, mostly {most!r}: is it "
+            "the same label?"
         )
     if duplicates:
         advice.append(
-            f"{len(duplicates)} example(s) say what another says (the same words count once); different sentences "
-            "teach more"
+            f"{plural(len(duplicates), 'example')} {'repeats' if len(duplicates) == 1 else 'repeat'} another "
+            "(duplicates count once); different sentences help more"
         )
     if flips.calibration == "draws":
         advice.append(
-            "the memory holds statistics only; `--eval FILE` or a memory with features gives a bound on flips"
+            "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
         )
     if flips.calibration == "none":
-        advice.append("there is no memory; `patcher remember --data FILE` or `--replay FILE` gives a bound on flips")
+        advice.append(
+            "there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips"
+        )
     return tuple(advice)
 
 
@@ -317,8 +318,8 @@ def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
     return (
-        f"nothing is remembered of {len(missing)} of {labels} labels ({listing(missing)}): what a patch takes from "
-        "them is not counted (`patcher remember --data FILE` with texts of theirs, or `--eval FILE` with a patch)"
+        f"the memory has nothing on {len(missing)} of {labels} labels ({listing(missing)}), so flips of their texts "
+        "are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with `--eval FILE`"
     )
 
 
@@ -331,9 +332,9 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
         needed = fewest_inputs(max_flips, flips.thresholds)
         equal = f", as good as {flips.equal:,} of equal weight," if flips.weighed else ""
         if flips.equal < needed:
-            short = f"are too few to vouch for {percent(max_flips)}: {needed:,} without a flip would be needed"
+            short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
         else:
-            short = f"would vouch for {percent(max_flips)} if none of them flipped"
+            short = f"would guarantee {percent(max_flips)} if none of them flipped"
         said.append(f"{flips.size} {_WHOSE[flips.calibration]}{equal} {short}")
     return tuple(filter(None, said))
 
@@ -341,9 +342,9 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
 def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
     """What is to be said of texts that were not counted, and of names."""
     for file, count in left_out.items():
-        yield f"{count} text(s) of {file} say what another says, and are left out: the same words count once"
+        yield f"{plural(count, 'text')} of {file} left out as duplicates (the same words count once)"
     for label, other in alike(fit.labels, head.labels):
-        yield f"{label!r} is {other!r} but for case, spaces, '_' and '-': is it the same label?"
+        yield f"{label!r} differs from {other!r} only in case, spaces, '_' or '-': is it the same label?"
 
 
 def _bound_words(flips: Flips, method: str) -> str:
@@ -384,10 +385,10 @@ def _sentence(
     if reasons:
         return f"Refused: {'; '.join(reasons)}."
     found = min((r for r in recall.values() if r is not None), default=None)
-    finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimate of its recall"
+    finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimated recall"
     if flips.bound is None:
         return f"Passed: {names} {finds}; there is no bound on flips."
-    seen = f"{_counted(flips)} flip (--max-flips allows {percent(max_flips)})"
+    seen = f"{_counted(flips)} flip (limit: --max-flips {percent(max_flips)})"
     if flips.refitted:
         harm = "counted on inputs that took part in the refit: --eval FILE bounds what fresh ones do"
     else:

@@ -113,11 +113,11 @@ class Head:
         ]
         for holds, what in checks:
             if not holds:
-                raise RepositoryError(f"this is no consistent head: {what}")
+                raise RepositoryError(f"this is not a consistent head: {what}")
         if len(self.order) and not 0 <= self.order.min() <= self.order.max() < rows + patched:
-            raise RepositoryError(f"this is no consistent head: its order points outside of {rows + patched} rows")
+            raise RepositoryError(f"this is not a consistent head: its order points outside of {rows + patched} rows")
         if len(set(self.order.tolist())) != len(self.order):
-            raise RepositoryError("this is no consistent head: two labels share one row")
+            raise RepositoryError("this is not a consistent head: two labels share one row")
 
     def __repr__(self) -> str:
         return f"<Head version {self.lineage.version}: {len(self.labels)} labels on {self.width} features>"
@@ -239,7 +239,9 @@ class Head:
         """The same head with one label under another name."""
         position = self.index(old)
         if new in self.labels:
-            raise LabelError(f"{new!r} is a label already; `patcher merge-labels {old} {new} --into {new}` joins two")
+            raise LabelError(
+                f"{new!r} is already a label; to merge the two: `patcher merge-labels {old} {new} --into {new}`"
+            )
         return dataclasses.replace(self, labels=(*self.labels[:position], new, *self.labels[position + 1 :]))
 
 

@@ -72,7 +72,7 @@ def read_head(data: bytes) -> Head:
             lineage=_lineage(metadata["lineage"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RepositoryError(f"this ONNX file is no head of ours: {type(error).__name__} {error}") from error
+        raise RepositoryError(f"this ONNX file is not a head of patcher: {type(error).__name__} {error}") from error
 
 
 def read_lineage(data: bytes) -> Lineage:
@@ -80,7 +80,7 @@ def read_lineage(data: bytes) -> Lineage:
     try:
         return _lineage(_metadata(_parse(data))["lineage"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RepositoryError(f"this ONNX file is no head of ours: {type(error).__name__} {error}") from error
+        raise RepositoryError(f"this ONNX file is not a head of patcher: {type(error).__name__} {error}") from error
 
 
 def _lineage(values: dict[str, Any]) -> Lineage:
@@ -99,11 +99,11 @@ def _lineage(values: dict[str, Any]) -> Lineage:
 def _parse(data: bytes) -> onnx.ModelProto:
     model = parse_model(data)
     if model.functions:
-        raise RepositoryError("this ONNX file is no head of ours: it defines functions")
+        raise RepositoryError("this ONNX file is not a head of patcher: it defines functions")
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _PLAIN_OPS:
             raise RepositoryError(
-                f"this ONNX file is no head of ours: it uses the operator {node.domain}:{node.op_type}"
+                f"this ONNX file is not a head of patcher: it uses the operator {node.domain}:{node.op_type}"
             )
     return model
 
@@ -118,7 +118,9 @@ def _metadata(model: onnx.ModelProto) -> dict[str, Any]:
             raise ValueError("split and width must be whole numbers")
         return dict(metadata)
     except (KeyError, ValueError, RecursionError) as error:
-        raise RepositoryError(f"this ONNX file is no head of ours: no readable `{_METADATA_KEY}` metadata") from error
+        raise RepositoryError(
+            f"this ONNX file is not a head of patcher: no readable `{_METADATA_KEY}` metadata"
+        ) from error
 
 
 def _arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:

@@ -80,13 +80,13 @@ class Journal:
                 chained = entry["previous"] == previous
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RepositoryError(
-                    f"{self._where}, line {number}, is no entry of a journal ({error}); `patcher doctor --repair` sets "
-                    "the journal aside and begins a new one"
+                    f"{self._where}, line {number}, is not an entry of a journal ({error}); `patcher doctor --repair` "
+                    "sets the journal aside and starts a new one"
                 ) from error
             if not chained:
                 raise RepositoryError(
                     f"{self._where}, line {number}, does not follow from the line before it: the journal was changed; "
-                    "`patcher doctor --repair` sets it aside and begins a new one"
+                    "`patcher doctor --repair` sets it aside and starts a new one"
                 )
             previous = _sha256(line)
             found.append(entry)

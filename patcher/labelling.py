@@ -364,5 +364,5 @@ def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[
 
 
 def _refusal(verdict: Verdict) -> str:
-    lines = (*verdict.reasons, *verdict.advice, "`--force` publishes all the same")
+    lines = (*verdict.reasons, *verdict.advice, "`--force` publishes anyway")
     return "the gate refused the patch:" + "".join(f"\n          {line}" for line in lines)

@@ -93,7 +93,7 @@ class Lease:
                 continue
             raise StorageError(
                 f"the object store of {self._bucket.url} does not honour conditional writes (If-Match and "
-                "If-None-Match), so that two patchers could overwrite each other's work; nothing was changed. Expected "
+                "If-None-Match), so two patchers could overwrite each other's work; nothing was changed. Expected "
                 "Amazon S3, or a store that is as strict"
             )
 
@@ -102,7 +102,7 @@ class Lease:
         if time.monotonic() - self._fresh > _SURE_SECONDS:
             raise LockLost(
                 f"the lock of {self._bucket.url} could not be kept: the object store did not answer for "
-                f"{_SURE_SECONDS:.0f} s; the next command finishes or undoes what was begun"
+                f"{_SURE_SECONDS:.0f} s; the next command finishes or undoes the interrupted change"
             )
 
     def release(self) -> None:

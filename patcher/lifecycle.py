@@ -120,7 +120,7 @@ def prune(classifier: ClassifierLike, keep: int) -> tuple[int, ...]:
     """
     require(int, keep=keep)
     if keep < 1:
-        raise InputError(f"keep is {keep}; expected 1 version at least")
+        raise InputError(f"keep is {keep}; expected at least 1")
     classifier = one_classifier(classifier)
     with changing(classifier):
         serving = classifier.serving()

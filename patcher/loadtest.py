@@ -92,7 +92,7 @@ def load_test(
     Raises
     ------
     InputError
-        without texts, or with one that is no valid Unicode.
+        without texts, or with one that is not valid Unicode.
     ToolError
         where perf_analyzer is missing or does not do its work.
     ServerUnreachable, ServerRefused, ServerError
@@ -142,7 +142,7 @@ class _Bench:
             document = json.dumps({"data": list(rows)}, ensure_ascii=False)
             (self.folder / "texts.json").write_text(document, encoding="utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"a text holds half a character: {error.reason}") from None
+            raise InputError(f"a text contains an unpaired surrogate: {error.reason}") from None
 
     def measure(self, model: str, load: Load, steps: Sequence[str]) -> Measurement:
         window = self.window

@@ -93,15 +93,15 @@ class Memory:
         ]
         for holds, what in checks:
             if not holds:
-                raise RepositoryError(f"this is no consistent memory: {what}")
+                raise RepositoryError(f"this is not a consistent memory: {what}")
         for name, array in self.arrays().items():
             if array.dtype != _TYPES[name]:
-                raise RepositoryError(f"this is no consistent memory: {name} is {array.dtype}, not {_TYPES[name]}")
+                raise RepositoryError(f"this is not a consistent memory: {name} is {array.dtype}, not {_TYPES[name]}")
         if self.counts.min(initial=1) < 1:
-            raise RepositoryError("this is no consistent memory: a label without a sentence")
+            raise RepositoryError("this is not a consistent memory: a label without a sentence")
         for name, ids in (("sample", self.sample_labels), ("clusters", self.clusters.labels)):
             if ids.size and not 0 <= ids.min() <= ids.max() < count:
-                raise RepositoryError(f"this is no consistent memory: its {name} names labels that are not there")
+                raise RepositoryError(f"this is not a consistent memory: its {name} names labels that are not there")
 
     def __repr__(self) -> str:
         texts = f"{int(self.counts.sum())} texts of {len(self.labels)} labels"

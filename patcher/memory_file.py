@@ -55,7 +55,7 @@ def read_memory(data: bytes) -> Memory:
         labels = tuple(str(label) for label in about["labels"])
         return Memory(labels=labels, clusters=_clusters(arrays), **kept, **settings)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
+        raise RepositoryError(f"this file is not a memory of patcher: {type(error).__name__} {error}") from error
 
 
 def _read(data: bytes) -> tuple[Mapping[str, Any], Arrays]:
@@ -69,14 +69,14 @@ def _read(data: bytes) -> tuple[Mapping[str, Any], Arrays]:
         about = json.loads(header["__metadata__"]["patcher"])
         arrays = load(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RepositoryError(f"this file is no memory of ours: {type(error).__name__} {error}") from error
+        raise RepositoryError(f"this file is not a memory of patcher: {type(error).__name__} {error}") from error
     number = about.get("format") if isinstance(about, dict) else None
     if isinstance(number, int) and number > _FORMAT:
         raise RepositoryError(
             f"this memory has format {number}, and this patcher reads up to {_FORMAT}; update patcher"
         )
     if number is None or set(arrays) != {*_ARRAYS, *(() if number == 1 else _CLUSTERS)}:
-        raise RepositoryError(f"this file is no memory of ours: it holds {', '.join(sorted(arrays))}")
+        raise RepositoryError(f"this file is not a memory of patcher: it holds {', '.join(sorted(arrays))}")
     return about, arrays
 
 

@@ -231,7 +231,9 @@ class _Changes:
         runs = CounterMetricFamily(
             "patcher_changes", "Runs of verbs that change models, by outcome", labels=["classifier", "verb", "outcome"]
         )
-        forced = CounterMetricFamily("patcher_forced", "Changes published in spite of the gate", labels=["classifier"])
+        forced = CounterMetricFamily(
+            "patcher_forced", "Changes published although the gate refused", labels=["classifier"]
+        )
         with self._lock:
             self._read_on()
             for key, value in sorted(self._runs.items()):

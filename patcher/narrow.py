@@ -66,7 +66,7 @@ def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head
     lacking = [label for label in labels if memory is None or not len(memory.features_of(label))]
     if memory is None or lacking:
         raise InputError(
-            f"nothing is remembered of {', '.join(map(repr, lacking))}, so that no row on the classifier features can "
+            f"the memory has nothing on {', '.join(map(repr, lacking))}, so no row on the classifier features can "
             "be fitted; expected a memory with features (`patcher remember --data FILE`)"
         )
     narrow = narrow_memory(memory)

@@ -69,8 +69,8 @@ def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip
     known = [label for label in texts if label in head.labels]
     if known and not (skip_known and len(known) < len(texts)):
         raise LabelError(
-            f"{listing(map(repr, known))}: a label of {classifier} already, in version {head.lineage.version} "
-            f"with {len(head.labels)} labels; expected new ones (`patcher labels` lists those there are)"
+            f"{listing(map(repr, known))}: already in {classifier} (version {head.lineage.version}, "
+            f"{len(head.labels)} labels); expected new labels (`patcher labels` lists the existing ones)"
         )
     for label in texts:
         refuse_joined(head, label)

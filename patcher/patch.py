@@ -151,7 +151,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
             scope = _scope(parent, made, memory, grown, given.evaluation)
     except np.linalg.LinAlgError as error:
         raise RepositoryError(
-            f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` builds it anew"
+            f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` rebuilds it"
         ) from error
     gate = "passed" if verdict.passed else "forced" if settings.force else "refused"
     return Patch(dataclasses.replace(made.apply(parent), scope=scope), grown, made, verdict, gate)

@@ -65,8 +65,8 @@ def changing(classifier: Classifier, server: TritonServer | None = None, *, leav
             if pending is None:
                 raise
             raise NotServed(
-                f"interrupted, and not undone: {pending}; `patcher doctor --repair` finishes or undoes it, and so does "
-                "the next verb that changes anything"
+                f"interrupted, and not undone: {pending}; `patcher doctor --repair`, or the next verb that changes "
+                "anything, finishes or undoes it"
             ) from interrupt
 
 
@@ -143,7 +143,7 @@ def _undo(classifier: Classifier, published: int | None) -> str:
         return f"finished: version {published} is on trial, and version {serving} serves"
     if published is not None and here and published != serving:
         classifier.withdraw(published)
-        return f"undone: version {published} was never made to serve, and is withdrawn"
+        return f"undone: version {published} never served and was withdrawn"
     classifier.note("undone", serving=serving)
     return f"undone: version {serving} serves"
 

@@ -69,7 +69,7 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         head = parent.without(label)
         if len(head.labels) < _FEWEST:
-            raise LabelError(f"{classifier.name} has {len(parent.labels)} labels; a classifier needs two at least")
+            raise LabelError(f"{classifier.name} has {len(parent.labels)} labels; a classifier needs at least two")
         return _publish(classifier, parent, head, _forgotten(memory, label), server, "remove", removed=(label,))
 
 
@@ -81,7 +81,7 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
     with changing(classifier, server):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         if old == new:
-            raise LabelError(f"{old!r} has that name already; nothing to change")
+            raise LabelError(f"{old!r} already has that name; nothing to change")
         refuse_joined(parent, new)
         head = parent.renamed(old, new)
         renamed = memory.rename(old, new) if memory and old in memory.labels else memory
@@ -121,11 +121,11 @@ def merge_labels(
             head = head.without(label)
             features.append(_remembered(memory, label))
         if into in head.labels:
-            raise LabelError(f"{into!r} is another label already; name it among those to merge")
+            raise LabelError(f"{into!r} is another existing label; list it among those to merge")
         refuse_joined(parent, into)
         if not head.labels:
             raise LabelError(
-                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs two at least, so one "
+                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs at least two, so one "
                 "other has to stay"
             )
         rest = memory
@@ -153,7 +153,7 @@ def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
     rows = None if memory is None else memory.features_of(label)
     if rows is None or not len(rows):
         raise InputError(
-            f"nothing is remembered of {label!r}, so that no row can be fitted for it; "
+            f"the memory has nothing on {label!r}, so no row can be fitted for it; "
             "merging needs a memory with features (`patcher export … --train FILE`)"
         )
     return rows

@@ -156,7 +156,9 @@ def write_page(report: Report, path: Path) -> None:
     Raises InputError where its folder is not there, StorageError where the file cannot be written.
     """
     if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}; expected a file in one that is there")
+        raise InputError(
+            f"cannot write {path}: there is no folder {path.parent}; expected a path in an existing folder"
+        )
     page = render(report)
     with storage_errors(path):
         replace(path, page.encode())

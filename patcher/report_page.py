@@ -33,7 +33,7 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 
 {% if details.get("verdict") %}
 <p class="verdict{{ " forced" if line.gate == "forced" }}">{{ details.get("verdict") }}
-{% if line.gate == "forced" %}<strong>Published all the same (<code>--force</code>).</strong>{% endif %}</p>
+{% if line.gate == "forced" %}<strong>Published anyway (<code>--force</code>).</strong>{% endif %}</p>
 {% endif %}
 
 <h2>The patch</h2>
@@ -53,7 +53,7 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 <tr><th>expected recall</th><td>{{ label }}: {{ recall|percent }}</td></tr>
 {% endfor %}
 {% if report.difference %}
-<tr><th>rows of labels in both</th><td>{{ report.difference.same_rows }} the same to the bit,
+<tr><th>rows of labels in both</th><td>{{ report.difference.same_rows }} identical,
 {{ report.difference.changed_rows|length }} changed</td></tr>
 {% endif %}
 <tr><th>data</th><td><code>{{ line.data_hash or "—" }}</code></td></tr>
@@ -122,7 +122,7 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 </table>
 {% endif %}
 {% else %}
-<p class="quiet">With <code>--eval FILE</code>, labelled texts, this page shows accuracy, confusions and flips, too.</p>
+<p class="quiet">With <code>--eval FILE</code>, labelled texts, this page also shows accuracy, confusions and flips.</p>
 {% endif %}
 
 {% if picture %}

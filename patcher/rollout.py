@@ -84,17 +84,19 @@ def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
     text's features depend on the texts that share its batch.
     """
     if not server.is_ready(classifier.ensemble):
-        raise ServerError(f"the server's {classifier.ensemble} is not ready; does --repo name the server's repository?")
+        raise ServerError(
+            f"the server's {classifier.ensemble} is not ready; is --repo the repository that this server serves?"
+        )
     check_same_backbone(classifier, server)
     text = probe_text()
     (answer,) = server.classify(classifier.address, [text])
     _require_version(answer.head_version, head)
     if len(answer.logits) != len(head.labels):
-        raise ServerError(f"the server answers with {len(answer.logits)} logits; expected {len(head.labels)}")
+        raise ServerError(f"the server returned {len(answer.logits)} logits; expected {len(head.labels)}")
     if not np.isfinite(answer.logits).all():
         raise ServerError("the server answers with logits that are not finite numbers")
     if answer.labels[0] != head.labels[int(answer.logits.argmax())]:
-        raise ServerError(f"the server answers {answer.labels[0]!r}, which its own logits contradict")
+        raise ServerError(f"the server answers {answer.labels[0]!r}, but its own logits say otherwise")
     features = server.features(classifier.features_model, [text])
     logits, version = server.head_logits(classifier.head_address, features)
     _require_version(version, head)
@@ -112,7 +114,7 @@ def _require_version(found: int, head: Head) -> None:
     if found != head.lineage.version:
         raise ServerError(
             f"the server answers from head version {found}; expected {head.lineage.version}. "
-            "Does it serve this very repository?"
+            "Is --repo the repository that this server serves?"
         )
 
 
@@ -206,7 +208,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
-            "--url or $TRITON_URL names another, --no-load does without"
+            "--url or $TRITON_URL names another, --no-load publishes without one"
         )
     for replica in present(server) if classifier is not None and not classifier.in_store else ():
         replica.check_control()
@@ -215,7 +217,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
 def require_answer(replica: TritonServer) -> None:
     """ServerUnreachable from one that hangs: each question would wait for it, and no Ctrl-C ends the way back."""
     if not replica.is_live():
-        raise ServerUnreachable(f"{replica.url} does not answer; `patcher sync` once more when it does")
+        raise ServerUnreachable(f"{replica.url} does not answer; run `patcher sync` again when it does")
 
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
@@ -242,9 +244,9 @@ def _come_back(
     if not isinstance(error, LockLost) and classifier.serving() != previous:
         # Only where files are far away: the one that pins could be replaced, and then not any more.
         raise NotServed(
-            f"version {version} of {classifier.name} was published, but something failed, and the way back, too: "
-            f"{as_sentence(error)} Version {version} may be pinned still; `patcher doctor --repair` finishes or undoes "
-            "it, and so does the next verb that changes anything",
+            f"version {version} of {classifier.name} was published, but something failed, and so did the rollback: "
+            f"{as_sentence(error)} Version {version} may still be pinned; `patcher doctor --repair`, or the next "
+            "verb that changes anything, finishes or undoes it",
             {"version": version, "parent_version": previous, "published": True, "served": False},
         ) from error
     # Whatever it was, the files are as before; now the servers that were asked have to be, too.
@@ -278,7 +280,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
-            f"`patcher rollback --to {previous}` tries again, a restarted server comes up on it"
+            f"to retry: `patcher rollback --to {previous}`; a restarted server serves it"
         )
     else:
         classifier.note("undone", serving=previous)
@@ -288,6 +290,6 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     raise NotServed(
         f"version {version} of {classifier.name} was published, but the server would not serve it: "
         f"{as_sentence(str(cause) or type(cause).__name__)} {state}; "
-        f"`patcher rollback --to {version}` tries it once more",
+        f"to retry: `patcher rollback --to {version}`",
         {"version": version, "parent_version": previous, "published": True, "served": False},
     ) from cause

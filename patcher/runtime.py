@@ -49,7 +49,7 @@ def open_session(model: bytes | Path, threads: int = 0) -> Any:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except UnicodeEncodeError as error:
         raise RepositoryError(
-            f"{os.fsencode(source)!r} is no path that ONNX Runtime can open; expected one in UTF-8: rename it"
+            f"{os.fsencode(source)!r} is not a path that ONNX Runtime can open; expected one in UTF-8: rename it"
         ) from error
     except onnxruntime_errors() as error:
         name = model if isinstance(model, Path) else "the file"

@@ -69,7 +69,7 @@ def serve(
     with interruptible():
         try:
             for name, error in left_out.items():
-                say(f"warning: {name} is not served: {error}; once that is repaired, `patcher sync` has it served")
+                say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
             server.start(start_timeout)
             if not server.key_hidden:
@@ -83,7 +83,7 @@ def serve(
                 say(line)
             server.wait()
         except KeyboardInterrupt:
-            say("stopping; requests in flight may finish, Ctrl-C again does not wait for them")
+            say("stopping; waiting for requests in flight; press Ctrl-C again to stop immediately")
         finally:
             code = server.stop()
     return code or 0
@@ -122,8 +122,8 @@ def advice(repository: ModelRepository, cores: int, left_out: Collection[str] = 
             serving = serving_of(repository.config(each.text_model), repository.config(model))
             if (serving.instances, serving.threads) == (1, 0):
                 lines.append(
-                    f"hint: {model} runs as one session over {cores} cores, which short texts do not fill; "
-                    "`patcher tune --input FILE` finds what does"
+                    f"hint: {model} runs as one session over {cores} cores, which short texts do not keep "
+                    "busy; `patcher tune --input FILE` finds better settings"
                 )
     return lines
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["counted", "install_hint", "listing", "percent", "repeats"]
+__all__ = ["install_hint", "listing", "percent", "plural", "repeats"]
 
 NAMED = 5
-"""So many names tell what is meant; a message with all of a thousand would not be read."""
+"""This many names tell what is meant; a message with all of a thousand would not be read."""
 
 
-def counted(number: int, what: str) -> str:
-    """``1 version``, ``2 versions``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def plural(count: int, noun: str) -> str:
+    """``1 example``, ``1,200 examples``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def install_hint(extra: str = "") -> str:
@@ -36,4 +36,4 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 def repeats(count: int) -> str:
     """What is said of texts of which another of their label has the same words."""
-    return f"{count:,} text(s) say what another of their label says, and are left out: the same words count once"
+    return f"{plural(count, 'text')} left out as duplicates (the same words of the same label count once)"

@@ -205,7 +205,7 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
     monkeypatch.undo()
     monkeypatch.setattr(server, "unload", hang)
     for _ in range(2):  # the second time there is nothing left in the files
-        with pytest.raises(ServerError, match=r"^the trial has ended .* `patcher sync` ends it there, too"):
+        with pytest.raises(ServerError, match=r"^the trial has ended .* `patcher sync` ends it there too"):
             canary.discard(classifier, server)
     monkeypatch.undo()
     assert canary.discard(classifier, server) == report.version
@@ -311,7 +311,7 @@ def test_what_makes_no_sense_is_refused(live):
     classifier, server = live
     with pytest.raises(InputError, match="--version N --percent 10"):
         canary.promote(classifier, server)
-    with pytest.raises(VersionError, match="serves already"):
+    with pytest.raises(VersionError, match="already serves"):
         canary.begin(classifier, 1, 10, server)
     with pytest.raises(VersionError, match="no version 99"):
         canary.begin(classifier, 99, 10, server)
@@ -334,7 +334,7 @@ def test_the_verb(live, monkeypatch, command, tmp_path):
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
     code, out, err = command("add-label", "--examples", file, "--canary", "25")
     assert code == 0, err
-    assert "tried on 25 % of the requests" in out
+    assert "is on trial with 25 % of the requests" in out
     held_out = tiny.write_csv(tmp_path / "e.csv", {"payday": tiny.sentences("payday", 20, seed=9)})
     code, out, err = command("canary", "--eval", held_out)
     assert code == 0, err

@@ -126,7 +126,7 @@ def test_the_gate_refuses_and_force_is_recorded(patcher, classifier, tmp_path, t
     assert code == 3
     assert json.loads(out)["gate"] == "refused"
     assert err.splitlines()[0] == "error: the gate refused the patch:"
-    assert err.splitlines()[-1].strip() == "`--force` publishes all the same"
+    assert err.splitlines()[-1].strip() == "`--force` publishes anyway"
     assert "weather" in err
     assert tree(classifier.root) == before
     code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json", "--force")
@@ -173,7 +173,7 @@ WRONG = {
     "no option": (["labels", "--verison", "1"], 2, "No such option"),
     "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
     "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
-    "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "a label of intent already"),
+    "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "already in intent"),
     "an empty label": (["add-label", " ", "--text", "a b"], 2, "the label is empty"),
     "an empty text": (["add-label", "payday", "--text", ""], 2, "example 1: the text is empty"),
     "10 MB of text": (["add-label", "payday", "--text", "a" * 10_000_000], 2, "has 10,000,000 bytes"),
@@ -263,12 +263,40 @@ def test_the_shell_completes_verbs_and_options():
     assert completed("patcher add-label --me") == ["plain,--method"]
 
 
-def test_every_verb_teaches(patcher):
+def test_every_verb_explains_itself(patcher):
     from patcher.cli import _VERBS
 
     for verb in _VERBS:
         code, out, _ = patcher(verb, "--help")
         assert (code, "Usage: patcher" in out, "--help" in out) == (0, True, True)
+
+
+COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-file": "key", "--tls-server-name": "x"}
+
+
+@pytest.mark.parametrize(
+    "verb, shown",
+    [
+        *((verb, {"--classifier"}) for verb in ("labels", "history", "diff", "evaluate", "report", "prune")),
+        *((verb, {"--classifier"}) for verb in ("tune", "upgrade", "to-transformers")),
+        *((verb, set(COMMON) - {"--watch", "--admin-key-file"}) for verb in ("classify", "loadtest", "metrics")),
+        *((verb, set(COMMON)) for verb in ("add-label", "remember", "rollback", "canary", "merge-labels")),
+        ("doctor", set(COMMON) - {"--classifier", "--watch"}),
+        ("sync", set(COMMON) - {"--watch"}),
+        ("new-classifier", set(COMMON) - {"--classifier", "--watch"}),
+    ],
+)
+def test_the_help_of_a_verb_shows_no_option_that_it_ignores(verb, shown, patcher):
+    out = patcher(verb, "--help")[1]
+    assert {option for option in COMMON if f"  {option} " in out} == shown
+
+
+def test_every_verb_takes_the_common_options_so_that_scripts_need_not_know(patcher, classifier):
+    given = [word for option, value in COMMON.items() if "tls" not in option for word in (option, value)]
+    code, out, err = patcher("labels", *given, "--json")
+    assert (code, json.loads(out)["labels"]) == (0, list(tiny.OLD)), err
+    code, _, err = patcher("prune", "--keep", "1", *given)
+    assert code == 0, err
 
 
 def test_help_answers_at_once_and_without_heavy_imports():
@@ -321,8 +349,8 @@ def test_the_same_words_are_one_example(patcher, tmp_path):
     assert report["verdict"]["too_few"] == ["payday"]
     assert len(report["verdict"]["duplicates"]) == 5
     once = ("add-label", "payday2", "--text", "one and the same", "--no-load")
-    assert "has one example" in patcher(*once)[2]
-    assert "has one example" in patcher(*once, "--text", "One and the  same")[2]
+    assert "has only one example" in patcher(*once)[2]
+    assert "has only one example" in patcher(*once, "--text", "One and the  same")[2]
 
 
 def test_a_label_under_another_name_is_refused(patcher, classifier, tmp_path):
@@ -345,10 +373,10 @@ def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(pat
     some = tiny.write_csv(tmp_path / "some.csv", {label: train[label] for label in tiny.OLD[:2]})
     code, _, err = patcher("remember", "--data", some, "--no-load")
     assert code == 0
-    assert f"nothing is remembered of {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
+    assert f"the memory has nothing on {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
     more = tiny.write_csv(tmp_path / "more.csv", {"refund": tiny.sentences("refund", 10)})
     out = patcher("add-label", "--examples", more, "--no-load", "--force", "--json")[1]
-    assert any("nothing is remembered of" in line for line in json.loads(out)["verdict"]["advice"])
+    assert any("the memory has nothing on" in line for line in json.loads(out)["verdict"]["advice"])
 
 
 def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_label(patcher, tmp_path):
@@ -356,7 +384,7 @@ def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_labe
     file.write_text("text,topic\n" + "".join(f"{text},pay\n" for text in tiny.sentences("payday", 10)))
     code, _, err = patcher("add-label", "payday", "--examples", file, "--dry-run")
     assert code == 0, err
-    assert "only the texts are read (not 'topic'): all 10 are taken as 'payday'" in err
+    assert "are read (not 'topic'); all 10 become examples of 'payday'" in err
 
 
 def test_a_trial_that_no_server_was_asked_for_says_so(patcher, examples):
@@ -366,7 +394,7 @@ def test_a_trial_that_no_server_was_asked_for_says_so(patcher, examples):
 
 def test_a_classifier_that_is_there_can_be_dropped(patcher, examples):
     code, _, err = patcher("new-classifier", "intent", "--backbone", "intent", "--train", examples, "--no-load")
-    assert (code, "or delete it by `patcher drop-classifier intent` first" in err) == (2, True), err
+    assert (code, "or delete it with `patcher drop-classifier intent` first" in err) == (2, True), err
 
 
 def test_sync_takes_every_classifier_unless_one_is_named(patcher, classifier, monkeypatch):
@@ -454,8 +482,8 @@ def test_doctor_goes_on_where_a_configuration_is_gone(patcher, classifier):
             path.write_bytes(damage)
         code, out, err = patcher("doctor")
         assert code == 1
-        assert "a fault of patcher" not in out + err
-        assert "nobody answers" in out
+        assert "a bug in patcher" not in out + err
+        assert "no server answers" in out
 
 
 def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
@@ -463,9 +491,9 @@ def test_doctor_misses_a_version_that_is_gone(patcher, classifier, examples):
     assert patcher("rollback", "--to", "1", "--no-load")[0] == 0
     shutil.rmtree(classifier.root / "intent_head" / "2")
     code, out, _ = patcher("doctor")
-    assert (code, "version 2 is not there any more" in out) == (1, True)
+    assert (code, "version 2 is missing, and not pruned" in out) == (1, True)
     assert "version 2 is written off" in patcher("doctor", "--repair")[1]
-    assert "not there any more" not in patcher("doctor")[1]
+    assert "is missing" not in patcher("doctor")[1]
 
 
 def test_one_is_not_told_as_several_nor_a_whole_list_as_a_part(patcher, monkeypatch):

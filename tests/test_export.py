@@ -162,7 +162,7 @@ def no_tokenizer(folder):
         (regression, "trained for regression"),
         (one_label, r"1 label\(s\), as a regression has"),
         (repeated_label, "'balance' more than once"),
-        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or characters that do not print"),
+        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or unprintable characters"),
         (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
         (other_shapes, "their shapes are not those that its config.json says"),
@@ -448,7 +448,7 @@ def test_a_model_in_memory_is_copied_and_exported_with_dropout_off(tmp_path):
 def test_a_model_in_memory_needs_its_tokenizer(tmp_path):
     with pytest.raises(InputError, match="without its tokenizer"):
         run_export(checkpoints.make_model("bert", checkpoints.make_tokenizer()), tmp_path / "model_repository")
-    with pytest.raises(CheckpointError, match="no transformers model, but a Linear"):
+    with pytest.raises(CheckpointError, match="not a transformers model, but a Linear"):
         run_export(torch.nn.Linear(2, 2), tmp_path / "model_repository", tokenizer=checkpoints.make_tokenizer())
 
 
@@ -507,7 +507,7 @@ def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, caps
         arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
         assert main([*arguments, "--json"]) == 0
         captured = capsys.readouterr()
-        told[json.loads(captured.out)["train_accuracy"]] = "is answered as labelled; is it this" in captured.err
+        told[json.loads(captured.out)["train_accuracy"]] = "get the label they have there; is it this" in captured.err
     assert min(told) < 0.5
     assert told == {share: share < 0.5 for share in told}
 
@@ -616,7 +616,7 @@ def test_a_head_store_answers_for_it_when_asked_for(bert, tmp_path, monkeypatch,
     (classifier.root / classifier.version_name(2) / "memory.safetensors").write_bytes(b"damaged")
     remember(classifier, read_examples(train))
     assert len(classifier.memory().clusters.labels) == 5
-    with pytest.raises(InputError, match="is no folder: a head store"):
+    with pytest.raises(InputError, match="is not a folder: a head store"):
         export_classifier(bert, "s3://bucket/models", in_store=True)
 
     def full(*_args, **_more):

@@ -248,7 +248,7 @@ _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     [
         # Its convolution reads a few tokens beyond the text's end: little enough to pass for rounding in one sentence.
         ("ConvBert", {**_SMALL, "embedding_size": 16}, "answers a text otherwise when padding follows"),
-        ("BigBird", _SMALL, "block-sparse .* attention_type original_full"),
+        ("BigBird", _SMALL, "block-sparse .* set attention_type to original_full"),
         ("Canine", _SMALL, "embeds words with no table"),
         ("Bart", _BART, "is a bart, which encodes a text and decodes it again"),
     ],

@@ -240,7 +240,7 @@ def test_bytes_round_trip() -> None:
 def test_damaged_bytes_are_refused() -> None:
     data = write_memory(some_memory())
     for broken in (b"", b"nonsense", data[:100], data[:-8], b"\xff" * 64):
-        with pytest.raises(RepositoryError, match="no memory of ours"):
+        with pytest.raises(RepositoryError, match="not a memory of patcher"):
             read_memory(broken)
 
 

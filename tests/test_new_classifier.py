@@ -194,7 +194,7 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, com
     train = {label: tiny.sentences(label, 20, seed=3) for label in tiny.NEW}
     file = tiny.write_csv(tmp_path / "train.csv", train)
     out = patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)
-    assert f"{name} on intent, 3 labels from 60 texts: version 1 serves" in out
+    assert f"{name} on intent, 3 labels from 60 texts: version 1 now serves" in out
     question = tiny.sentences("pizza", 1, seed=8)[0]
     (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
     assert (answer["label"], answer["head_version"]) == ("pizza", 1)
@@ -285,10 +285,10 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
         new_classifier(repository, "unheard", examples(), server=server, settings=FoundingSettings(in_store=True))
 
         def away(self, *_):
-            raise ServerUnreachable("nobody answers")
+            raise ServerUnreachable("no server answers")
 
         monkeypatch.setattr(TritonServer, "refresh", away)
-        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* once more"):
+        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* again to retry"):
             drop_classifier(repository, "unheard", server)
         monkeypatch.undo()
         assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1
@@ -392,7 +392,7 @@ def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path,
     assert "half" not in repository.classifiers()
     assert repository.has_remains("half")
     assert main(["drop-classifier", "half", "--yes", "--no-load", "--repo", str(repository.root)]) == 0
-    assert capsys.readouterr().out.startswith("half is gone")
+    assert capsys.readouterr().out.startswith("half was deleted")
     kept = {
         name: data for name, data in tree(repository.root).items() if not name.startswith("intent_") or name in before
     }

@@ -681,7 +681,7 @@ class TestFaults:
                 raise ServerError("gone")
 
         add_label(remote.repository, "payday", TEN)
-        with remote.repository.lock(), pytest.raises(NotServed, match="the way back, too") as caught:
+        with remote.repository.lock(), pytest.raises(NotServed, match="so did the rollback") as caught:
             roll_back(remote, 1, Stub())
         store.fault = None
         assert caught.value.exit_code == 4
@@ -700,7 +700,7 @@ class TestFaults:
     def test_credentials_that_are_wrong_or_may_not(self, remote, store, capsys):
         before = objects()
         for code, expected, said in (
-            ("AccessDenied", 1, "expected credentials that may list, read, write and delete there"),
+            ("AccessDenied", 1, "expected credentials with permission to list, read, write and delete there"),
             ("InvalidAccessKeyId", 2, "are the AWS credentials right?"),
         ):
             store.refuse = code

@@ -126,7 +126,7 @@ class TestJournal:
     @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"event": 3}', '{"event": "publish", "previous": ""}'])
     def test_nonsense_is_named_by_its_line(self, classifier, line):
         classifier.journal.path.write_text(line + "\n")
-        with pytest.raises(RepositoryError, match="line 1, is no entry"):
+        with pytest.raises(RepositoryError, match="line 1, is not an entry"):
             classifier.journal.entries()
 
     def test_a_torn_last_line_does_not_count(self, classifier):
@@ -404,8 +404,8 @@ class TestFaults:
                     waited = time.monotonic() - started
                 finally:
                     os.kill(triton.pid, signal.SIGCONT)
-                assert (fault.what, "nothing more was asked of it" in fault.finding) == ("server", True)
-                assert "does not answer; `patcher sync` once more when it does" in state
+                assert (fault.what, "no further checks were made on it" in fault.finding) == ("server", True)
+                assert "does not answer; run `patcher sync` again when it does" in state
                 assert waited < 3.5
                 assert sync(other, server) == {triton.url: "agreed"}
                 (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
@@ -447,7 +447,7 @@ class TestFaults:
         other = shutil.copytree(classifier.root, tmp_path / "other")
         with EmbeddedTriton(other, ["intent"], log_file=tmp_path / "log") as triton, triton.client() as server:
             shutil.rmtree(other / "intent_backbone")  # which the encoder has in its own process
-            told = r"has no model intent_backbone.*failed to poll.*does --repo name the server's repository"
+            told = r"has no model intent_backbone.*failed to poll.*is --repo the repository that this server serves"
             with pytest.raises(ServerError, match=told):
                 add_label(classifier.repository, "payday", TEN, server=server)
             assert (classifier.versions(), classifier.journal.pending()) == ((1,), None)
@@ -735,7 +735,7 @@ def test_somebody_elses_models_stay(tmp_path, tree):
         (root / model / "config.pbtxt").write_text('name: "x" backend: "python" input { name: "A" dims: [1] }')
     (root / "intent_head" / "config.pbtxt").unlink()
     before = tree(root)
-    with pytest.raises(InputError, match="somebody else's or of another model; move it away"):
+    with pytest.raises(InputError, match="which patcher did not create for this classifier; move it away"):
         tiny.make_repository(root, tmp_path / "scratch")
     assert {path: data for path, data in tree(root).items() if path in before} == before
 
@@ -767,7 +767,7 @@ def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
     assert patched(classifier) == 3
     notes = [check for check in doctor.diagnose(classifier.root, None, "url") if check.what == "intent, version 2"]
     assert [check.state for check in notes] == ["note"]
-    assert "intent_head/2 has files and no model.onnx" in notes[0].finding
+    assert "intent_head/2 has files but no model.onnx" in notes[0].finding
 
 
 def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifier):
@@ -777,7 +777,7 @@ def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifie
 
     classifier.journal.append("switch", **{"from": 1, "to": 2})
     with classifier.repository.lock():
-        assert journal() == ("note", "under way: version 2 was about to serve after 1; another patcher is at work")
+        assert journal() == ("note", "in progress: version 2 was about to serve after 1; another patcher is running")
     assert journal()[0] == "fault"
 
 
@@ -845,7 +845,7 @@ def test_a_path_that_is_not_utf8_is_named(classifier, capsys):
     assert main(["doctor", "--repo", odd]) == 1
     captured = capsys.readouterr()
     assert "expected one in UTF-8" in captured.out
-    assert "a fault of patcher" not in captured.err
+    assert "a bug in patcher" not in captured.err
 
 
 def test_labels_that_changed_names_are_told_apart(classifier, tmp_path):

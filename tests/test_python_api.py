@@ -117,9 +117,9 @@ def test_texts_come_in_anything_that_can_be_listed():
 
 
 def test_a_model_that_gives_something_else_is_named():
-    with pytest.raises(InputError, match=r"intent_features gives no label: expected a classifier"):
+    with pytest.raises(InputError, match=r"intent_features has no output label: expected a classifier"):
         connected(("features",)).classify("intent_features", ["a"])
-    with pytest.raises(InputError, match=r"intent gives no features: .*NAME_features"):
+    with pytest.raises(InputError, match=r"intent has no output features: .*NAME_features"):
         connected().features("intent", ["a"])
     with pytest.raises(InputError, match="model: expected str, got None"):
         connected().classify(None, ["a"])

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README, run as it stands on a tiny checkpoint and a real server."""
+"""Every command and every line of Python in the README and docs, run on a tiny checkpoint and a real server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+DOCS = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join((README, *DOCS.values())), re.DOTALL | re.MULTILINE)
 BIN = Path(sys.executable).parent
 
 
@@ -94,6 +95,7 @@ def test_the_snippets_run_in_order(folder):
         "python",
         "merge-labels",
         "doctor",
+        "to-transformers",
         "new-classifier",
     } <= set(ran)
 
@@ -119,7 +121,7 @@ def replicas(tiny_original, tmp_path, monkeypatch):
 @pytest.mark.server
 @pytest.mark.parametrize("heading", ["A version on a share of the requests", "Several servers"])
 def test_the_commands_of_a_section_run(heading, replicas, tmp_path):
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = DOCS["operations.md"].split(f"\n## {heading}\n")[1].split("\n## ")[0]
     [block] = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     urls = {name: replica.url for name, replica in zip("abc", replicas, strict=True)}
     block = re.sub(r"\b([abc]):8001", lambda found: urls[found[1]], block)
@@ -139,10 +141,26 @@ def test_every_verb_is_told():
 
 
 def test_no_figure_waits_to_be_filled_in():
-    for mark in ("demo", "quality", "road", "many"):
-        body = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
+    pages = {
+        "demo": README,
+        "quality": README,
+        "road": DOCS["results.md"],
+        "serving": DOCS["results.md"],
+        "many": DOCS["many-classifiers.md"],
+        "faults": DOCS["operations.md"],
+        "gpu": DOCS["operations.md"],
+    }
+    for mark, page in pages.items():
+        body = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", page, re.DOTALL)
         assert body, mark
         assert len(body[1]) > 200, mark
+
+
+def test_the_readme_is_short_and_every_page_is_reached_from_it():
+    assert len(README.splitlines()) <= 300
+    assert [name for name in DOCS if f"](docs/{name}" not in README] == []
+    install = README.index("make demo")
+    assert all(README.index(f"**{word}**") < install for word in ("head", "memory", "flip", "gate", "pin", "in scope"))
 
 
 def anchors(page):
@@ -152,7 +170,11 @@ def anchors(page):
 
 
 @pytest.mark.parametrize(
-    "page", [str(page.relative_to(ROOT)) for page in (*ROOT.glob("*.md"), *ROOT.glob("[dt]*/**/README.md"))]
+    "page",
+    [
+        str(page.relative_to(ROOT))
+        for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[dt]*/**/README.md"))
+    ],
 )
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()

@@ -65,7 +65,7 @@ def test_the_page_says_what_the_files_say(patched, held_out, tmp_path, capsys):
     assert f"{len(head.labels)} labels" in words
     assert head.lineage.details["verdict"] in words
     assert head.lineage.details["bound"] in words
-    assert f"{len(tiny.OLD)} the same to the bit, 0 changed" in words
+    assert f"{len(tiny.OLD)} identical, 0 changed" in words
     found = make_report(patched, 2, read_examples(held_out))
     for evaluation in (found.before, found.after):
         assert f"{100 * evaluation.accuracy:.2f} %" in words
@@ -131,7 +131,7 @@ def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
     assert run(patched) == 2
     assert "--html FILE" in capsys.readouterr().err
     assert run(patched, "--html", tmp_path / "no" / "such" / "page.html") == 2
-    assert "expected a file in one that is there" in capsys.readouterr().err
+    assert "expected a path in an existing folder" in capsys.readouterr().err
     assert run(patched, "--version", "9", "--html", tmp_path / "page.html") == 2
     assert "9" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()

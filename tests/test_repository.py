@@ -124,9 +124,11 @@ def test_no_repository(tmp_path):
 def test_a_folder_of_a_repository_is_said_to_lie_in_one(classifier, monkeypatch):
     root = classifier.root
     for name, expected in (("intent", f"--repo {root} --classifier intent"), ("intent_head", f"--repo {root}")):
-        with pytest.raises(RepositoryError, match=rf"lies in: expected {expected}$"):
+        with pytest.raises(RepositoryError, match=rf"it lies inside the repository {root}: expected {expected}$"):
             ModelRepository(root / name)
-    with pytest.raises(RepositoryError, match=rf"no such folder; .* lies in: expected --repo {root}$"):
+    with pytest.raises(
+        RepositoryError, match=rf"no such folder; it lies inside the repository {root}: expected --repo {root}$"
+    ):
         ModelRepository(root / "nobody")
     monkeypatch.chdir(root / "intent")
     with pytest.raises(RepositoryError, match=r"--classifier intent$"):

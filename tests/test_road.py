@@ -134,7 +134,7 @@ def test_what_the_server_will_not_serve_is_taken_back(live, monkeypatch, patcher
 def test_a_server_of_another_repository_is_noticed(live, classifier, tmp_path):
     """The copy on disk has the same backbone, so that only the answer can tell that the server reads other files."""
     _, server = live
-    with pytest.raises(NotServed, match="Does it serve this very repository"):
+    with pytest.raises(NotServed, match="Is --repo the repository that this server serves"):
         add_label(classifier.repository, "payday", tiny.sentences("payday", 10), server=server)
     assert classifier.serving() == 1
     other = tiny.backbone_files(tmp_path, seed=5)

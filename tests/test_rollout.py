@@ -104,7 +104,7 @@ def test_a_good_rollout(classifier):
 def test_a_probe_loads_nothing(classifier, monkeypatch):
     server = Server(classifier, load=[AssertionError("a probe asks")])
     monkeypatch.setattr(server, "is_ready", lambda _: False)
-    with pytest.raises(ServerError, match="intent is not ready; does --repo name the server's repository"):
+    with pytest.raises(ServerError, match="intent is not ready; is --repo the repository that this server serves"):
         probe(classifier, classifier.head(), server)
 
 
@@ -245,7 +245,7 @@ def test_a_server_that_hangs_is_not_asked_again_on_the_way_back(classifier):
             super().load(model)
 
     server = Hanging(classifier, load=[ServerUnreachable("within 60 s"), AssertionError("waited for again")])
-    with classifier.repository.lock(), pytest.raises(NotServed, match=r"does not answer; `patcher sync` once more"):
+    with classifier.repository.lock(), pytest.raises(NotServed, match=r"does not answer; run `patcher sync` again"):
         roll_out(classifier, next_head(classifier), None, server)
     assert classifier.serving() == 1
 
@@ -321,7 +321,7 @@ def test_a_damaged_head_in_the_middle_of_a_change_can_be_left(classifier):
     assert rollback(classifier, 1).version == 1
     assert classifier.journal.pending() is None
     classifier.journal.path.write_text("nonsense\n")
-    with pytest.raises(RepositoryError, match="line 1, is no entry"):
+    with pytest.raises(RepositoryError, match="line 1, is not an entry"):
         rollback(classifier, 1)
 
 

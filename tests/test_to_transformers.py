@@ -81,7 +81,7 @@ def test_rows_on_the_classifier_features_find_the_label():
     assert plain.base_weight[:8].tobytes() == head.base_weight.tobytes()
     assert (plain.logits(new(200, seed=9)[:, :12]).argmax(axis=1) == 8).mean() > 0.8
     assert (plain.logits(features[:, :12]).argmax(axis=1) == ids).mean() > 0.95
-    with pytest.raises(InputError, match="nothing is remembered of 'new'"):
+    with pytest.raises(InputError, match="the memory has nothing on 'new'"):
         narrow_head(wide, None)
     assert narrow_head(head, None).base_weight.tobytes() == head.base_weight.tobytes()
 

@@ -140,7 +140,7 @@ class TestServer:
             pid = running.pid
             timer = threading.Timer(1.0, os.kill, [pid, signal.SIGSTOP])
             timer.start()
-            with pytest.raises(ServerError, match="hung: it did not answer for 4 s, so it was ended"):
+            with pytest.raises(ServerError, match="hung: it did not answer for 4 s, so it was stopped"):
                 running.wait()
             assert gone(pid, 5)
 
@@ -318,7 +318,7 @@ class TestServeCommand:
             assert served.wait(30) == 1
         assert stubs
         assert not psutil.wait_procs(stubs, timeout=10)[1]
-        assert "ended by itself with exit code -9" in said
+        assert "exited unexpectedly with exit code -9" in said
 
     def test_ends_when_a_process_of_a_model_dies(self, classifier, tmp_path):
         with serving(classifier, tmp_path / "log") as (served, output, url):
@@ -424,7 +424,7 @@ class TestClient:
             assert other.classify("intent", ["a"])[0].head_version == 1
 
     def test_bad_texts(self, client):
-        with pytest.raises(InputError, match="half a character"):
+        with pytest.raises(InputError, match="an unpaired surrogate"):
             client.classify("intent", ["\ud83d"])
         with pytest.raises(ServerRefused, match="1 MiB"):
             client.classify("intent", ["x" * (1 << 20) + "x"])
@@ -497,12 +497,14 @@ class TestHttpPort:
     def test_is_named_for_what_it_is(self, server):
         with TritonServer(server.http_url, timeout=5) as wrong:
             for ask in (wrong.is_live, wrong.server_metadata, lambda: wrong.classify("intent", ["please"])):
-                with pytest.raises(WrongPort, match=rf"{server.http_url} is a server's HTTP port; .* 8001 by default"):
+                with pytest.raises(
+                    WrongPort, match=rf"{server.http_url} is the HTTP port of a server; .* 8001 by default"
+                ):
                     ask()
 
     def test_doctor_says_so_too(self, server, capsys):
         assert main(["doctor", "--repo", str(server.repository), "--url", server.http_url]) == 1
-        assert f"port: {server.http_url} is a server's HTTP port" in capsys.readouterr().out
+        assert f"port: {server.http_url} is the HTTP port of a server" in capsys.readouterr().out
 
     def test_a_port_of_somebody_else_is_not_taken_for_it(self, server):
         with TritonServer(f"127.0.0.1:{server.metrics_port}", timeout=5) as wrong:

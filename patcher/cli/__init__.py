@@ -21,40 +21,46 @@ __all__ = ["main"]
 # Section -> verb -> module, command and one line of help: a verb's imports are paid by that verb alone, so that
 # `--help` answers at once.
 _SECTIONS = {
-    "To start": {
-        "export": ("export:export_command", "A fine-tuned checkpoint into a model repository."),
-        "serve": ("serve:serve_command", "A real Triton server on this machine."),
-        "new-classifier": ("new_classifier:new_classifier_command", "A classifier from labelled texts, on a backbone."),
-        "remember": ("remember:remember_command", "Build the memory from labelled data, after the export."),
+    "Getting started": {
+        "export": ("export:export_command", "Turn a fine-tuned checkpoint into a model repository."),
+        "serve": ("serve:serve_command", "Run a Triton server on this machine."),
+        "new-classifier": (
+            "new_classifier:new_classifier_command",
+            "Make a classifier from labelled texts on an existing backbone.",
+        ),
+        "remember": ("remember:remember_command", "Build the memory from labelled data after the export."),
     },
     "Labels": {
-        "add-label": ("add_label:add_label_command", "New labels from a few examples, live."),
-        "rename-label": ("relabel:rename_label_command", "Give a label another name."),
-        "merge-labels": ("relabel:merge_labels_command", "Make one label of several."),
-        "remove-label": ("relabel:remove_label_command", "Take a label out."),
+        "add-label": ("add_label:add_label_command", "Add labels from a few examples, live."),
+        "rename-label": ("relabel:rename_label_command", "Rename a label."),
+        "merge-labels": ("relabel:merge_labels_command", "Merge several labels into one."),
+        "remove-label": ("relabel:remove_label_command", "Remove a label."),
     },
     "Versions": {
-        "labels": ("versions:labels_command", "What a version knows."),
-        "history": ("versions:history_command", "Where each version comes from."),
-        "rollback": ("versions:rollback_command", "An earlier version serves again."),
+        "labels": ("versions:labels_command", "List a version's labels."),
+        "history": ("versions:history_command", "Show the lineage of every version."),
+        "rollback": ("versions:rollback_command", "Go back to an earlier version."),
         "canary": ("canary:canary_command", "Try a version on a share of the requests."),
         "prune": ("versions:prune_command", "Delete old versions."),
-        "drop-classifier": ("new_classifier:drop_classifier_command", "Delete a classifier; its backbone stays."),
-        "to-transformers": ("to_transformers:to_transformers_command", "The patched head back into a checkpoint."),
+        "drop-classifier": ("new_classifier:drop_classifier_command", "Delete a classifier, but not its backbone."),
+        "to-transformers": (
+            "to_transformers:to_transformers_command",
+            "Write the patched head back into a checkpoint.",
+        ),
     },
     "Answers": {
-        "classify": ("classify:classify_command", "Ask the server."),
-        "evaluate": ("evaluate:evaluate_command", "Accuracy of a version on a labelled file."),
-        "diff": ("versions:diff_command", "What changed between two versions."),
-        "report": ("report:report_command", "One page about a version: what changed, before and after."),
+        "classify": ("classify:classify_command", "Classify texts on the server."),
+        "evaluate": ("evaluate:evaluate_command", "Measure a version on a labelled file."),
+        "diff": ("versions:diff_command", "Show what changed between two versions."),
+        "report": ("report:report_command", "Write a page about a version: what changed, before and after."),
     },
     "Operations": {
-        "doctor": ("doctor:doctor_command", "What is installed, what the server says, whether all agree; repairs."),
-        "sync": ("versions:sync_command", "Every server serves what is pinned."),
-        "loadtest": ("loadtest:loadtest_command", "Throughput and latency, by perf_analyzer."),
-        "tune": ("tune:tune_command", "The fastest settings for this machine."),
-        "metrics": ("metrics:metrics_command", "For Prometheus: what each replica serves, patches, refusals."),
-        "upgrade": ("upgrade:upgrade_command", "An export of an earlier version gets what this one has."),
+        "doctor": ("doctor:doctor_command", "Check installation, repository and servers; repair them."),
+        "sync": ("versions:sync_command", "Make every server serve the pinned version."),
+        "loadtest": ("loadtest:loadtest_command", "Measure throughput and latency with perf_analyzer."),
+        "tune": ("tune:tune_command", "Find the fastest settings for this machine."),
+        "metrics": ("metrics:metrics_command", "Export metrics for Prometheus."),
+        "upgrade": ("upgrade:upgrade_command", "Update an export made by an earlier version."),
     },
 }
 _VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in section.items()}
@@ -95,7 +101,7 @@ class _Verbs(click.Group):
 
             near = difflib.get_close_matches(args[0], _VERBS, 1)
             hint = f"; did you mean `patcher {near[0]}`?" if near else "; `patcher --help` lists them"
-            raise click.UsageError(f"no verb {args[0]!r}{hint}", ctx)
+            raise click.UsageError(f"there is no verb {args[0]!r}{hint}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
         run = ctx.find_object(_Run)
         if run and name and command:
@@ -113,10 +119,12 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="`patcher VERB --help` teaches a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
+    epilog="`patcher VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
     "4 published but not served (the previous version was put back).",
 )
-@click.option("--log-json", is_flag=True, expose_value=False, help="One JSON event on stderr  [env: PATCHER_LOG=json]")
+@click.option(
+    "--log-json", is_flag=True, expose_value=False, help="Write one JSON event to stderr.  [env: PATCHER_LOG=json]"
+)
 @click.version_option(package_name="triton-label-patcher", prog_name="patcher")
 def _patcher() -> None:
     """Add a label to a fine-tuned text classifier in production: one small head, no downtime.
@@ -159,11 +167,12 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
             tell(context.get_usage(), err=True)
         return _failed(error.format_message(), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
-        return _failed("interrupted; what was begun was undone", 130, run.as_json)
+        return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
     except Exception as error:
         if os.environ.get("PATCHER_DEBUG") == "1":
             raise
-        said = f"unexpected {type(error).__name__}: {error}. This is a fault of patcher; PATCHER_DEBUG=1 shows where"
+        bug = "This is a bug in patcher; set PATCHER_DEBUG=1 for the traceback"
+        said = f"unexpected {type(error).__name__}: {error}. {bug}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
 

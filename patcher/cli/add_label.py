@@ -32,10 +32,15 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 
 @click.command("add-label")
 @click.argument("label", required=False)
-@click.option("--examples", "file", type=FILE, help="CSV, TSV, JSONL or Parquet with a text column.")
-@click.option("--text", "texts", multiple=True, metavar="TEXT", help="One example; give it several times.")
-@click.option("--replay", type=FILE, help="Labelled old data that takes part in the fit.")
-@eval_option("Labelled old data, held out, on which flips are counted.")
+@click.option(
+    "--examples",
+    "file",
+    type=FILE,
+    help="File of examples: CSV, TSV, JSONL or Parquet with a text column, or .txt with one text per line.",
+)
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="One example; repeat the option for more.")
+@click.option("--replay", type=FILE, help="Labelled old data to use in the fit.")
+@eval_option("Held-out labelled old data on which to count flips.")
 @max_flips_option
 @min_recall_option
 @click.option(
@@ -43,10 +48,10 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
     type=click.Choice(METHODS),
     default="auto",
     show_default=True,
-    help="auto is offset-logistic: old rows keep their bits. ridge and lda refit all rows from the memory, anchored on "
-    "--replay.",
+    help="How to fit. auto is offset-logistic, which leaves old rows unchanged; ridge and lda refit all rows from the "
+    "memory, and anchored refits them on --replay.",
 )
-@click.option("--no-name", is_flag=True, help="Do not take the label's own name, where it is words, as an example.")
+@click.option("--no-name", is_flag=True, help="Do not use the label's own name as an example.")
 @click.option(
     "--no-variants", is_flag=True, help="Fit the examples alone, not also with a word left out or two swapped: faster."
 )
@@ -54,18 +59,18 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
     "--canary",
     type=SHARE,
     metavar="PERCENT",
-    help="Try the version on this share of the requests first; `patcher canary` goes on from there.",
+    help="First try the version on this percentage of the requests; continue with `patcher canary`.",
 )
 @click.option(
     "--keep",
     type=click.IntRange(1),
     metavar="N",
-    help="Delete old versions afterwards, but for the newest N, the serving one and its parent.",
+    help="Afterwards delete old versions except the newest N, the serving one and its parent.",
 )
 @dry_run_option
 @force_option
-@no_load_option("Publish without touching a server; features are computed here.")
-@common_options
+@no_load_option("Publish without contacting a server; compute features locally.")
+@common_options("classifier", "server", "control", "rollout")
 def add_label_command(
     label: str | None,
     file: Path | None,
@@ -84,14 +89,13 @@ def add_label_command(
     no_load: bool,
     options: CommonOptions,
 ) -> None:
-    """Teach the classifier LABEL from a few examples, live.
+    """Add LABEL to the classifier from a few examples, live.
 
-    Fits the new row, checks the harm, publishes the next head version, has the server load it, and proves that the
-    server answers from it; otherwise the previous version is put back.
+    Fits the new row, measures the harm, publishes the next head version, has the server load it, and verifies that the
+    server answers from it. If anything fails, the previous version is restored.
 
-    Without LABEL, every label in the file's label column that the head lacks is added, in one patch. Old labels keep
-    their rows to the bit; only an input that the new label takes over can change its answer, and the gate bounds how
-    many do.
+    Without LABEL, adds every label in the file's label column that the head lacks, in one patch. The rows of old labels
+    do not change; only inputs that the new label takes over get another answer, and the gate bounds how many do.
 
     \b
     patcher add-label card_lost --examples examples.csv
@@ -130,7 +134,7 @@ def add_label_command(
 def _examples(
     file: Path | None, texts: tuple[str, ...], label: str | None, options: CommonOptions
 ) -> dict[str, list[str]]:
-    """The examples by label, all of them ``label``'s where it is given; a word on columns that are not read."""
+    """The examples by label, all of them ``label``'s where it is given; warns of columns that are not read."""
     from patcher.examples import read_examples
     from patcher.new_texts import new_examples
 
@@ -144,7 +148,7 @@ def _examples(
     examples = new_examples(read, label, several=not options.classifier.head().exclusive)
     if label is not None and read.labels is None and read.unread:
         columns = ", ".join(f"{name!r:.60}" for name in read.unread)
-        told = f"of {read.source} only the texts are read (not {columns}): all {len(read)} are taken as {label!r}"
+        told = f"only the texts of {read.source} are read (not {columns}); all {len(read)} become examples of {label!r}"
         tell(f"warning: {told}", err=True)
     return examples
 
@@ -154,16 +158,16 @@ def _render(report: PatchReport, options: CommonOptions) -> None:
     added = ", ".join(report.labels_added)
     if report.canary is not None and not report.served:
         done = (
-            f"version {report.version} of {report.classifier} is set up to be tried on {report.canary:g} % of the "
-            f"requests, with {added} added; no server was asked to load it"
+            f"version {report.version} of {report.classifier}, with {added} added, is set up for a trial on "
+            f"{report.canary:g} % of the requests; no server was asked to load it"
         )
     elif report.canary is not None:
         done = (
-            f"version {report.version} of {report.classifier} is tried on {report.canary:g} % of the requests, with "
-            f"{added} added; `patcher canary` compares, --promote or --discard ends it"
+            f"version {report.version} of {report.classifier}, with {added} added, is on trial with "
+            f"{report.canary:g} % of the requests; `patcher canary` compares, --promote or --discard ends the trial"
         )
     elif report.served:
-        done = f"version {report.version} of {report.classifier} serves, with {report.labels} labels: {added} added"
+        done = f"version {report.version} of {report.classifier} now serves {report.labels} labels: {added} added"
     elif report.published:
         done = (
             f"version {report.version} of {report.classifier} is published with {added}; no server was asked to load it"
@@ -171,12 +175,12 @@ def _render(report: PatchReport, options: CommonOptions) -> None:
     else:
         done = f"dry run: nothing published; version {report.version} would add {added}"
     options.say(done)
-    forced = " Published all the same, by --force." if report.gate == "forced" else ""
+    forced = " Published anyway because of --force." if report.gate == "forced" else ""
     options.say(f"gate      {verdict.sentence}{forced}")
     for line in (*verdict.reasons, *verdict.advice):
         options.say(f"          {line}")
     options.say(f"flips     {verdict.harm}")
-    options.say(f"recall    {percent(report.estimated_recall, 1)} expected, each example left out in turn")
+    options.say(f"recall    {percent(report.estimated_recall, 1)} expected (leave-one-out)")
     options.say(f"method    {report.fit.method}: {report.fit.why}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
     options.say(f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB")

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @click.command("canary")
 @click.option("--version", type=click.IntRange(1), help="The version to try.")
-@click.option("--percent", "share", type=SHARE, help="Of the request keys.")
-@click.option("--promote", is_flag=True, help="The version on trial serves all from now on; the trial ends.")
-@click.option("--discard", is_flag=True, help="The trial ends; the version stays on disk.")
-@eval_option("Labelled file: compare both on it.")
-@common_options
+@click.option("--percent", "share", type=SHARE, help="Percentage of request keys to send to it.")
+@click.option("--promote", is_flag=True, help="Make the trial version serve all requests and end the trial.")
+@click.option("--discard", is_flag=True, help="End the trial; the version stays on disk.")
+@eval_option("Labelled file to compare both versions on.")
+@common_options("classifier", "server", "control", "rollout")
 def canary_command(
     version: int | None,
     share: float | None,
@@ -34,8 +34,8 @@ def canary_command(
 ) -> None:
     """Try a version on a share of the requests; without options, compare it with the one that serves.
 
-    The version gets an ensemble of its own, NAME_canary, on the same backbone. Clients that ask through
-    patcher.SplitClient send it that share of their keys, the same ones each time; all others are not touched.
+    The version gets its own ensemble, NAME_canary, on the same backbone. Clients that use patcher.SplitClient send it
+    that share of their keys, always the same ones; all other clients are unaffected.
 
     \b
     patcher canary --version 7 --percent 10
@@ -55,7 +55,9 @@ def canary_command(
             audit.note(classifier=classifier.name, version=switch.version, previous=switch.previous)
             options.emit({"classifier": classifier.name, "version": switch.version, "previous": switch.previous})
             if not options.json:
-                options.say(f"version {switch.version} of {classifier.name} serves; before it was {switch.previous}")
+                options.say(
+                    f"version {switch.version} of {classifier.name} now serves; previously version {switch.previous}"
+                )
             return
         if discard:
             tried = canary.discard(classifier, server)
@@ -86,7 +88,7 @@ def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None,
     if found is None:
         options.say(f"no version of {classifier.name} is on trial")
         return
-    options.say(f"version {found.version} of {classifier.name} is tried on {found.percent:g} % of the keys")
+    options.say(f"version {found.version} of {classifier.name} is on trial with {found.percent:g} % of the keys")
     rows = [
         (arm.model, arm.version, arm.requests, arm.failures, "—" if arm.mean_ms is None else f"{arm.mean_ms:.2f}")
         for arm in found.arms

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @click.command("classify")
 @click.argument("texts", metavar="TEXT...", nargs=-1)
-@click.option("--file", "file", type=FILE, help="CSV, TSV, JSONL, Parquet or a text a line.")
-@common_options
+@click.option(
+    "--file", "file", type=FILE, help="File of texts: CSV, TSV, JSONL, Parquet, or .txt with one text per line."
+)
+@common_options("classifier", "server")
 def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonOptions) -> None:
-    """Ask the server for the labels of each TEXT: the best ones with their scores, and the head version that answered.
+    """Classify each TEXT on the server: the best labels with their scores, and the head version that answered.
 
     An empty text is refused, as a mistake; a client that sends one gets an answer.
 

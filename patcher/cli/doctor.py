@@ -11,13 +11,13 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
 @click.command("doctor")
 @click.option(
-    "--repair", is_flag=True, help="Finish or undo what was interrupted; have every server serve what is pinned."
+    "--repair", is_flag=True, help="Finish or undo interrupted changes, and make every server serve the pinned version."
 )
-@common_options
+@common_options("server", "control")
 def doctor_command(repair: bool, options: CommonOptions) -> int:
-    """Say what is installed, what the repository holds, what the server says, and whether they agree.
+    """Check what is installed, the repository and the servers, and whether they agree.
 
-    Ends with 1 where something is at fault.
+    Exits with 1 if anything is at fault.
     """
     from patcher import doctor
     from patcher.errors import TlsError, WrongPort

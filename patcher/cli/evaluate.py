@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("file", type=FILE)
 @version_option
-@click.option("--worst", type=click.IntRange(0), default=10, show_default=True, help="Labels and confusions to list.")
-@common_options
+@click.option(
+    "--worst", type=click.IntRange(0), default=10, show_default=True, help="How many labels and confusions to list."
+)
+@common_options("classifier")
 def evaluate_command(file: Path, version: int | None, worst: int, options: CommonOptions) -> None:
-    """Accuracy, macro F1, and each label's precision, recall and F1 of a head version on a labelled FILE.
+    """Measure a head version on a labelled FILE: accuracy, macro F1, and precision, recall and F1 of each label.
 
-    Runs the repository's own files in this process; no server is asked, none is loaded down.
+    Runs the repository's own files in this process, so it puts no load on a server.
     """
     from patcher.examples import read_examples
     from patcher.lifecycle import evaluate

@@ -29,45 +29,47 @@ _CONTRADICTED = 0.5
 @click.command("export")
 @click.argument("model", metavar="MODEL")
 @repo_option
-@click.option("--name", default="intent", show_default=True, help="Name of the classifier: what clients call.")
+@click.option("--name", default="intent", show_default=True, help="Name of the classifier, which clients call.")
 @click.option(
     "--train",
     type=FILE,
-    help="Labelled file the model was fine-tuned on: builds the memory that bounds the harm of later patches.",
+    help="Labelled file that the model was fine-tuned on; builds the memory, which bounds the harm of later patches.",
 )
 @memory_option
 @eval_option(
-    "Labelled file that took no part in the fine-tuning: sets which texts count as out of scope, and the "
-    "cost of a lower precision is measured on it."
+    "Labelled file that was not used in the fine-tuning; sets which texts count as out of scope, and measures the "
+    "cost of a lower precision."
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Of the backbone: int8 for CPUs, fp16 for GPUs.  [default: fp16 with --device gpu, else fp32]",
+    help="Precision of the backbone: int8 for CPUs, fp16 for GPUs.  [default: fp16 with --device gpu, else fp32]",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "gpu"]),
     default="cpu",
     show_default=True,
-    help="Where Triton runs the backbone; all else stays on the CPU.",
+    help="Where Triton runs the backbone; everything else stays on the CPU.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
-    help="Tokens beyond which a text is cut.  [default: what tokenizer and model allow, 2048 at most]",
+    help="Truncate texts after this many tokens.  [default: what tokenizer and model allow, at most 2048]",
 )
-@click.option("--tensorrt", is_flag=True, help="TensorRT runs the backbone on the GPU.")
-@click.option("--backbone", metavar="NAME", help="Name of the backbone's models, for several classifiers on one.")
+@click.option("--tensorrt", is_flag=True, help="Run the backbone with TensorRT on the GPU.")
+@click.option("--backbone", metavar="NAME", help="Name for the backbone's models, to share it between classifiers.")
 @click.option(
     "--in-store",
     is_flag=True,
-    help="The backbone's head store answers for it, and clients ask BACKBONE_any: on the server that `patcher serve` "
-    "starts a new version then needs no process of its own. No trials by `canary`.",
+    help="Serve it from the backbone's head store; clients call BACKBONE_any. On a server started by `patcher serve`, "
+    "a new version then needs no process of its own. `canary` is not available.",
 )
 @trust_remote_code_option
 @allow_pickle_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document to stdout and everything else to stderr."
+)
 def export_command(
     model: str,
     repo: Path | str,
@@ -85,12 +87,12 @@ def export_command(
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
-    """Split MODEL, a fine-tuned checkpoint (folder or hub id), into a Triton model repository.
+    """Turn MODEL, a fine-tuned checkpoint (folder or hub id), into a Triton model repository.
 
-    hf://ID names the hub alone, where an id looks like the name of a folder that is here.
+    hf://ID always means the hub, for ids that look like the name of a folder here.
 
-    The backbone is exported once, the head becomes version 1. Before anything appears in the repository, the exported
-    files must answer as the checkpoint does; otherwise nothing is written.
+    The backbone is exported once; the head becomes version 1. Nothing is written unless the exported files give the
+    same answers as the checkpoint.
 
     \b
     patcher export my-finetuned-bert --repo model_repository --name intent --train train.csv
@@ -133,7 +135,7 @@ def export_command(
 
 
 def _warn(report: ExportReport, train: Path | None) -> None:
-    """A word on what later patches will miss."""
+    """Warn of what later patches will miss."""
     from patcher.gate import unremembered
 
     classifier = report.repository.classifier(report.classifier)
@@ -141,5 +143,5 @@ def _warn(report: ExportReport, train: Path | None) -> None:
         tell(f"warning: {said}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
         right = percent(report.train_accuracy, 1)
-        said = f"only {right} of {train} is answered as labelled; is it this model's training data?"
+        said = f"only {right} of the texts in {train} get the label they have there; is it this model's training data?"
         tell(f"warning: {said}", err=True)

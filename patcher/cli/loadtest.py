@@ -25,21 +25,29 @@ _TEXTS = (
 
 
 @click.command("loadtest")
-@click.option("--concurrency", metavar="START:END:STEP", help="Requests at once, as 1:16:4.  [default: 1:8:3]")
-@click.option("--request-rate", metavar="START:END:STEP", help="Requests a second, at random (Poisson) moments.")
-@click.option("--input", "file", type=FILE, help="File with the texts to send; a few made-up ones by default.")
+@click.option(
+    "--concurrency", metavar="START:END:STEP", help="Numbers of concurrent requests, such as 1:16:4.  [default: 1:8:3]"
+)
+@click.option("--request-rate", metavar="START:END:STEP", help="Requests per second, at random (Poisson) times.")
+@click.option("--input", "file", type=FILE, help="File with the texts to send; a few built-in ones by default.")
 @click.option(
     "--against",
     metavar="MODEL[@HOST:PORT]",
-    help="Another model, or one on another server (gRPC), to measure in alternating rounds.",
+    help="Another model, or one on another server (gRPC), to compare with in alternating rounds.",
 )
 @click.option(
-    "--window", type=click.FloatRange(0.2, 600), default=2.0, show_default=True, help="Seconds; 3 a measurement."
+    "--window",
+    type=click.FloatRange(0.2, 600),
+    default=2.0,
+    show_default=True,
+    help="Length of a window in seconds; each measurement takes three.",
 )
-@click.option("--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How often to repeat it all.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many times to repeat everything."
+)
 @click.option("--csv", "csv_file", type=FILE, help="Write the figures as CSV.")
 @click.option("--plot", "plot_file", type=FILE, help="Draw latency over throughput (PNG, SVG or PDF).")
-@common_options
+@common_options("classifier", "server")
 def loadtest_command(
     concurrency: str | None,
     request_rate: str | None,
@@ -51,7 +59,7 @@ def loadtest_command(
     plot_file: Path | None,
     options: CommonOptions,
 ) -> None:
-    """Put the classifier under load with NVIDIA's perf_analyzer over gRPC: throughput, latencies, time in each step.
+    """Measure throughput, latency and the time in each step under load, with NVIDIA's perf_analyzer over gRPC.
 
     \b
     patcher loadtest --concurrency 1:16:5 --input questions.csv --plot load.png

@@ -15,18 +15,31 @@ if TYPE_CHECKING:
 
 @click.command("metrics")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=9108, show_default=True, help="0 picks a free one.")
-@click.option("--server", "more", multiple=True, metavar="HOST:PORT", help="Another server beside --url; repeatable.")
-@click.option("--texts", type=FILE, help="Texts to ask at each scrape, for quantiles of score and in_scope.")
-@click.option("--audit-log", type=FILE, envvar="PATCHER_AUDIT_LOG", help="Events to count  [env: PATCHER_AUDIT_LOG]")
-@common_options
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=9108,
+    show_default=True,
+    help="Port to listen on; 0 picks a free one.",
+)
+@click.option("--server", "more", multiple=True, metavar="HOST:PORT", help="Another server besides --url; repeatable.")
+@click.option(
+    "--texts", type=FILE, help="File of texts to classify at each scrape, for quantiles of score and in_scope."
+)
+@click.option(
+    "--audit-log",
+    type=FILE,
+    envvar="PATCHER_AUDIT_LOG",
+    help="Audit log whose events to count.  [env: PATCHER_AUDIT_LOG]",
+)
+@common_options("classifier", "server")
 def metrics_command(
     host: str, port: int, more: tuple[str, ...], texts: Path | None, audit_log: Path | None, options: CommonOptions
 ) -> None:
-    """Export what Triton's own metrics do not tell, for Prometheus, until Ctrl-C.
+    """Export metrics for Prometheus that Triton itself does not have, until Ctrl-C.
 
-    Asks every replica behind --url (a DNS name may stand for several) which head version it answers from, and with how
-    many labels; counts patches, rollbacks and refusals in the audit log.
+    Asks every replica behind --url which head version it answers from and how many labels that has, and counts patches,
+    rollbacks and refusals in the audit log.
     """
     from patcher.examples import read_examples
     from patcher.metrics import Targets, expose
@@ -44,7 +57,7 @@ def metrics_command(
     server, thread = expose(targets, host, port)
     url = f"http://{host}:{server.server_port}/metrics"
     options.emit({"url": url})
-    options.say(f"metrics at {url}; Ctrl-C stops it")
+    options.say(f"metrics at {url}; press Ctrl-C to stop")
     try:
         thread.join()
     except KeyboardInterrupt:

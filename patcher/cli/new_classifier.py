@@ -32,26 +32,26 @@ _SHOWN = 5
 
 @click.command("new-classifier")
 @click.argument("name")
-@click.option("--backbone", metavar="NAME", help="The backbone that it stands on, if there are several.")
+@click.option("--backbone", metavar="NAME", help="The backbone to build on; needed only if there are several.")
 @click.option(
     "--train",
     type=FILE,
     required=True,
-    help="CSV, TSV, JSONL or Parquet with a text and a label column.",
+    help="Training file: CSV, TSV, JSONL or Parquet with a text and a label column.",
 )
-@click.option("--in-store", is_flag=True, help="One of very many: the backbone's head store answers for it.")
+@click.option("--in-store", is_flag=True, help="Serve it from the backbone's head store (for very many classifiers).")
 @click.option(
     "--min-accuracy",
     type=click.FloatRange(0, 1),
     default=MIN_ACCURACY,
     show_default=True,
-    help="Share of the held-out texts that must be answered right.",
+    help="Smallest share of held-out texts that must be answered right.",
 )
 @memory_option
 @dry_run_option
 @force_option
-@no_load_option("Publish without touching a server; features are computed here.")
-@common_options
+@no_load_option("Publish without contacting a server; compute features locally.")
+@common_options("server", "control")
 def new_classifier_command(
     name: str,
     backbone: str | None,
@@ -64,13 +64,13 @@ def new_classifier_command(
     no_load: bool,
     options: CommonOptions,
 ) -> None:
-    """Make the classifier NAME from labelled texts, on a backbone that is served already.
+    """Make the classifier NAME from labelled texts, on an existing backbone.
 
-    Fits the rows of all labels on the backbone's frozen features, judges them on texts that were held out, publishes
-    version 1, has the server load it, and proves that the server answers from it. Nothing is fine-tuned.
+    Fits the rows of all labels on the backbone's frozen features, measures them on held-out texts, publishes version 1,
+    has the server load it, and verifies that the server answers from it. Nothing is fine-tuned.
 
-    With --in-store all its answers come from one process that holds the heads of every such classifier; clients ask the
-    ensemble BACKBONE_any with `text` and `classifier`. Every verb but `canary` treats it like any other.
+    With --in-store, one process holds the heads of all such classifiers; clients call the ensemble BACKBONE_any with
+    `text` and `classifier`. Every verb except `canary` works on it as on any other classifier.
 
     \b
     patcher new-classifier topics --backbone intent --train topics.csv
@@ -81,7 +81,7 @@ def new_classifier_command(
     from patcher.remembering import FEATURES_A_LABEL
 
     if options.classifier_name is not None:
-        raise click.UsageError("--classifier names one that is there; the new one's name is the argument NAME")
+        raise click.UsageError("--classifier is for existing classifiers; give the new name as the argument NAME")
     wishes = FoundingSettings(
         in_store, min_accuracy, force, dry_run, per_label=FEATURES_A_LABEL if kind == "features" else 0
     )
@@ -106,22 +106,22 @@ def new_classifier_command(
 def _render(report: NewClassifierReport, options: CommonOptions) -> None:
     what = f"{report.classifier} on {report.backbone}, {report.labels} labels from {report.examples} texts"
     if report.served:
-        done = f"{what}: version 1 serves"
+        done = f"{what}: version 1 now serves"
     elif report.published:
         done = f"{what}: version 1 is published; no server was asked to load it"
     else:
         done = f"dry run: nothing published; {what}"
     options.say(done)
-    forced = " Published all the same, by --force." if report.gate == "forced" else ""
+    forced = " Published anyway because of --force." if report.gate == "forced" else ""
     options.say(f"gate      {report.sentence}{forced}")
     for weak in report.weak[:_SHOWN]:
         found = f"{percent(weak.recall, 0)} of {weak.support} found"
-        options.say(f"weak      {weak.label}: {found}, most others answered {weak.instead}")
+        options.say(f"weak      {weak.label}: {found}, most of the rest answered as {weak.instead}")
     if len(report.weak) > _SHOWN:
         options.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
     if report.repeated:
         options.say(f"repeats   {repeats(report.repeated)}")
-    options.say(f"asked     as {report.address}")
+    options.say(f"address   {report.address}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
     options.say(
         f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB, memory {report.memory_bytes / 1e6:.1f} MB"
@@ -130,13 +130,13 @@ def _render(report: NewClassifierReport, options: CommonOptions) -> None:
 
 @click.command("drop-classifier")
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@no_load_option("Delete the files without touching a server.")
-@common_options
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@no_load_option("Delete the files without contacting a server.")
+@common_options("server", "control")
 def drop_classifier_command(name: str, yes: bool, no_load: bool, options: CommonOptions) -> None:
-    """Take the classifier NAME off the servers and delete it with all its versions; there is no way back.
+    """Unload the classifier NAME and delete it with all its versions; this cannot be undone.
 
-    Its backbone stays, and so does every other classifier on it.
+    Its backbone and the other classifiers on it stay.
 
     \b
     patcher drop-classifier customer-17
@@ -150,10 +150,10 @@ def drop_classifier_command(name: str, yes: bool, no_load: bool, options: Common
     versions = "its only version" if count == 1 else f"its {count} versions"
     if count and not yes:
         if not sys.stdin.isatty():
-            raise click.UsageError(f"this deletes {name} with {versions} for good; expected --yes")
-        if not click.confirm(f"Delete {name} with {versions} for good?", err=True):
+            raise click.UsageError(f"this permanently deletes {name} with {versions}; expected --yes")
+        if not click.confirm(f"Permanently delete {name} with {versions}?", err=True):
             audit.note(outcome="declined")
-            options.say(f"{name} was not touched")
+            options.say(f"{name} was not changed")
             return
     with options.server_unless(no_load) as server:
         dropped = drop_classifier(options.repository, name, server)
@@ -163,4 +163,4 @@ def drop_classifier_command(name: str, yes: bool, no_load: bool, options: Common
         which = (
             f", with {'version' if len(dropped) == 1 else 'versions'} {', '.join(map(str, dropped))}" if dropped else ""
         )
-        options.say(f"{name} is gone{which}; its backbone stays")
+        options.say(f"{name} was deleted{which}; its backbone stays")

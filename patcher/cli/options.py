@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import stat
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -104,7 +105,7 @@ class CommonOptions:
         fleet = Fleet(urls, watch_seconds=self.watch, admin_key=key, tls=tls)
         if fleet.away and len(fleet.away) < len(urls):
             away = ", ".join(fleet.away)
-            tell(f"warning: {away} does not answer and is left out; `patcher sync` when it is back", err=True)
+            tell(f"warning: {away} does not answer and is left out; run `patcher sync` when it is back", err=True)
         return fleet
 
     def server_unless(self, no_load: bool) -> AbstractContextManager[TritonServer | None]:
@@ -119,7 +120,9 @@ class CommonOptions:
         ca, certificate, key = self.tls_files
         if ca is None:
             if certificate or key or self.tls_server_name:
-                raise InputError("TLS needs --tls-ca FILE (or $PATCHER_TLS_CA): the authority that signed the server's")
+                raise InputError(
+                    "TLS needs --tls-ca FILE (or $PATCHER_TLS_CA), the CA that signed the server's certificate"
+                )
             return None
         if key is not None:
             warn_if_open(key)
@@ -178,26 +181,26 @@ class _Location(click.Path):
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 SHARE = click.FloatRange(0, 100, min_open=True, max_open=True)
-"""Per cent of the requests that a version on trial gets."""
+"""Percentage of the requests that a version on trial gets."""
 
-version_option = click.option("--version", type=click.IntRange(1), help="The serving one by default.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Fit and judge; publish nothing.")
+version_option = click.option("--version", type=click.IntRange(1), help="Head version; by default the one that serves.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Fit and judge only; publish nothing.")
 force_option = click.option(
-    "--force", is_flag=True, help="Publish in spite of the gate; the lineage records it for ever."
+    "--force", is_flag=True, help="Publish even if the gate refuses; recorded permanently in the lineage."
 )
 max_flips_option = click.option(
     "--max-flips",
     type=click.FloatRange(0, 1),
     default=MAX_FLIPS,
     show_default=True,
-    help="Share of old inputs that may flip.",
+    help="Largest share of old inputs that may turn from right to wrong.",
 )
 min_recall_option = click.option(
     "--min-recall",
     type=click.FloatRange(0, 1),
     default=MIN_RECALL,
     show_default=True,
-    help="Recall the new label must reach.",
+    help="Smallest recall that the new label must reach.",
 )
 memory_option = click.option(
     "--memory",
@@ -205,7 +208,7 @@ memory_option = click.option(
     type=click.Choice(["features", "statistics"]),
     default="features",
     show_default=True,
-    help="Keep features of a few texts too, or nothing of any single text.",
+    help="Whether to keep the features of a few texts, or nothing of any single text.",
 )
 allow_pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code."
@@ -220,7 +223,7 @@ def eval_option(text: str) -> Callable[[Command], Command]:
     return click.option("--eval", "evaluation", type=FILE, help=text)
 
 
-def no_load_option(text: str = "Publish without touching a server.") -> Callable[[Command], Command]:
+def no_load_option(text: str = "Publish without contacting a server.") -> Callable[[Command], Command]:
     """``--no-load``, whose help is ``text``."""
     return click.option("--no-load", is_flag=True, help=text)
 
@@ -233,61 +236,104 @@ repo_option = click.option(
     show_default=True,
     help="Model repository: a folder, or s3://BUCKET/PATH  [env: TRITON_MODEL_REPO]",
 )
-_OPTIONS = (
-    repo_option,
-    click.option("--classifier", "classifier_name", metavar="NAME", help="Which one, if there are several."),
-    click.option(
-        "--url",
-        "urls",
-        envvar="TRITON_URL",
-        multiple=True,
-        default=("localhost:8001",),
-        show_default=True,
-        metavar="HOST:PORT",
-        help="The server's gRPC address; several (commas, or the option again) or a name of several: all of them"
-        "  [env: TRITON_URL]",
+Group = Literal["classifier", "server", "control", "rollout"]
+"""Common options that some verbs have no use for: those of the classifier to work on, of asking a server, of changing
+what it serves, and of doing that on several in turn."""
+
+# Group (None: for every verb), names, and the rest that click is told.
+_OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        "classifier",
+        ("--classifier", "classifier_name"),
+        {"metavar": "NAME", "help": "The classifier to work on; needed only if there are several."},
     ),
-    click.option(
-        "--watch",
-        type=click.FloatRange(0),
-        default=2.0,
-        show_default=True,
-        metavar="SECONDS",
-        help="Of several servers the first serves a change alone so long, before the others do.",
+    (
+        "server",
+        ("--url", "urls"),
+        {
+            "envvar": "TRITON_URL",
+            "multiple": True,
+            "default": ("localhost:8001",),
+            "show_default": True,
+            "metavar": "HOST:PORT",
+            "help": "gRPC address of the server. For several servers: separate with commas, repeat the option, or give "
+            "a DNS name that resolves to all of them.  [env: TRITON_URL]",
+        },
     ),
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr."),
-    click.option(
-        "--admin-key-file",
-        "key_file",
-        type=FILE,
-        help="File with the key for model control  [env: PATCHER_ADMIN_KEY holds the key itself]",
+    (
+        "rollout",
+        ("--watch",),
+        {
+            "type": click.FloatRange(0),
+            "default": 2.0,
+            "show_default": True,
+            "metavar": "SECONDS",
+            "help": "With several servers: how long the first runs a new version alone before the others get it.",
+        },
     ),
-    click.option(
-        "--tls-ca",
-        type=FILE,
-        envvar="PATCHER_TLS_CA",
-        help="Speak TLS, and trust servers that this authority signed  [env: PATCHER_TLS_CA]",
+    (
+        None,
+        ("--json", "as_json"),
+        {"is_flag": True, "help": "Print one JSON document to stdout and everything else to stderr."},
     ),
-    click.option(
-        "--tls-cert",
-        type=FILE,
-        envvar="PATCHER_TLS_CERT",
-        help="Our certificate, for servers that ask for one  [env: PATCHER_TLS_CERT]",
+    (
+        "control",
+        ("--admin-key-file", "key_file"),
+        {
+            "type": FILE,
+            "help": "File with the admin key for model control.  [env: PATCHER_ADMIN_KEY holds the key itself]",
+        },
     ),
-    click.option("--tls-key", type=FILE, envvar="PATCHER_TLS_KEY", help="Its key  [env: PATCHER_TLS_KEY]"),
-    click.option(
-        "--tls-server-name",
-        metavar="NAME",
-        envvar="PATCHER_TLS_SERVER_NAME",
-        help="Name expected in the server's certificate, if not --url's  [env: PATCHER_TLS_SERVER_NAME]",
+    (
+        "server",
+        ("--tls-ca",),
+        {
+            "type": FILE,
+            "envvar": "PATCHER_TLS_CA",
+            "help": "Use TLS and trust servers whose certificate this CA signed.  [env: PATCHER_TLS_CA]",
+        },
+    ),
+    (
+        "server",
+        ("--tls-cert",),
+        {
+            "type": FILE,
+            "envvar": "PATCHER_TLS_CERT",
+            "help": "Client certificate, for servers that require one.  [env: PATCHER_TLS_CERT]",
+        },
+    ),
+    (
+        "server",
+        ("--tls-key",),
+        {
+            "type": FILE,
+            "envvar": "PATCHER_TLS_KEY",
+            "help": "Private key of that certificate.  [env: PATCHER_TLS_KEY]",
+        },
+    ),
+    (
+        "server",
+        ("--tls-server-name",),
+        {
+            "metavar": "NAME",
+            "envvar": "PATCHER_TLS_SERVER_NAME",
+            "help": "Name expected in the server's certificate, if not the host of --url.  "
+            "[env: PATCHER_TLS_SERVER_NAME]",
+        },
     ),
 )
 
 
-def common_options(command: Command) -> Command:
-    """Give a command the options of ``_OPTIONS`` and, from them, an ``options`` argument."""
-    import functools
+def common_options(*shown: Group) -> Callable[[Command], Command]:
+    """Give a command ``--repo``, the options of ``_OPTIONS`` and, from them, an ``options`` argument.
 
+    Every verb takes all of them, so that a script may pass the same ones to each. Its help shows those of the groups
+    that it has a use for.
+    """
+    return functools.partial(_with_options, shown=shown)
+
+
+def _with_options(command: Command, shown: tuple[Group, ...]) -> Command:
     @functools.wraps(command)
     def with_options(
         *args: Any,
@@ -316,6 +362,7 @@ def common_options(command: Command) -> Command:
         )
         return command(*args, options=options, **kwargs)
 
-    for option in reversed(_OPTIONS):
-        with_options = option(with_options)
-    return with_options  # type: ignore[return-value]  # click decorators keep the function's own type
+    for group, names, attributes in reversed(_OPTIONS):
+        hidden = group is not None and group not in shown
+        with_options = click.option(*names, hidden=hidden, **attributes)(with_options)
+    return repo_option(with_options)  # type: ignore[return-value]  # click decorators keep the function's own type

@@ -24,34 +24,34 @@ if TYPE_CHECKING:
 @click.command("remove-label")
 @click.argument("label")
 @no_load_option()
-@common_options
+@common_options("classifier", "server", "control", "rollout")
 def remove_label_command(label: str, no_load: bool, options: CommonOptions) -> None:
-    """Take LABEL out. Its texts go to the best of the other labels, whose logits stay the same to the bit."""
+    """Remove LABEL. Its texts go to the best of the other labels, whose logits do not change."""
     from patcher.relabelling import remove_label
 
-    _run(options, no_load, f"{label} removed", lambda server: remove_label(options.classifier, label, server))
+    _run(options, no_load, f"removed {label}", lambda server: remove_label(options.classifier, label, server))
 
 
 @click.command("rename-label")
 @click.argument("old")
 @click.argument("new")
 @no_load_option()
-@common_options
+@common_options("classifier", "server", "control", "rollout")
 def rename_label_command(old: str, new: str, no_load: bool, options: CommonOptions) -> None:
-    """Call the label OLD by the name NEW; no number changes."""
+    """Rename label OLD to NEW; scores do not change."""
     from patcher.relabelling import rename_label
 
-    _run(options, no_load, f"{old} is {new} now", lambda server: rename_label(options.classifier, old, new, server))
+    _run(options, no_load, f"renamed {old} to {new}", lambda server: rename_label(options.classifier, old, new, server))
 
 
 @click.command("merge-labels")
 @click.argument("labels", nargs=-1, required=True)
-@click.option("--into", required=True, metavar="LABEL", help="The label they become; may be one of them.")
+@click.option("--into", required=True, metavar="LABEL", help="The label to merge into; may be one of LABELS.")
 @max_flips_option
 @min_recall_option
 @force_option
 @no_load_option()
-@common_options
+@common_options("classifier", "server", "control", "rollout")
 def merge_labels_command(
     labels: tuple[str, ...],
     into: str,
@@ -61,7 +61,7 @@ def merge_labels_command(
     no_load: bool,
     options: CommonOptions,
 ) -> None:
-    """Make one label of several LABELS, by a row fitted on what the memory keeps of them.
+    """Merge several LABELS into one, whose row is fitted on what the memory keeps of them.
 
     \b
     patcher merge-labels card_lost card_stolen --into card_gone
@@ -73,7 +73,7 @@ def merge_labels_command(
             options.classifier, labels, into, server, max_flips=max_flips, min_recall=min_recall, force=force
         )
 
-    _run(options, no_load, f"{', '.join(labels)} are {into} now", merge)
+    _run(options, no_load, f"merged {', '.join(labels)} into {into}", merge)
 
 
 def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any], Change]) -> None:
@@ -81,5 +81,5 @@ def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any
         done = change(server)
     options.emit(done.to_json())
     if not options.json:
-        state = "serves" if done.served else "is published; no server was asked to load it"
-        options.say(f"{what}: version {done.version} of {done.classifier}, {done.labels} labels, {state}")
+        state = "now serves" if done.served else "is published; no server was asked to load it"
+        options.say(f"{what}: version {done.version} of {done.classifier} ({done.labels} labels) {state}")

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 )
 @memory_option
 @no_load_option()
-@common_options
+@common_options("classifier", "server", "control", "rollout")
 def remember_command(data: Path, kind: str, no_load: bool, options: CommonOptions) -> None:
-    """Build the memory of a classifier from labelled data: what later patches are fitted and judged with.
+    """Build a classifier's memory from labelled data; later patches are fitted and judged with it.
 
-    Publishes the next head version with the same rows and labels. `patcher export --train FILE` does it from the start.
-    Where no fresh texts have set which texts count as out of scope (`export --eval`), those of FILE are taken for texts
-    that the model was fine-tuned on, and fresh ones for twice as far away.
+    Publishes the next head version with the same rows and labels. `patcher export --train FILE` does this at export.
+    Unless `export --eval` has set which texts count as out of scope, the texts of FILE are assumed to be those that the
+    model was fine-tuned on, and fresh texts to lie twice as far away.
     """
     from patcher.examples import read_examples
     from patcher.gate import unremembered
@@ -58,7 +58,7 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
         }
     )
     if not options.json:
-        state = "serves" if switch.served else "is published; no server was asked to load it"
+        state = "now serves" if switch.served else "is published; no server was asked to load it"
         options.say(f"{switch.texts} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
         if switch.repeated:
             options.say(repeats(switch.repeated))

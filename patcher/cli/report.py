@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @version_option
-@eval_option("Labelled file: accuracy, confusions and flips, before and after.")
-@click.option("--html", "page", type=FILE, help="Where the page goes.")
-@common_options
+@eval_option("Labelled file on which to show accuracy, confusions and flips, before and after.")
+@click.option("--html", "page", type=FILE, help="File to write the page to.")
+@common_options("classifier")
 def report_command(version: int | None, evaluation: Path | None, page: Path | None, options: CommonOptions) -> None:
     """Write one self-contained page about a head version.
 
-    What changed since its parent, what the gate said, with --eval how both answer a labelled file, and a map of the new
-    label among its neighbours. Runs the repository's own files in this process; no server is asked.
+    Shows what changed since its parent, what the gate said, how both answer a labelled file (with --eval), and a map of
+    the new label among its neighbours. Runs the repository's own files in this process, without a server.
 
     \b
     patcher report --html patch.html --eval held-out.csv
     patcher report --version 7 --html patch.html
     """
     if page is None and not options.json:
-        raise click.UsageError("expected --html FILE, or --json for the same as one document")
+        raise click.UsageError("expected --html FILE, or --json for the same content as a document")
     from patcher.examples import read_examples
     from patcher.report import make_report, write_page
 

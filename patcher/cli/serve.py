@@ -14,35 +14,48 @@ from patcher.errors import InputError
 @click.command("serve")
 @repo_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="0 picks a free one.")
-@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option(
-    "--metrics-port", type=click.IntRange(0, 65535), default=8002, show_default=True, help="0 picks a free one."
+    "--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port; 0 picks a free one."
+)
+@click.option(
+    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0 picks a free one."
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=8002,
+    show_default=True,
+    help="Metrics port; 0 picks a free one.",
 )
 @click.option(
     "--admin-key-file",
     "key_file",
     type=FILE,
-    help="File with the key that model control then takes  [env: PATCHER_ADMIN_KEY holds the key itself]",
+    help="File with the admin key that model control will require.  [env: PATCHER_ADMIN_KEY holds the key itself]",
 )
 @click.option(
     "--tls-cert",
     type=FILE,
     envvar="PATCHER_SERVER_TLS_CERT",
-    help="gRPC speaks TLS with this certificate; HTTP then keeps to health checks on loopback  "
+    help="Use TLS for gRPC with this certificate; HTTP then only answers health checks on loopback.  "
     "[env: PATCHER_SERVER_TLS_CERT]",
 )
-@click.option("--tls-key", type=FILE, envvar="PATCHER_SERVER_TLS_KEY", help="Its key  [env: PATCHER_SERVER_TLS_KEY]")
+@click.option(
+    "--tls-key",
+    type=FILE,
+    envvar="PATCHER_SERVER_TLS_KEY",
+    help="Private key of that certificate.  [env: PATCHER_SERVER_TLS_KEY]",
+)
 @click.option(
     "--tls-client-ca",
     type=FILE,
     envvar="PATCHER_SERVER_TLS_CLIENT_CA",
-    help="Let in only clients whose certificate this authority signed  [env: PATCHER_SERVER_TLS_CLIENT_CA]",
+    help="Accept only clients whose certificate this CA signed.  [env: PATCHER_SERVER_TLS_CLIENT_CA]",
 )
 @click.option(
-    "--metrics-host", help="Address of the metrics, which know no TLS.  [default: --host; with TLS, loopback]"
+    "--metrics-host", help="Address for metrics, which do not support TLS.  [default: --host; with TLS, loopback]"
 )
-@click.option("--log-file", type=FILE, help="Where Triton writes its log.")
+@click.option("--log-file", type=FILE, help="File for Triton's log.")
 @click.option(
     "--start-timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -55,17 +68,17 @@ from patcher.errors import InputError
 @click.option(
     "--ask-backbone",
     is_flag=True,
-    help="Have encoders ask the backbone's own model, as on servers that others start, where they would run a backbone "
-    "that is for a CPU in their own process.",
+    help="Make encoders call the backbone's own model (as on servers started by other means) instead of running a CPU "
+    "backbone in their own process.",
 )
 @click.option(
     "--onnxruntime-backend",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="PATCHER_SERVER_ONNXRUNTIME",
     help="Folder with Triton's C++ onnxruntime backend (libtriton_onnxruntime.so and the libonnxruntime.so that it "
-    "needs), to take the place of the Python-based one that comes with patcher: a new version then needs no process of "
-    "its own. The encoder goes on running a backbone of its own, unless it is told to --ask-backbone.  "
-    "[env: PATCHER_SERVER_ONNXRUNTIME, which `patcher tune` heeds, too]",
+    "needs), to use instead of the Python-based one that comes with patcher; a new version then needs no process of "
+    "its own. Encoders still run a backbone of their own unless --ask-backbone is given.  "
+    "[env: PATCHER_SERVER_ONNXRUNTIME, which `patcher tune` uses too]",
 )
 def serve_command(
     repo: Path | str,
@@ -83,10 +96,10 @@ def serve_command(
     ask_backbone: bool,
     onnxruntime_backend: Path | None,
 ) -> None:
-    """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C, SIGTERM or SIGHUP.
+    """Run a Triton server for the repository's classifiers on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise; to listen elsewhere takes an admin key, and should take TLS.
+    told otherwise; listening elsewhere requires an admin key, and should use TLS.
     """
     from patcher.repository import ModelRepository
     from patcher.serve import serve
@@ -97,7 +110,7 @@ def serve_command(
         warn_if_open(tls_key)
         tls = ServerTls(tls_cert, tls_key, tls_client_ca)
     elif tls_cert or tls_key or tls_client_ca:
-        raise InputError("a server speaks TLS with --tls-cert FILE and --tls-key FILE together; got only part of them")
+        raise InputError("TLS requires both --tls-cert FILE and --tls-key FILE; got only some of the TLS options")
     repository = ModelRepository(repo)
     serve(
         repository,

@@ -20,12 +20,14 @@ from patcher.wording import percent
 @click.command("to-transformers")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--checkpoint", metavar="MODEL", help="What the classifier was exported from.  [default: where the export found it]"
+    "--checkpoint",
+    metavar="MODEL",
+    help="Checkpoint that the classifier was exported from.  [default: where the export found it]",
 )
 @version_option
 @allow_pickle_option
 @trust_remote_code_option
-@common_options
+@common_options("classifier")
 def to_transformers_command(
     folder: Path,
     checkpoint: str | None,
@@ -34,10 +36,10 @@ def to_transformers_command(
     trust_remote_code: bool,
     options: CommonOptions,
 ) -> None:
-    """Write the checkpoint to FOLDER with the labels and rows of the head: to fine-tune on, or to use without Triton.
+    """Write the checkpoint to FOLDER with the labels and rows of the head, to fine-tune further or use without Triton.
 
-    A checkpoint has one plain layer on the classifier features. Rows that were fine-tuned go back as they are; those
-    patched in see more features than that, and are fitted again without them, from what the memory keeps.
+    A checkpoint has one plain layer on the classifier features. Fine-tuned rows are written back unchanged; patched
+    rows use more features than that layer has, so they are refitted without them, from what the memory keeps.
 
     \b
     patcher to-transformers my-bert-with-new-labels
@@ -59,6 +61,8 @@ def to_transformers_command(
     if not options.json:
         options.say(f"{made.folder}: version {made.version} with {made.labels} labels")
         if made.refitted:
-            options.say(f"fitted again on the classifier features alone: {', '.join(made.refitted)}")
+            options.say(f"refitted on the classifier features alone: {', '.join(made.refitted)}")
         if made.agreement is not None:
-            options.say(f"{percent(made.agreement)} of the remembered inputs are answered as by the served head")
+            options.say(
+                f"{percent(made.agreement)} of the remembered inputs get the same answer as from the served head"
+            )

@@ -15,23 +15,31 @@ if TYPE_CHECKING:
 
 
 @click.command("tune")
-@click.option("--seconds", type=click.FloatRange(5, 86_400), default=120.0, show_default=True, help="To try settings.")
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Requests at once.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(5, 86_400),
+    default=120.0,
+    show_default=True,
+    help="Time to spend trying settings, in seconds.",
+)
+@click.option(
+    "--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Number of concurrent requests."
+)
 @click.option("--input", "file", type=FILE, required=True, help="File with typical texts.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be written.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be written.")
 @click.option(
     "--response-cache/--no-response-cache",
     default=None,
-    help="Have Triton remember the features of texts that come again, or not.  [default: as it is]",
+    help="Turn Triton's cache of the features of repeated texts on or off.  [default: unchanged]",
 )
-@common_options
+@common_options("classifier")
 def tune_command(
     seconds: float, concurrency: int, file: Path, dry_run: bool, response_cache: bool | None, options: CommonOptions
 ) -> None:
-    """Find the instances, threads, delays, padding and batches that are fastest on this machine, and write them.
+    """Find the fastest instances, threads, delays, padding and batch sizes for this machine, and write them.
 
-    Runs a server of its own over a copy of the repository; interrupted, the repository is as it was. A running server
-    takes the new settings when it is restarted.
+    Runs its own server on a copy of the repository; if interrupted, the repository is unchanged. A running server uses
+    the new settings after a restart.
 
     \b
     patcher tune --input questions.csv --seconds 120
@@ -54,8 +62,6 @@ def tune_command(
         changes = ", ".join(f"{key} {before[key]} -> {best[key]}" for key in best if best[key] != before[key])
         rate = f"{found.throughput:.0f} texts/s at concurrency {concurrency}"
         options.say(
-            f"{rate}, {found.gain:.2f} times what it was: {changes}"
-            if changes
-            else f"nothing tried was better than what is there: {rate}"
+            f"{rate}, {found.gain:.2f} times as before: {changes}" if changes else f"no better settings found: {rate}"
         )
-        options.say("written; a restarted server serves with it" if found.written else "nothing was written")
+        options.say("written; restart the server to use it" if found.written else "nothing was written")

@@ -8,14 +8,14 @@ from patcher.cli.options import CommonOptions, common_options
 
 
 @click.command("upgrade")
-@common_options
+@common_options("classifier")
 def upgrade_command(options: CommonOptions) -> None:
-    """Have an export of an earlier version encode texts as this one does.
+    """Update an export made by an earlier version, so that it encodes texts the way this version does.
 
-    That is in batches of like length, and on a CPU without a way to another process and back. Renews the programs of
-    the classifier's backbone that run inside Triton; exports before 0.4.0 get an encoder, and the configurations of all
-    classifiers on the backbone name it. The backbone, heads, versions, memory and lineage stay as they are. A running
-    server goes on as before, and takes it when it is started again.
+    That is in batches of similar length, and on a CPU without a round trip to another process. Replaces the programs of
+    the classifier's backbone that run inside Triton; exports from before 0.4.0 get an encoder, which is entered in the
+    configurations of all classifiers on the backbone. The backbone, heads, versions, memory and lineage do not change.
+    A running server uses the new programs after a restart.
     """
     from patcher.upgrade import upgrade
 
@@ -24,7 +24,7 @@ def upgrade_command(options: CommonOptions) -> None:
     options.emit({"backbone": classifier.backbone, "changed": list(changed)})
     if not options.json:
         options.say(
-            f"{', '.join(changed)}: as this version has them; a server serves with them when it is started again"
+            f"updated {', '.join(changed)}; restart the server to use them"
             if changed
-            else f"{classifier.encoder_model} is of this version already: nothing to do"
+            else f"{classifier.encoder_model} is up to date: nothing to do"
         )

@@ -9,7 +9,7 @@ import click
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, table
-from patcher.wording import counted, listing
+from patcher.wording import listing, plural
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("labels")
 @version_option
-@common_options
+@common_options("classifier")
 def labels_command(version: int | None, options: CommonOptions) -> None:
     """List the labels of a head version, in the order of its logits."""
     head = options.classifier.head(version)
@@ -33,9 +33,9 @@ def labels_command(version: int | None, options: CommonOptions) -> None:
 
 
 @click.command("history")
-@common_options
+@common_options("classifier")
 def history_command(options: CommonOptions) -> None:
-    """Show the lineage: each version, its parent, what it added, by which method, what the gate said, which serves."""
+    """Show the lineage of every version: its parent, what it added and how, the gate's verdict, and which serves."""
     from patcher.lifecycle import history
 
     entries = history(options.classifier)
@@ -68,10 +68,10 @@ def _shortened(text: str, width: int = 80) -> str:
 @click.command("diff")
 @click.argument("a", type=click.IntRange(1))
 @click.argument("b", type=click.IntRange(1))
-@eval_option("Labelled file: counts the flips too.")
-@common_options
+@eval_option("Labelled file on which to count flips.")
+@common_options("classifier")
 def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions) -> None:
-    """Show what changed from version A to version B: labels, rows, and with --eval every answer that flipped."""
+    """Show what changed from version A to version B: labels, rows, and with --eval the answers that flipped."""
     from patcher.difference import diff
     from patcher.examples import read_examples
 
@@ -82,9 +82,9 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
         return
     options.say(f"version {a} -> {b}: added {', '.join(difference.added) or 'nothing'}; "
                  f"removed {', '.join(difference.removed) or 'nothing'}"
-        + "".join(f"; {old} is {new} now" for old, new in difference.renamed))  # fmt: skip
+        + "".join(f"; {old} renamed to {new}" for old, new in difference.renamed))  # fmt: skip
     options.say(
-        f"rows of labels in both: {difference.same_rows} the same to the bit, {len(difference.changed_rows)} changed"
+        f"rows of labels in both: {difference.same_rows} identical, {len(difference.changed_rows)} changed"
         + (f" ({listing(difference.changed_rows)})" if difference.changed_rows else "")
     )
     for line in changed_answers(difference, "now"):
@@ -95,13 +95,13 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
 
 
 @click.command("rollback")
-@click.option("--to", type=click.IntRange(1), help="Version to go to; the serving one's parent by default.")
-@no_load_option("Change the repository only; a server learns of it when it restarts.")
-@common_options
+@click.option("--to", type=click.IntRange(1), help="Version to go to; by default the parent of the one that serves.")
+@no_load_option("Change the repository only; a server picks the change up when it restarts.")
+@common_options("classifier", "server", "control", "rollout")
 def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> None:
-    """Make an earlier version serve again: at once, and after a restart.
+    """Go back to an earlier version, immediately and across restarts.
 
-    Nothing is deleted: the same verb with --to goes forward again.
+    Nothing is deleted; use --to to go forward again.
     """
     from patcher.lifecycle import rollback
 
@@ -118,17 +118,17 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
         }
     )
     if not options.json:
-        state = "serves" if switch.served else "is pinned (no server was asked)"
-        options.say(f"version {switch.version} of {classifier.name} {state}; before it was {switch.previous}")
+        state = "now serves" if switch.served else "is pinned (no server was asked to load it)"
+        options.say(f"version {switch.version} of {classifier.name} {state}; previously version {switch.previous}")
 
 
 @click.command("prune")
-@click.option("--keep", type=click.IntRange(1), required=True, help="So many of the newest versions stay.")
-@common_options
+@click.option("--keep", type=click.IntRange(1), required=True, help="How many of the newest versions to keep.")
+@common_options("classifier")
 def prune_command(keep: int, options: CommonOptions) -> None:
-    """Delete old head versions for good, but for the newest ones, the serving one and its parent.
+    """Permanently delete old head versions except the newest ones, the serving one and its parent.
 
-    A rollback cannot go back to a pruned version; its number is never given again.
+    A rollback cannot go back to a pruned version; its number is never reused.
     """
     from patcher.lifecycle import prune
 
@@ -138,18 +138,16 @@ def prune_command(keep: int, options: CommonOptions) -> None:
     options.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
     if not options.json:
         options.say(
-            f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {counted(len(classifier.versions()), 'version')} left"
+            f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {plural(len(classifier.versions()), 'version')} left"
         )
 
 
 @click.command("sync")
-@common_options
+@common_options("classifier", "server", "control")
 def sync_command(options: CommonOptions) -> int:
-    """Have every server of --url serve the version that is pinned in the repository, those that were away too.
+    """Make every server in --url serve the pinned version, including servers that were unreachable earlier.
 
-    Of every classifier, or of that of --classifier.
-
-    Ends with 1 where one of them does not answer, or will not.
+    Covers all classifiers unless --classifier names one. Exits with 1 if any server does not answer or cannot comply.
     """
     from patcher.lifecycle import sync
     from patcher.names import CANARY

@@ -112,7 +112,7 @@ def _rows(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
         return _of(offset_rows(shown, task))
     if not task.head.exclusive:
         raise InputError(
-            f"{method} is for labels that exclude each other; expected offset-logistic for a multi-label one"
+            f"{method} is only for single-label classifiers; expected offset-logistic for a multi-label one"
         )
     return _anchored(shown, task) if method == "anchored" else _closed(method, shown, task)
 
@@ -125,7 +125,7 @@ def _closed(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
     if lacking:
         raise InputError(
             f"{method} refits all rows, and the memory knows nothing of {listing(map(repr, lacking))}; "
-            "`patcher remember --data FILE` builds it anew"
+            "`patcher remember --data FILE` rebuilds it"
         )
     rows, new = closed_rows(method, shown, task, memory)
     return _of(new, rows if len(rows.weight) > len(new) else None)
@@ -156,7 +156,7 @@ def _counted(method: str, found: _Found, task: Task, *, remembered: bool) -> tup
 
 def _checked(examples: Mapping[str, Floats], head: Head) -> dict[str, Floats]:
     if not examples:
-        raise ExamplesError("no new label; expected at least one with its examples")
+        raise ExamplesError("no new label; expected at least one, with examples")
     checked = {}
     for label, given in examples.items():
         if not label or label in head.labels:
@@ -165,7 +165,7 @@ def _checked(examples: Mapping[str, Floats], head: Head) -> dict[str, Floats]:
         if rows.shape != (len(rows), head.width) or not len(rows):
             raise ExamplesError(f"{label!r}: got features {rows.shape}, expected [n, {head.width}] with n > 0")
         if not np.isfinite(rows).all():
-            raise ExamplesError(f"{label!r}: features that are not finite: the backbone overflowed")
+            raise ExamplesError(f"{label!r}: some features are not finite: the backbone overflowed")
         checked[label] = rows
     return checked
 
@@ -206,20 +206,20 @@ def _with_name(rows: Floats, name: Floats | None) -> Floats:
 def _also(names: Mapping[str, Floats], variants: Mapping[str, Variants]) -> str:
     """What beside the examples took part."""
     count = sum(len(each.places) for each in variants.values())
-    name = ", the label's name as a further example" if names else ""
-    return name + (f", {count} variants of the examples" if count else "")
+    name = ", using the label's name as an extra example" if names else ""
+    return name + (f", with {count} variants of the examples" if count else "")
 
 
 def _why(method: str, found: _Found, task: Task, count: int, also: str) -> str:
     against = {"replay": "old data", "none": "the old rows alone"}.get(task.calibrated_on, "the memory")
     rows = "a row" if count == 1 else f"{count} rows"
     if method == "offset-logistic":
-        return f"{rows} fitted against {against}{also}; every old row keeps its bits"
+        return f"{rows} fitted against {against}{also}; old rows unchanged"
     if method == "anchored":
         way = percent(found.way, 0)
-        return f"all rows refitted on old data and the examples{also}, {way} of the way from the old ones"
+        return f"all rows refitted on old data and the examples{also}, moved {way} of the way"
     if len(found.rows.weight) == count:
-        return f"{rows} fitted against {against}{also}; every old row keeps its bits, as they were refitted already"
+        return f"{rows} fitted against {against}{also}; old rows unchanged, as they were refitted already"
     return f"old rows refitted from the memory, {rows} against those{also}; old answers may change either way"
 
 

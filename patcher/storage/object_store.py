@@ -61,7 +61,7 @@ class ObjectStore:
     @property
     def root(self) -> Path:
         """None: InputError."""
-        raise InputError(f"{self.location} is no folder; expected a repository on this machine for that")
+        raise InputError(f"{self.location} is not a folder; this needs a repository on this machine")
 
     def there(self) -> bool:
         """Always: that a bucket is missing shows when it is read."""
@@ -183,7 +183,7 @@ class ObjectStore:
                 tag, content = self._get(name)
                 self._put(name, change(content or b""), tag)
                 return
-        raise LockLost(f"{self.location}/{name} is written by others all the time; nothing was changed")
+        raise LockLost(f"{self.location}/{name} keeps being changed by others; nothing was changed")
 
     def rename(self, old: str, new: str) -> None:
         """Write it under the other name, then delete it."""

@@ -52,21 +52,23 @@ def parse_url(url: str) -> tuple[str | None, str, str]:
     """
     found = _URL.fullmatch(url)
     if found is None:
-        raise InputError(f"{url} is no S3 location; expected s3://BUCKET/PATH, or s3://http://HOST:PORT/BUCKET/PATH")
+        raise InputError(
+            f"{url} is not an S3 location; expected s3://BUCKET/PATH, or s3://http://HOST:PORT/BUCKET/PATH"
+        )
     host = found["host"] if found["scheme"] else found["bare"]
     if "@" in url:
         raise InputError(
-            "credentials do not belong into a URL, where others can read them; "
+            "credentials do not belong in a URL, where others can read them; "
             "expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or a profile in ~/.aws"
         )
     if host is not None and not _HOST.fullmatch(host):
-        raise InputError(f"{host!r} in {url} is no HOST:PORT; expected s3://http://HOST:PORT/BUCKET/PATH")
+        raise InputError(f"{host!r} in {url} is not HOST:PORT; expected s3://http://HOST:PORT/BUCKET/PATH")
     if not _BUCKET.fullmatch(found["bucket"]):
         raise InputError(f"{found['bucket']!r} in {url} cannot name a bucket; expected s3://BUCKET/PATH")
     path = found["path"].rstrip("/")
     if not _PATH.fullmatch(path):
         raise InputError(
-            f"{path!r} in {url} is no path that tritonserver takes; expected letters, digits, '_', '-' and '.' "
+            f"{path!r} in {url} is not a path that tritonserver accepts; expected letters, digits, '_', '-' and '.' "
             "between single '/'"
         )
     return (f"{found['scheme'] or 'http'}://{host}" if host else None), found["bucket"], path.strip("/")
@@ -132,7 +134,7 @@ class Bucket:
             return self.url
         scheme, _, host = endpoint.rstrip("/").partition("://")
         if not _HOST.fullmatch(host):
-            raise InputError(f"tritonserver takes no endpoint like {endpoint}; expected http://HOST:PORT")
+            raise InputError(f"tritonserver does not accept the endpoint {endpoint}; expected http://HOST:PORT")
         port = "" if ":" in host else {"http": ":80", "https": ":443"}[scheme]
         return f"s3://{scheme}://{host}{port}/{'/'.join(filter(None, (self.bucket, self.path)))}"
 
@@ -181,7 +183,7 @@ class Bucket:
         if found is not None and found.data == (content if isinstance(content, bytes) else content.read_bytes()):
             return found.tag
         raise LockLost(
-            f"{self.url}/{name} was changed by somebody else meanwhile, and is left as it is; nothing was changed. "
+            f"{self.url}/{name} was changed by someone else in the meantime; nothing was changed. "
             "Try again: `patcher history` shows what is there"
         )
 
@@ -253,8 +255,8 @@ class Bucket:
             return self._unfit(f"cannot {doing} {where}: {said} ({code}); are the AWS credentials right?")
         if code in ("AccessDenied", "AllAccessDisabled", "403"):
             return StorageError(
-                f"cannot {doing} {where}: access denied ({said}); expected credentials that may list, read, write and "
-                "delete there"
+                f"cannot {doing} {where}: access denied ({said}); expected credentials with permission to list, read, "
+                "write and delete there"
             )
         return StorageError(f"cannot {doing} {where}: {said} ({code})")
 
@@ -263,7 +265,9 @@ def _age(answer: Any) -> float:
     # Both by the store's clock, so that nobody's own need be right.
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if date is None:
-        raise StorageError("the object store does not date its answers, which tells whether a lock is still held")
+        raise StorageError(
+            "the object store sends no Date header, which is needed to tell whether a lock is still held"
+        )
     try:
         now = email.utils.parsedate_to_datetime(date)
     except (ValueError, TypeError):

@@ -357,7 +357,7 @@ def admin_headers(key: str | None) -> dict[str, str] | None:
     if key is None:
         return None
     if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-        raise InputError("the admin key must be printable ASCII without blanks around it")
+        raise InputError("the admin key must be printable ASCII without spaces around it")
     return {"triton-grpc-protocol-admin-key": key}
 
 
@@ -391,7 +391,7 @@ def _encoded(text: str, place: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"a text holds half a character at position {error.start} ({error.reason}): {text!r}"
+            f"a text contains an unpaired surrogate at position {error.start} ({error.reason}): {text!r}"
         ) from None
 
 
@@ -399,8 +399,8 @@ def _output(result: Any, name: str) -> Any:
     found = result.as_numpy(name)
     if found is None:
         raise InputError(
-            f"{result.get_response().model_name} gives no {name}: expected a classifier to classify, NAME_features for "
-            "features"
+            f"{result.get_response().model_name} has no output {name}: expected a classifier to classify, "
+            "NAME_features for features"
         )
     return found
 

@@ -54,7 +54,9 @@ class Address:
         if problem := self._tls_problem():
             return TlsError(f"the server at {self.url} {problem}")
         if self.tls is None and serves_http(self.host, self.port):
-            return WrongPort(f"{self.url} is a server's HTTP port; expected its gRPC port, which is 8001 by default")
+            return WrongPort(
+                f"{self.url} is the HTTP port of a server; expected its gRPC port, which is 8001 by default"
+            )
         return ServerUnreachable(
             f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
             "--url or $TRITON_URL names another"
@@ -64,7 +66,7 @@ class Address:
         if self.tls is not None:
             return handshake_problem(self.host, self.port, self.tls)
         if speaks_tls(self.host, self.port):
-            return "speaks TLS only; give --tls-ca FILE, or $PATCHER_TLS_CA, with the authority that signed it"
+            return "accepts only TLS; pass --tls-ca FILE, or $PATCHER_TLS_CA, with the CA that signed its certificate"
         return None
 
 
@@ -74,7 +76,7 @@ def _control_problem(message: str, *, keyed: bool) -> str | None:
         return f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
     if "explicit model load / unload is not allowed" in message:
         return (
-            "takes no model control: it runs with --model-control-mode=none or poll; start it with "
+            "does not allow model control: it runs with --model-control-mode=none or poll; start it with "
             "--model-control-mode=explicit, as `patcher serve` does"
         )
     return None

@@ -30,7 +30,7 @@ _SHA256 = "421fbb69ae6ab8cdb2c35b82134fcef2fe11e7af7718b1fcbc53335ab9bfe889"
 _MEMBER = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 _VARIABLE = "PATCHER_PERF_ANALYZER"
-_HINT = f"`{sys.executable} -m patcher.triton.perf_analyzer install` brings it, ${_VARIABLE} names another"
+_HINT = f"`{sys.executable} -m patcher.triton.perf_analyzer install` installs it, ${_VARIABLE} names another"
 
 
 class PerfAnalyzer:

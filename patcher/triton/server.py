@@ -128,8 +128,8 @@ class EmbeddedTriton:
         self.host = address(host)
         if admin_key is None and not ipaddress.ip_address(self.host).is_loopback:
             raise InputError(
-                f"{host} can be reached by others, who could then load models, which runs code; "
-                "give an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
+                f"{host} can be reached by others, who could load models and so run code; "
+                "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
             )
         self.tls = tls
         self.http_host = loopback(self.host) if tls else self.host
@@ -324,7 +324,7 @@ class EmbeddedTriton:
             if missed > _MISSED and time.monotonic() - heard > _SILENT_SECONDS and process.poll() is None:
                 process.kill()
                 raise ServerError(
-                    f"tritonserver hung: it did not answer for {_SILENT_SECONDS:.0f} s, so it was ended; start it "
+                    f"tritonserver hung: it did not answer for {_SILENT_SECONDS:.0f} s, so it was stopped; start it "
                     f"again.{self._log_says()}"
                 )
             before, dead = dead, set(dead_children(process.pid))
@@ -335,7 +335,7 @@ class EmbeddedTriton:
                     f"answer any more, so the server was ended; start it again.{self._log_says()}"
                 )
             time.sleep(_WATCH_SECONDS)
-        raise ServerError(f"tritonserver ended by itself with exit code {process.returncode}.{self._log_says()}")
+        raise ServerError(f"tritonserver exited unexpectedly with exit code {process.returncode}.{self._log_says()}")
 
     @cached_property
     def installation(self) -> Installation:

@@ -41,7 +41,7 @@ class ClientTls:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            raise InputError("a client proves itself with --tls-cert and --tls-key together; got only one of them")
+            raise InputError("client certificates need both --tls-cert and --tls-key; got only one of them")
         _check_ca(self.ca, "--tls-ca")
         if self.certificate and self.key:
             _check_pair(self.certificate, self.key, "client")
@@ -125,18 +125,18 @@ def _client_context(ca: File) -> ssl.SSLContext:
 def _unverified(error: ssl.SSLCertVerificationError, name: str, ca: File) -> str:
     said = error.verify_message
     if "expired" in said:
-        return "shows a certificate that has expired; its administrator has to renew it"
+        return "shows a certificate that has expired; its administrator must renew it"
     if "not yet valid" in said:
-        return "shows a certificate that is not valid yet; are the clocks right on both sides?"
+        return "shows a certificate that is not valid yet; are the clocks on both sides correct?"
     if "mismatch" in said.lower():
         return f"shows a certificate for another name than {name!r} ({said}); --tls-server-name NAME expects another"
-    return f"shows a certificate that {ca} does not vouch for ({said}); --tls-ca names the authority that signed it"
+    return f"shows a certificate that {ca} did not sign ({said}); pass the CA that did with --tls-ca"
 
 
 def _hung_up(tls: ClientTls) -> str:
     if tls.certificate is None:
         return "asks for the client's own certificate (mutual TLS); give --tls-cert FILE and --tls-key FILE"
-    return f"does not trust the certificate {tls.certificate}; expected one that its --tls-client-ca signed"
+    return f"does not trust the certificate {tls.certificate}; expected one signed by its --tls-client-ca"
 
 
 def _refused(error: ssl.SSLError, tls: ClientTls) -> str:

@@ -1,4 +1,4 @@
-"""The quality benchmark's results as Markdown: the tables of the README."""
+"""The quality benchmark's results as Markdown: the tables of the README and docs/results.md."""
 
 from __future__ import annotations
 

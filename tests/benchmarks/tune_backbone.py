@@ -1,8 +1,8 @@
 """Train the backbone on which fit settings are tuned: it never saw the labels that pose as new.
 
 Labels that a backbone was fine-tuned on are collapsed in its features, so they are no stand-in for a new label
-(see the README). This script fine-tunes a small encoder on a part of the old labels, and writes the features of all
-old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
+(see docs/results.md). This script fine-tunes a small encoder on a part of the old labels, and writes the features of
+all old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
 
 * `train`  sentences the encoder was fine-tuned on (the memory is built from these, as in real life);
 * `fresh`  other sentences of the same labels (flips are counted on these);

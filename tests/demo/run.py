@@ -1,7 +1,7 @@
-"""The whole road on this machine, by the commands a user would type: what `make demo` runs.
+"""The whole workflow on this machine, with the commands a user would type: what `make demo` runs.
 
 A small encoder is fine-tuned on support requests, exported and served by a real Triton; a label that it has never seen
-is added from ten examples while it serves, and taken back again. Ends with an error if any command fails or any answer
+is added from ten examples while it serves, and rolled back again. Ends with an error if any command fails or any answer
 is not the one that the story promises. Its files lie under $DEMO_DIR (build/demo).
 """
 

@@ -311,7 +311,7 @@ def check_model(config: Mapping[str, Any], session: Any) -> None:
     """
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise LoadError(f"the configuration asks for {key}, which this Python-based backend has not")
+            raise LoadError(f"the configuration asks for {key}, which this Python-based backend does not support")
     batches = int(config.get("max_batch_size", 0)) > 0
     inputs = _signatures(session.get_inputs())
     required = [entry for entry in config["input"] if not entry.get("optional")]
@@ -325,7 +325,9 @@ def check_model(config: Mapping[str, Any], session: Any) -> None:
         if entry.get("optional") and batches:
             raise LoadError(f"optional input '{entry['name']}' is not supported for models that support batching")
         if entry.get("allow_ragged_batch"):
-            raise LoadError(f"input '{entry['name']}' allows ragged batches, which this Python-based backend has not")
+            raise LoadError(
+                f"input '{entry['name']}' allows ragged batches, which this Python-based backend does not support"
+            )
         _check_tensor("input", entry, inputs, batches)
     outputs = _signatures(session.get_outputs())
     for entry in config["output"]:
