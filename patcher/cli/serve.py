@@ -42,6 +42,12 @@ from patcher.errors import InputError
 @click.option(
     "--metrics-host", help="Address of the metrics, which know no TLS.  [default: --host; with TLS, loopback]"
 )
+@click.option(
+    "--http",
+    is_flag=True,
+    help="Where others can reach the server, too, have HTTP answer more than health checks. Who reaches it may then "
+    "end the server by one request without a key: Triton reads nested JSON without a limit.",
+)
 @click.option("--log-file", type=FILE, help="Where Triton writes its log.")
 @click.option(
     "--ask-backbone",
@@ -69,6 +75,7 @@ def serve_command(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     metrics_host: str | None,
+    http: bool,
     log_file: Path | None,
     ask_backbone: bool,
     onnxruntime_backend: Path | None,
@@ -76,7 +83,8 @@ def serve_command(
     """Serve the repository's classifiers with a real Triton server on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise; to listen elsewhere takes an admin key, and should take TLS.
+    told otherwise; to listen elsewhere takes an admin key, and should take TLS. Without an admin key every user of this
+    machine may load models over gRPC, which runs code as you.
     """
     from patcher.repository import ModelRepository
     from patcher.serve import serve
@@ -98,6 +106,7 @@ def serve_command(
         admin_key=read_key(key_file),
         tls=tls,
         metrics_host=metrics_host,
+        http=http,
         log_file=log_file,
         encoder_runs_backbone=not ask_backbone,
         onnxruntime_backend=onnxruntime_backend,
