@@ -3,8 +3,8 @@
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
 `patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
 whose process died; HTTP answers that to the key alone, which entrypoint.sh leaves beside the names. With --live it is
-enough that the server answers at all, and that no such process has died: Triton starts none again, only a restart of the
-server does.
+enough that the server answers at all, and that no such process has died: Triton starts none again, only a restart of
+the server does.
 """
 
 import contextlib

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.features import extract_features
 from patcher.fleet import members, present
+from patcher.foreign import foreign, outdated
 from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.repository import ModelRepository
@@ -68,6 +69,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         f"{location}: {len(names)} classifiers ({', '.join(names)})" if names else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
+    yield from _programs(repository)
     seen: set[str] = set()
     for name in names:
         yield from _on_disk(repository, name, seen)
@@ -131,6 +133,21 @@ def _package(name: str, missing: str, why: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, missing, f"not installed; {why}")
+
+
+def _programs(repository: ModelRepository) -> Iterator[Check]:
+    """Whether a server of this repository runs anything but what patcher wrote into it."""
+    try:
+        found, old = list(foreign(repository)), outdated(repository)
+    except PatcherError as error:
+        yield Check("programs", "fault", str(error))
+        return
+    for model, said in found:
+        yield Check(f"{model}, programs", "fault", said)
+    if old:
+        yield Check("programs", "note", f"{', '.join(old)}: of an older patcher; `patcher upgrade` renews them")
+    elif not found:
+        yield Check("programs", "ok", "what a server runs is what patcher wrote")
 
 
 def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:
