@@ -1,0 +1,58 @@
+"""What comes from elsewhere (labels, lineages, texts, URLs) stays data: it moves no cursor and stops no verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import onnx
+import pytest
+
+from patcher.cli import main, output
+from patcher.errors import RepositoryError
+from patcher.head_file import read_head, write_head
+
+ESCAPE = "\x1b]0;OWNED\x07\x1b[2J"
+LINEAGES = {
+    "details": [{"details": [1]}, {"details": "x"}, {"details": {"flips": "x"}}, {"details": {"estimated_recall": [1]}},
+                {"details": {"estimated_recall": {"a": "b"}}}, {"details": {"checkpoint": [1]}},
+                {"details": {"checkpoint": "/a\0b"}}],
+    "labels": [{"added": "abc"}, {"added": [1]}, {"removed": [{"a": 1}]}, {"renamed": [[1, 2]]}, {"renamed": [[1]]}],
+    "versions": [{"version": 10**30}, {"version": -1}, {"version": True}, {"parent": 10**30}, {"parent": [1]}],
+    "texts": [{"author": "\ud800"}, {"method": 5}],
+}  # fmt: skip
+
+
+def with_metadata(data, change):
+    model = onnx.load_from_string(data)
+    (entry,) = (each for each in model.metadata_props if each.key == "patcher")
+    values = json.loads(entry.value)
+    change(values)
+    entry.value = json.dumps(values)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("kind", LINEAGES)
+def test_a_lineage_of_other_types_is_no_head(kind, classifier):
+    data = classifier.head_bytes(1)
+    for lineage in LINEAGES[kind]:
+        with pytest.raises(RepositoryError, match="no head of ours"):
+            read_head(with_metadata(data, lambda values, lineage=lineage: values["lineage"].update(lineage)))
+
+
+@pytest.mark.parametrize("label", ["a\x1b[31m", "two\nlines", "\u202egnp.exe", "a\x9bb"])
+def test_a_label_that_moves_the_cursor_is_no_label(label, classifier):
+    head = classifier.head()
+    odd = dataclasses.replace(head, labels=(label, *head.labels[1:]))
+    with pytest.raises(RepositoryError, match="does not print"):
+        read_head(write_head(odd))
+    kept = dataclasses.replace(head, labels=("=cmd|calc", "né\u200dé <b>", *head.labels[2:]))
+    assert read_head(write_head(kept)).labels[:2] == kept.labels[:2]
+
+
+def test_nothing_moves_a_terminals_cursor(capsys):
+    output.tell(f"a{ESCAPE} b\n\u202ec é 日本\t\u200d")
+    assert capsys.readouterr().out == "a\\x1b]0;OWNED\\x07\\x1b[2J b\n\\u202ec é 日本\t\u200d\n"
+    assert output.table(["x"], [["m\nok    all is fine"]]).splitlines()[2:] == ["m\\nok    all is fine"]
+    main(["labels", "--repo", f"/nowhere/{ESCAPE}"])
+    assert "\x1b" not in capsys.readouterr().err
