@@ -29,6 +29,7 @@ Messages say what was got, what was expected, and the next command to try.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -59,7 +60,17 @@ __all__ = [
     "VersionError",
     "WrongPort",
     "as_sentence",
+    "redacted",
 ]
+
+
+_SECRET = re.compile(r"(//)[^\s'\"]*@")
+"""What stands before a host: who a URL logs in as. A key may hold a slash, so all of it up to the last ``@``."""
+
+
+def redacted(message: str) -> str:
+    """A message without the passwords and keys of the URLs in it, for terminals, logs and the audit."""
+    return _SECRET.sub(r"\1…@", message) if "@" in message else message
 
 
 def as_sentence(error: object) -> str:
@@ -74,7 +85,7 @@ class PatcherError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.report = dict(report or {})
         """What scripts need beside the message; `--json` prints it."""
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from patcher.cli import main, output
-from patcher.errors import RepositoryError
+from patcher.errors import PatcherError, RepositoryError
 from patcher.head_file import read_head, write_head
 
 ESCAPE = "\x1b]0;OWNED\x07\x1b[2J"
@@ -56,3 +56,22 @@ def test_nothing_moves_a_terminals_cursor(capsys):
     assert output.table(["x"], [["m\nok    all is fine"]]).splitlines()[2:] == ["m\\nok    all is fine"]
     main(["labels", "--repo", f"/nowhere/{ESCAPE}"])
     assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:TOKEN@hub.example/a", "s3://http://KEY:TO/KEN@h:1/b", "http://user:TOKEN@127.0.0.1:9/x"]
+)
+def test_no_message_holds_a_password(url, capsys, monkeypatch, tmp_path):
+    assert str(PatcherError(f"cannot reach {url}; try")).endswith(f"//…@{url.rpartition('@')[2]}; try")
+    audit = tmp_path / "audit"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(audit))
+    assert main(["export", url, "--repo", str(tmp_path / "model_repository"), "--json"]) != 0
+    said = capsys.readouterr()
+    for text in (str(PatcherError(url)), said.out, said.err, audit.read_text()):
+        assert "TOKEN" not in text
+        assert "KEN@" not in text
+
+
+def test_the_scheme_of_an_object_store_may_be_in_capitals(capsys):
+    assert main(["labels", "--repo", "S3://KEY:SECRET@bucket/path"]) == 2
+    assert "credentials do not belong into a URL" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import click
 
 from patcher import audit
 from patcher.cli.output import tell
-from patcher.errors import PatcherError
+from patcher.errors import PatcherError, redacted
 from patcher.signals import interruptible
 
 __all__ = ["main"]
@@ -148,6 +148,7 @@ def _run(arguments: list[str] | None, as_json: bool) -> tuple[int, str]:
 
 
 def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:
+    message = redacted(message)
     tell(f"error: {message}", err=True)
     if as_json:
         tell(json.dumps({**(report or {}), "error": message, "exit_code": code}))
