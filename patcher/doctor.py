@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
-from patcher.features import extract_features
 from patcher.fleet import members, present
 from patcher.foreign import foreign, outdated
 from patcher.journal import hashes
 from patcher.names import CANARY, MODEL
 from patcher.repository import ModelRepository
 from patcher.rollout import catch_up, probe, probe_text, recover, validate
+from patcher.trial import try_backbone
 from patcher.wording import install_hint
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
     yield from _programs(repository)
     seen: set[str] = set()
     for name in names:
-        yield from _on_disk(repository, name, seen)
+        try:
+            yield from _on_disk(repository, name, seen)
+        except Exception as error:  # noqa: BLE001  what is so odd that nothing here expected it is a finding, too
+            yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
         yield Check(
             "server", "note", f"nobody answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
@@ -214,6 +217,8 @@ def _version(classifier: Classifier, version: int, serving: int) -> Check | None
         _untouched(classifier, version)
         head = classifier.head(version)
         classifier.memory(version)
+        if head.width != classifier.width():
+            raise RepositoryError(f"it is for {head.width:,} features, and the backbone gives {classifier.width():,}")
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
@@ -271,7 +276,7 @@ def _local_answer(classifier: Classifier) -> Check:
     if not classifier.storage.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
-        extract_features(classifier, [probe_text()])
+        try_backbone(classifier, probe_text())
     except PatcherError as error:
         return Check(what, "fault", str(error))
     return Check(what, "ok", "tokenizer and backbone give features")

@@ -29,8 +29,9 @@ Messages say what was got, what was expected, and the next command to try.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from patcher.wording import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,17 +61,7 @@ __all__ = [
     "VersionError",
     "WrongPort",
     "as_sentence",
-    "redacted",
 ]
-
-
-_SECRET = re.compile(r"(//)[^\s'\"]*@")
-"""What stands before a host: who a URL logs in as. A key may hold a slash, so all of it up to the last ``@``."""
-
-
-def redacted(message: str) -> str:
-    """A message without the passwords and keys of the URLs in it, for terminals, logs and the audit."""
-    return _SECRET.sub(r"\1…@", message) if "@" in message else message
 
 
 def as_sentence(error: object) -> str:

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from patcher.cli import main, output
+from patcher.doctor import diagnose
 from patcher.errors import PatcherError, RepositoryError
 from patcher.head_file import read_head, write_head
 
@@ -75,3 +76,37 @@ def test_no_message_holds_a_password(url, capsys, monkeypatch, tmp_path):
 def test_the_scheme_of_an_object_store_may_be_in_capitals(capsys):
     assert main(["labels", "--repo", "S3://KEY:SECRET@bucket/path"]) == 2
     assert "credentials do not belong into a URL" in capsys.readouterr().err
+
+
+def findings(classifier):
+    return {check.what: check.finding for check in diagnose(classifier.root, None, "nobody") if check.state == "fault"}
+
+
+def test_doctor_is_not_ended_by_what_it_tries(classifier, monkeypatch):
+    path = classifier.root / "intent_tokenizer" / "1" / "tokenizer.json"
+    tokenizer, there = json.loads(path.read_text()), path.read_text()
+    tokenizer["padding"]["pad_to_multiple_of"] = 2**31
+    path.write_text(json.dumps(tokenizer))
+    assert "pads to 2,147,483,648 tokens" in findings(classifier)["intent_encoder"]
+    path.write_text(there)
+    assert findings(classifier) == {}
+    monkeypatch.setattr("patcher.trial._SECONDS", 0.01)
+    assert "gave no features of a short text in 0.01 s" in findings(classifier)["intent_encoder"]
+    monkeypatch.undo()
+    monkeypatch.setattr("patcher.trial._CODE", "import os; os.abort()")
+    assert "ended the process that tried them (exit code -6" in findings(classifier)["intent_encoder"]
+
+
+def test_doctor_tells_of_a_head_for_other_features(classifier):
+    path = classifier.root / "intent_head" / "1" / "model.onnx"
+    path.write_bytes(with_metadata(path.read_bytes(), lambda values: values.update(width=2**40)))
+    (classifier.root / "intent.journal").unlink()
+    assert "it is for 1,099,511,627,776 features" in findings(classifier)["intent, version 1"]
+
+
+def test_doctor_calls_what_nobody_expected_a_fault(classifier, monkeypatch):
+    def fail(*_):
+        raise MemoryError("too much")
+
+    monkeypatch.setattr("patcher.doctor._version", fail)
+    assert "cannot be read: MemoryError too much" in findings(classifier)["intent"]

@@ -11,8 +11,9 @@ import click
 
 from patcher import audit
 from patcher.cli.output import tell
-from patcher.errors import PatcherError, redacted
+from patcher.errors import PatcherError
 from patcher.signals import interruptible
+from patcher.wording import redacted
 
 __all__ = ["main"]
 
