@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["try_backbone"]
 
 _SECONDS = 120.0
-# With -I, for the folder here may be the repository, which could bring a numpy.py. Of memory as much as there is; if that
-# is too much, it is this process that the kernel ends.
+# With -I, for the folder here may be the repository, which could bring a numpy.py. Of memory as much as there is; if
+# that is too much, it is this process that the kernel ends.
 _CODE = """
 import json, resource, sys
 from pathlib import Path
