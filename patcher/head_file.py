@@ -36,6 +36,7 @@ __all__ = ["read_head", "write_head"]
 _OPSET = 17
 _IR_VERSION = 8
 _METADATA_KEY = "patcher"
+_MOST_WIDTH = 1 << 20
 _MOST_VERSION = 2**63 - 1
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters and what reverses text. Others that do not print stay, for versions may have them."""
@@ -94,7 +95,8 @@ def _lineage(values: dict[str, Any]) -> Lineage:
         *(values.get("tool_version", ""), *values["added"], *values["removed"]),
         *(label for pair in values["renamed"] for label in pair),
     ]
-    numbers = [values["version"], values.get("parent") or 0]
+    parent = values.get("parent")
+    numbers = [values["version"], 0 if parent is None else parent]
     if not all(isinstance(each, str) and each.encode("utf-8", "replace").decode() == each for each in texts):
         raise ValueError("a lineage whose texts are none")
     if not all(type(each) is int and 0 <= each <= _MOST_VERSION for each in numbers):
@@ -147,6 +149,8 @@ def _metadata(model: onnx.ModelProto) -> dict[str, Any]:
             raise ValueError("its metadata is not an object")  # noqa: TRY004  one handler below for all
         if not all(isinstance(metadata[name], int) for name in ("split", "width")):
             raise ValueError("split and width must be whole numbers")
+        if metadata["width"] > _MOST_WIDTH:  # before anything is made for so many
+            raise ValueError(f"a width of {metadata['width']:,}")
         return dict(metadata)
     except (KeyError, ValueError, RecursionError) as error:
         raise RepositoryError(f"this ONNX file is no head of ours: no readable `{_METADATA_KEY}` metadata") from error

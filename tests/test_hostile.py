@@ -19,7 +19,8 @@ LINEAGES = {
                 {"details": {"estimated_recall": {"a": "b"}}}, {"details": {"checkpoint": [1]}},
                 {"details": {"checkpoint": "/a\0b"}}],
     "labels": [{"added": "abc"}, {"added": [1]}, {"removed": [{"a": 1}]}, {"renamed": [[1, 2]]}, {"renamed": [[1]]}],
-    "versions": [{"version": 10**30}, {"version": -1}, {"version": True}, {"parent": 10**30}, {"parent": [1]}],
+    "versions": [{"version": 10**30}, {"version": -1}, {"version": True}, {"parent": 10**30}, {"parent": [1]},
+                 {"parent": []}],
     "texts": [{"author": "\ud800"}, {"method": 5}],
 }  # fmt: skip
 
@@ -99,9 +100,14 @@ def test_doctor_is_not_ended_by_what_it_tries(classifier, monkeypatch):
 
 def test_doctor_tells_of_a_head_for_other_features(classifier):
     path = classifier.root / "intent_head" / "1" / "model.onnx"
-    path.write_bytes(with_metadata(path.read_bytes(), lambda values: values.update(width=2**40)))
+    path.write_bytes(with_metadata(path.read_bytes(), lambda values: values.update(width=49)))
     (classifier.root / "intent.journal").unlink()
-    assert "it is for 1,099,511,627,776 features" in findings(classifier)["intent, version 1"]
+    assert "it is for 49 features" in findings(classifier)["intent, version 1"]
+
+
+def test_a_head_is_not_made_for_any_width(classifier):
+    with pytest.raises(RepositoryError, match="no head of ours"):
+        read_head(with_metadata(classifier.head_bytes(1), lambda values: values.update(width=2**40)))
 
 
 def test_doctor_calls_what_nobody_expected_a_fault(classifier, monkeypatch):
