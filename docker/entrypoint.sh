@@ -7,6 +7,8 @@
 #                      that has a NAME_head beside it, and BACKBONE_any for every head store BACKBONE_heads)
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
 #   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
+#   SERVE_HTTP         1: HTTP answers more than health checks without the key; who reaches it may then end the server by
+#                      one request, for Triton reads nested JSON without a limit (not beside TLS)
 #   ENCODER_RUNS_BACKBONE  1: encoders run a backbone that is for a CPU in their own process, which saves the way to
 #                      the backbone's model and back, and holds the backbone twice
 set -euo pipefail
@@ -53,14 +55,25 @@ for config in "$repository"/*_features/config.pbtxt "$repository"/*_backbone/con
   if [ -f "$config" ]; then models+=("--load-model=$(basename "$(dirname "$config")")"); fi
 done
 
-# Loading a model can run code, trace and log settings write files: an administrator's right. Triton takes the key on
-# its command line only, so whoever may look into this container can read it.
+# Loading a model can run code, trace and log settings write files, and answers may be written over shared memory that
+# somebody registers: an administrator's right. Triton takes the key on its command line only, so whoever may look into
+# this container can read it.
 if [ -z "$key" ]; then
   echo "no ADMIN_KEY_FILE: nobody can load or unload models in this server" >&2
   key="$(od -An -v -N 32 -tx1 /dev/urandom | tr -d ' \n')"
 fi
-restricted="model-repository,trace,logging"
-restricted_http="$restricted"
+restricted="model-repository,shared-memory,trace,logging"
+# Nested JSON ends Triton, whoever sends it, so HTTP answers health checks alone, but to healthcheck.py, which has the key.
+restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
+(umask 077 && rm -f "${TMPDIR:-/tmp}/http-key" && printf '%s' "$key" >"${TMPDIR:-/tmp}/http-key")
+case "${SERVE_HTTP:-0}" in
+  0) ;;
+  1) if [ -z "${TLS_FOLDER:-}" ]; then restricted_http="$restricted"; fi ;;
+  *)
+    echo "SERVE_HTTP is $SERVE_HTTP; expected 0 or 1" >&2
+    exit 2
+    ;;
+esac
 
 # Triton's HTTP knows no TLS: beside gRPC with TLS it keeps to this container, for its health check.
 tls=()
@@ -77,7 +90,6 @@ if [ -n "${TLS_FOLDER:-}" ]; then
   if [ -e "$TLS_FOLDER/client-ca.crt" ]; then
     tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_FOLDER/client-ca.crt")
   fi
-  restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 fi
 
 # The encoder is told the file of patcher's that runs a backbone. Found by -I, for the repository may be the folder here.

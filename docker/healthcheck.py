@@ -2,10 +2,12 @@
 
 Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
 `patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
-whose process died; not beside gRPC with TLS, where HTTP answers health checks alone. With --live it is enough that the
-server answers at all, and that no such process has died: Triton starts none again, only a restart of the server does.
+whose process died; HTTP answers that to the key alone, which entrypoint.sh leaves beside the names. With --live it is
+enough that the server answers at all, and that no such process has died: Triton starts none again, only a restart of
+the server does.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -29,6 +31,8 @@ DEAD = "is not healthy"
 
 # Docker puts its user's http_proxy into every container; to ask this one's own server through it would fail.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+with contextlib.suppress(OSError):
+    DIRECT.addheaders.append(("admin-key", SERVED.with_name("http-key").read_text()))
 
 
 def left() -> float:
@@ -46,7 +50,7 @@ def trouble(what: str) -> str:
 
 
 def setting(model: str) -> dict[str, Any]:
-    """The configuration that a model is served under; empty where HTTP does not tell it, as beside TLS."""
+    """The configuration that a model is served under; empty where HTTP does not tell it."""
     try:
         with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=left()) as answer:
             found: dict[str, Any] = json.load(answer)

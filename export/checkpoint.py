@@ -6,7 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import json
 import logging
+import pickle
 import re
 import ssl
 import urllib.error
@@ -48,7 +50,9 @@ _HUB_SECONDS = 5.0
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
     SafetensorError,
+    pickle.UnpicklingError,
 )
+_ATTENTION = (None, "eager", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
         _refuse_unfit(config, name)
+        _refuse_kernels(config, name)
         if not allow_pickle:
             _refuse_pickle(name)
         model, found = _read(
@@ -239,7 +244,11 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
 
 def _refuse_pickle(name: str) -> None:
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
+        return
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _refuse_other_files(index)
+    if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
@@ -247,6 +256,32 @@ def _refuse_pickle(name: str) -> None:
             f"{name} has its weights in a pickle ({pickles[0]}), which can run code when it is read; expected "
             "model.safetensors (`save_pretrained` writes it), or --allow-pickle if you trust its source"
         )
+
+
+def _refuse_other_files(index: Path) -> None:
+    """An index of weights in several files may name a pickle, which transformers would read, or what is elsewhere."""
+    try:
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {index}: {type(error).__name__} {error}") from error
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):
+            raise CheckpointError(
+                f"{index} has weights in {name!r:.80}; expected files beside it that end in .safetensors, or "
+                "--allow-pickle if it is a pickle and you trust where it comes from"
+            )
+
+
+def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
+    """A name with a slash is code on the hub, which transformers would fetch and run without a flag that allows it."""
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        if (value := getattr(config, key, None)) not in _ATTENTION:
+            raise CheckpointError(
+                f"{name} asks for the attention {value!r:.80} in its config.json; expected eager or sdpa"
+            )
+    for key in ("_experts_implementation", "experts_implementation", "_experts_implementation_internal"):
+        if "/" in str(value := getattr(config, key, None)):
+            raise CheckpointError(f"{name} asks for the kernels {value!r:.80} in its config.json; expected none")
 
 
 def _refuse_other_tasks(config: PretrainedConfig, name: str) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
-from patcher.features import extract_features
 from patcher.fleet import members, present
+from patcher.foreign import foreign, outdated
 from patcher.names import CANARY, MODEL
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import probe, probe_text, validate
+from patcher.trial import try_backbone
 from patcher.wording import install_hint, plural
 
 if TYPE_CHECKING:
@@ -73,9 +74,13 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
+    yield from _programs(repository)
     seen: set[str] = set()
     for name in names:
-        yield from _on_disk(repository, name, seen)
+        try:
+            yield from _on_disk(repository, name, seen)
+        except Exception as error:  # noqa: BLE001  what is so odd that nothing here expected it is a finding, too
+            yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
         yield Check(
             "server", "note", f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
@@ -138,6 +143,21 @@ def _package(name: str, missing: str, why: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, missing, f"not installed; {why}")
+
+
+def _programs(repository: ModelRepository) -> Iterator[Check]:
+    """Whether a server of this repository runs anything but what patcher wrote into it."""
+    try:
+        found, old = list(foreign(repository)), outdated(repository)
+    except PatcherError as error:
+        yield Check("programs", "fault", str(error))
+        return
+    for model, said in found:
+        yield Check(f"{model}, programs", "fault", said)
+    if old:
+        yield Check("programs", "note", f"{', '.join(old)}: of an older patcher; `patcher upgrade` renews them")
+    elif not found:
+        yield Check("programs", "ok", "what a server runs is what patcher wrote")
 
 
 def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:
@@ -219,6 +239,8 @@ def _version(
             _untouched(classifier, version, published[version])
         head = classifier.head(version)
         classifier.memory(version)
+        if head.width != classifier.width():
+            raise RepositoryError(f"it is for {head.width:,} features, and the backbone gives {classifier.width():,}")
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
@@ -264,7 +286,7 @@ def _local_answer(classifier: Classifier) -> Check:
     if not classifier.storage.has(f"{what}/1/model.py"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
-        extract_features(classifier, [probe_text()])
+        try_backbone(classifier, probe_text())
     except PatcherError as error:
         return Check(what, "fault", str(error))
     return Check(what, "ok", "tokenizer and backbone give features")

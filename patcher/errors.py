@@ -31,6 +31,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from patcher.wording import redacted
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -74,7 +76,7 @@ class PatcherError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.report = dict(report or {})
         """What scripts need beside the message; `--json` prints it."""
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from patcher.wording import install_hint, listing
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import TypeAlias
 
     ExamplesLike: TypeAlias = "Examples | str | os.PathLike[str]"
@@ -49,6 +50,7 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_LABEL_BYTES = 512
 MAX_FILE_BYTES = 1 << 30
 """A file is read whole."""
+_PARQUET_ROWS = 256
 MAX_EXAMPLES = 1_000_000
 """Texts of one file: more than any fine-tuning set, and ten minutes of features."""
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -384,13 +386,26 @@ def _parquet(path: Path) -> Iterator[Record]:
         said = f"reading {path} needs pyarrow, which is not installed: {install_hint('parquet')}"
         raise ToolError(said) from error
     try:
-        table = parquet.read_table(path)
-        text, label, others = _columns(table.column_names, path)
-        texts = table.column(text).to_pylist()
-        labels: Iterable[Any] = table.column(label).to_pylist() if label is not None else [None] * table.num_rows
+        with parquet.ParquetFile(path) as file:
+            text, label, others = _columns(file.schema_arrow.names, path)
+            if file.metadata.num_rows > MAX_EXAMPLES:
+                raise ExamplesError(
+                    f"{path}: {file.metadata.num_rows:,} rows; expected at most {MAX_EXAMPLES:,}: give a sample"
+                )
+            line, size = 0, 0
+            wanted = [name for name in (text, label) if name is not None]
+            # Row by row, for a file of a few KB may say one text a million times.
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
+                names = batch.column(label) if label is not None else itertools.repeat(pa.scalar(None))
+                for value, name in zip(batch.column(text), names):  # noqa: B905  one of them may go on for ever
+                    line, text_of, label_of = line + 1, value.as_py(), _joined(name.as_py())
+                    size += len(text_of) if isinstance(text_of, (str, bytes)) else 0
+                    if size > MAX_FILE_BYTES:
+                        raise ExamplesError(
+                            f"{path}, line {line}: more than {MAX_FILE_BYTES:,} bytes of texts so far; part the file"
+                        )
+                    yield line, text_of, label_of, others
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path}: a text or a column's name that is not UTF-8 ({error.reason})") from error
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
-    for line, (value, name) in enumerate(zip(texts, labels, strict=True), 1):
-        yield line, value, _joined(name) if label is not None else None, others

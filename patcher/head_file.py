@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from patcher.scope import Scope
 from patcher.scope_file import scope_graph
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
     from numpy.typing import NDArray
 
@@ -34,6 +37,10 @@ __all__ = ["read_head", "read_lineage", "write_head"]
 _OPSET = 17
 _IR_VERSION = 8
 _METADATA_KEY = "patcher"
+_MOST_WIDTH = 1 << 20
+_MOST_VERSION = 2**63 - 1
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters and what reverses text. Others that do not print stay, for versions may have them."""
 _PLAIN_OPS = frozenset([
     "Add", "ArgMax", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "Identity",
     "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "ReduceLogSumExp", "ReduceMax", "ReduceMin",
@@ -58,6 +65,7 @@ def read_head(data: bytes) -> Head:
     metadata = _metadata(model)
     arrays = _arrays(model)
     try:
+        _check_labels(arrays["labels"].tolist())
         return Head(
             labels=tuple(arrays["labels"].tolist()),
             base_weight=arrays["base_weight"],
@@ -71,7 +79,7 @@ def read_head(data: bytes) -> Head:
             scope=Scope.from_arrays(metadata["scope"], arrays) if metadata["scope"] else None,
             lineage=_lineage(metadata["lineage"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
         raise RepositoryError(f"this ONNX file is not a head of patcher: {type(error).__name__} {error}") from error
 
 
@@ -79,21 +87,55 @@ def read_lineage(data: bytes) -> Lineage:
     """The lineage of a head alone, none of whose arrays is looked at; RepositoryError as ``read_head`` raises it."""
     try:
         return _lineage(_metadata(_parse(data))["lineage"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
         raise RepositoryError(f"this ONNX file is not a head of patcher: {type(error).__name__} {error}") from error
 
 
 def _lineage(values: dict[str, Any]) -> Lineage:
     values = dict(values)
     for name in ("added", "removed"):
-        values[name] = tuple(values.get(name, ()))
+        values[name] = values.get(name, ())
+        if not isinstance(values[name], (list, tuple)):
+            raise ValueError(f"a lineage with {name} {values[name]!r:.40}")  # noqa: TRY004  one handler for all
+        values[name] = tuple(values[name])
     values["renamed"] = tuple((old, new) for old, new in values.get("renamed", ()))
-    texts = ("backbone", "created", "method", "data_hash", "gate", "author", "tool_version")
-    numbers = [values["version"], values.get("parent") or 0]
-    if not all(isinstance(values.get(name, ""), str) for name in texts) or not all(isinstance(n, int) for n in numbers):
-        raise ValueError("a lineage of other types")
+    texts = [
+        *(values.get(name, "") for name in ("backbone", "created", "method", "data_hash", "gate", "author")),
+        *(values.get("tool_version", ""), *values["added"], *values["removed"]),
+        *(label for pair in values["renamed"] for label in pair),
+    ]
+    parent = values.get("parent")
+    numbers = [values["version"], 0 if parent is None else parent]
+    if not all(isinstance(each, str) and each.encode("utf-8", "replace").decode() == each for each in texts):
+        raise ValueError("a lineage whose texts are none")
+    if not all(type(each) is int and 0 <= each <= _MOST_VERSION for each in numbers):
+        raise ValueError("a lineage whose versions are no whole numbers")
+    _check_details(values.setdefault("details", {}))
     known = {f.name for f in dataclasses.fields(Lineage)}
     return Lineage(**{name: value for name, value in values.items() if name in known})
+
+
+def _check_details(details: Any) -> None:
+    """ValueError for details of other types than those that reports and exports read."""
+    if not isinstance(details, dict):
+        raise ValueError("a lineage whose details are no object")  # noqa: TRY004  one handler for all
+    numbers = [details.get("flips"), details.get("flips_upper_bound")]
+    recalls = details.get("estimated_recall")
+    if recalls is not None and not isinstance(recalls, dict):
+        raise ValueError(f"a lineage whose estimated_recall is {recalls!r:.40}")
+    numbers += (recalls or {}).values()
+    if not all(each is None or isinstance(each, (int, float)) for each in numbers):
+        raise ValueError("a lineage whose figures are no numbers")
+    checkpoint = details.get("checkpoint")
+    if checkpoint is not None and (not isinstance(checkpoint, str) or "\0" in checkpoint):
+        raise ValueError(f"a lineage whose checkpoint is {checkpoint!r:.40}")
+
+
+def _check_labels(labels: Sequence[Any]) -> None:
+    """ValueError for labels that would move a terminal's cursor, or turn its text around."""
+    for label in labels:
+        if isinstance(label, str) and (found := _UNFIT.search(label)):
+            raise ValueError(f"the label {label!r:.80} holds {found[0]!r}, which does not print")
 
 
 def _parse(data: bytes) -> onnx.ModelProto:
@@ -116,6 +158,8 @@ def _metadata(model: onnx.ModelProto) -> dict[str, Any]:
             raise ValueError("its metadata is not an object")  # noqa: TRY004  one handler below for all
         if not all(isinstance(metadata[name], int) for name in ("split", "width")):
             raise ValueError("split and width must be whole numbers")
+        if metadata["width"] > _MOST_WIDTH:  # before anything is made for so many
+            raise ValueError(f"a width of {metadata['width']:,}")
         return dict(metadata)
     except (KeyError, ValueError, RecursionError) as error:
         raise RepositoryError(

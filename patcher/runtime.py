@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "HeadAnswer", "check_head_file", "onnxruntime_errors", "open_session", "run_head"]
 
 _BATCH = 32
+_MOST_PADDING = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Encoder:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the Rust binding raises bare Exception, and nothing narrower
             raise RepositoryError(f"cannot read the tokenizer {tokenizer}: {error}") from error
+        padding = self._tokenizer.padding or {}
+        longest = max(padding.get(name) or 0 for name in ("length", "pad_to_multiple_of"))
+        if longest > _MOST_PADDING:
+            raise RepositoryError(f"{tokenizer} pads to {longest:,} tokens; expected at most {_MOST_PADDING:,}")
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
         """Features FP32 ``[n, width]``; texts of like length share a batch. ``progress`` hears how many are done."""

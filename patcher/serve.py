@@ -36,6 +36,7 @@ def serve(
     admin_key: str | None = None,
     tls: ServerTls | None = None,
     metrics_host: str | None = None,
+    http: bool = False,
     log_file: Path | None = None,
     encoder_runs_backbone: bool = True,
     onnxruntime_backend: Path | None = None,
@@ -59,6 +60,7 @@ def serve(
         admin_key=admin_key,
         tls=tls,
         metrics_host=metrics_host,
+        http=http,
         log_file=log_file,
         options=cache_options(repository, left_out),
         environment=repository.storage.server_environment(),
@@ -72,11 +74,11 @@ def serve(
                 say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
             server.start(start_timeout)
-            if not server.key_hidden:
+            if not server.key_hidden and (admin_key or tls):
                 say("warning: this system lets other users see the admin key in the list of processes")
             say(
                 f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-                f"{' for health checks' if tls else ''}, metrics {server.metrics_url}; "
+                f"{'' if server.http else ' for health checks'}, metrics {server.metrics_url}; "
                 f"log {server.log_file}; Ctrl-C stops it"
             )
             for line in hints:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["install_hint", "listing", "percent", "plural", "repeats"]
+__all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats"]
+
+_SECRET = re.compile(r"(//)[^\s'\"]*@")
+"""What stands before a host: who a URL logs in as. A key may hold a slash, so all of it up to the last ``@``."""
 
 NAMED = 5
 """This many names tell what is meant; a message with all of a thousand would not be read."""
@@ -37,3 +41,8 @@ def percent(share: float | None, digits: int = 2) -> str:
 def repeats(count: int) -> str:
     """What is said of texts of which another of their label has the same words."""
     return f"{plural(count, 'text')} left out as duplicates (the same words of the same label count once)"
+
+
+def redacted(message: str) -> str:
+    """A message without the passwords and keys of the URLs in it, for terminals, logs and the audit."""
+    return _SECRET.sub(r"\1…@", message) if "@" in message else message

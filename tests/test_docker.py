@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,13 @@ def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str,
     names = ["intent", "topic", "intent_any", "intent_features"]  # a head in the store is no model of its own
     assert loaded == [f"--load-model={name}" for name in names]
     assert "--model-control-mode=explicit" in arguments
-    assert f"--grpc-restricted-protocol=model-repository,trace,logging:admin-key={KEY}" in arguments
-    assert f"--http-restricted-api=model-repository,trace,logging:admin-key={KEY}" in arguments
+    closed = "model-repository,shared-memory,trace,logging"
+    assert f"--grpc-restricted-protocol={closed}:admin-key={KEY}" in arguments
+    assert f"--http-restricted-api=inference,metadata,model-config,model-repository,statistics,{closed[17:]}" in (
+        argument.partition(":")[0] for argument in arguments
+    )
+    key_file = Path(container["TMPDIR"]) / "http-key"
+    assert (key_file.read_text(), key_file.stat().st_mode & 0o777) == (KEY, 0o600)
     assert "--log-verbose=1" in arguments
     assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == names[:3]
 
@@ -150,6 +157,16 @@ def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str
     assert not any("mutual" in each for each in arguments)
     (tmp_path / "client-ca.crt").touch()
     assert f"--grpc-root-cert={tmp_path}/client-ca.crt" in enter(environment).stdout.split()
+
+
+def test_entrypoint_opens_http_only_when_asked_to(container: dict[str, str], tmp_path: Path) -> None:
+    opened = f"--http-restricted-api=model-repository,shared-memory,trace,logging:admin-key={KEY}"
+    assert opened in enter({**container, "SERVE_HTTP": "1"}).stdout.split()
+    outcome = enter({**container, "SERVE_HTTP": "yes"})
+    assert (outcome.returncode, "SERVE_HTTP is yes; expected 0 or 1" in outcome.stderr) == (2, True)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).touch()
+    assert opened not in enter({**container, "SERVE_HTTP": "1", "TLS_FOLDER": str(tmp_path)}).stdout.split()
 
 
 def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) -> None:
@@ -218,6 +235,12 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
         while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
             assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.2)
+        with TritonServer(environment["TRITON_URL"]) as server:
+            (asked,) = server.statistics("intent")
+        assert asked.inferences > 0  # by the health check, which has the key
+        for path in ("v2/models/intent/config", "v2/models/intent/infer"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(f"http://127.0.0.1:{web}/{path}", b"{}" if "infer" in path else None, 9).close()
         texts = [word for number in range(6) for word in ("--text", f"payday number {number} please")]
         added = enter(environment, "patcher", "add-label", "payday", *texts, "--force")
         assert added.returncode == 0, added.stderr

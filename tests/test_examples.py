@@ -50,6 +50,25 @@ def test_a_parquet_column_whose_name_is_no_text(tmp_path):
         read_examples(path)
 
 
+def test_parquet_keeps_to_the_limits(tmp_path, monkeypatch):
+    """A few KB may hold a text of a megabyte a million times; no more of it is read than is allowed."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, rows = tmp_path / "a.parquet", 5000
+    columns = {
+        name: arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), arrow.array([text]))
+        for name, text in (("text", "x" * 1000), ("label", "a"), ("unread", "y" * 1000))
+    }
+    parquet.write_table(arrow.table(columns), path)
+    assert path.stat().st_size < 10_000
+    assert len(read_examples(path)) == rows
+    monkeypatch.setattr("patcher.examples.MAX_FILE_BYTES", 100_000)
+    with pytest.raises(ExamplesError, match=r"line 101: more than 100,000 bytes of texts so far"):
+        read_examples(path)
+    monkeypatch.setattr("patcher.examples.MAX_EXAMPLES", rows - 1)
+    with pytest.raises(ExamplesError, match=r"5,000 rows; expected at most 4,999"):
+        read_examples(path)
+
+
 def test_parquet(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

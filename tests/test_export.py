@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,29 @@ def test_a_pickle_is_read_when_asked_for(copy, bert, tmp_path):
     pickle_only(copy)
     ours = run_export(copy, tmp_path / "one", allow_pickle=True)
     assert ours.fingerprint == run_export(bert, tmp_path / "two").fingerprint
+
+
+@pytest.mark.parametrize("named", ["w.bin", "../outside.safetensors", "/etc/passwd", 5])
+def test_an_index_names_no_other_files(copy, tmp_path, named):
+    (copy / "model.safetensors").rename(copy / "decoy.safetensors")
+    (copy / "w.bin").write_bytes(b"no pickle at all")
+    index = {"metadata": {"total_size": 1}, "weight_map": {"bert.pooler.dense.weight": named}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json has weights in .*; expected files beside it"):
+        run_export(copy, tmp_path / "model_repository")
+
+
+def test_no_attention_comes_from_the_hub(copy, tmp_path):
+    edit_config(copy, _attn_implementation="somebody/kernel")
+    with pytest.raises(CheckpointError, match=r"attention 'somebody/kernel'.*; expected eager or sdpa"):
+        run_export(copy, tmp_path / "model_repository")
+
+
+def test_a_pickle_that_would_run_code_is_told(copy, tmp_path):
+    pickle_only(copy)
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        run_export(copy, tmp_path / "model_repository", allow_pickle=True)
 
 
 def test_own_code_runs_when_asked_for(bert, copy, tmp_path, monkeypatch):

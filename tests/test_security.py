@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
+import tritonclient.grpc
+import tritonclient.utils
 from certificates import DAY, Authority
 
 from patcher import InputError, TritonServer
 from patcher.cli import main
-from patcher.errors import ServerRefused, TlsError
+from patcher.errors import ServerRefused, TlsError, WrongPort
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tls import ClientTls, ServerTls
 
@@ -26,7 +30,9 @@ CONTROL = (
     "/v2/repository/models/intent_head/unload",
     "/v2/trace/setting",
     "/v2/logging",
+    "/v2/systemsharedmemory/region/x/register",
 )
+NESTED = '{"inputs":' + '{"a":' * 1_000_000
 
 
 def post(address, path, body="{}", headers=None):
@@ -93,6 +99,64 @@ def test_http_without_the_key(tiny_original, tmp_path):
         assert {path: post(running.http_url, path) for path in CONTROL} == dict.fromkeys(CONTROL, 403)
         assert post(running.http_url, "/v2/models/intent/infer", INFER) == 200
         assert post(running.http_url, CONTROL[1], "{}", {"admin-key": KEY}) == 200
+
+
+def test_shared_memory_is_not_for_clients_without_the_key(tiny_original, tmp_path):
+    """Who registers what the server's own processes keep there has answers written over it."""
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    with EmbeddedTriton(tmp_path / "model_repository", MODELS, admin_key=KEY, log_file=tmp_path / "log") as running:
+        region = next(Path("/dev/shm").glob(f"{running._shared_memory}*"))  # noqa: S108
+        with tritonclient.grpc.InferenceServerClient(running.url) as client:
+            for call in (
+                lambda: client.register_system_shared_memory("x", f"/{region.name}", 64),
+                client.unregister_system_shared_memory,
+                client.get_system_shared_memory_status,
+                lambda: client.register_cuda_shared_memory("x", b"", 0, 64),
+            ):
+                with pytest.raises(tritonclient.utils.InferenceServerException, match="admin-key"):
+                    call()
+        assert get(running.http_url, "/v2/systemsharedmemory/status") == 403
+
+
+def test_no_web_page_loads_a_model_into_a_server_without_a_key(tiny_original, tmp_path, monkeypatch):
+    """What a browser sends anywhere unasked: a POST of plain text."""
+    monkeypatch.setenv("PATCHER_ADMIN_KEY", "for-clients-only")
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    with EmbeddedTriton(tmp_path / "model_repository", MODELS, log_file=tmp_path / "log") as running:
+        headers = {"Content-Type": "text/plain", "Origin": "http://elsewhere.example"}
+        assert {path: post(running.http_url, path, headers=headers) for path in CONTROL} == dict.fromkeys(CONTROL, 403)
+        assert post(running.http_url, "/v2/models/intent/infer", INFER) == 200
+        with running.client() as client:
+            client.load("intent_head")
+        assert b"for-clients-only" not in Path(f"/proc/{running.pid}/environ").read_bytes()
+        assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_nested_json_is_not_read_where_others_reach_http(tiny_original, tmp_path):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    server = EmbeddedTriton(
+        tmp_path / "model_repository", MODELS, host="0.0.0.0", admin_key=KEY, log_file=tmp_path / "log"  # noqa: S104
+    )  # fmt: skip
+    with server as running:
+        for path in ("/v2/models/intent/infer", "/v2/health/live", *CONTROL):
+            with contextlib.suppress(OSError):  # refused before all of it was sent
+                assert post(running.http_url, path, NESTED) in (400, 403, 405)
+        assert get(running.http_url, "/v2/models/intent/config") == 403
+        assert get(running.http_url, "/v2/models/intent/ready") == 200
+        with TritonServer(running.http_url, timeout=5) as wrong, pytest.raises(WrongPort):
+            wrong.is_live()
+        assert running.pid
+
+
+def test_http_opens_to_others_when_asked_to(tiny_original, tmp_path):
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    server = EmbeddedTriton(
+        tmp_path / "model_repository", MODELS, host="0.0.0.0", http=True, admin_key=KEY,  # noqa: S104
+        log_file=tmp_path / "log",
+    )  # fmt: skip
+    with server as running:
+        assert post(running.http_url, "/v2/models/intent/infer", INFER) == 200
+        assert post(running.http_url, CONTROL[1]) == 403
 
 
 def test_with_tls_plain_clients_are_refused_on_grpc_and_http(secured, mutual):

@@ -562,6 +562,25 @@ class TestInstallation:
         assert [path.name for path in (tmp_path / "patcher").iterdir()] == [found.backends.parent.name]
         assert left.name.startswith(".triton-")
 
+    def test_programs_that_somebody_else_may_have_put_there_are_not_run(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        base = tmp_path / "patcher"
+        base.mkdir()
+        base.chmod(0o777)
+        before = os.umask(0)
+        try:
+            folder = installation.find_installation().backends.parent
+        finally:
+            os.umask(before)
+        assert folder.parent == base
+        assert {path.stat().st_mode & 0o777 for path in (base, folder)} == {0o700}
+        assert installation.find_installation().backends.parent == folder
+        folder.chmod(0o777)
+        assert not installation.find_installation().backends.is_relative_to(tmp_path)
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        assert not installation.find_installation().backends.is_relative_to(tmp_path)
+
     def test_is_put_together_once(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with ThreadPoolExecutor(4) as pool:

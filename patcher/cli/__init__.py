@@ -15,6 +15,7 @@ from patcher import audit
 from patcher.cli.output import tell
 from patcher.errors import PatcherError
 from patcher.signals import interruptible, uninterrupted
+from patcher.wording import redacted
 
 __all__ = ["main"]
 
@@ -178,6 +179,7 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
 
 
 def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:
+    message = redacted(message)
     tell(f"error: {message}", err=True)
     if as_json:
         tell(json.dumps({**(report or {}), "error": message, "exit_code": code}))

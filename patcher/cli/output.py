@@ -22,12 +22,27 @@ def tell(text: str = "", *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # started with it closed (`>&-`), as some daemons are
         return
+    text = _printable(text)
     try:
         stream.write(text.encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
         stream.flush()
     except OSError:
         # Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _printable(text: str, kept: str = "\n") -> str:
+    """The text with all that would move a terminal's cursor, colour it or turn it around written out, as ``\\x1b``."""
+    if text.isprintable():
+        return text
+    # Joiners are part of words in several languages, and of what they look like; surrogates the encoding replaces.
+    kept += "\t\u200c\u200d\xa0\u3000"
+    return "".join(
+        each
+        if each.isprintable() or each in kept or "\ud800" <= each <= "\udfff"
+        else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def not_installed(verb: str, error: ModuleNotFoundError) -> ToolError:
@@ -56,7 +71,7 @@ def seconds(duration: float) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Columns padded to their widest cell; those whose index is in ``right`` align to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[_printable(str(cell), "") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
         "  ".join(

@@ -66,6 +66,12 @@ from patcher.errors import InputError
     "it has loaded, so that only a single one which takes longer wants more.",
 )
 @click.option(
+    "--http",
+    is_flag=True,
+    help="Let HTTP answer more than health checks even where others can reach the server. Anyone who reaches it can "
+    "then end the server with one request, without a key: Triton reads nested JSON without a limit.",
+)
+@click.option(
     "--ask-backbone",
     is_flag=True,
     help="Make encoders call the backbone's own model (as on servers started by other means) instead of running a CPU "
@@ -91,6 +97,7 @@ def serve_command(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     metrics_host: str | None,
+    http: bool,
     log_file: Path | None,
     start_timeout: float,
     ask_backbone: bool,
@@ -99,7 +106,8 @@ def serve_command(
     """Run a Triton server for the repository's classifiers on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise; listening elsewhere requires an admin key, and should use TLS.
+    told otherwise; listening elsewhere requires an admin key, and should use TLS. Without an admin key, every user of
+    this machine may load models over gRPC, which runs code as you.
     """
     from patcher.repository import ModelRepository
     from patcher.serve import serve
@@ -121,6 +129,7 @@ def serve_command(
         admin_key=read_key(key_file),
         tls=tls,
         metrics_host=metrics_host,
+        http=http,
         log_file=log_file,
         encoder_runs_backbone=not ask_backbone,
         onnxruntime_backend=onnxruntime_backend,

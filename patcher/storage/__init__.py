@@ -134,9 +134,9 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
     if not is_url(location):
         return Disk(Path(location))
     url = str(location)
-    if not url.startswith("s3://"):
+    if not url.lower().startswith("s3://"):
         raise InputError(f"{url} is not a repository that patcher can read; expected a folder, or s3://BUCKET/PATH")
     # Never imported for a folder: the client takes a tenth of a second, and need not be installed.
     from patcher.storage.object_store import ObjectStore
 
-    return ObjectStore(url)
+    return ObjectStore(f"s3{url[2:]}")

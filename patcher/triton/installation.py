@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import sysconfig
 import threading
@@ -177,14 +178,21 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     }
     paths = _package_folders()
     stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
-    identity = json.dumps([sys.version, sys.executable, sys.base_prefix, paths, stamps])
+    # Those of before 0.13 could be written by the user's group, under some umasks.
+    identity = json.dumps(["private", sys.version, sys.executable, sys.base_prefix, paths, stamps])
     name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
     folder = base / name
-    if not _hold(folder):
+    with contextlib.suppress(OSError):
+        there = base.lstat()
+        if there.st_uid == os.geteuid() and stat.S_ISDIR(there.st_mode):
+            base.chmod(0o700)
+    if not (folder.is_dir() and _is_ours(base, folder) and _hold(folder)):
         with contextlib.ExitStack() as stack:
             try:
-                base.mkdir(parents=True, exist_ok=True)
+                base.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not _is_ours(base, *([folder] if os.path.lexists(folder) else [])):
+                    return _temporary(name, sources, paths)
                 building = stack.enter_context(scratch(".triton-", base)) / name
             except OSError:
                 return _temporary(name, sources, paths)
@@ -206,6 +214,13 @@ def _hold(folder: Path) -> bool:
         if mark is not None:
             _held[folder] = mark
         return mark is not None
+
+
+def _is_ours(*folders: Path) -> bool:
+    """Whether nobody else can have put anything into folders from which programs are run, nor can do so now."""
+    found = [folder.lstat() for folder in folders]
+    mine = all(stat.S_ISDIR(each.st_mode) and each.st_uid in (os.geteuid(), 0) for each in found)
+    return mine and not any(each.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for each in found)
 
 
 def _temporary(name: str, sources: dict[str, Path], paths: list[str]) -> Path:
@@ -236,6 +251,7 @@ def _copy(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
     import py_compile
 
     site = folder / "env" / "lib" / f"python{_PYTHON}" / "site-packages"
+    folder.mkdir(mode=0o700, parents=True)
     site.mkdir(parents=True)
     for name, source in sources.items():
         # Copied, not linked: Triton refuses a backend library that lies outside of its folder.

@@ -58,10 +58,13 @@ _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
 _MARK = "alive"
+_KEY_VARIABLE = "PATCHER_ADMIN_KEY"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
-# Model control can run code, and the trace and log settings can write files: all an administrator's.
-_RESTRICTED = "model-repository,trace,logging"
-# Triton's HTTP knows no TLS. Beside gRPC with TLS it keeps to loopback and, but for health, asks for a key.
+# Model control can run code, the trace and log settings can write files, and whoever registers shared memory may have
+# answers written over what the server's own processes keep in it: all an administrator's.
+_RESTRICTED = "model-repository,shared-memory,trace,logging"
+# Triton's HTTP knows no TLS, and deeply nested JSON without a key ends the server. Beside gRPC with TLS it keeps to
+# loopback; there, and where others can reach it, it asks for a key for all but health.
 _ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 
 
@@ -82,6 +85,13 @@ class EmbeddedTriton:
     list; so the key is overwritten there as soon as the server has read it. It remains visible for some tenths of a
     second at start, and for good where the system forbids a parent to write its child's memory (``key_hidden`` is then
     False): where that matters, do not share the machine, or mount /proc with hidepid=2.
+
+    HTTP always asks for a key for them: without ``admin_key`` for one that nobody else knows, since any page in a
+    browser of this machine may post to loopback. Over gRPC, without ``admin_key``, every user of the machine may load
+    models, which runs code as this one.
+
+    On a ``host`` that others can reach, HTTP answers health checks alone, for one request of nested JSON ends the
+    server (Triton reads it without a limit); ``http`` has it answer all else there, too.
 
     ``tls`` encrypts gRPC, and with a client authority lets in only clients that it vouches for. Triton's HTTP and
     metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
@@ -108,6 +118,7 @@ class EmbeddedTriton:
         admin_key: str | None = None,
         tls: ServerTls | None = None,
         metrics_host: str | None = None,
+        http: bool = False,
         log_file: Path | str | None = None,
         exit_timeout: int = 30,
         options: Sequence[str] = (),
@@ -126,13 +137,15 @@ class EmbeddedTriton:
                 "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
             )
         self.host = address(host)
-        if admin_key is None and not ipaddress.ip_address(self.host).is_loopback:
+        local = ipaddress.ip_address(self.host).is_loopback
+        if admin_key is None and not local:
             raise InputError(
                 f"{host} can be reached by others, who could load models and so run code; "
                 "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
             )
         self.tls = tls
         self.http_host = loopback(self.host) if tls else self.host
+        self.http = not tls and (local or http)
         self.metrics_host = address(metrics_host) if metrics_host else self.http_host
         self.repository = str(repository) if is_url(repository) else Path(repository).resolve()
         self.models = tuple(models)
@@ -147,8 +160,8 @@ class EmbeddedTriton:
         self.encoder_runs_backbone = encoder_runs_backbone and not is_url(repository)
         self.onnxruntime_backend = onnxruntime_backend
         self._process: subprocess.Popen[bytes] | None = None
-        self._http_key = admin_key or (secrets.token_hex(32) if tls else None)
-        self.key_hidden = self._http_key is None
+        self._http_key = admin_key or secrets.token_hex(32)
+        self.key_hidden = False
         self._shared_memory = f"patcher_{os.getpid()}_{secrets.token_hex(4)}_"
 
     def __enter__(self) -> Self:
@@ -298,7 +311,7 @@ class EmbeddedTriton:
 
     def _control(self, what: str) -> bytes:
         """Ask the server's model control by HTTP, which takes the key beside TLS, too."""
-        headers = {"admin-key": self._http_key} if self._http_key else {}
+        headers = {"admin-key": self._http_key}
         request = urllib.request.Request(f"http://{self.http_url}/v2/repository/{what}", b"{}", headers)
         with _no_proxy().open(request, timeout=_DRAIN_SECONDS) as answer:
             data: bytes = answer.read()
@@ -380,27 +393,26 @@ class EmbeddedTriton:
         command = self.command()
         if self._admin_key is not None:
             command.append(f"--grpc-restricted-protocol={_RESTRICTED}:admin-key={self._admin_key}")
-        if self._http_key is not None:
-            closed = _ALL_BUT_HEALTH if self.tls else _RESTRICTED
-            command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
+        closed = _RESTRICTED if self.http else _ALL_BUT_HEALTH
+        command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
         installation = self.installation
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
+        environment.pop(_KEY_VARIABLE, None)  # for clients: models that run in the server have no use for it
         try:
-            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            self.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self.log_file.is_file() and not self.log_file.is_symlink():
                 # The log of a server that died is what explains it, and a supervisor starts the next one at once. One
                 # that still writes there writes on into its own.
                 self.log_file.replace(f"{self.log_file}.1")
-            log = self.log_file.open("wb")
+            log = os.fdopen(_private(self.log_file), "wb")
         except OSError as error:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
         for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
             _free(left.name.removesuffix(_MARK))
         with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
             self._process = start_with_parent(command, environment, log.fileno(), [mark.fileno(), *installation.kept])
-        if self._http_key is not None:
-            self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
+        self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
 
     def _log_size(self) -> int:
         with contextlib.suppress(OSError):
@@ -411,6 +423,11 @@ class EmbeddedTriton:
         lines = telling_lines(self.log_file) if self.log_file else []
         said = "".join(f"\n  {line}" for line in lines) or " It logged nothing."
         return f"{said}\nThe whole log: {self.log_file}"
+
+
+def _private(path: Path) -> int:
+    """A file to write that only its owner may read: logs may quote what clients send."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
 
 def _no_proxy() -> urllib.request.OpenerDirector:
