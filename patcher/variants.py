@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FEWEST", "MOST", "variants", "variants_of"]
+__all__ = ["variants", "variants_of"]
 
 _LEFT_OUT, _SWAPPED = 6, 2
-FEWEST, MOST = 3, 20
+_FEWEST, _MOST = 3, 20
 """Examples of a label between which variants pay."""
 _LONGEST = 64
 """Words: of a longer text each says little, and encoding takes its time."""
@@ -23,7 +23,7 @@ _LONGEST = 64
 
 def variants_of(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Variants of a label's examples, and which of ``texts`` each was made from; none where they would not help."""
-    if not FEWEST <= len(texts) <= MOST:
+    if not _FEWEST <= len(texts) <= _MOST:
         return [], []
     made = [(variant, place) for place, text in enumerate(texts) for variant in variants(text)]
     return [variant for variant, _ in made], [place for _, place in made]

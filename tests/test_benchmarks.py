@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher.fit.shown import Variants
 from patcher.memory import Memory
 from tests.benchmarks import (
     quality_baselines,
@@ -246,11 +245,3 @@ def test_made_up_classifiers_keep_the_rules_of_a_patch():
 def test_a_row_that_lives_on_rounding_is_noticed(monkeypatch):
     monkeypatch.setattr("patcher.fit.model._COARSE", 0.0)
     assert "FP16 moves the new logits" in " ".join(random_classifiers.run(range(60))["broken"].values())
-
-
-def test_examples_that_are_picked_bring_their_variants():
-    every = Variants(np.arange(8, dtype=np.float32)[:, None], np.array([0, 0, 1, 2, 2, 3, 4, 4]))
-    found = quality_measure.said_of(every, np.array([4, 0, 2]))
-    assert found.features[:, 0].tolist() == [0, 1, 3, 4, 6, 7]
-    assert found.places.tolist() == [1, 1, 2, 2, 0, 0]
-    assert len(quality_measure.said_of(every, np.array([4, 0])).places) == 0  # too few for variants

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.examples import Examples, data_hash, read_examples
-from patcher.fit.shown import Variants
 from patcher.head import Head
 from patcher.memory import Memory
-from patcher.variants import variants
 from patcher.words import label_words
 
 if TYPE_CHECKING:
@@ -106,8 +104,6 @@ class NewLabel:
     test_texts: tuple[str, ...]
     name: Floats | None = None
     """Features of the label's name, float32 ``[width]``, where it is words."""
-    variants: Variants | None = None
-    """Those of all ``train_texts``."""
 
 
 @dataclass(frozen=True)
@@ -226,15 +222,6 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
         here = [i for i, (_, name) in enumerate(new[part]) if name == label]
         return rows[f"new_{part}"][here], tuple(new[part][i][0] for i in here)
 
-    made = [(variant, row) for row, (text, _) in enumerate(new["train"]) for variant in variants(text)]
-    others = store.features("new_train_variants", [variant for variant, _ in made])
-    origins = np.array([row for _, row in made], np.int64)
-
-    def said(label: str) -> Variants:
-        here = np.array([i for i, (_, name) in enumerate(new["train"]) if name == label], np.int64)
-        mine = np.flatnonzero(np.isin(origins, here))
-        return Variants(others[mine], np.searchsorted(here, origins[mine]))
-
     return Setting(
         name=corpus.name,
         head=head,
@@ -244,9 +231,7 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
         test=rows["old_test"],
         test_ids=np.array([place[label] for _, label in old["test"]], np.int64),
         test_texts=tuple(text for text, _ in old["test"]),
-        new={
-            label: NewLabel(*of("train", label), *of("test", label), spoken.get(label), said(label)) for label in names
-        },
+        new={label: NewLabel(*of("train", label), *of("test", label), spoken.get(label)) for label in names},
         outside=outside,
         fresh=fresh,
     )

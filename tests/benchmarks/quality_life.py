@@ -15,7 +15,7 @@ from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
 from tests.benchmarks.quality_data import draws_of, note
-from tests.benchmarks.quality_ours import beside
+from tests.benchmarks.quality_ours import names_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,10 +78,10 @@ def _one_by_one(setting: Setting, kept: tuple[str, ...], pool: dict[str, Floats]
     seconds = []
     for position in rng.permutation(len(pool)).tolist():
         label = list(pool)[position]
-        picked = np.random.default_rng([31, position]).permutation(len(pool[label]))[:n]
-        examples, more = pool[label][picked], beside(setting, label, picked) if label in setting.new else {}
+        examples = pool[label][np.random.default_rng([31, position]).permutation(len(pool[label]))[:n]]
         start = time.perf_counter()
-        made = fit({label: examples}, head, memory, **more)
+        names = names_of(setting, label) if label in setting.new else {}
+        made = fit({label: examples}, head, memory, names=names)
         judge(head, made, {label: examples}, memory)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
         patched = made.apply(head)
@@ -110,7 +110,7 @@ def sigmoids(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     for label, new in setting.new.items():
         for picked in draws_of(setting, label, n, draws):
             examples = {label: new.train[picked]}
-            made = fit(examples, head, memory, **beside(setting, label, picked))
+            made = fit(examples, head, memory, names=names_of(setting, label))
             verdict = judge(head, made, examples, memory)
             patched = made.apply(head)
             found = patched.logits(new.test)[:, -1] > 0

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patcher.fit.shown import Variants
-from patcher.variants import FEWEST, MOST
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["FIGURES", "Outcome", "auroc", "outcome", "recall_at_flips", "said_of", "spread", "summary", "table"]
+__all__ = ["FIGURES", "Outcome", "auroc", "outcome", "recall_at_flips", "spread", "summary", "table"]
 
 FIGURES = {"flips": max, "change": min, "recall": min, "precision": min, "f1": min}
 """Figures of an outcome, and which end of each is the worst."""
@@ -38,13 +35,6 @@ class Outcome:
     recall: float
     precision: float
     f1: float
-
-
-def said_of(every: Variants, picked: Ints) -> Variants:
-    """Variants of the examples at some places INT64 ``[n]``, as ``patcher add-label`` makes them of a label's."""
-    back = {place: position for position, place in enumerate(picked.tolist())}
-    mine = np.flatnonzero(np.isin(every.places, picked) & (FEWEST <= len(picked) <= MOST))
-    return Variants(every.features[mine], np.array([back[place] for place in every.places[mine].tolist()], np.int64))
 
 
 def outcome(truth: Ints, before: Ints, after: Ints, new: Ints, place: int) -> Outcome:

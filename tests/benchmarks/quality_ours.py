@@ -13,13 +13,12 @@ from patcher.errors import InputError
 from patcher.fit import METHODS, Fit, fit
 from patcher.fit.inputs import Labelled
 from patcher.fit.scope import FINE_TUNED, fit_scope
-from patcher.fit.shown import Variants
 from patcher.gate import judge
 from patcher.head import Head
 from patcher.memory import Memory
 from tests.benchmarks.quality_baselines import logistic_regression
 from tests.benchmarks.quality_data import draws_of, note, sequence_of
-from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, said_of, spread, summary
+from tests.benchmarks.quality_measure import Outcome, auroc, outcome, recall_at_flips, spread, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from tests.benchmarks.quality_data import Setting
 
     Floats = NDArray[np.float32]
-    Ints = NDArray[np.int64]
 
 __all__ = ["BUDGETS", "COUNTS", "RATES", "bound", "methods", "one_label", "scope", "sequential", "speed"]
 
@@ -58,16 +56,16 @@ class _Patch:
 def patch(
     setting: Setting,
     label: str,
-    picked: Ints,
+    examples: Floats,
     memory: Memory | None,
     method: str = "auto",
     replay: Labelled | None = None,
     **settings: float,
 ) -> _Patch:
-    """Fit one new label to some of its train texts, and measure it on the old test set and the label's own."""
-    examples, more = {label: setting.new[label].train[picked]}, beside(setting, label, picked)
+    """Fit one new label and measure it on the old test set and the label's own."""
     start = time.perf_counter()
-    fitted = fit(examples, setting.head, memory, method=method, replay=replay, **more, **settings)
+    names = names_of(setting, label)
+    fitted = fit({label: examples}, setting.head, memory, names=names, method=method, replay=replay, **settings)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     head = fitted.apply(setting.head)
     old, new = head.logits(setting.test), head.logits(setting.new[label].test)
@@ -79,11 +77,10 @@ def patch(
     return _Patch(found, curve, seconds, fitted)
 
 
-def beside(setting: Setting, label: str, picked: Ints) -> dict[str, Any]:
-    """What a fit is shown beside some examples of a new label: its name, where it is words, and their variants."""
-    new = setting.new[label]
-    said = {} if new.variants is None else {label: said_of(new.variants, picked)}
-    return {"names": {} if new.name is None else {label: new.name}, "variants": said}
+def names_of(setting: Setting, label: str) -> dict[str, Floats]:
+    """Features of a new label's name, where it is words."""
+    name = setting.new[label].name
+    return {} if name is None else {label: name}
 
 
 def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> d
             mine = []
             for picked in draws_of(setting, label, n, draws):
                 examples = setting.new[label].train[picked]
-                made = patch(setting, label, picked, setting.memory)
+                made = patch(setting, label, examples, setting.memory)
                 verdict = judge(setting.head, made.fitted, {label: examples}, setting.memory)
                 passed.append(verdict.passed)
                 warned.append(bool(verdict.too_few))
@@ -143,7 +140,7 @@ def methods(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     for name, method, memory, replay in every:
         try:
             patches = [
-                patch(setting, label, picked, memory, method, replay)
+                patch(setting, label, setting.new[label].train[picked], memory, method, replay)
                 for label in setting.new
                 for picked in draws_of(setting, label, n, 1 if method == "anchored" else draws)  # it takes its time
             ]
@@ -221,10 +218,10 @@ def _one_after_another(setting: Setting, n: int, draw: int, way: Sequence[str]) 
     if not sequence:
         return {}
     for number, (label, picked) in enumerate(sequence):
-        examples, more = setting.new[label].train[picked], beside(setting, label, picked)
+        examples = setting.new[label].train[picked]
         start = time.perf_counter()
         method = way[0] if not number else way[-1]
-        fitted = fit({label: examples}, head, memory, method=method, **more)
+        fitted = fit({label: examples}, head, memory, names=names_of(setting, label), method=method)
         seconds["fit"].append(time.perf_counter() - start)
         judge(head, fitted, {label: examples}, memory)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
@@ -260,7 +257,7 @@ def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
         for label in setting.new:
             for picked in draws_of(setting, label, n, draws):
                 examples = setting.new[label].train[picked]
-                made = patch(setting, label, picked, setting.memory, max_flips=budget)
+                made = patch(setting, label, examples, setting.memory, max_flips=budget)
                 verdict = judge(setting.head, made.fitted, {label: examples}, setting.memory, max_flips=budget)
                 if verdict.flips_upper_bound is not None:
                     within.append(made.outcome.flips <= verdict.flips_upper_bound)
@@ -286,9 +283,8 @@ def scope(setting: Setting, n: int) -> dict[str, Any]:
     limits = {"": FINE_TUNED} | ({", limit set on fresh texts": stretch} if len(setting.fresh) else {})
     found = {f"before{words}": _scope_figures(setting, head, memory, wide) for words, wide in limits.items()}
     for label, new in setting.new.items():
-        picked = draws_of(setting, label, n, 1)[0]
-        examples = new.train[picked]
-        head = fit({label: examples}, head, memory, **beside(setting, label, picked)).apply(head)
+        examples = new.train[draws_of(setting, label, n, 1)[0]]
+        head = fit({label: examples}, head, memory, names=names_of(setting, label)).apply(head)
         memory = memory.add([label], examples, np.zeros(len(examples), np.int64))
     for words, wide in limits.items():
         found[f"after {len(setting.new)} patches{words}"] = _scope_figures(setting, head, memory, wide)
@@ -335,12 +331,9 @@ def speed() -> dict[str, Any]:
 
 
 def _lap(head: Head, memory: Memory, examples: Floats) -> dict[str, float]:
-    """Seconds of each step of one patch, with eight variants of each example."""
-    places = np.repeat(np.arange(len(examples)), 8)
-    noise = np.random.default_rng(7).standard_normal((len(places), examples.shape[1])) * 0.3
-    said = {"new": Variants((examples[places] + noise).astype(np.float32), places)}
+    """Seconds of each step of one patch."""
     ticks = [time.perf_counter()]
-    fitted = fit({"new": examples}, head, memory, variants=said)
+    fitted = fit({"new": examples}, head, memory)
     ticks.append(time.perf_counter())
     judge(head, fitted, {"new": examples}, memory)
     ticks.append(time.perf_counter())

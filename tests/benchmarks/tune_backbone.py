@@ -2,12 +2,11 @@
 
 Labels that a backbone was fine-tuned on are collapsed in its features, so they are no stand-in for a new label
 (see docs/results.md). This script fine-tunes a small encoder on a part of the old labels, and writes the features of
-all old sentences to `OUT/{train,fresh,pose,variants,names,oos}.npz`:
+all old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
 
 * `train`  sentences the encoder was fine-tuned on (the memory is built from these, as in real life);
 * `fresh`  other sentences of the same labels (flips are counted on these);
 * `pose`   sentences of the labels it never saw (examples and recall);
-* `variants`  the posing sentences with a word left out or two swapped; their `places` are those in `pose`;
 * `names`  the labels themselves, as words;
 * `oos`    sentences of no label.
 
@@ -31,7 +30,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.pooling import LAYERS, pooled
-from patcher.variants import variants
 
 
 def read(path: Path) -> list[tuple[str, str]]:
@@ -144,9 +142,6 @@ def main() -> None:
     weight, bias = model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy()
     np.savez(args.out / "head.npz", W=weight, b=bias, labels=np.array(known))
     groups["oos"] = read(args.data / "oos_val.csv")
-    made = [(variant, row) for row, (text, _) in enumerate(groups["pose"]) for variant in variants(text)]
-    groups["variants"] = [(variant, groups["pose"][row][1]) for variant, row in made]
-    places["variants"] = [row for _, row in made]
     groups["names"] = [(label.replace("_", " "), label) for label in everyone]
     for name, rows in groups.items():
         found = features(model, tokenizer, [text for text, _ in rows])

@@ -26,10 +26,9 @@ from patcher.fit import fit
 from patcher.fit.inputs import Labelled
 from patcher.fit.scope import fit_scope
 from patcher.fit.settings import SETTINGS
-from patcher.fit.shown import Variants
 from patcher.head import Head
 from patcher.memory import Memory
-from tests.benchmarks.quality_measure import auroc, outcome, recall_at_flips, said_of, table
+from tests.benchmarks.quality_measure import auroc, outcome, recall_at_flips, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 NEW = "a new label"
-_ROWS = ("train", "fresh", "pose", "variants", "names", "oos")
 RATES = (5e-4, 2e-3, 5e-3)
 EXPORTED = ("clf", "three")
 FEATURES = {
@@ -80,7 +78,6 @@ CHANGES: dict[str, tuple[float, ...]] = {
     "ridge_hidden": (0.05, 0.2),
     "total": (0.5, 2.0),
     "positive_variance": (2.0, 6.0),
-    "variant_share": (0.3, 0.7),
     "penalty": (3e-4, 3e-3),
     "hard": (32, 128),
     "hard_weight": (0.05, 0.2),
@@ -99,7 +96,6 @@ class Tuning:
     pose: Floats
     pose_labels: NDArray[np.str_]
     pose_places: Ints
-    variants: Variants
     names: dict[str, Floats]
     outside: Floats
     train: Labelled
@@ -107,7 +103,7 @@ class Tuning:
 
 def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
     """Features of one folder that ``tune_backbone.py`` wrote; ``memory``: what its memory is built with."""
-    files = {name: np.load(folder / f"{name}.npz") for name in (*_ROWS, "head")}
+    files = {name: np.load(folder / f"{name}.npz") for name in ("train", "fresh", "pose", "names", "oos", "head")}
     rows = {
         name: np.concatenate([file[part] for part in parts], axis=1).astype(np.float32)
         for name, file in files.items()
@@ -129,7 +125,6 @@ def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
         pose=rows["pose"],
         pose_labels=pose["labels"],
         pose_places=pose["places"],
-        variants=Variants(rows["variants"], files["variants"]["places"]),
         names=names,
         outside=rows["oos"],
         train=Labelled(rows["train"], ids["train"]),
@@ -144,15 +139,13 @@ def figures(
     *,
     name: bool = True,
     first: bool = False,
-    said: bool = True,
     method: str = "auto",
     every: int = 1,
 ) -> Iterator[list[float]]:
     """Flips, recall, F1 and the recalls at fixed flips of each posing label and draw, in per cent.
 
     ``name`` takes the label's name as one example more; ``first`` takes the first examples in the data,
-    which resemble each other, instead of a draw; ``said`` fits variants of the examples, too; ``every`` leaves labels
-    out where a method is slow.
+    which resemble each other, instead of a draw; ``every`` leaves labels out where a method is slow.
     """
     answers = tuning.head.logits(tuning.fresh).argmax(axis=1)
     last = len(tuning.head.labels)
@@ -163,9 +156,10 @@ def figures(
             by_place = mine[np.argsort(tuning.pose_places[mine])]
             order = by_place if first else np.random.default_rng([place, draw]).permutation(mine)
             examples, rest = {NEW: tuning.pose[order[:count]]}, tuning.pose[order[count:]]
-            more = {"names": names, "variants": {NEW: said_of(tuning.variants, order[:count])} if said else {}}
             replay = tuning.train if method == "anchored" else None
-            made = fit(examples, tuning.head, tuning.memory, settings=settings, method=method, replay=replay, **more)
+            made = fit(
+                examples, tuning.head, tuning.memory, names=names, settings=settings, method=method, replay=replay
+            )
             head = made.apply(tuning.head)
             old, new = head.logits(tuning.fresh), head.logits(rest)
             found = outcome(tuning.fresh_ids, answers, old.argmax(axis=1), new.argmax(axis=1), last)
@@ -175,7 +169,7 @@ def figures(
             yield [100 * value for value in (found.flips, found.recall, found.f1, *at)]
 
 
-def trials(groups: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str, Any]]]:
+def variants(groups: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str, Any]]]:
     """Name, features and what is different in each."""
     made: dict[str, Iterator[tuple[str, Sequence[str], dict[str, Any]]]] = {
         "features": ((f"features: {name}", parts, {}) for name, parts in FEATURES.items()),
@@ -183,10 +177,6 @@ def trials(groups: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str
             (f"{words} the label's name, examples {kind}", EXPORTED, {"name": name, "first": first})
             for words, name in (("with", True), ("without", False))
             for kind, first in (("drawn", False), ("first in the data", True))
-        ),
-        "variants": (
-            (f"{words} variants of the examples", EXPORTED, {"said": said})
-            for words, said in (("with", True), ("without", False))
         ),
         "prior": (_changed({"prior": prior, "penalty": penalty}) for prior, penalty in PRIORS),
         "method": (_changed(changes, method) for method, several in METHODS.items() for changes in several),
@@ -291,8 +281,8 @@ def in_turn(tuning: Tuning, settings: Settings, count: int, method: str, order: 
     for label in rng.permutation(sorted(set(tuning.pose_labels.tolist())))[:IN_TURN].tolist():
         mine = rng.permutation(np.flatnonzero(tuning.pose_labels == label))
         examples = tuning.pose[mine[:count]]
-        more = {"names": {label: tuning.names[label]}, "variants": {label: said_of(tuning.variants, mine[:count])}}
-        head = fit({label: examples}, head, memory, settings=settings, method=method, **more).apply(head)
+        names = {label: tuning.names[label]}
+        head = fit({label: examples}, head, memory, names=names, settings=settings, method=method).apply(head)
         memory = memory.add([label], examples, np.zeros(count, np.int64))
         rest.append(tuning.pose[mine[count:]])
     old = float((head.logits(tuning.fresh).argmax(axis=1) == tuning.fresh_ids).mean())
@@ -323,13 +313,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument(
-        "--only", default=",".join(("features", "name", "variants", "prior", "method", *CHANGES, "sequence", "scope"))
+        "--only", default=",".join(("features", "name", "prior", "method", *CHANGES, "sequence", "scope"))
     )
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/results/tuning.md"))
     given = parser.parse_args()
     heads = ["variant", *(f"{folder.name}: flips, recall, F1 / recall at 0.05, 0.2, 0.5 %" for folder in given.folders)]
     rows = []
-    for title, parts, how in trials(given.only.split(",")):
+    for title, parts, how in variants(given.only.split(",")):
         cells = []
         for folder in given.folders:
             options = {"settings": SETTINGS, **how}
