@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryErro
 from patcher.examples import as_examples, data_hash
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
-from patcher.fit.shown import Variants
 from patcher.head_file import write_head
 from patcher.lineage import next_lineage
 from patcher.new_texts import checked, distinct, unknown_to
@@ -26,7 +24,6 @@ from patcher.repository import one_classifier
 from patcher.rollout import require_live, roll_out, set_aside, validate, withdrawing
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
-from patcher.variants import variants_of
 from patcher.words import label_words, plain_words
 
 if TYPE_CHECKING:
@@ -174,7 +171,7 @@ def add_labels(
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
-        features = _features(target, head, texts, replay, evaluation, server, settings)
+        features = _features(target, head, texts, replay, evaluation, server, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         with watch("read"):
             parent, memory = _read(target, on_trial=settings.canary is not None)
@@ -259,7 +256,6 @@ class _Features(NamedTuple):
 
     examples: dict[str, Floats]
     names: dict[str, Floats]
-    variants: dict[str, Variants]
     replay: _Data | None
     evaluation: _Data | None
 
@@ -271,22 +267,17 @@ def _features(
     replay: Examples | None,
     evaluation: Examples | None,
     server: TritonServer | None,
-    settings: PatchSettings,
+    *,
+    use_name: bool,
 ) -> _Features:
-    words = {label: text for label in texts if (text := label_words(label))} if settings.use_name else {}
-    said = {label: variants_of(group) for label, group in texts.items()} if settings.use_variants else {}
+    words = {label: text for label in texts if (text := label_words(label))} if use_name else {}
     flat = [text for group in texts.values() for text in group]
-    every = [flat, [*words.values()], *(others for others, _ in said.values())]
-    parts = np.split(extract_features(classifier, [*chain(*every)], server), np.cumsum([*map(len, every)])[:-1])
-    groups = np.split(parts[0], np.cumsum([len(group) for group in texts.values()])[:-1])
+    features = extract_features(classifier, [*flat, *words.values()], server)
     shown = (*flat, *(replay.texts if replay else ()))
+    *groups, names = np.split(features, np.cumsum([len(group) for group in texts.values()]))
     return _Features(
         dict(zip(texts, groups, strict=True)),
-        dict(zip(words, parts[1], strict=True)),
-        {
-            label: Variants(rows, np.array(said[label][1], np.int64))
-            for label, rows in zip(said, parts[2:], strict=True)
-        },
+        dict(zip(words, names, strict=True)),
         _data(classifier, head, replay, server),
         _data(classifier, head, evaluation, server, tuple(texts), shown),
     )
@@ -321,7 +312,6 @@ def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features
         {label: features.examples[label] for label in texts},
         texts,
         features.names,
-        {label: features.variants[label] for label in texts if label in features.variants},
         _labelled(parent, features.replay),
         _labelled(parent, features.evaluation, tuple(texts)),
         repeated,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from patcher.arrays import Floats
     from patcher.fit.inputs import Labelled
-    from patcher.fit.shown import Variants
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
     from patcher.screening import Repeat
@@ -40,8 +39,7 @@ class PatchSettings:
     ``max_flips`` is the share of old-label inputs that may turn from right to wrong, ``min_recall`` the share of the
     new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
     and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
-    more; ``use_variants`` has the fit see the examples also with a word left out or two words swapped; ``canary`` is a
-    share of the requests, in per cent, on which the version is tried before it serves all.
+    more; ``canary`` is a share of the requests, in per cent, on which the version is tried before it serves all.
     """
 
     max_flips: float = MAX_FLIPS
@@ -50,7 +48,6 @@ class PatchSettings:
     force: bool = False
     dry_run: bool = False
     use_name: bool = True
-    use_variants: bool = True
     canary: float | None = None
 
     def __post_init__(self) -> None:
@@ -73,8 +70,6 @@ class Given:
         Of each new label: features float32 ``[n, width]``, and the same in words.
     names
         Features float32 ``[width]`` of the names that are words.
-    variants
-        Of each new label's examples, where there are some.
     replay, evaluation
         Labelled data, of the old labels; ``evaluation`` of the old labels followed by the new ones.
     repeated
@@ -86,7 +81,6 @@ class Given:
     examples: Mapping[str, Floats]
     texts: Mapping[str, Sequence[str]]
     names: Mapping[str, Floats] = field(default_factory=dict)
-    variants: Mapping[str, Variants] = field(default_factory=dict)
     replay: Labelled | None = None
     evaluation: Labelled | None = None
     repeated: Sequence[Repeat] = ()
@@ -128,7 +122,6 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 parent,
                 memory,
                 names=given.names,
-                variants=given.variants,
                 replay=given.replay,
                 method=settings.method,
                 max_flips=settings.max_flips,

@@ -53,9 +53,6 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 )
 @click.option("--no-name", is_flag=True, help="Do not use the label's own name as an example.")
 @click.option(
-    "--no-variants", is_flag=True, help="Fit the examples alone, not also with a word left out or two swapped: faster."
-)
-@click.option(
     "--canary",
     type=SHARE,
     metavar="PERCENT",
@@ -81,7 +78,6 @@ def add_label_command(
     min_recall: float,
     method: str,
     no_name: bool,
-    no_variants: bool,
     canary: float | None,
     keep: int | None,
     dry_run: bool,
@@ -107,7 +103,7 @@ def add_label_command(
     from patcher.patch import PatchSettings
 
     examples = _examples(file, texts, label, options)
-    limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, not no_variants, canary)
+    limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = options.classifier
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.

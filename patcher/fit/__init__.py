@@ -15,7 +15,6 @@ from patcher.fit.fitted import Counted, Fit, HeldOut
 from patcher.fit.logistic import NewRow, offset_rows, rows_of
 from patcher.fit.model import Rows, full_rows
 from patcher.fit.settings import SETTINGS, Settings
-from patcher.fit.shown import Shown, Variants
 from patcher.fit.task import Task
 from patcher.limits import MAX_FLIPS
 from patcher.wording import listing, percent
@@ -43,7 +42,6 @@ def fit(
     memory: Memory | None,
     *,
     names: Mapping[str, Floats] | None = None,
-    variants: Mapping[str, Variants] | None = None,
     replay: Labelled | None = None,
     method: str = "auto",
     max_flips: float = MAX_FLIPS,
@@ -53,8 +51,7 @@ def fit(
 
     Without a ``memory`` they are fitted against the old rows alone, and nothing bounds the flips. ``names``, features
     float32 ``[width]`` of labels that are words, count as one example more in the fit and in nothing else; one that
-    lies nearer to another label is left out. ``variants`` of a label's examples share their weight and are left out
-    with them. Of ``replay``, real old data, and of the memory's sample at most
+    lies nearer to another label is left out. Of ``replay``, real old data, and of the memory's sample at most
     ``max_flips`` may move to the new labels, all together; where there is no memory, one is made of ``replay``.
 
     Raises LabelError, ExamplesError or InputError for labels that exist, features that do not fit, an unknown method.
@@ -65,16 +62,14 @@ def fit(
     examples = _checked(examples, head)
     task = Task.of(np.concatenate(list(examples.values())), head, memory, replay, max_flips, settings)
     names = {label: name for label, name in (names or {}).items() if _belongs(label, name, examples, task)}
-    reworded = _reworded(variants or {}, examples)
-    shown = {label: Shown(_with_name(rows, names.get(label)), reworded.get(label)) for label, rows in examples.items()}
-    found = _rows(chosen, shown, task)
+    found = _rows(chosen, {label: _with_name(rows, names.get(label)) for label, rows in examples.items()}, task)
     count = len(examples)
     return Fit(
         labels=tuple(examples),
         weight=found.rows.weight[-count:],
         bias=found.rows.bias[-count:],
         method=chosen,
-        why=_why(chosen, found, task, count, _also(names, reworded)),
+        why=_why(chosen, found, task, count, named=bool(names)),
         calibration=task.calibrated_on,
         held_out=_held_out(examples, found, head),
         old=task.old,
@@ -106,7 +101,7 @@ def _of(new: Mapping[str, NewRow], rows: Rows | None = None) -> _Found:
     return _Found(rows or rows_of(new), {label: row.held_out for label, row in new.items()}, taken)
 
 
-def _rows(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
+def _rows(method: str, shown: Mapping[str, Floats], task: Task) -> _Found:
     """What a method makes of all that it is shown of each new label, its name included."""
     if method == "offset-logistic":
         return _of(offset_rows(shown, task))
@@ -117,7 +112,7 @@ def _rows(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
     return _anchored(shown, task) if method == "anchored" else _closed(method, shown, task)
 
 
-def _closed(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
+def _closed(method: str, shown: Mapping[str, Floats], task: Task) -> _Found:
     memory = task.memory
     if memory is None:
         raise InputError(f"{method} refits all rows from the memory, and there is none; `patcher remember --data FILE`")
@@ -131,7 +126,7 @@ def _closed(method: str, shown: Mapping[str, Shown], task: Task) -> _Found:
     return _of(new, rows if len(rows.weight) > len(new) else None)
 
 
-def _anchored(shown: Mapping[str, Shown], task: Task) -> _Found:
+def _anchored(shown: Mapping[str, Floats], task: Task) -> _Found:
     replayed = task.replayed
     if replayed is None:
         raise InputError("anchored refits all rows on old data; expected `--replay FILE` with it")
@@ -170,24 +165,6 @@ def _checked(examples: Mapping[str, Floats], head: Head) -> dict[str, Floats]:
     return checked
 
 
-def _reworded(variants: Mapping[str, Variants], examples: Mapping[str, Floats]) -> dict[str, Variants]:
-    """The variants of those labels that have some; ExamplesError for places where no example is."""
-    found = {}
-    for label in examples.keys() & variants.keys():
-        rows, places = np.asarray(variants[label].features, np.float32), np.asarray(variants[label].places, np.int64)
-        count, width = examples[label].shape
-        if rows.shape != (len(places), width) or not np.isin(places, np.arange(count)).all():
-            raise ExamplesError(
-                f"{label!r}: got variants {rows.shape} of examples {sorted(set(places.tolist()))}; "
-                f"expected [{len(places)}, {width}], of examples 0 to {count - 1}"
-            )
-        if not np.isfinite(rows).all():
-            raise ExamplesError(f"{label!r}: features that are not finite: the backbone overflowed")
-        if len(rows):
-            found[label] = Variants(rows, places)
-    return found
-
-
 def _belongs(label: str, name: Floats, examples: Mapping[str, Floats], task: Task) -> bool:
     """Whether a name lies about as near to its label's examples as to any other label: else it says something else."""
     if label not in examples:
@@ -203,16 +180,10 @@ def _with_name(rows: Floats, name: Floats | None) -> Floats:
     return rows if name is None else np.concatenate([rows, np.asarray(name, np.float32)[None]])
 
 
-def _also(names: Mapping[str, Floats], variants: Mapping[str, Variants]) -> str:
-    """What beside the examples took part."""
-    count = sum(len(each.places) for each in variants.values())
-    name = ", using the label's name as an extra example" if names else ""
-    return name + (f", with {count} variants of the examples" if count else "")
-
-
-def _why(method: str, found: _Found, task: Task, count: int, also: str) -> str:
+def _why(method: str, found: _Found, task: Task, count: int, *, named: bool) -> str:
     against = {"replay": "old data", "none": "the old rows alone"}.get(task.calibrated_on, "the memory")
     rows = "a row" if count == 1 else f"{count} rows"
+    also = ", using the label's name as an extra example" if named else ""
     if method == "offset-logistic":
         return f"{rows} fitted against {against}{also}; old rows unchanged"
     if method == "anchored":

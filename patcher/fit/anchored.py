@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.inputs import OldInputs
-    from patcher.fit.shown import Shown
     from patcher.fit.task import Task
 
 __all__ = ["Anchored", "anchored_rows", "held_back"]
@@ -47,7 +46,7 @@ def held_back(ids: Ints) -> Ints:
     return apart if len(apart) else np.arange(min(1, len(ids)))
 
 
-def anchored_rows(shown: Mapping[str, Shown], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
+def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
     """Refit on replayed ``inputs`` from ``start``: the head's rows, then rows of the new labels by another method.
 
     Every label weighs the same in the loss, however many of its inputs were replayed. Of the steps along the way that
@@ -55,12 +54,13 @@ def anchored_rows(shown: Mapping[str, Shown], start: Rows, task: Task, inputs: O
     of equals.
     """
     white = task.old.whitening
-    examples = [mine.examples for mine in shown.values()]
     unseen = held_back(inputs.ids)
     seen = np.setdiff1d(np.arange(len(inputs)), unseen)
     count = len(start.weight) - len(examples)
-    features = np.concatenate([inputs.features[seen], *examples])
-    ids = np.concatenate([inputs.ids[seen], np.repeat(np.arange(count, count + len(examples)), [*map(len, examples)])])
+    features = np.concatenate([inputs.features[seen], *examples.values()])
+    ids = np.concatenate(
+        [inputs.ids[seen], np.repeat(np.arange(count, count + len(examples)), [*map(len, examples.values())])]
+    )
     weights = 1.0 / np.bincount(ids, minlength=count + len(examples))[ids]
     began = np.column_stack([start.weight @ white.rows, start.bias + start.weight @ white.center])
     points = np.column_stack([white.of(features), np.ones(len(features))]).astype(np.float32)

@@ -19,7 +19,6 @@ from patcher.fit.logistic import offset_rows, rows_of
 from patcher.fit.minimise import minimise
 from patcher.fit.model import OldLabels, Rows, from_memory, full_rows, log_sum_exp
 from patcher.fit.settings import SETTINGS, Settings
-from patcher.fit.shown import Shown
 from patcher.head import Head
 
 if TYPE_CHECKING:
@@ -48,10 +47,13 @@ _FEW = 0.5
 """A label has few examples that has less than this share of what the median label has."""
 
 
-def closed_rows(method: str, shown: Mapping[str, Shown], task: Task, memory: Memory) -> tuple[Rows, dict[str, NewRow]]:
+def closed_rows(
+    method: str, examples: Mapping[str, Floats], task: Task, memory: Memory
+) -> tuple[Rows, dict[str, NewRow]]:
     """Rows of the new labels, behind those of all old ones where they change, and more about those of the new ones.
 
-    ``shown`` by new label, ``method`` ``ridge`` or ``lda``; ``memory`` is the task's and knows all labels of the head.
+    ``examples`` float32 ``[n, width]`` by new label, ``method`` ``ridge`` or ``lda``; ``memory`` is the task's and
+    knows all labels of the head.
     """
     head, settings = task.head, task.settings
     place = {label: i for i, label in enumerate(memory.labels)}
@@ -61,16 +63,16 @@ def closed_rows(method: str, shown: Mapping[str, Shown], task: Task, memory: Mem
     kept = np.array([i for i, label in enumerate(head.labels) if label not in few], np.int64)
     task = dataclasses.replace(task, settings=dataclasses.replace(settings, taken_weight=settings.refit_taken_weight))
     if _are_there(found, kept, task):
-        new = offset_rows(shown, task)
+        new = offset_rows(examples, task)
         return rows_of(new), new
     weight, bias = _scaled(found, task.old, task.inputs)
-    budget = task.max_flips * (len(few) + len(shown)) / len(shown)
+    budget = task.max_flips * (len(few) + len(examples)) / len(examples)
     known = _of(task, kept, Rows(weight[kept], bias[kept]))
-    new = offset_rows({**few, **shown}, dataclasses.replace(known, max_flips=budget))
+    new = offset_rows({**few, **examples}, dataclasses.replace(known, max_flips=budget))
     for label in few:
         at = head.labels.index(label)
         weight[at], bias[at] = new[label].weight, new[label].bias
-    mine = {label: new[label] for label in shown}
+    mine = {label: new[label] for label in examples}
     rows = rows_of(mine)
     return Rows(np.concatenate([weight, rows.weight]), np.concatenate([bias, rows.bias])), mine
 
@@ -97,13 +99,13 @@ def _are_there(found: Found, kept: Ints, task: Task) -> bool:
     return common >= (1.0 - _OTHER) * float((theirs**2).sum() * (ours**2).sum())
 
 
-def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Shown]:
+def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Floats]:
     """Features of the labels that have few examples and whose memory holds them all."""
     least = _FEW * float(np.median(memory.counts[places]))
     found = {}
     for label, place in zip(head.labels, places.tolist(), strict=True):
         if memory.counts[place] < least and len(held := memory.features_of(label)) == memory.counts[place]:
-            found[label] = Shown(held)
+            found[label] = held
     return found
 
 

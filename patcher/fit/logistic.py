@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.fit.settings import Settings
-    from patcher.fit.shown import Shown
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
@@ -159,13 +158,12 @@ class _Unseen:
     margins: Doubles
 
 
-def offset_rows(shown: Mapping[str, Shown], task: Task) -> dict[str, NewRow]:
-    """Rows for new labels, by what is ``shown`` of each, that leave every old row as it is."""
+def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]:
+    """Rows for new labels, with ``examples`` float32 ``[n, width]`` each, that leave every old row as it is."""
     old, settings = task.old, task.settings
-    scene = _scene(shown, task)
-    share = settings.variant_share
-    clouds = {label: scene.cloud(mine.points, mine.weights(share) / len(mine)) for label, mine in shown.items()}
-    priors = {label: _prior(mine.examples, task) for label, mine in shown.items()}
+    scene = _scene(examples, task)
+    clouds = {label: scene.cloud(rows, np.full(len(rows), 1.0 / len(rows))) for label, rows in examples.items()}
+    priors = {label: _prior(rows, task) for label, rows in examples.items()}
     rough = {label: _solve(cloud, scene.means, priors[label], settings) for label, cloud in clouds.items()}
     found = {}
     near = _rivals(clouds, rough, settings)
@@ -175,14 +173,13 @@ def offset_rows(shown: Mapping[str, Shown], task: Task) -> dict[str, NewRow]:
         rivals = [rows[other] for other in near[label]]
         against = [*scene.negatives(hard), scene.means, *(clouds[other].spread_by(1.0) for other in near[label])]
         outside = scene.raised(join(*against), rivals)
-        inside = _Inside(scene.raised(mine, rivals), shown[label].places, len(shown[label]))
-        made = _fitted(inside, outside, priors[label], rough[label], len(hard), settings)
+        made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), settings)
         weight, bias = old.whitening.row(made.row[:-1], float(made.row[-1]))
         others = [row for other, row in rows.items() if other != label]
-        margins = made.held_out - _best(shown[label].examples, others, task)
+        margins = made.held_out - _best(examples[label], others, task)
         best, right = scene.answers(hard)
         unseen = _Unseen(hard, best - made.unseen)
-        seen = scene.calibration(made.row, weight, bias, task.max_flips / len(shown), unseen)
+        seen = scene.calibration(made.row, weight, bias, task.max_flips / len(examples), unseen)
         shift = best_shift(margins[np.isfinite(margins)], seen, settings)
         rows[label] = np.append(made.row[:-1], made.row[-1] + shift)
         taken = hard[right & (unseen.margins < shift)]
@@ -190,9 +187,9 @@ def offset_rows(shown: Mapping[str, Shown], task: Task) -> dict[str, NewRow]:
     return found
 
 
-def _scene(shown: Mapping[str, Shown], task: Task) -> _Scene:
+def _scene(examples: Mapping[str, Floats], task: Task) -> _Scene:
     old, exclusive = task.old, task.head.exclusive
-    near = _near(np.concatenate([mine.examples for mine in shown.values()]), task)
+    near = _near(np.concatenate(list(examples.values())), task)
     offsets = log_sum_exp(old.means[near] @ old.weight.T + old.bias) if exclusive else np.zeros(len(near))
     rows = old.weight[old.places[near]] if exclusive else np.zeros((len(near), task.head.width))
     ones = np.ones(len(near))
@@ -267,35 +264,18 @@ class _Fitted:
     unseen: Doubles
 
 
-@dataclass(frozen=True)
-class _Inside:
-    """What a row has to lie above: ``count`` examples, then their variants; ``places`` tell whose each point is."""
-
-    cloud: Cloud
-    places: Ints
-    count: int
-
-    def without(self, examples: Ints) -> Cloud:
-        """All but some examples and what was made from them, as heavy as all were."""
-        rest = self.cloud.part(np.flatnonzero(~np.isin(self.places, examples)))
-        return dataclasses.replace(rest, weight=rest.weight / rest.weight.sum())
-
-
-def _fitted(shown: _Inside, outside: Cloud, prior: Doubles, rough: Doubles, real: int, settings: Settings) -> _Fitted:
+def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real: int, settings: Settings) -> _Fitted:
     """Fit a row from a ``rough`` one; the first ``real`` of the clouds ``outside`` are real negatives."""
-    axes = span(join(outside, shown.cloud), prior)
-    shown, outside, prior = (
-        dataclasses.replace(shown, cloud=shown.cloud.turned(axes)),
-        outside.turned(axes),
-        prior @ axes,
-    )
-    inside, count = shown.cloud, shown.count
+    axes = span(join(outside, inside), prior)
+    inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
     loss = RowLoss(inside, outside, settings.penalty, prior)
     found = fit_row(loss, np.append(rough[:-1] @ axes, rough[-1]))
+    count = len(inside.weight)
     held_out, unseen = np.full(count, np.nan), np.empty(real)
     inverse = np.linalg.inv(loss.curvature(found)) if count > 1 or real else None
     for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
-        without = RowLoss(shown.without(fold), outside, settings.penalty, prior)
+        rest = np.setdiff1d(np.arange(count), fold)
+        without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
         row = fit_row(without, found, inverse)
         held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
     for first in range(min(real, _PARTS)):

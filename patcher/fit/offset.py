@@ -43,10 +43,10 @@ class Cloud:
     variance: Doubles
     weight: Doubles
 
-    def part(self, places: Ints) -> Cloud:
-        """Some of the Gaussians."""
-        arrays = (self.points, self.offsets, self.slopes, self.variance, self.weight)
-        return Cloud(*(array[places] for array in arrays))
+    def part(self, places: Ints, weight: float | None = None) -> Cloud:
+        """Some of the Gaussians; with a ``weight`` each has that one."""
+        weights = self.weight[places] if weight is None else np.full(len(places), weight)
+        return Cloud(self.points[places], self.offsets[places], self.slopes[places], self.variance[places], weights)
 
     def spread_by(self, variance: float) -> Cloud:
         """The same Gaussians, all of one variance."""

@@ -24,8 +24,6 @@ class Settings:
         a new label does not have.
     positive_variance
         Spread of the cloud that an example stands for, in units of that covariance.
-    variant_share
-        Of an example's weight what its variants have together, where it has some; 0.3 to 0.7 measured the same.
     penalty
         On the row's squared distance to the prior in whitened features.
     prior
@@ -59,7 +57,6 @@ class Settings:
     ridge_hidden: float = 0.1
     total: float = 1.0
     positive_variance: float = 4.0
-    variant_share: float = 0.5
     penalty: float = 1e-3
     prior: str = "zero"
     near: int = 32
