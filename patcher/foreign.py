@@ -45,6 +45,7 @@ _EARLIER = frozenset(
         "cf81d33cf8dc68727e9703d52f432d7e5d4b00494eb2c80bbf6d5c7e9b907ac2",
         "d0aab26935dfcffc4729627ad5a4a1d0bb941ecda3b0fc0f264ad87f2852538e",
         "d269583757455251e49362da60fe44ef55aab3503794fbf29961d96441fdada8",
+        "efe18c17cd3be5bbacd8ac7b82384791e767fdd18f45a00da781e3600d4f9429",
     ]
 )
 """SHA-256 of every ``model.py`` that a version of patcher wrote into repositories, this one's among them."""

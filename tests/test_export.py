@@ -518,7 +518,7 @@ def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
     assert f"a memory of {count} texts" in said
     assert "left out" not in said
     assert f"a memory of {count} texts" in told
-    assert "6 text(s) say what another of their label says, and are left out" in told
+    assert "6 texts left out as duplicates" in told
     assert (once.details["train_examples"], once.details.get("train_repeated")) == (count, None)
     assert (often.details["train_examples"], often.details["train_repeated"]) == (count, 6)
     assert once.data_hash != often.data_hash

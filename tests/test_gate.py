@@ -43,7 +43,7 @@ def test_more_labels_and_unequal_ones_need_more_inputs():
     for count, needed in ((1, "598"), (3, "1,258")):
         advice = verdict({f"n{k}": new(10, k) for k in range(count)}, head, memory).advice
         assert any(
-            f"160 remembered inputs are too few to vouch for 0.50 %: {needed} without" in line for line in advice
+            f"160 remembered inputs are too few to guarantee 0.50 %: {needed} without" in line for line in advice
         )
     # 800 inputs would do, but most of their weight lies on one label's 20.
     head, memory, draw, _ = overlapping(1, labels=40, others=40, first=4000)

@@ -38,7 +38,7 @@ def with_metadata(data, change):
 def test_a_lineage_of_other_types_is_no_head(kind, classifier):
     data = classifier.head_bytes(1)
     for lineage in LINEAGES[kind]:
-        with pytest.raises(RepositoryError, match="no head of ours"):
+        with pytest.raises(RepositoryError, match="not a head of patcher"):
             read_head(with_metadata(data, lambda values, lineage=lineage: values["lineage"].update(lineage)))
 
 
@@ -76,7 +76,7 @@ def test_no_message_holds_a_password(url, capsys, monkeypatch, tmp_path):
 
 def test_the_scheme_of_an_object_store_may_be_in_capitals(capsys):
     assert main(["labels", "--repo", "S3://KEY:SECRET@bucket/path"]) == 2
-    assert "credentials do not belong into a URL" in capsys.readouterr().err
+    assert "credentials do not belong in a URL" in capsys.readouterr().err
 
 
 def findings(classifier):
@@ -106,7 +106,7 @@ def test_doctor_tells_of_a_head_for_other_features(classifier):
 
 
 def test_a_head_is_not_made_for_any_width(classifier):
-    with pytest.raises(RepositoryError, match="no head of ours"):
+    with pytest.raises(RepositoryError, match="not a head of patcher"):
         read_head(with_metadata(classifier.head_bytes(1), lambda values: values.update(width=2**40)))
 
 

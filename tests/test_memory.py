@@ -285,7 +285,7 @@ def test_texts_that_come_again_are_remembered_once(classifier, capsys, tmp_path)
     assert main(["remember", "--repo", str(classifier.root), "--data", str(path), "--no-load"]) == 0
     out = capsys.readouterr().out
     assert f"{count} texts remembered" in out
-    assert f"{len(tiny.OLD)} text(s) say what another of their label says" in out
+    assert f"{len(tiny.OLD)} texts left out as duplicates" in out
 
 
 def flat(texts) -> Examples:

@@ -20,6 +20,7 @@ from patcher import ModelRepository, metrics
 from patcher.audit import read_event
 from patcher.cli import main
 from patcher.metrics import Targets, _Changes, _probes, expose
+from patcher.triton import client
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tls import ClientTls
 
@@ -155,10 +156,8 @@ def test_an_audit_log_that_was_rotated_is_counted_anew(tmp_path, kind):
 
 @pytest.mark.server
 def test_one_connection_a_replica_serves_for_all_classifiers(two, monkeypatch):
-    import tritonclient.grpc as triton
-
-    opened, client = [], triton.InferenceServerClient
-    monkeypatch.setattr(triton, "InferenceServerClient", lambda url, **more: opened.append(url) or client(url, **more))
+    opened, plain = [], client._client_class()
+    monkeypatch.setattr(client, "_client_class", lambda: lambda url, **more: opened.append(url) or plain(url, **more))
     urls = (two[0].url, two[1].url, "127.0.0.1:1")
     probes = _probes(Targets(urls, ("intent",) * 20))
     assert [probe.up for probe in probes] == [True] * 40 + [False] * 20
@@ -280,7 +279,7 @@ def test_json_says_where_the_metrics_are(classifier, capsys, monkeypatch):
     assert main(["metrics", "--repo", str(classifier.root), "--port", "0", "--url", "127.0.0.1:1", "--json"]) == 0
     captured = capsys.readouterr()
     url = json.loads(captured.out)["url"]
-    assert f"metrics at {url}; Ctrl-C stops it" in captured.err
+    assert f"metrics at {url}; press Ctrl-C to stop" in captured.err
 
 
 def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier, tmp_path):

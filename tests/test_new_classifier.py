@@ -317,7 +317,7 @@ def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_
         drop_classifier(repository, name)
         classifier = repository.classifier(new_classifier(repository, name, examples(), settings=stored).classifier)
         found = [each.finding for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"]
-        assert any("from a model that the repository has no more; `patcher sync` ends that" in each for each in found)
+        assert any("from a model that the repository no longer has; `patcher sync` ends that" in each for each in found)
         assert sync(classifier, server) == {server.url: "caught up"}
         assert not server.is_ready(name)
         assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
@@ -365,7 +365,7 @@ def test_texts_that_come_again_are_told(tiny_original, tmp_path, capsys):
     assert main([*arguments, "--force", "--no-load"]) == 0
     out = capsys.readouterr().out
     assert "2 labels from 20 texts" in out
-    assert "repeats   2 text(s) say what another of their label says, and are left out" in out
+    assert "repeats   2 texts left out as duplicates" in out
 
 
 @pytest.mark.parametrize("in_store", [False, True])
