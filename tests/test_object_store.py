@@ -747,7 +747,7 @@ class TestFaults:
             ModelRepository(f"{URL}/intent")
 
     def test_a_folder_is_no_object_store(self, remote):
-        with pytest.raises(InputError, match="is no folder"):
+        with pytest.raises(InputError, match="is not a folder"):
             _ = remote.root
         with pytest.raises(RepositoryError, match="no such object"):
             remote.storage.read("nothing")
@@ -780,7 +780,7 @@ class TestNewClassifier:
         file = tiny.write_csv(tmp_path / "topics.csv", pairs)
         code = main(["new-classifier", "topics", "--train", str(file), "--in-store", "--no-load", "--repo", URL])
         assert (code, "a head store reads its heads from one" in capsys.readouterr().err) == (2, True)
-        with remote.repository.lock(), pytest.raises(InputError, match="is no folder"):
+        with remote.repository.lock(), pytest.raises(InputError, match="is not a folder"):
             remote.add_store()
         assert objects() == before
 
