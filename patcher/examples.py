@@ -402,7 +402,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                     size += len(text_of) if isinstance(text_of, (str, bytes)) else 0
                     if size > MAX_FILE_BYTES:
                         raise ExamplesError(
-                            f"{path}, line {line}: more than {MAX_FILE_BYTES:,} bytes of texts so far; part the file"
+                            f"{path}, line {line}: more than {MAX_FILE_BYTES:,} bytes of texts so far; split the file"
                         )
                     yield line, text_of, label_of, others
     except UnicodeDecodeError as error:

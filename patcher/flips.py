@@ -25,6 +25,8 @@ __all__ = ["CONFIDENCE", "Flips", "count_flips", "fewest_inputs", "logits_after"
 
 CONFIDENCE = 0.95
 _ROUNDED = 1e-9
+_UNCOUNTABLE = 2**62
+"""More inputs than any number holds: a share so small is as good as 0."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
 
 
 def fewest_inputs(most: float, thresholds: int = 1) -> int:
-    """Of so many inputs of equal weight none has to flip for a bound of at most ``most``, a share above 0.
+    """How many inputs of equal weight, none of which flips, give a bound of at most ``most``, a share above 0.
 
     ``thresholds`` as of ``Flips``: with more of them, more inputs are needed.
     """
     enough = 1
-    while upper_bound(thresholds - 1, enough) > most:
+    while enough < _UNCOUNTABLE and upper_bound(thresholds - 1, enough) > most:
         enough *= 2
     few = enough // 2
     while enough - few > 1:

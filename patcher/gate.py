@@ -290,8 +290,8 @@ def _advice(
         hits = [hit for hit in known if hit.label == label]
         most = Counter(hit.old for hit in hits).most_common(1)[0][0]
         advice.append(
-            f"{plural(len(hits), 'example')} of {label!r} already belong to an old label, mostly {most!r}: is it "
-            "the same label?"
+            f"{plural(len(hits), 'example')} of {label!r} already belong{'s' * (len(hits) == 1)} to an old label, "
+            f"mostly {most!r}: is it the same label?"
         )
     if duplicates:
         advice.append(

@@ -107,9 +107,9 @@ def _lineage(values: dict[str, Any]) -> Lineage:
     parent = values.get("parent")
     numbers = [values["version"], 0 if parent is None else parent]
     if not all(isinstance(each, str) and each.encode("utf-8", "replace").decode() == each for each in texts):
-        raise ValueError("a lineage whose texts are none")
+        raise ValueError("a lineage with texts that are not valid strings")
     if not all(type(each) is int and 0 <= each <= _MOST_VERSION for each in numbers):
-        raise ValueError("a lineage whose versions are no whole numbers")
+        raise ValueError("a lineage whose versions are not whole numbers")
     _check_details(values.setdefault("details", {}))
     known = {f.name for f in dataclasses.fields(Lineage)}
     return Lineage(**{name: value for name, value in values.items() if name in known})
@@ -118,7 +118,7 @@ def _lineage(values: dict[str, Any]) -> Lineage:
 def _check_details(details: Any) -> None:
     """ValueError for details of other types than those that reports and exports read."""
     if not isinstance(details, dict):
-        raise ValueError("a lineage whose details are no object")  # noqa: TRY004  one handler for all
+        raise ValueError("a lineage whose details are not an object")  # noqa: TRY004  one handler for all
     numbers = [details.get("flips"), details.get("flips_upper_bound")]
     recalls = details.get("estimated_recall")
     if recalls is not None and not isinstance(recalls, dict):

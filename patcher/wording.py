@@ -1,4 +1,4 @@
-"""What messages have in common: how a share is written, and how to install what is missing."""
+"""What messages have in common: how shares, counts and lists are written, and what is left out of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What texts and labels say, where they are compared: their words, whatever their case, spacing and punctuation."""
+"""What texts and labels say, where they are compared: their words, whatever their case and spacing."""
 
 from __future__ import annotations
 

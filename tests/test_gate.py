@@ -372,3 +372,7 @@ def test_what_is_counted_on_many_inputs_takes_no_memory_for_all_their_logits():
     assert sum(result.losing.values()) == (right & (after[:-100].argmax(axis=1) != ids[:-100])).sum()
     assert result.estimated_recall["new"] == (after[-100:].argmax(axis=1) == 200).mean()
     assert peak < after.nbytes + data.features.nbytes
+
+
+def test_a_share_near_nothing_ends_the_search_for_how_many_inputs_it_takes():
+    assert fewest_inputs(1e-300) >= 2**62

@@ -17,7 +17,9 @@ from patcher.errors import PatcherError
 from patcher.signals import interruptible, uninterrupted
 from patcher.wording import redacted
 
-__all__ = ["main"]
+__all__ = ["BUG", "main"]
+
+BUG = "This is a bug in patcher; set PATCHER_DEBUG=1 for the traceback"
 
 # Section -> verb -> module, command and one line of help: a verb's imports are paid by that verb alone, so that
 # `--help` answers at once.
@@ -172,8 +174,7 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
     except Exception as error:
         if os.environ.get("PATCHER_DEBUG") == "1":
             raise
-        bug = "This is a bug in patcher; set PATCHER_DEBUG=1 for the traceback"
-        said = f"unexpected {type(error).__name__}: {error}. {bug}"
+        said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
 

@@ -62,8 +62,8 @@ from patcher.errors import InputError
     default=120,
     show_default=True,
     metavar="SECONDS",
-    help="Give up where the server is not ready and its log has told nothing new for so long: it tells each model that "
-    "it has loaded, so that only a single one which takes longer wants more.",
+    help="Give up if the server is not ready and its log shows nothing new for this many seconds. Each loaded model is "
+    "logged, so only a single one that takes longer to load needs more.",
 )
 @click.option(
     "--http",

@@ -36,6 +36,7 @@ from walk_model import Broken, Rules, Twin, Version, World
 from walk_verbs import Plan, Verbs
 
 from patcher import ModelRepository
+from patcher.cli import BUG
 from patcher.cli import main as command_line
 from patcher.head import MULTI_LABEL
 from patcher.memory import Memory
@@ -162,7 +163,7 @@ class Walk:
         """What holds of every run of every verb."""
         said = f"{self.arguments(plan)} ended with {done.code}: {done.err[-1500:]}"
         self.rules.need("exit codes of the contract", done.code in CODES, said)
-        faults = ("Traceback", "fault of patcher", "Warning:")
+        faults = ("Traceback", BUG, "Warning:")
         self.rules.need("no traceback", not any(word in done.err + done.out for word in faults), said)
         if as_json:
             try:
