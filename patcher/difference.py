@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from patcher.classifier import Classifier
     from patcher.examples import ExamplesLike
+    from patcher.head import Head
     from patcher.repository import ClassifierLike
 
 __all__ = ["Difference", "Flip", "diff"]
@@ -72,7 +73,7 @@ def diff(
     classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
     # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
-    names = _renames(classifier, a, b)
+    names = _renames(classifier, before, after)
     taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
     now = {**names, **taken}
     before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
@@ -113,30 +114,31 @@ def _flip(text: str, right: frozenset[str], before: frozenset[str], after: froze
     return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
 
 
-def _renames(classifier: Classifier, a: int, b: int) -> dict[str, str]:
-    """Names in version ``a`` that are other names in ``b``, where ``a`` is one of its ancestors (or the other way)."""
+def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str]:
+    """Names in ``before`` that are other names in ``after``, where one of them is an ancestor of the other."""
+    a, b = before.lineage.version, after.lineage.version
     if a > b:
-        return {new: old for old, new in _renames(classifier, b, a).items()}
+        return {new: old for old, new in _renames(classifier, after, before).items()}
     steps, version = [], b
     while version > a:
         try:
             lineage = classifier.lineage(version)
         except VersionError:  # pruned, with what it renamed
-            return _same_rows(classifier, a, b)
+            return _same_rows(before, after)
         steps.append(lineage)
         version = lineage.parent or 0
     if version != a:
         return {}
-    # What came after ``a``, or left on the way, had no other name in ``a``, whatever became of its own.
-    names = {label: label for label in classifier.head(a).labels}
+    # What came after it, or left on the way, had no other name in ``before``, whatever became of its own.
+    names = {label: label for label in before.labels}
     for step in reversed(steps):
         renamed = dict(step.renamed)
         names = {first: renamed.get(now, now) for first, now in names.items() if now not in step.removed}
     return {first: now for first, now in names.items() if first != now}
 
 
-def _same_rows(classifier: Classifier, a: int, b: int) -> dict[str, str]:
-    """Names in ``a`` that ``b`` does not have, and the name there of the label with the very same row."""
-    before, after = classifier.head(a).rows_hash(), classifier.head(b).rows_hash()
-    new = {row: label for label, row in after.items() if label not in before}
-    return {label: new[row] for label, row in before.items() if label not in after and row in new}
+def _same_rows(before: Head, after: Head) -> dict[str, str]:
+    """Names in ``before`` that ``after`` does not have, and the name there of the label with the very same row."""
+    old, rows = before.rows_hash(), after.rows_hash()
+    new = {row: label for label, row in rows.items() if label not in old}
+    return {label: new[row] for label, row in old.items() if label not in rows and row in new}
