@@ -29,6 +29,8 @@ __all__ = ["Verdict", "judge", "unremembered"]
 
 FEW = 5
 _GOOD_RECALL = 0.9
+_ABOUT = 0.95
+"""Weights that leave this share of the inputs' number are not worth a word."""
 _MOST_OF_ONE = 0.25
 _FEWEST_LOST = 3
 """A label that loses so many, and more than such a share of its own, is taken over, however many others there are."""
@@ -330,7 +332,7 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
     flips = counted[0]
     if flips.bound is not None and not flips.refitted and 0 < max_flips < flips.bound:
         needed = fewest_inputs(max_flips, flips.thresholds)
-        equal = f", as good as {flips.equal:,} of equal weight," if flips.weighed else ""
+        equal = f", as good as {flips.equal:,} of equal weight," if flips.equal < _ABOUT * flips.size else ""
         if flips.equal < needed:
             short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
         else:
