@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from patcher.cli import main, output
+from patcher.cli.options import CommonOptions
 from patcher.doctor import diagnose
 from patcher.errors import PatcherError, RepositoryError
 from patcher.head_file import read_head, write_head
@@ -58,6 +59,15 @@ def test_nothing_moves_a_terminals_cursor(capsys):
     assert output.table(["x"], [["m\nok    all is fine"]]).splitlines()[2:] == ["m\\nok    all is fine"]
     main(["labels", "--repo", f"/nowhere/{ESCAPE}"])
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_json_with_odd_characters_is_json(capsys):
+    odd = {"a\u00adb\x85\x7f\U000e0067": ["\ud800\x1b\t\n\u202e", "é 日本 \u200d\xa0"]}
+    CommonOptions("", None, "", True, None, 2.0).emit(odd)
+    said = capsys.readouterr().out
+    assert json.loads(said) == odd
+    assert "é 日本 " in said
+    assert said.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(
