@@ -552,6 +552,19 @@ class TestInstallation:
         assert Path(done.stdout.strip()).is_relative_to(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
+    def test_a_cache_that_is_closed_to_us(self, monkeypatch, tmp_path):
+        """As where `sudo patcher serve` made it: asking what is in there is refused."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        is_dir = Path.is_dir
+
+        def closed(path, **options):
+            if path.parent == tmp_path / "cache" / "patcher":
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_dir(path, **options)
+
+        monkeypatch.setattr(Path, "is_dir", closed)
+        assert not installation.find_installation().backends.is_relative_to(tmp_path)
+
     def test_what_was_killed_while_it_was_put_together_is_taken_away(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         code = "import os, shutil; shutil.copy2 = lambda *_: os.kill(os.getpid(), 9)\n"

@@ -187,7 +187,11 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
         there = base.lstat()
         if there.st_uid == os.geteuid() and stat.S_ISDIR(there.st_mode):
             base.chmod(0o700)
-    if not (folder.is_dir() and _is_ours(base, folder) and _hold(folder)):
+    try:
+        ready = folder.is_dir() and _is_ours(base, folder) and _hold(folder)
+    except OSError:  # somebody else's folder, closed to us
+        return _temporary(name, sources, paths)
+    if not ready:
         with contextlib.ExitStack() as stack:
             try:
                 base.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -68,12 +68,12 @@ def _unused(folders: list[Path]) -> Iterator[Path]:
             yield mark.parent
     # Those of patcher before 0.13 have no mark; what runs from one names it in its command line.
     unmarked = [folder for folder in folders if folder.is_dir() and not (folder / MARK).exists()]
-    old = [folder for folder in unmarked if _is_ours(folder) and folder.stat().st_mtime < before]
+    old = [folder for folder in unmarked if _owned(folder) and folder.stat().st_mtime < before]
     running = _command_lines() if old else b""
     yield from (folder for folder in old if os.fsencode(folder.name) not in running)
 
 
-def _is_ours(folder: Path) -> bool:
+def _owned(folder: Path) -> bool:
     return folder.lstat().st_uid == os.geteuid()
 
 
