@@ -117,14 +117,13 @@ def _file(repository: RepositoryFiles, path: str, name: str, program: bytes | No
         return (
             f"{name} is no program of this or an earlier patcher, and a server runs it: `patcher upgrade` replaces it"
         )
-    if _COMPILED.fullmatch(name):
-        return (
-            f"{name} is not patcher's: Python wrote it, or somebody put it there; start the server with "
-            "PYTHONDONTWRITEBYTECODE=1, and delete it"
-        )
     suffixes = set(PurePosixPath(name).suffixes)
     if name.rpartition("/")[2] == _STUB or suffixes & _CODE:
-        return f"{name} is not patcher's, and a server may run it; delete it"
+        said = "is not patcher's, and a server may run it; delete it"
+        if _COMPILED.fullmatch(name):
+            said = "is not patcher's: Python wrote it, or somebody put it there; start the server with "
+            said += "PYTHONDONTWRITEBYTECODE=1, and delete it"
+        return f"{name} {said}"
     if suffixes & _ARCHIVES:
         return f"{name} is an archive, from which a server may take its programs; delete it"
     if name.endswith(f"/{MODEL}") and not name.startswith("1/") and not path.partition("/")[0].endswith("_head"):

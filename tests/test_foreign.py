@@ -25,8 +25,7 @@ INSERTED = {
     "what Python compiled": (
         "intent_encoder/1/__pycache__/model.cpython-310.pyc",
         "",
-        ".pyc is not patcher's: Python wrote it, or somebody put it there; start the server with "
-        "PYTHONDONTWRITEBYTECODE=1, and delete it",
+        "somebody put it there; start the server with PYTHONDONTWRITEBYTECODE=1, and delete it",
     ),
     "what Python compiled of another": ("intent_encoder/1/__pycache__/os.cpython-310.pyc", "", "server may run it"),
     "an environment": ("intent_encoder/env.tar.gz", "", "is an archive"),
