@@ -182,6 +182,8 @@ def test_with_tls_http_keeps_to_loopback(tmp_path, authority):
     everywhere = EmbeddedTriton(tmp_path / "empty", [], host="0.0.0.0", admin_key=KEY, tls=tls)  # noqa: S104
     assert (everywhere.http_host, everywhere.metrics_host) == ("127.0.0.1", "127.0.0.1")
     command = everywhere.command()
+    with pytest.raises(InputError, match=r"HTTP does not support TLS.*leave out --http"):
+        EmbeddedTriton(tmp_path / "empty", [], http=True, tls=tls)
     assert "--grpc-address=0.0.0.0" in command
     assert "--http-address=127.0.0.1" in command
     assert "--metrics-address=127.0.0.1" in command

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,19 @@ from patcher.scratch import abandoned, scratch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MARK", "in_use", "take_away"]
+__all__ = ["MARK", "in_use", "make_private", "take_away"]
 
 MARK = ".patcher-used"
 """Its time says when the folder was last asked for."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Installations that take turns keep their folders: to put one together anew takes a second of each start."""
+
+
+def make_private(folder: Path) -> None:
+    """Close a folder to others, where it is there and is ours."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(folder.lstat().st_mode) and _owned(folder):
+            folder.chmod(0o700)
 
 
 def in_use(folder: Path) -> int | None:
