@@ -9,7 +9,7 @@ import time
 import onnx
 import pytest
 
-from patcher import trial
+from patcher import InputError, TritonServer, trial
 from patcher.cli import main, output
 from patcher.cli.options import CommonOptions
 from patcher.doctor import diagnose
@@ -106,6 +106,12 @@ def test_a_long_message_is_soon_read(many):
     redacted(f"@ {many}")
     redacted(f"{many} @")
     assert time.process_time() - start < 1
+
+
+def test_a_refused_text_is_not_quoted_in_full():
+    with TritonServer("localhost:1") as server, pytest.raises(InputError, match="unpaired surrogate") as refused:
+        server.classify("intent", ["\udc00" + "x" * 10_000])
+    assert len(str(refused.value)) < 250
 
 
 def test_the_scheme_of_an_object_store_may_be_in_capitals(capsys):
