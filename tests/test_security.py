@@ -247,7 +247,7 @@ def test_files_that_cannot_work(tmp_path, authority):
     for make, said in (
         (lambda: ClientTls(tmp_path / "none.pem"), "cannot read --tls-ca .*No such file"),
         (lambda: ClientTls(nonsense), "holds no certificate"),
-        (lambda: ClientTls(authority.ca, pair.certificate), "together"),
+        (lambda: ClientTls(authority.ca, pair.certificate), "need both --tls-cert and --tls-key"),
         (lambda: ServerTls(pair.certificate, tmp_path / "none.key"), "cannot read --tls-key"),
         (lambda: ServerTls(pair.certificate, other.key), "does not belong to"),
         (lambda: ServerTls(nonsense, pair.key), "cannot use"),
