@@ -8,7 +8,7 @@
 #   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
 #   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
 #   SERVE_HTTP         1: HTTP answers more than health checks without the key; who reaches it may then end the server by
-#                      one request, for Triton reads nested JSON without a limit (not beside TLS)
+#                      one request, for Triton reads nested JSON without a limit (refused beside TLS)
 #   ENCODER_RUNS_BACKBONE  1: encoders run a backbone that is for a CPU in their own process, which saves the way to
 #                      the backbone's model and back, and holds the backbone twice
 set -euo pipefail
@@ -68,7 +68,13 @@ restricted_http="inference,metadata,model-config,model-repository,statistics,sha
 (umask 077 && rm -f "${TMPDIR:-/tmp}/http-key" && printf '%s' "$key" >"${TMPDIR:-/tmp}/http-key")
 case "${SERVE_HTTP:-0}" in
   0) ;;
-  1) if [ -z "${TLS_FOLDER:-}" ]; then restricted_http="$restricted"; fi ;;
+  1)
+    if [ -n "${TLS_FOLDER:-}" ]; then
+      echo "SERVE_HTTP is 1 beside TLS_FOLDER, but Triton's HTTP does not support TLS; leave out SERVE_HTTP" >&2
+      exit 2
+    fi
+    restricted_http="$restricted"
+    ;;
   *)
     echo "SERVE_HTTP is $SERVE_HTTP; expected 0 or 1" >&2
     exit 2

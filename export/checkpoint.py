@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from patcher.errors import CheckpointError, ExamplesError
 from patcher.examples import check_label
@@ -43,6 +44,8 @@ HUB = "hf://"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
+_PLAIN = r"[^/\\]+\.safetensors"
+"""A file of weights alone, beside the one that names it."""
 _LONG = 100
 """Tokens of a batch that is worth a word on its length."""
 _HUB_SECONDS = 5.0
@@ -104,7 +107,7 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
         _refuse_unfit(config, name)
         _refuse_kernels(config, name)
         if not allow_pickle:
-            _refuse_pickle(name)
+            _refuse_pickle(name, config, local_files_only=common["local_files_only"])
         model, found = _read(
             name,
             "weights",
@@ -231,8 +234,7 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
     try:
         return reader.from_pretrained(name, **options)
     except _READ_ERRORS as error:
-        # Their messages run over many lines; the first one tells what happened.
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust its source"
         elif "ignore_mismatched_sizes" in str(error):
@@ -242,9 +244,16 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
         raise CheckpointError(f"cannot read the {what} of {name}{where}: {reason}") from error
 
 
-def _refuse_pickle(name: str) -> None:
-    folder = Path(name)
+def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: bool) -> None:
+    named, folder = getattr(config, "transformers_weights", None), Path(name)
+    if named is not None and not (isinstance(named, str) and re.fullmatch(_PLAIN + r"(\.index\.json)?", named)):
+        raise CheckpointError(
+            f"{name} names {named!r:.80} in its config.json as its weights (transformers_weights); expected a file "
+            "beside it that ends in .safetensors, or --allow-pickle if it is a pickle and you trust its source"
+        )
     if not folder.is_dir():
+        if named is None or named.endswith(".json"):
+            _refuse_other_files_on_hub(name, named or "model.safetensors.index.json", local_files_only)
         return
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _refuse_other_files(index)
@@ -258,6 +267,20 @@ def _refuse_pickle(name: str) -> None:
         )
 
 
+def _refuse_other_files_on_hub(name: str, index: str, local_files_only: bool) -> None:
+    try:
+        found = cached_file(name, index, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
+    except _READ_ERRORS as error:
+        raise CheckpointError(f"cannot read {index} of {name}: {_first_line(error)}") from error
+    if found is not None:
+        _refuse_other_files(Path(found))
+
+
+def _first_line(error: Exception) -> str:
+    """What happened: the messages of transformers run over many lines."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _refuse_other_files(index: Path) -> None:
     """An index of weights in several files may name a pickle, which transformers would read, or what is elsewhere."""
     try:
@@ -265,7 +288,7 @@ def _refuse_other_files(index: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"cannot read {index}: {type(error).__name__} {error}") from error
     for name in names:
-        if not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):
+        if not (isinstance(name, str) and re.fullmatch(_PLAIN, name)):
             raise CheckpointError(
                 f"{index} has weights in {name!r:.80}; expected files beside it that end in .safetensors, or "
                 "--allow-pickle if it is a pickle and you trust where it comes from"

@@ -7,6 +7,7 @@ configuration names, any module that takes the place of one that ``model.py`` im
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["foreign", "outdated"]
 
 _PROGRAM = "1/model.py"
+_COMPILED = re.compile(r"1/__pycache__/model\.[^/]*\.pyc")
+"""What a server started by other means writes where it may; `patcher serve` and the container keep Python from it."""
 _STUB = "triton_python_backend_stub"
 _CODE = frozenset([".py", ".pyc", ".pyo", ".pth", ".so", ".dll", ".dylib"])
 _ARCHIVES = frozenset([".tar", ".gz", ".tgz", ".bz2", ".xz", ".zip", ".whl", ".egg"])
@@ -55,10 +58,10 @@ def foreign(repository: RepositoryFiles) -> Iterator[tuple[str, str]]:
     """Each model and what in it is not patcher's, or would have a server run something else than what patcher wrote."""
     roles = _roles(repository)
     files: dict[str, list[str]] = {}
-    for depth in range(1, _DEEPEST):
-        for path in repository.storage.glob("/".join("*" * (depth + 1))):
-            model, _, name = path.partition("/")
-            files.setdefault(model, []).append(name)
+    # In one call, which on an object store is one listing.
+    for path in repository.storage.glob(*("/".join("*" * depth) for depth in range(2, _DEEPEST + 1))):
+        model, _, name = path.partition("/")
+        files.setdefault(model, []).append(name)
     for model, backend in sorted(roles.items()):
         known = _programs(model)
         for name in sorted(files.get(model, [])):
@@ -116,7 +119,11 @@ def _file(repository: RepositoryFiles, path: str, name: str, program: bytes | No
         )
     suffixes = set(PurePosixPath(name).suffixes)
     if name.rpartition("/")[2] == _STUB or suffixes & _CODE:
-        return f"{name} is not patcher's, and a server may run it; delete it"
+        said = "is not patcher's, and a server may run it; delete it"
+        if _COMPILED.fullmatch(name):
+            said = "is not patcher's: Python wrote it, or somebody put it there; start the server with "
+            said += "PYTHONDONTWRITEBYTECODE=1, and delete it"
+        return f"{name} {said}"
     if suffixes & _ARCHIVES:
         return f"{name} is an archive, from which a server may take its programs; delete it"
     if name.endswith(f"/{MODEL}") and not name.startswith("1/") and not path.partition("/")[0].endswith("_head"):

@@ -19,11 +19,13 @@ _SECONDS = 120.0
 # With -I, for the folder here may be the repository, which could bring a numpy.py. Of memory as much as there is; if
 # that is too much, it is this process that the kernel ends.
 _CODE = """
-import json, resource, sys
+import json, os, resource, sys
 from pathlib import Path
 from types import SimpleNamespace
 path, backbone, tokenizer, text, most = json.loads(sys.argv[1])
 sys.path[:] = path
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
 resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 Path("/proc/self/oom_score_adj").write_text("1000")
 from patcher.errors import PatcherError
@@ -31,7 +33,7 @@ from patcher.features import extract_features
 try:
     extract_features(SimpleNamespace(backbone_path=Path(backbone), tokenizer_path=Path(tokenizer)), [text])
 except PatcherError as error:
-    print(json.dumps(str(error)))
+    print(json.dumps(str(error)), file=answer, flush=True)
 """
 
 

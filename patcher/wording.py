@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats"]
 
-_SECRET = re.compile(r"(//)[^\s'\"]*@")
-"""What stands before a host: who a URL logs in as. A key may hold a slash, so all of it up to the last ``@``."""
+_LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
+"""What stands before a host: who a URL logs in as."""
+_PIECE = re.compile(r"[^\s'\"?#]+")
+"""As far as a URL goes before its query. A key may hold a slash, so all of it up to the last ``@`` is the login."""
 
 NAMED = 5
 """This many names tell what is meant; a message with all of a thousand would not be read."""
@@ -45,4 +47,10 @@ def repeats(count: int) -> str:
 
 def redacted(message: str) -> str:
     """A message without the passwords and keys of the URLs in it, for terminals, logs and the audit."""
-    return _SECRET.sub(r"\1…@", message) if "@" in message else message
+    return _PIECE.sub(_without_login, _LOGIN.sub("…@", message)) if "@" in message else message
+
+
+def _without_login(piece: re.Match[str]) -> str:
+    # No pattern does this in linear time, and messages may quote long texts.
+    before, slashes, login = piece[0].partition("://")
+    return f"{before}{slashes}…{login[login.rfind('@') :]}" if before and "@" in login else piece[0]

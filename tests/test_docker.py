@@ -166,7 +166,9 @@ def test_entrypoint_opens_http_only_when_asked_to(container: dict[str, str], tmp
     assert (outcome.returncode, "SERVE_HTTP is yes; expected 0 or 1" in outcome.stderr) == (2, True)
     for name in ("tls.crt", "tls.key"):
         (tmp_path / name).touch()
-    assert opened not in enter({**container, "SERVE_HTTP": "1", "TLS_FOLDER": str(tmp_path)}).stdout.split()
+    outcome = enter({**container, "SERVE_HTTP": "1", "TLS_FOLDER": str(tmp_path)})
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert "HTTP does not support TLS; leave out SERVE_HTTP" in outcome.stderr
 
 
 def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) -> None:

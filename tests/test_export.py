@@ -274,6 +274,36 @@ def test_an_index_names_no_other_files(copy, tmp_path, named):
         run_export(copy, tmp_path / "model_repository")
 
 
+@pytest.mark.parametrize(
+    "index, weights",
+    [
+        ("model.safetensors.index.json", None),
+        ("other.safetensors.index.json", "other.safetensors.index.json"),
+        ("no.json", "adapter_model.bin"),
+        ("sub/w.safetensors.index.json", "sub/w.safetensors.index.json"),
+    ],
+)
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_no_index_of_a_checkpoint_names_a_pickle(copy, tmp_path, monkeypatch, index, weights, on_hub):
+    """A checkpoint as the hub's own library keeps it, so that nobody is asked for it."""
+    hub = tmp_path / "hub" / "models--somebody--model"
+    for target in (copy / index, hub / "snapshots" / "x", hub / "refs" / "x"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    (copy / "model.safetensors").unlink()
+    (copy / "w.bin").write_bytes(b"no pickle at all")
+    (copy / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a.weight": "w.bin"}}))
+    if weights:
+        edit_config(copy, transformers_weights=weights)
+    (hub / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(copy, hub / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: False)
+    with pytest.raises(
+        CheckpointError, match=r"w\.bin.*; expected files beside|transformers_weights\); expected a file"
+    ):
+        run_export("hf://somebody/model" if on_hub else copy, tmp_path / "model_repository")
+
+
 def test_no_attention_comes_from_the_hub(copy, tmp_path):
     edit_config(copy, _attn_implementation="somebody/kernel")
     with pytest.raises(CheckpointError, match=r"attention 'somebody/kernel'.*; expected eager or sdpa"):

@@ -10,6 +10,7 @@ from patcher import foreign
 from patcher.doctor import diagnose
 from patcher.layout import programs
 from patcher.names import BackboneNames
+from patcher.repository import ModelRepository
 
 INSERTED = {
     "a program that was changed": ("intent_encoder/1/model.py", "import os\n", "no program of this or an earlier"),
@@ -21,7 +22,12 @@ INSERTED = {
         "",
         "tokenizers/__init__.py is not",
     ),
-    "what Python compiled": ("intent_encoder/1/__pycache__/model.cpython-310.pyc", "", ".pyc is not"),
+    "what Python compiled": (
+        "intent_encoder/1/__pycache__/model.cpython-310.pyc",
+        "",
+        "somebody put it there; start the server with PYTHONDONTWRITEBYTECODE=1, and delete it",
+    ),
+    "what Python compiled of another": ("intent_encoder/1/__pycache__/os.cpython-310.pyc", "", "server may run it"),
     "an environment": ("intent_encoder/env.tar.gz", "", "is an archive"),
     "a later version of a backbone": ("intent_backbone/2/model.onnx", "", "in place of 1/model.onnx"),
     "a program of a later version": ("intent_encoder/2/model.py", "", "2/model.py is not"),
@@ -84,6 +90,15 @@ def test_an_ensemble_asks_no_foreign_model(model, classifier):
     path = classifier.root / model / "config.pbtxt"
     path.write_text(path.read_text().replace('"intent_encoder"', '"evil_encoder"'))
     assert any("asks the model 'evil_encoder'" in each for each in faults(classifier))
+
+
+def test_the_files_are_listed_once(classifier, monkeypatch):
+    """On an object store each call lists the whole bucket."""
+    repository, calls = ModelRepository(classifier.root), []
+    listed = repository.storage.glob
+    monkeypatch.setattr(repository.storage, "glob", lambda *patterns: calls.append(patterns) or listed(*patterns))
+    assert list(foreign.foreign(repository)) == []
+    assert len([patterns for patterns in calls if any(each.startswith("*/*") for each in patterns)]) == 1
 
 
 def test_programs_of_earlier_versions_are_no_faults(older):

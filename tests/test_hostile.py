@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import onnx
 import pytest
 
+from patcher import InputError, TritonServer, trial
 from patcher.cli import main, output
+from patcher.cli.options import CommonOptions
 from patcher.doctor import diagnose
 from patcher.errors import PatcherError, RepositoryError
 from patcher.head_file import read_head, write_head
+from patcher.wording import redacted
 
 ESCAPE = "\x1b]0;OWNED\x07\x1b[2J"
 LINEAGES = {
@@ -60,6 +64,15 @@ def test_nothing_moves_a_terminals_cursor(capsys):
     assert "\x1b" not in capsys.readouterr().err
 
 
+def test_json_with_odd_characters_is_json(capsys):
+    odd = {"a\u00adb\x85\x7f\U000e0067": ["\ud800\x1b\t\n\u202e", "é 日本 \u200d\xa0"]}
+    CommonOptions("", None, "", json=True, key_file=None, watch=2.0).emit(odd)
+    said = capsys.readouterr().out
+    assert json.loads(said) == odd
+    assert "é 日本 " in said
+    assert said.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     "url", ["https://user:TOKEN@hub.example/a", "s3://http://KEY:TO/KEN@h:1/b", "http://user:TOKEN@127.0.0.1:9/x"]
 )
@@ -72,6 +85,33 @@ def test_no_message_holds_a_password(url, capsys, monkeypatch, tmp_path):
     for text in (str(PatcherError(url)), said.out, said.err, audit.read_text()):
         assert "TOKEN" not in text
         assert "KEN@" not in text
+
+
+@pytest.mark.parametrize(
+    "text", ["https://a.b/c?x=foo@bar", "https://a.b/c#foo@bar", "/data//x/me@host/f", "://a@b", "x://y me@host"]
+)
+def test_what_is_no_password_is_left(text):
+    assert redacted(f"see {text}.") == f"see {text}."
+
+
+def test_a_password_is_left_out_however_long_it_is():
+    for login in ("me:p#w?d", "me:" + "k/" * 5000, "http://u:p@"):
+        assert redacted(f"is http://{login}@h/b, not s3://b") == "is http://…@h/b, not s3://b"
+    assert redacted("a://b@c,d://e@f g://h") == "a://…@f g://h"
+
+
+@pytest.mark.parametrize("many", ["/" * 50_000, "a://" * 50_000, "a://b?" * 20_000])
+def test_a_long_message_is_soon_read(many):
+    start = time.process_time()
+    redacted(f"@ {many}")
+    redacted(f"{many} @")
+    assert time.process_time() - start < 1
+
+
+def test_a_refused_text_is_not_quoted_in_full():
+    with TritonServer("localhost:1") as server, pytest.raises(InputError, match="unpaired surrogate") as refused:
+        server.classify("intent", ["\udc00" + "x" * 10_000])
+    assert len(str(refused.value)) < 250
 
 
 def test_the_scheme_of_an_object_store_may_be_in_capitals(capsys):
@@ -91,6 +131,13 @@ def test_doctor_is_not_ended_by_what_it_tries(classifier, monkeypatch):
     assert "pads to 2,147,483,648 tokens" in findings(classifier)["intent_encoder"]
     path.write_text(there)
     assert findings(classifier) == {}
+    said = "from patcher.features import extract_features\n"
+    monkeypatch.setattr("patcher.trial._CODE", trial._CODE.replace(said, f"{said}print('a library')\n"))
+    assert findings(classifier) == {}
+    path.write_text("{}")
+    assert "tokenizer" in findings(classifier)["intent_encoder"]
+    path.write_text(there)
+    monkeypatch.undo()
     monkeypatch.setattr("patcher.trial._SECONDS", 0.01)
     assert "gave no features of a short text in 0.01 s" in findings(classifier)["intent_encoder"]
     monkeypatch.undo()

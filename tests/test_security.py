@@ -182,6 +182,8 @@ def test_with_tls_http_keeps_to_loopback(tmp_path, authority):
     everywhere = EmbeddedTriton(tmp_path / "empty", [], host="0.0.0.0", admin_key=KEY, tls=tls)  # noqa: S104
     assert (everywhere.http_host, everywhere.metrics_host) == ("127.0.0.1", "127.0.0.1")
     command = everywhere.command()
+    with pytest.raises(InputError, match=r"HTTP does not support TLS.*leave out --http"):
+        EmbeddedTriton(tmp_path / "empty", [], http=True, tls=tls)
     assert "--grpc-address=0.0.0.0" in command
     assert "--http-address=127.0.0.1" in command
     assert "--metrics-address=127.0.0.1" in command
@@ -245,7 +247,7 @@ def test_files_that_cannot_work(tmp_path, authority):
     for make, said in (
         (lambda: ClientTls(tmp_path / "none.pem"), "cannot read --tls-ca .*No such file"),
         (lambda: ClientTls(nonsense), "holds no certificate"),
-        (lambda: ClientTls(authority.ca, pair.certificate), "need both"),
+        (lambda: ClientTls(authority.ca, pair.certificate), "need both --tls-cert and --tls-key"),
         (lambda: ServerTls(pair.certificate, tmp_path / "none.key"), "cannot read --tls-key"),
         (lambda: ServerTls(pair.certificate, other.key), "does not belong to"),
         (lambda: ServerTls(nonsense, pair.key), "cannot use"),

@@ -246,6 +246,22 @@ class TestServer:
         with EmbeddedTriton(tmp_path / "empty", [], log_file=log):
             assert log.is_symlink()
 
+    def test_logs_of_an_earlier_patcher_are_closed_to_others(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        (tmp_path / "empty").mkdir()
+        folder = tmp_path / "state" / "patcher"
+        folder.mkdir(parents=True)
+        folder.chmod(0o755)
+        (port,) = process.free_ports(["127.0.0.1"], [0])
+        log = folder / f"triton-{port}.log"
+        log.write_text("what clients sent")
+        log.chmod(0o644)
+        with EmbeddedTriton(tmp_path / "empty", [], grpc_port=port) as server:
+            assert server.log_file == log
+        before = folder / f"{log.name}.1"
+        assert before.read_text() == "what clients sent"
+        assert [path.stat().st_mode & 0o777 for path in (folder, before, log)] == [0o700, 0o600, 0o600]
+
     def test_names_a_log_that_cannot_be_written(self, classifier):
         with pytest.raises(InputError, match="log"):
             EmbeddedTriton(classifier.root, MODELS, log_file=Path("/proc/nowhere/log")).start()
@@ -551,6 +567,19 @@ class TestInstallation:
         assert done.returncode == 0, done.stderr
         assert Path(done.stdout.strip()).is_relative_to(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_a_cache_that_is_closed_to_us(self, monkeypatch, tmp_path):
+        """As where `sudo patcher serve` made it: asking what is in there is refused."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        is_dir = Path.is_dir
+
+        def closed(path, **options):
+            if path.parent == tmp_path / "cache" / "patcher":
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_dir(path, **options)
+
+        monkeypatch.setattr(Path, "is_dir", closed)
+        assert not installation.find_installation().backends.is_relative_to(tmp_path)
 
     def test_what_was_killed_while_it_was_put_together_is_taken_away(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

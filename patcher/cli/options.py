@@ -135,7 +135,9 @@ class CommonOptions:
     def emit(self, document: Any) -> None:
         """The one JSON document of ``--json``."""
         if self.json:
-            tell(json.dumps(document, ensure_ascii=False, indent=2))
+            text = json.dumps(document, ensure_ascii=False, indent=2)
+            # What would not be printed as it is, is written out as JSON does that.
+            tell("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
     def progress(self, what: str, total: int | None = None) -> Callable[[int], None]:
         """A counter on stderr that overwrites itself, silent where stderr is no terminal."""

@@ -391,7 +391,7 @@ def _encoded(text: str, place: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"a text contains an unpaired surrogate at position {error.start} ({error.reason}): {text!r}"
+            f"a text contains an unpaired surrogate at position {error.start} ({error.reason}): {text!r:.80}"
         ) from None
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from patcher.errors import InputError, ToolError
 from patcher.scratch import scratch
-from patcher.triton.prepared import in_use, take_away
+from patcher.triton.prepared import in_use, make_private, take_away
 from patcher.wording import install_hint
 
 __all__ = ["Installation", "find_installation", "find_libpython"]
@@ -183,11 +183,12 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
     folder = base / name
-    with contextlib.suppress(OSError):
-        there = base.lstat()
-        if there.st_uid == os.geteuid() and stat.S_ISDIR(there.st_mode):
-            base.chmod(0o700)
-    if not (folder.is_dir() and _is_ours(base, folder) and _hold(folder)):
+    make_private(base)
+    try:
+        ready = folder.is_dir() and _is_ours(base, folder) and _hold(folder)
+    except OSError:  # somebody else's folder, closed to us
+        return _temporary(name, sources, paths)
+    if not ready:
         with contextlib.ExitStack() as stack:
             try:
                 base.mkdir(mode=0o700, parents=True, exist_ok=True)

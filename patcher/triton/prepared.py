@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,19 @@ from patcher.scratch import abandoned, scratch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MARK", "in_use", "take_away"]
+__all__ = ["MARK", "in_use", "make_private", "take_away"]
 
 MARK = ".patcher-used"
 """Its time says when the folder was last asked for."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Installations that take turns keep their folders: to put one together anew takes a second of each start."""
+
+
+def make_private(folder: Path) -> None:
+    """Close a folder to others, where it is there and is ours."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(folder.lstat().st_mode) and _owned(folder):
+            folder.chmod(0o700)
 
 
 def in_use(folder: Path) -> int | None:
@@ -68,12 +76,12 @@ def _unused(folders: list[Path]) -> Iterator[Path]:
             yield mark.parent
     # Those of patcher before 0.13 have no mark; what runs from one names it in its command line.
     unmarked = [folder for folder in folders if folder.is_dir() and not (folder / MARK).exists()]
-    old = [folder for folder in unmarked if _is_ours(folder) and folder.stat().st_mtime < before]
+    old = [folder for folder in unmarked if _owned(folder) and folder.stat().st_mtime < before]
     running = _command_lines() if old else b""
     yield from (folder for folder in old if os.fsencode(folder.name) not in running)
 
 
-def _is_ours(folder: Path) -> bool:
+def _owned(folder: Path) -> bool:
     return folder.lstat().st_uid == os.geteuid()
 
 

@@ -24,6 +24,7 @@ from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
+from patcher.triton.prepared import make_private
 from patcher.triton.process import (
     accepts,
     address,
@@ -91,7 +92,7 @@ class EmbeddedTriton:
     models, which runs code as this one.
 
     On a ``host`` that others can reach, HTTP answers health checks alone, for one request of nested JSON ends the
-    server (Triton reads it without a limit); ``http`` has it answer all else there, too.
+    server (Triton reads it without a limit); ``http`` has it answer all else there, too (not beside TLS).
 
     ``tls`` encrypts gRPC, and with a client authority lets in only clients that it vouches for. Triton's HTTP and
     metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
@@ -103,7 +104,8 @@ class EmbeddedTriton:
     ``onnxruntime_backend`` is a folder with Triton's C++ backend, to be used instead of the Python-based one (see
     :func:`~patcher.triton.installation.find_installation`).
 
-    Raises InputError for a ``host`` that others can reach without an ``admin_key``, or a key no header can carry.
+    Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key no header can carry, and
+    ``http`` beside ``tls``.
     """
 
     def __init__(
@@ -142,6 +144,11 @@ class EmbeddedTriton:
             raise InputError(
                 f"{host} can be reached by others, who could load models and so run code; "
                 "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
+            )
+        if http and tls:
+            raise InputError(
+                "Triton's HTTP does not support TLS, beside which it only answers health checks on loopback; "
+                "leave out --http (http=True), or TLS"
             )
         self.tls = tls
         self.http_host = loopback(self.host) if tls else self.host
@@ -404,7 +411,9 @@ class EmbeddedTriton:
             if self.log_file.is_file() and not self.log_file.is_symlink():
                 # The log of a server that died is what explains it, and a supervisor starts the next one at once. One
                 # that still writes there writes on into its own.
-                self.log_file.replace(f"{self.log_file}.1")
+                before = self.log_file.replace(f"{self.log_file}.1")
+                with contextlib.suppress(OSError):  # it is somebody else's
+                    before.chmod(0o600)  # that of an earlier patcher could be read by all
             log = os.fdopen(_private(self.log_file), "wb")
         except OSError as error:
             raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
@@ -442,4 +451,6 @@ def _free(prefix: str) -> None:
 
 
 def _state_folder() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "patcher"
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "patcher"
+    make_private(folder)  # that of an earlier patcher was open to all
+    return folder
