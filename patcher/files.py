@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
-from patcher.errors import InputError, PatcherError, RepositoryError
+from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError
 from patcher.journal import Journal
 from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
-from patcher.storage import Storage, is_url, open_storage
+from patcher.signals import uninterrupted
+from patcher.storage import Replacement, Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     import os
@@ -229,8 +230,7 @@ class RepositoryFiles:
                 for change in changes:
                     change.make()
             except BaseException:
-                for change in reversed(changes):
-                    change.undo()
+                _undo(changes)
                 raise
 
     def refuse_existing(self, name: str) -> None:
@@ -271,6 +271,22 @@ class RepositoryFiles:
         if self.format < FORMAT:  # older patchers do not know what an encoder is
             self.storage.replace(FORMAT_FILE, format_file())
             self.format = FORMAT
+
+
+def _undo(changes: Sequence[Replacement]) -> None:
+    """Take all of them back, the last one first; StorageError says of each why it could not be."""
+    failed: list[StorageError] = []
+    with uninterrupted():
+        for change in reversed(changes):
+            try:
+                change.undo()
+            except StorageError as error:
+                failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        kind = LockLost if all(isinstance(error, LockLost) for error in failed) else StorageError
+        raise kind(". ".join(map(str, failed)))
 
 
 def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:

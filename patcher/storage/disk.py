@@ -20,6 +20,7 @@ from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from filelock import BaseFileLock
 
@@ -315,14 +316,14 @@ class _Replacement:
         self.newest = replace(self.path, self.data, self.before.parent, newer_than=self.newest)
 
     def undo(self) -> None:
-        # What could not be made is there still, often as the very file that the way back would rename.
-        if not self.tried or (self.path.exists() and self.before.samefile(self.path)):
-            return
-        with contextlib.suppress(PermissionError):  # somebody else's file: to rename it is allowed, to date it is not
-            _date(self.before, self.newest)
-        with uninterrupted(), _way_back(self.path):
+        with uninterrupted(), _way_back() as tried, tried(self.path):
+            # What could not be made is there still, often as the very file that the way back would rename.
+            if not self.tried or (self.path.exists() and self.before.samefile(self.path)):
+                return
+            with contextlib.suppress(OSError):  # somebody else's file, say: to rename it is allowed, to date it is not
+                _date(self.before, self.newest)
             self.before.replace(self.path)
-        flush_folder(self.path.parent, tolerant=True)
+            flush_folder(self.path.parent, tolerant=True)
 
 
 def _move(path: Path, to: Path, moved: list[tuple[Path, Path]]) -> None:
@@ -332,25 +333,35 @@ def _move(path: Path, to: Path, moved: list[tuple[Path, Path]]) -> None:
 
 
 def _move_back(moved: Sequence[tuple[Path, Path]]) -> None:
-    """Undo renames, the last one first; StorageError where that fails, too."""
-    with uninterrupted():
+    """Undo renames, the last one first, as far as that can be done; StorageError names what could not be put back."""
+    with uninterrupted(), _way_back() as tried:
         for before, now in reversed(moved):
-            if now.exists() and not before.exists():
-                with _way_back(before):
+            with tried(before):
+                if now.exists() and not before.exists():
                     now.rename(before)
         for folder in {path.parent for move in moved for path in move}:
             flush_folder(folder, tolerant=True)
 
 
 @contextlib.contextmanager
-def _way_back(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+def _way_back() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
+    """Let each step of a way back be tried whatever becomes of the others; StorageError then names all that failed."""
+    failed: dict[Path, OSError] = {}
+
+    @contextlib.contextmanager
+    def tried(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            failed[path] = error
+
+    yield tried
+    if failed:
+        reasons = ", ".join(dict.fromkeys(str(error.strerror or error) for error in failed.values()))
         raise StorageError(
-            f"writing failed, and {path} could not be put back as it was, either: {error.strerror or error}; "
+            f"writing failed, and {', '.join(map(str, failed))} could not be put back as before, either: {reasons}; "
             "`patcher doctor` says what is there now"
-        ) from error
+        ) from next(iter(failed.values()))
 
 
 def _parent(name: str) -> str:
@@ -457,11 +468,10 @@ def flush_tree(folder: Path) -> None:
 
 def flush_folder(folder: Path, *, tolerant: bool = False) -> None:
     """Have the names in a folder on disk when this returns; ``tolerant`` puts up with a disk that will not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # on the way back nothing may fail any more
-        if not tolerant:
-            raise
-    finally:
-        os.close(descriptor)
+    # On the way back nothing may fail any more.
+    with contextlib.suppress(OSError) if tolerant else contextlib.nullcontext():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
