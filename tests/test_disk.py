@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patcher.errors import StorageError
-from patcher.storage import disk
+from patcher.storage import disk, moves
 from patcher.storage.disk import Disk
 
 FULL = OSError(28, "No space left on device")
@@ -35,7 +35,7 @@ def failing(monkeypatch, name, at, error=FULL, where=disk):
 FOLDERS = {f"b_{role}": {"config.pbtxt": b"new"} for role in ("tokenizer", "backbone", "features")}
 
 
-@pytest.mark.parametrize("name, at", [("flush_tree", 3), ("flush_folder", 4), ("_share", 2), ("_move", 3)])
+@pytest.mark.parametrize("name, at", [("flush_tree", 3), ("flush_folder", 1), ("_share", 2), ("move", 3)])
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
 def test_folders_are_added_all_or_none(storage, monkeypatch, tree, name, at, error):
     storage.add({"b_backbone": {"config.pbtxt": b"what a killed export left"}})
@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_flushed_is_as_it_was(storage, monkeypatch, before
     storage.add({"model": {"1/model.py": b"program"}})
     if before is not None:
         storage.replace("model/config.pbtxt", before)
-    failing(monkeypatch, "flush_folder", 1)
+    failing(monkeypatch, "flush_folder", 1, where=moves)
     with pytest.raises(StorageError, match="nothing was changed"):
         storage.replace("model/config.pbtxt", b"new")
     assert storage.find("model/config.pbtxt") == before
@@ -138,7 +138,7 @@ def test_a_way_back_goes_on_after_a_step_that_fails_and_names_all_that_did(class
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    failing(monkeypatch, "flush_folder", 3)
+    failing(monkeypatch, "flush_folder", 3, where=moves)
     with pytest.raises(StorageError, match="could not be put back as before, either: Read-only") as caught:
         classifier.repository.write_configs(dict.fromkeys(models, "# new\n"))
     said = str(caught.value)
@@ -167,8 +167,8 @@ def test_folders_go_back_after_one_that_does_not(storage, monkeypatch):
 @pytest.mark.parametrize("number", [5, 30])
 def test_a_date_that_cannot_be_set_keeps_nothing_from_going_back(storage, monkeypatch, number):
     storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
-    failing(monkeypatch, "_date", 2, OSError(number, os.strerror(number)))
-    failing(monkeypatch, "flush_folder", 1)
+    failing(monkeypatch, "_date", 2, OSError(number, os.strerror(number)), moves)
+    failing(monkeypatch, "flush_folder", 1, where=moves)
     with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
         storage.replace("model/config.pbtxt", b"new")
     assert storage.read("model/config.pbtxt") == b"old"
@@ -176,7 +176,7 @@ def test_a_date_that_cannot_be_set_keeps_nothing_from_going_back(storage, monkey
 
 def test_a_folder_that_cannot_be_looked_at_on_the_way_back_is_told(storage, monkeypatch):
     storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
-    failing(monkeypatch, "flush_folder", 1)
+    failing(monkeypatch, "flush_folder", 1, where=moves)
 
     def stale(*_):
         raise OSError(116, "Stale file handle")

@@ -439,7 +439,7 @@ def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path,
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(disk, "_move_back", lambda _: None)  # who is killed takes no way back, nor this away:
+    monkeypatch.setattr(disk, "move_back", lambda _: None)  # who is killed takes no way back, nor this away:
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         drop_classifier(repository, "half")
