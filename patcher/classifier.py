@@ -139,10 +139,10 @@ class Classifier(Backbone):
         number = self.serving() if version is None else version
         name = f"{self.version_name(number)}/{layout.MEMORY}"
         data = self.storage.find(name)
+        if published:  # one that is gone, too: what follows would go on without it, and nobody be told
+            self.require_published(number, {layout.MEMORY: data})
         if data is None:
             return None
-        if published:
-            self.require_published(number, {layout.MEMORY: data})
         try:
             return read_memory(data)
         except RepositoryError as error:
@@ -199,9 +199,12 @@ class Classifier(Backbone):
         for name in sorted(files):
             now, then = found.get(name, "gone"), recorded.get(name, "none")
             if now != then and not (name not in found and name not in recorded):
+                what = f"{name} of version {version} of {self.name}"
                 raise RepositoryError(
-                    f"{name} of version {version} of {self.name} was changed after it was published: its SHA-256 is "
-                    f"{now[:12]}, the journal says {then[:12]}; {_CURES.get(name, _CURE)}"
+                    f"{what} was changed after it was published: its SHA-256 is {now[:12]}, the journal says "
+                    f"{then[:12]}; {_CURES.get(name, _CURE)}"
+                    if name in found
+                    else f"{what} was published and is gone; {_CURES.get(name, _CURE)}"
                 )
 
     def note(self, event: str, **values: Any) -> None:

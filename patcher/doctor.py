@@ -15,7 +15,7 @@ from patcher.foreign import foreign, outdated
 from patcher.names import CANARY, MODEL
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
-from patcher.rollout import probe, probe_text, validate
+from patcher.rollout import answering_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
 from patcher.wording import install_hint, plural
 
@@ -298,16 +298,27 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
         for name in names:
             yield _served(repository, name, server)
-            if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
-                found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
-                yield Check(f"{name}{CANARY}, served", "fault", found)
-            if repository.stored_on(name) is not None and server.is_ready(f"{name}_head"):
-                found = (
-                    f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
-                )
-                yield Check(f"{name}, served", "fault", found)
+            yield from _left(repository, name, names, server)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
+
+
+def _left(repository: ModelRepository, name: str, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
+    """What a server still runs of a trial that has ended, or of a dropped classifier whose name is another's by now."""
+    if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
+        found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
+        yield Check(f"{name}{CANARY}, served", "fault", found)
+    try:
+        stored = repository.stored_on(name) is not None
+        others = [] if stored or name.endswith(CANARY) else answering_stores(repository, name, server)
+    except RepositoryError:  # of files, which were looked at before
+        return
+    if stored and server.is_ready(f"{name}_head"):
+        found = f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
+        yield Check(f"{name}, served", "fault", found)
+    for backbone in others:
+        found = f"{server.url} answers {backbone.any_model}/{name}, too, which was dropped; `patcher sync` ends that"
+        yield Check(f"{name}, served", "fault", found)
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:

@@ -6,16 +6,17 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from patcher.arguments import require
-from patcher.backbone import Backbone
 from patcher.canary import require_free
-from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable
+from patcher.errors import InputError, ServerError, ServerUnreachable, as_sentence
 from patcher.fleet import Fleet, present
 from patcher.names import CANARY, check_name
 from patcher.repository import ModelRepository
-from patcher.rollout import let_go, require_live
+from patcher.rollout import forget, let_go, require_live
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from patcher.classifier import Classifier
     from patcher.files import RepositoryFiles
 
@@ -74,11 +75,15 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
 
 
 def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
-    """Of one of the same name that was dropped without a server hearing of it, where it was served the other way."""
+    """End one of the same name that was dropped without a server hearing of it, where it was served the other way.
+
+    ServerError where a server would not let go of it.
+    """
+    name = classifier.name
     if classifier.in_store:
-        _unload(classifier.name, server)
+        _each(server, lambda replica: let_go(name, replica))
     else:
-        _forget(classifier.repository, classifier.name, server)
+        _each(server, lambda replica: forget(classifier.repository, name, replica))
 
 
 def _unload(name: str, server: TritonServer | None) -> bool:
@@ -88,20 +93,23 @@ def _unload(name: str, server: TritonServer | None) -> bool:
 
 
 def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> None:
-    """Have the head stores look for files that are gone; what is wrong with one is said when all were asked."""
-    failed = []
-    for backbone in (Backbone(repository, each) for each in repository.stores()):
-        for replica in present(server):
-            try:
-                if replica.is_ready(backbone.store_model):
-                    replica.refresh(backbone.store_model, name, backbone.width())
-            except ServerRefused as error:
-                if "no classifier" not in str(error):  # the answer that is wanted
-                    failed.append(f"{replica.url}: {error}")
-            except ServerError as error:
-                failed.append(f"{replica.url}: {error}")
-    if failed:
+    """Have the head stores look for files that are gone."""
+    try:
+        _each(server, lambda replica: forget(repository, name, replica))
+    except ServerError as error:
         raise ServerError(
-            f"{name} is deleted, but may still be answered for by {'; '.join(failed)}. "
-            f"run `patcher drop-classifier {name}` again to retry"
-        )
+            f"{name} is deleted, but may still be answered for by {as_sentence(error)} "
+            f"Run `patcher drop-classifier {name}` again to retry"
+        ) from error
+
+
+def _each(server: TritonServer | None, do: Callable[[TritonServer], object]) -> None:
+    """Do something on every replica; what is wrong with one is said when all were asked."""
+    failed = []
+    for replica in present(server):
+        try:
+            do(replica)
+        except ServerError as error:
+            failed.append(f"{replica.url}: {error}")
+    if failed:
+        raise ServerError("; ".join(failed))

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
-from patcher.errors import InputError, PatcherError, RepositoryError
+from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError
 from patcher.journal import Journal
 from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
-from patcher.storage import Storage, is_url, open_storage
+from patcher.signals import uninterrupted
+from patcher.storage import Replacement, Storage, is_url, open_storage
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["FORMAT", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
@@ -229,8 +230,7 @@ class RepositoryFiles:
                 for change in changes:
                     change.make()
             except BaseException:
-                for change in reversed(changes):
-                    change.undo()
+                _undo(changes)
                 raise
 
     def refuse_existing(self, name: str) -> None:
@@ -273,18 +273,42 @@ class RepositoryFiles:
             self.format = FORMAT
 
 
+def _undo(changes: Sequence[Replacement]) -> None:
+    """Take all of them back, the last one first; StorageError says of each why it could not be."""
+    failed: list[StorageError] = []
+    with uninterrupted():
+        for change in reversed(changes):
+            try:
+                change.undo()
+            except StorageError as error:
+                failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        kind = LockLost if all(isinstance(error, LockLost) for error in failed) else StorageError
+        raise kind(". ".join(map(str, failed)))
+
+
 def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """Which repository a place lies in, and which of its classifiers it may be one of; None where it lies in none."""
-    if is_url(location):
-        parent, _, name = str(location).rstrip("/").rpartition("/")
-    else:
-        path = Path(location) if Path(location).name else Path(location).resolve()
-        parent, name = str(path.parent), path.name
-    with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
-        storage = open_storage(parent)
-        if storage.find(FORMAT_FILE) is not None:
-            return parent, name if holds(storage, name) else ""
+    """Which repository a place lies in, however deep, and which of its classifiers it may be one of; None for none."""
+    for parent, name in _parents(location):
+        with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
+            storage = open_storage(parent)
+            if storage.find(FORMAT_FILE) is not None:
+                return parent, name if holds(storage, name) else ""
     return None
+
+
+def _parents(location: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """What a place lies in, from the inside out, each with the name of what leads there."""
+    if not is_url(location):
+        path = Path(os.path.abspath(location))  # noqa: PTH100  of `..` the parent would be `.`; links stay as given
+        yield from ((str(each.parent), each.name) for each in (path, *path.parents[:-1]))
+        return
+    parent, _, name = str(location).rstrip("/").rpartition("/")
+    while is_url(parent):
+        yield parent, name
+        parent, _, name = parent.rpartition("/")
 
 
 def _around(location: Path | str) -> str:

@@ -168,6 +168,9 @@ def new_classifier(
         when too few of the held-out texts are answered right; nothing was published.
     NotServed
         when the server would not serve it; the classifier is taken out of the repository again.
+    ServerError
+        when no server answers, with nothing changed; and when a dropped classifier of that name cannot be ended that
+        is served the other way: then the new one serves, and ``report`` says that it is published.
     """
     require(ModelRepository, repository=repository)
     require(TritonServer, None, server=server)
@@ -324,8 +327,9 @@ def _publish(
         return
     try:
         publish_new(base, report.classifier, head, memory, server, in_store=settings.in_store)
-    except NotServed as error:
-        raise NotServed(str(error), {**report.to_json(), **error.report}) from error
+    except (NotServed, ServerError) as error:
+        error.report = {**report.to_json(), **error.report}
+        raise
     report.published, report.served = True, server is not None
 
 
@@ -334,7 +338,8 @@ def publish_new(
 ) -> Classifier:
     """Version 1 of the classifier ``name`` into the repository and onto the server, or neither.
 
-    Raises NotServed where the server would not serve it; then it is taken out of the repository again.
+    Raises NotServed where the server would not serve it; then it is taken out of the repository again. ServerError
+    where it serves, and one of its name that was dropped does so, too.
     """
     repository = base.repository
     require_live(server)
@@ -347,7 +352,6 @@ def publish_new(
         undo.callback(take_out, classifier, server)
         try:
             each(present(server), lambda replica: serve(classifier, head, replica))
-            forget_other(classifier, server)
         except PatcherError as error:
             undo.close()
             raise NotServed(
@@ -356,6 +360,14 @@ def publish_new(
                 {"published": False, "served": False},
             ) from error
         undo.pop_all()
+        try:
+            forget_other(classifier, server)
+        except ServerError as error:  # no fault of the new one, which serves
+            raise ServerError(
+                f"version 1 of {name} serves, but an earlier {name} may still be answered for, too, by "
+                f"{as_sentence(error)} `patcher sync --classifier {name}` ends that",
+                {"published": True, "served": True},
+            ) from error
     return classifier
 
 

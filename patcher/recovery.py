@@ -18,7 +18,7 @@ from patcher.errors import (
 )
 from patcher.fleet import each, members, present
 from patcher.names import CANARY
-from patcher.rollout import let_go, on_trial, probe, require_answer, require_live, serve
+from patcher.rollout import forget, let_go, on_trial, probe, require_answer, require_live, serve
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
 
     The lock must be held. A replica that serves the right version already is asked, and otherwise left alone. The same
     goes for a version on trial; one whose trial has ended is let go of, and so is a model that a stored classifier has
-    no more.
+    no more, and a head store that answers for one that is not in it any more.
     """
     trial = on_trial(classifier)
     found = dict.fromkeys((member.url for member in members(server)), "away")
@@ -168,9 +168,12 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
         try:
             require_answer(replica)
             states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
-            # Of a trial that has ended, and of a classifier with a model of its own that was here before a stored one.
+            # Of a trial that has ended, and of a classifier of that name that was here before, served the other way.
             ended = ([] if trial else [classifier.name + CANARY]) + ([classifier.name] if classifier.in_store else [])
-            if sum(let_go(name, replica) for name in ended):
+            held = [let_go(name, replica) for name in ended]
+            if not classifier.in_store:
+                held.append(forget(classifier.repository, classifier.name, replica))
+            if any(held):
                 states.add("caught up")
             found[replica.url] = "caught up" if "caught up" in states else "agreed"
         except PatcherError as error:

@@ -129,9 +129,9 @@ def _limits(classifier: Classifier) -> dict[str, int]:
 
 
 def _readable(classifier: Classifier) -> Memory | None:
-    """The memory there is; None also for one that cannot be read, and is built anew for that."""
+    """The memory as it was published; None also for one that is damaged or gone, and is built anew for that."""
     try:
-        return classifier.memory()
+        return classifier.memory(published=True)
     except RepositoryError:
         return None
 

@@ -15,7 +15,8 @@ from patcher.feature_map import FeatureMap, feature_map
 from patcher.features import extract_features
 from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
-from patcher.storage.disk import replace, storage_errors
+from patcher.storage.disk import storage_errors
+from patcher.storage.moves import replace
 from patcher.wording import install_hint, percent
 
 if TYPE_CHECKING:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from patcher.backbone import Backbone
 from patcher.classifier import Classifier
 from patcher.errors import (
     LockLost,
@@ -30,12 +32,15 @@ from patcher.signals import uninterrupted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from patcher.files import RepositoryFiles
     from patcher.head import Head
     from patcher.memory import Memory
     from patcher.triton.client import TritonServer
 
 __all__ = [
     "Switch",
+    "answering_stores",
+    "forget",
     "let_go",
     "on_trial",
     "probe",
@@ -197,6 +202,40 @@ def let_go(name: str, replica: TritonServer) -> bool:
         replica.unload(name)
         replica.unload(f"{name}_head")
     return held
+
+
+def answering_stores(repository: RepositoryFiles, name: str, replica: TritonServer) -> list[Backbone]:
+    """The backbones whose head stores answer for ``name`` on ``replica``.
+
+    One that is not ready, or whose process died, answers for nobody, and reads the files anew when it is back.
+    """
+    return [each for each in map(partial(Backbone, repository), repository.stores()) if _answers(each, name, replica)]
+
+
+def _answers(backbone: Backbone, name: str, replica: TritonServer) -> bool:
+    if not replica.is_ready(backbone.store_model):
+        return False
+    try:
+        replica.head_logits(f"{backbone.store_model}/{name}", np.zeros((1, backbone.width()), np.float32))
+    except ServerUnreachable:
+        raise
+    except ServerError:
+        return False
+    return True
+
+
+def forget(repository: RepositoryFiles, name: str, replica: TritonServer) -> bool:
+    """Have the head stores of ``replica`` forget a classifier that is in none any more; whether one answered for it."""
+    answering, failed = answering_stores(repository, name, replica), []
+    for backbone in answering:
+        try:
+            replica.refresh(backbone.store_model, name, backbone.width())
+        except ServerError as error:
+            if "no classifier" not in str(error):  # the answer that is wanted
+                failed.append(str(error))
+    if failed:
+        raise ServerError("; ".join(failed))
+    return bool(answering)
 
 
 def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:

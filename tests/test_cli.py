@@ -102,13 +102,27 @@ def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, cla
     assert classifier.versions() == (1, 2)
 
 
-def test_without_a_memory_it_works_and_says_that_nothing_bounds_the_flips(patcher, classifier, examples):
-    (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
-    code, out, err = patcher("add-label", "--examples", examples, "--no-load")
+def test_without_a_memory_it_works_and_says_that_nothing_bounds_the_flips(patcher, tmp_path, examples):
+    classifier = tiny.make_repository(tmp_path / "without", tmp_path / "scratch_of_it", memory=False)
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--repo", classifier.root)
     assert code == 0, err
     assert "no bound" in out
-    code, out, _ = patcher("history", "--json")
+    code, out, _ = patcher("history", "--json", "--repo", classifier.root)
     assert json.loads(out)[1]["details"]["flips_upper_bound"] is None
+
+
+def test_a_memory_that_is_gone_is_told_and_not_done_without(patcher, classifier, examples, tree):
+    (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
+    before = tree(classifier.root)
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load")
+    assert (code, out) == (2, "")
+    assert "memory.safetensors of version 1 of intent was published and is gone" in err
+    assert "build it anew by `patcher remember --data FILE`" in err
+    assert tree(classifier.root) == before
+    assert classifier.memory() is None
+    data = tiny.write_csv(classifier.root.parent / "train.csv", tiny.train_set())
+    assert patcher("remember", "--data", data, "--no-load")[0] == 0
+    assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
 
 
 def test_a_dry_run_changes_nothing(patcher, classifier, examples, tree):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patcher.errors import StorageError
-from patcher.storage import disk
+from patcher.storage import disk, moves
 from patcher.storage.disk import Disk
 
 FULL = OSError(28, "No space left on device")
@@ -35,7 +35,7 @@ def failing(monkeypatch, name, at, error=FULL, where=disk):
 FOLDERS = {f"b_{role}": {"config.pbtxt": b"new"} for role in ("tokenizer", "backbone", "features")}
 
 
-@pytest.mark.parametrize("name, at", [("flush_tree", 3), ("flush_folder", 4), ("_share", 2), ("_move", 3)])
+@pytest.mark.parametrize("name, at", [("flush_tree", 3), ("flush_folder", 1), ("_share", 2), ("move", 3)])
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
 def test_folders_are_added_all_or_none(storage, monkeypatch, tree, name, at, error):
     storage.add({"b_backbone": {"config.pbtxt": b"what a killed export left"}})
@@ -68,7 +68,7 @@ def test_a_way_back_that_fails_is_told(storage, monkeypatch):
     def refuse():
         raise PermissionError(13, "Permission denied")
 
-    with pytest.raises(StorageError, match="could not be put back as it was, either: Permission denied") as caught:
+    with pytest.raises(StorageError, match="could not be put back as before, either: Permission denied") as caught:
         storage.add(FOLDERS)
     assert "nothing was changed" not in str(caught.value)
 
@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_flushed_is_as_it_was(storage, monkeypatch, before
     storage.add({"model": {"1/model.py": b"program"}})
     if before is not None:
         storage.replace("model/config.pbtxt", before)
-    failing(monkeypatch, "flush_folder", 1)
+    failing(monkeypatch, "flush_folder", 1, where=moves)
     with pytest.raises(StorageError, match="nothing was changed"):
         storage.replace("model/config.pbtxt", b"new")
     assert storage.find("model/config.pbtxt") == before
@@ -123,3 +123,65 @@ def test_configurations_are_replaced_all_or_none_on_a_full_disk(classifier, monk
     with pytest.raises(StorageError, match="nothing was changed"):
         classifier.repository.write_configs(texts)
     assert tree(classifier.root) == before
+
+
+def test_a_way_back_goes_on_after_a_step_that_fails_and_names_all_that_did(classifier, monkeypatch):
+    """The disk takes three new configurations and no more, and two of them cannot be renamed back."""
+    models = (classifier.encoder_model, classifier.backbone_model, classifier.head_model)
+    paths = [classifier.root / model / "config.pbtxt" for model in models]
+    before = [path.read_text() for path in paths]
+    real, stuck = Path.replace, (paths[0], paths[2])
+
+    def replace(self, target):
+        if self.name == "before" and target in stuck:
+            raise OSError(30, "Read-only file system")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    failing(monkeypatch, "flush_folder", 3, where=moves)
+    with pytest.raises(StorageError, match="could not be put back as before, either: Read-only") as caught:
+        classifier.repository.write_configs(dict.fromkeys(models, "# new\n"))
+    said = str(caught.value)
+    assert [str(path) in said for path in paths] == [True, False, True]
+    assert "nothing was changed" not in said
+    assert [path.read_text() for path in paths] == ["# new\n", before[1], "# new\n"]
+
+
+def test_folders_go_back_after_one_that_does_not(storage, monkeypatch):
+    storage.add(FOLDERS)
+    real, calls = Path.rename, []
+
+    def rename(self, target):
+        calls.append(target.name)
+        if len(calls) == 3 or target.name == "b_backbone":
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(StorageError, match=f"{storage.root}/b_backbone could not be put back") as caught:
+        storage.take_away(list(FOLDERS))
+    assert "nothing was taken away" not in str(caught.value)
+    assert [name for name in FOLDERS if storage.has(f"{name}/config.pbtxt")] == ["b_tokenizer", "b_features"]
+
+
+@pytest.mark.parametrize("number", [5, 30])
+def test_a_date_that_cannot_be_set_keeps_nothing_from_going_back(storage, monkeypatch, number):
+    storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
+    failing(monkeypatch, "_date", 2, OSError(number, os.strerror(number)), moves)
+    failing(monkeypatch, "flush_folder", 1, where=moves)
+    with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
+        storage.replace("model/config.pbtxt", b"new")
+    assert storage.read("model/config.pbtxt") == b"old"
+
+
+def test_a_folder_that_cannot_be_looked_at_on_the_way_back_is_told(storage, monkeypatch):
+    storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
+    failing(monkeypatch, "flush_folder", 1, where=moves)
+
+    def stale(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "samefile", stale)
+    with pytest.raises(StorageError, match="could not be put back as before, either: Stale file handle") as caught:
+        storage.replace("model/config.pbtxt", b"new")
+    assert "nothing was changed" not in str(caught.value)

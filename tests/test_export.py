@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -43,6 +44,7 @@ from patcher.errors import (  # noqa: E402
     StorageError,
 )
 from patcher.examples import Examples, read_examples  # noqa: E402
+from patcher.files import enclosing  # noqa: E402
 from patcher.fit.scope import FINE_TUNED  # noqa: E402
 from patcher.remembering import remember  # noqa: E402
 from patcher.runtime import Encoder, open_session, run_head  # noqa: E402
@@ -230,10 +232,42 @@ def test_a_repository_inside_of_a_repository_is_refused(bert, tmp_path, tree):
     root = tmp_path / "model_repository"
     run_export(bert, root)
     before = tree(root)
-    for inside, name in (("intent", "other"), ("new", "other"), ("intent", "intent")):
+    for inside, name in (("intent", "other"), ("new", "other"), ("intent", "intent"), ("a/b", "other")):
         with pytest.raises(InputError, match=rf"{root}/{inside} lies in a repository; expected --repo {root}$"):
             run_export("./not/there", root / inside, name=name)
     assert tree(root) == before
+
+
+def test_what_a_repository_lies_in_is_not_inside_of_it(bert, tmp_path, monkeypatch):
+    root = tmp_path / "all" / "model_repository"
+    run_export(bert, root)
+    monkeypatch.chdir(root)
+    for location, found in (
+        ("..", None),
+        ("../..", None),
+        ("../beside", None),
+        (".", None),
+        ("intent", (str(root), "intent")),
+        ("intent/1/..", (str(root), "intent")),
+        ("a/b", (str(root), "")),
+    ):
+        assert enclosing(location) == found
+    run_export(bert, Path(".."))
+    assert (root.parent / "intent" / "config.pbtxt").is_file()
+
+
+def test_a_place_in_a_bucket_lies_in_all_that_is_above_it():
+    asked = []
+
+    def found(parent):
+        asked.append(parent)
+        return SimpleNamespace(find=lambda _: b"{}" if parent == "s3://bucket/models" else None, has=lambda _: False)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("patcher.files.open_storage", found)
+        assert enclosing("s3://bucket/models/a/b/") == ("s3://bucket/models", "")
+        assert enclosing("s3://bucket/other") is None
+    assert asked == ["s3://bucket/models/a", "s3://bucket/models", "s3://bucket"]
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):

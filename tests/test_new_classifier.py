@@ -288,7 +288,7 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             raise ServerUnreachable("no server answers")
 
         monkeypatch.setattr(TritonServer, "refresh", away)
-        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .* again to retry"):
+        with pytest.raises(ServerError, match=r"is deleted, but may still be answered for .*\. Run .* again to retry"):
             drop_classifier(repository, "unheard", server)
         monkeypatch.undo()
         assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1
@@ -313,15 +313,70 @@ def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_
                 server.classify(places[first], ["hello"])
             drop_classifier(repository, name, server)
 
-        new_classifier(repository, name, examples(), server=server)
+        told = {own: "from a model that the repository no longer has; ", stored: f"intent_any/{name}, too, which was "}
+        for first, then in ((own, stored), (stored, own)):
+            new_classifier(repository, name, examples(), server=server, settings=first)
+            drop_classifier(repository, name)
+            classifier = repository.classifier(new_classifier(repository, name, examples(), settings=then).classifier)
+            assert server.classify(places[first], ["hello"])
+            found = [
+                each.finding for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"
+            ]
+            assert any(told[first] in each and "`patcher sync` ends that" in each for each in found)
+            assert sync(classifier, server) == {server.url: "caught up"}
+            with pytest.raises(ServerRefused):
+                server.classify(places[first], ["hello"])
+            assert server.classify(places[then], ["hello"])
+            assert sync(classifier, server) == {server.url: "agreed"}
+            assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkeypatch):
+    repository, name = ModelRepository(triton.repository), "stays"
+    real, stuck = TritonServer.refresh, ServerRefused("intent_heads: Stub process 'intent_heads_0_0' is not healthy.")
+
+    def refuse(*_):
+        raise stuck
+
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, name, examples(), server=server, settings=FoundingSettings(in_store=True))
         drop_classifier(repository, name)
-        classifier = repository.classifier(new_classifier(repository, name, examples(), settings=stored).classifier)
-        found = [each.finding for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"]
-        assert any("from a model that the repository no longer has; `patcher sync` ends that" in each for each in found)
-        assert sync(classifier, server) == {server.url: "caught up"}
-        assert not server.is_ready(name)
-        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        monkeypatch.setattr(TritonServer, "refresh", refuse)
+        with pytest.raises(ServerError, match="version 1 of stays serves, but an earlier stays may still be") as caught:
+            new_classifier(repository, name, examples(tiny.OLD), server=server)
+        assert f"`patcher sync --classifier {name}` ends that" in str(caught.value)
+        assert (caught.value.report["published"], caught.value.report["served"]) == (True, True)
+        assert caught.value.report["accuracy"] > 0.5
+        assert server.classify(name, ["hello"])[0].labels[0] in tiny.OLD
+        monkeypatch.setattr(TritonServer, "refresh", real)
+        assert sync(repository.classifier(name), server) == {server.url: "caught up"}
         drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_a_head_store_that_fails_stops_no_classifier_beside_it(triton, monkeypatch):
+    """It answers for nobody, and so not for an earlier one of the same name."""
+    repository, name = ModelRepository(triton.repository), "beside"
+
+    def dead(*_):
+        raise ServerError("Failed to process the request(s) for model 'intent_heads_0_0', stub died unexpectedly")
+
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "other", examples(), server=server, settings=FoundingSettings(in_store=True))
+        monkeypatch.setattr(TritonServer, "refresh", dead)
+        real = TritonServer.head_logits
+
+        def logits(self, head, features):
+            return dead() if head.startswith("intent_heads/") else real(self, head, features)
+
+        monkeypatch.setattr(TritonServer, "head_logits", logits)
+        assert new_classifier(repository, name, examples(), server=server).served
+        assert sync(repository.classifier(name), server) == {server.url: "agreed"}
+        assert drop_classifier(repository, name, server) == (1,)
+        monkeypatch.undo()
+        drop_classifier(repository, "other", server)
 
 
 @pytest.mark.server
@@ -384,7 +439,7 @@ def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path,
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(disk, "_move_back", lambda _: None)  # who is killed takes no way back, nor this away:
+    monkeypatch.setattr(disk, "move_back", lambda _: None)  # who is killed takes no way back, nor this away:
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         drop_classifier(repository, "half")

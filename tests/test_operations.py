@@ -935,7 +935,16 @@ class TestDamage:
         rollback(classifier)
         assert rollback(classifier, 2).version == 2
         remember(classifier, Examples(tuple(TEN), ("payday",) * 10))
+        assert classifier.memory().labels == ("payday",)  # and nothing of the others, which nobody vouches for
         assert remove_label(classifier, "music").version == 4
+
+    def test_of_a_damaged_memory_no_label_is_taken_over_and_that_is_told(self, damaged, tmp_path, capsys):
+        classifier = damaged(2, "memory.safetensors")
+        train = tiny.train_set()
+        data = tiny.write_csv(tmp_path / "train.csv", train)  # of all labels but that of the patch
+        assert main(["remember", "--data", str(data), "--no-load", "--repo", str(classifier.root)]) == 0
+        assert set(classifier.memory().labels) == set(train)
+        assert "warning: the memory has nothing on 1 of 7 labels (payday)" in capsys.readouterr().err
 
 
 def test_all_labels_cannot_be_merged(classifier, tree):

@@ -9,21 +9,20 @@ import contextlib
 import os
 import secrets
 import shutil
-import stat
 import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from patcher.errors import Busy, RepositoryError, StorageError
-from patcher.signals import uninterrupted
+from patcher.storage.moves import Replacement, flush_folder, flush_tree, move, move_back, replace, set_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from filelock import BaseFileLock
 
-__all__ = ["Disk", "flush_folder", "flush_tree", "read_bytes", "replace", "storage_errors"]
+__all__ = ["Disk", "read_bytes", "storage_errors"]
 
 _LOCK_FILE = ".patcher.lock"
 _WORKING = ".patcher-working"
@@ -31,7 +30,6 @@ _WORKING = ".patcher-working"
 _STAGING = ".patcher-staging-"
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
-_LATER_NS = 1_000_000
 _FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
 """What a new folder takes over from the one around it, and what a file in it does: nobody else may ever write."""
 
@@ -136,7 +134,7 @@ class Disk:
                 raise
 
     @contextlib.contextmanager
-    def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
+    def replacing(self, name: str, data: bytes) -> Iterator[Replacement]:
         """The same with a way back, which is a rename of what was there, so that it works on a full disk, too."""
         path = self.root / name
         with self._staging(_parent(name)) as staging:
@@ -145,7 +143,7 @@ class Disk:
                 before.hardlink_to(path)
             except OSError:  # a file system without hard links
                 shutil.copy2(path, before)
-            yield _Replacement(path, data, before, self._newest(name))
+            yield Replacement(path, data, before, self._newest(name))
 
     def _newest(self, name: str) -> int:
         """The latest time of anything in the model that a file belongs to; 0 for a file of no model.
@@ -174,13 +172,13 @@ class Disk:
                 for name in folders:
                     target, made = self.root / name, staging / PurePosixPath(name).name
                     if target.exists():
-                        _move(target, staging / f"leftover-{target.name}", moved)
+                        move(target, staging / f"leftover-{target.name}", moved)
                     _share(made, target.parent.stat().st_mode)
                     flush_tree(made)
-                    _move(made, target, moved)
+                    move(made, target, moved)
                 flush_folder(self.root / parent)
             except BaseException:
-                _move_back(moved)
+                move_back(moved)
                 raise
 
     def take_away(self, folders: list[str]) -> None:
@@ -190,9 +188,9 @@ class Disk:
             try:
                 for path in (self.root / name for name in folders):
                     if path.exists():
-                        _move(path, path.with_name(f"{_STAGING}{secrets.token_hex(4)}"), moved)
+                        move(path, path.with_name(f"{_STAGING}{secrets.token_hex(4)}"), moved)
             except BaseException:
-                _move_back(moved)
+                move_back(moved)
                 raise
         for _, aside in moved:
             _delete(aside)
@@ -305,54 +303,6 @@ class Disk:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-class _Replacement:
-    def __init__(self, path: Path, data: bytes, before: Path, newest: int) -> None:
-        self.path, self.data, self.before, self.newest = path, data, before, newest
-        self.tried = False
-
-    def make(self) -> None:
-        self.tried = True
-        self.newest = replace(self.path, self.data, self.before.parent, newer_than=self.newest)
-
-    def undo(self) -> None:
-        # What could not be made is there still, often as the very file that the way back would rename.
-        if not self.tried or (self.path.exists() and self.before.samefile(self.path)):
-            return
-        with contextlib.suppress(PermissionError):  # somebody else's file: to rename it is allowed, to date it is not
-            _date(self.before, self.newest)
-        with uninterrupted(), _way_back(self.path):
-            self.before.replace(self.path)
-        flush_folder(self.path.parent, tolerant=True)
-
-
-def _move(path: Path, to: Path, moved: list[tuple[Path, Path]]) -> None:
-    """Rename, noted for the way back."""
-    moved.append((path, to))  # first: one that is interrupted may have been done
-    path.rename(to)
-
-
-def _move_back(moved: Sequence[tuple[Path, Path]]) -> None:
-    """Undo renames, the last one first; StorageError where that fails, too."""
-    with uninterrupted():
-        for before, now in reversed(moved):
-            if now.exists() and not before.exists():
-                with _way_back(before):
-                    now.rename(before)
-        for folder in {path.parent for move in moved for path in move}:
-            flush_folder(folder, tolerant=True)
-
-
-@contextlib.contextmanager
-def _way_back(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"writing failed, and {path} could not be put back as it was, either: {error.strerror or error}; "
-            "`patcher doctor` says what is there now"
-        ) from error
-
-
 def _parent(name: str) -> str:
     return PurePosixPath(name).parent.as_posix()
 
@@ -382,7 +332,7 @@ def _share(folder: Path, mode: int) -> None:
     The umask of whoever runs patcher may be narrower, and a server is often another user.
     """
     for path in (folder, *folder.rglob("*")):
-        _set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else _FILE_BITS))
+        set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else _FILE_BITS))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -403,65 +353,3 @@ def storage_errors(root: Path, state: str = "nothing was changed") -> Iterator[N
         yield
     except OSError as error:
         raise StorageError(f"cannot write to {root}: {error.strerror or error}; {state}") from error
-
-
-def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0) -> int:
-    """Give a file new content by one rename, flushed; written in ``staging``, a folder on the same file system.
-
-    It keeps its mode, so that whoever could read it still can. Returns its time, which is after ``newer_than``.
-    """
-    temporary = (staging or path.parent) / f".{path.name}.new"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            _set_mode(temporary, path.stat().st_mode)
-        time_ns = _date(temporary, newer_than)
-    except OSError:  # half a file on a full disk helps nobody
-        temporary.unlink(missing_ok=True)
-        raise
-    new = not path.exists()
-    temporary.replace(path)
-    try:
-        flush_folder(path.parent)
-    except OSError:
-        if new:
-            path.unlink(missing_ok=True)
-        raise
-    return time_ns
-
-
-def _date(path: Path, newer_than: int) -> int:
-    """Date a file after ``newer_than`` (in nanoseconds), unless it is; returns its time."""
-    if path.stat().st_mtime_ns <= newer_than:
-        os.utime(path, ns=(newer_than + _LATER_NS,) * 2)
-    return path.stat().st_mtime_ns
-
-
-def _set_mode(path: Path, mode: int) -> None:
-    """Give a file or folder a mode, unless it has it: some file systems have one for all, and let nobody set it."""
-    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
-        path.chmod(stat.S_IMODE(mode))
-
-
-def flush_tree(folder: Path) -> None:
-    """Have a folder and all below it on disk when this returns."""
-    for directory, _, files in os.walk(folder):
-        for name in files:
-            with (Path(directory) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        flush_folder(Path(directory))
-
-
-def flush_folder(folder: Path, *, tolerant: bool = False) -> None:
-    """Have the names in a folder on disk when this returns; ``tolerant`` puts up with a disk that will not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # on the way back nothing may fail any more
-        if not tolerant:
-            raise
-    finally:
-        os.close(descriptor)
