@@ -197,15 +197,14 @@ class Classifier(Backbone):
             return
         found = hashes({name: data for name, data in files.items() if data is not None})
         for name in sorted(files):
-            now, then = found.get(name, "gone"), recorded.get(name, "none")
-            if now != then and not (name not in found and name not in recorded):
-                what = f"{name} of version {version} of {self.name}"
-                raise RepositoryError(
-                    f"{what} was changed after it was published: its SHA-256 is {now[:12]}, the journal says "
-                    f"{then[:12]}; {_CURES.get(name, _CURE)}"
-                    if name in found
-                    else f"{what} was published and is gone; {_CURES.get(name, _CURE)}"
-                )
+            now, then = found.get(name), recorded.get(name)
+            if now == then:
+                continue
+            said = "was published and is gone"
+            if now is not None:
+                said = f"was changed after it was published: its SHA-256 is {now[:12]}, the journal says "
+                said += "none" if then is None else then[:12]
+            raise RepositoryError(f"{name} of version {version} of {self.name} {said}; {_CURES.get(name, _CURE)}")
 
     def note(self, event: str, **values: Any) -> None:
         """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
