@@ -29,7 +29,7 @@ from patcher.errors import ServerError, ServerRefused
 from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
-from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, like_lengths, read_text
+from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, graphed, like_lengths, read_text
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SOURCE = Path(tokenizer_model.__file__)
@@ -177,6 +177,39 @@ def test_of_a_long_text_only_the_beginning_is_tokenized(kind):
     [found] = tokenizer_model.tokenize(tokenizer_of(kind), ["where is my card, please " * 40_000])
     assert len(found) == 16
     assert len(found.overflowing) < 20
+
+
+def test_a_batch_takes_the_next_larger_shape_that_has_a_cuda_graph():
+    setting = "1,4,16 x 16,8"
+    assert graphed(1, 8, setting) == (1, 8)
+    assert graphed(3, 9, setting) == (4, 16)
+    assert graphed(16, 1, setting) == (16, 8)
+    assert graphed(17, 8, setting) == (17, 8)
+    assert graphed(3, 17, setting) == (3, 17)
+    assert graphed(3, 5, "") == (3, 5)
+
+
+@pytest.mark.server
+def test_texts_padded_to_a_shape_have_the_same_features(tiny_original, tmp_path):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    texts = ["please", "how much money do I have on it today", "hello there", "what"] + ["a"] * 5
+    found = []
+    for setting in ("", "8,16 x 32"):
+        if setting:
+            path = root / "intent_encoder" / "config.pbtxt"
+            path.write_text(
+                path.read_text() + f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}\n'
+            )
+        models = ["intent_features", "intent_backbone"]
+        log = tmp_path / "log"
+        with (
+            EmbeddedTriton(root, models, log_file=log, encoder_runs_backbone=False) as running,
+            running.client() as client,
+        ):
+            found.append(client.features("intent_features", texts))
+            (counted,) = client.statistics("intent_backbone")
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert counted.inferences == 16  # of 9 texts
 
 
 def test_like_lengths_share_one_and_come_out_in_order():
@@ -441,7 +474,7 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
         ("count: 1", "count: 1", False, 1, True),
         ("count: 1", "count: 1", True, 1, False),  # Triton may have it on the GPU
         ("count: 1", "count: 1 kind: KIND_CPU", True, 1, True),
-        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),
+        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),  # it is not there
         ("count: 1", "count: 1", False, 2, False),  # two encoders would be two sessions
         ("count: 1", "count: 2", False, 2, True),
     ],

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from onnx import helper
+from onnx import TensorProto, helper
 from triton_models import FLOAT, linear, lookup, only_python_based, onnx_bytes, tensor, write_model
 from tritonclient.utils import InferenceServerException
 
 from patcher import TritonServer
 from patcher.errors import ServerRefused
+from patcher.triton.backends.onnxruntime import graphs
 from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 
@@ -26,6 +27,22 @@ pytestmark = pytest.mark.server
 FEATURES, LOGITS = tensor("input", "features", "FP32", 3), tensor("output", "logits", "FP32", 2)
 BATCH = "max_batch_size: 8 "
 GOOD = BATCH + FEATURES + LOGITS
+
+
+def tokens_to_features():
+    """Two token tensors [batch, length] to the sums of their products and of the first, [batch, 2]."""
+    free = ["batch", "length"]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=FLOAT),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=FLOAT),
+        helper.make_node("Mul", ["ids", "mask"], ["product"]),
+        helper.make_node("Constant", [], ["axis"], value_ints=[1]),
+        helper.make_node("ReduceSum", ["product", "axis"], ["first"], keepdims=1),
+        helper.make_node("ReduceSum", ["ids", "axis"], ["second"], keepdims=1),
+        helper.make_node("Concat", ["first", "second"], ["features"], axis=1),
+    ]
+    given = [(name, TensorProto.INT64, free) for name in ("input_ids", "attention_mask")]
+    return onnx_bytes(nodes, given, [("features", FLOAT, ["batch", 2])])
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +259,60 @@ def test_a_gpu_that_is_not_there_is_no_cpu(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == ""
     if "CUDAExecutionProvider" in backend.ort.get_available_providers():
         assert os.environ.pop("ORT_ENABLE_CUDNN_FLASH_ATTENTION") == "0"
+
+
+# --- CUDA graphs: what is done without a GPU --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    return backend.open_session({}, tmp_path / "model.onnx", "CPU", 0)
+
+
+def test_a_recorded_shape_answers_as_any_other_run(session):
+    """The tensors that a recording keeps, on the CPU: a graph on a GPU reads and writes the same ones."""
+    graphed = graphs.GraphedSession(session, graphs.parse_shapes("1,2 x 3,4"), device="cpu").record()
+    rng = np.random.default_rng(0)
+    for shape in ((2, 3), (1, 4), (2, 3), (5, 3), (2, 5), (1, 4)):
+        feed = {name: rng.integers(0, 9, shape) for name in ("input_ids", "attention_mask")}
+        (found,) = graphed.run(["features"], feed)
+        np.testing.assert_array_equal(found, session.run(["features"], feed)[0])
+
+
+def test_inputs_of_several_shapes_and_chosen_outputs_are_left_to_the_session(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(two_outputs())
+    session = backend.open_session({}, tmp_path / "model.onnx", "CPU", 0)
+    graphed = graphs.GraphedSession(session, frozenset([(1, 2)]), device="cpu")
+    (found,) = graphed.run(["logits"], {"features": np.ones((1, 2), np.float32)})
+    assert found.shape == (1, 2)
+
+
+@pytest.mark.parametrize("setting", ["8", "1,2 x", "1 x 2 x 3", "0 x 8", "one x 8"])
+def test_shapes_that_are_none(setting, tmp_path):
+    config = {"name": "m", "parameters": {"cuda_graphs": {"string_value": setting}}}
+    with pytest.raises(backend.LoadError, match=f"cuda_graphs is '{setting}'; expected batches x lengths"):
+        backend.open_runner(config, tmp_path / "model.onnx", "GPU", 0)
+
+
+def test_what_cannot_be_recorded_runs_without(tmp_path, monkeypatch, capfd):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    opened = backend.open_session
+
+    def on_cpu(config, path, kind, device, *, graphs=False):
+        if graphs:
+            raise backend.LoadError("all nodes have not been partitioned")
+        return opened(config, path, "CPU", device)
+
+    monkeypatch.setattr(backend, "open_session", on_cpu)
+    tokens = [{"name": name, "data_type": "TYPE_INT64", "dims": ["-1"]} for name in ("input_ids", "attention_mask")]
+    features = {"name": "features", "data_type": "TYPE_FP32", "dims": ["2"]}
+    config = {"name": "m", "max_batch_size": 8, "input": tokens, "output": [features]}
+    config["parameters"] = {"cuda_graphs": {"string_value": "1 x 3"}}
+    run = backend.open_runner(config, tmp_path / "model.onnx", "GPU", 0)
+    assert "warning: m runs without CUDA graphs: all nodes have not been partitioned" in capfd.readouterr().err
+    feed = {name: np.ones((1, 3), np.int64) for name in ("input_ids", "attention_mask")}
+    assert run(["features"], feed)[0].shape == (1, 2)
 
 
 ACCEPTED = {
