@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from patcher import layout
 from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
-from patcher.names import BackboneNames
+from patcher.names import CONFIG, BackboneNames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,8 +65,12 @@ class Backbone(BackboneNames):
         return tuple(tensor.name for tensor in self.repository.config(self.backbone_model).input)
 
     def width(self) -> int:
-        """Number of features that it gives."""
-        return int(self.repository.config(self.backbone_model).output[0].dims[0])
+        """Number of features that it gives; RepositoryError where its configuration does not tell."""
+        dims = [dim for output in self.repository.config(self.backbone_model).output for dim in output.dims]
+        if len(dims) != 1:
+            path = f"{self.repository.location}/{self.backbone_model}/{CONFIG}"
+            raise RepositoryError(f"{path} has outputs of dims {dims}; expected one, the number of features")
+        return int(dims[0])
 
     def add_encoder(self, config: str) -> None:
         """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""

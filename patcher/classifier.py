@@ -104,6 +104,7 @@ class Classifier(Backbone):
         number = self.serving() if version is None else version
         head = self._read(number, read_head, published=published)
         self._check(number, head.lineage)
+        self._require_width(f"version {number} of {self.name}", head.width, _CURE)
         return head
 
     def lineage(self, version: int) -> Lineage:
@@ -127,6 +128,13 @@ class Classifier(Backbone):
         if lineage.version != version:
             raise RepositoryError(f"{self._file(version)} says it is version {lineage.version}; expected {version}")
 
+    def _require_width(self, what: str, got: int, cure: str) -> None:
+        """RepositoryError for what is no use with features of this backbone: somebody copied it here from another."""
+        if got != (expected := self.width()):
+            raise RepositoryError(
+                f"{what} is for {got:,} features; expected {expected:,}, as the backbone {self.backbone} gives; {cure}"
+            )
+
     def _file(self, version: int) -> str:
         return f"{self.repository.location}/{self.head_model}/{version}/{MODEL}"
 
@@ -144,11 +152,13 @@ class Classifier(Backbone):
         if data is None:
             return None
         try:
-            return read_memory(data)
+            memory = read_memory(data)
         except RepositoryError as error:
             raise RepositoryError(
                 f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` rebuilds it"
             ) from error
+        self._require_width(f"the memory of version {number} of {self.name}", memory.width, _CURES[layout.MEMORY])
+        return memory
 
     def next_version(self) -> int:
         """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""

@@ -239,8 +239,6 @@ def _version(
             _untouched(classifier, version, published[version])
         head = classifier.head(version)
         classifier.memory(version)
-        if head.width != classifier.width():
-            raise RepositoryError(f"it is for {head.width:,} features, and the backbone gives {classifier.width():,}")
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
