@@ -312,16 +312,23 @@ def _advice(
 
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
-    """Which labels of a head nothing is remembered of, in words; empty where there are none, or no memory at all."""
-    return _uncounted([label for label in labels if memory is not None and label not in memory.labels], len(labels))
+    """Which labels of a head no flips can be counted of, in words; empty where there are none, or no memory at all.
+
+    Nothing is said of a memory that was to keep statistics alone.
+    """
+    if memory is None:
+        return ""
+    counted = {memory.labels[place] for place in np.unique(memory.sample_labels).tolist()} or set(memory.labels)
+    return _uncounted([label for label in labels if label not in counted], len(labels))
 
 
 def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
     return (
-        f"the memory has nothing on {len(missing)} of {labels} labels ({listing(missing)}), so flips of their texts "
-        "are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with `--eval FILE`"
+        f"the memory has no texts' features of {len(missing)} of {labels} labels ({listing(missing)}), so flips of "
+        "them are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with "
+        "`--eval FILE`"
     )
 
 

@@ -944,7 +944,7 @@ class TestDamage:
         data = tiny.write_csv(tmp_path / "train.csv", train)  # of all labels but that of the patch
         assert main(["remember", "--data", str(data), "--no-load", "--repo", str(classifier.root)]) == 0
         assert set(classifier.memory().labels) == set(train)
-        assert "warning: the memory has nothing on 1 of 7 labels (payday)" in capsys.readouterr().err
+        assert "warning: the memory has no texts' features of 1 of 7 labels (payday)" in capsys.readouterr().err
 
 
 def test_all_labels_cannot_be_merged(classifier, tree):
