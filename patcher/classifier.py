@@ -267,8 +267,15 @@ class Classifier(Backbone):
         """Take old versions away for good, the serving one never; the lock must be held."""
         if self.serving() in versions:
             raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
+        # First the entry: killed in between, it says what is to go, and the next change finishes it. Versions that were
+        # gone before their entry would be missed, as are those that somebody lost.
         self.journal.append("pruned", versions=list(versions))
         self._take_away(versions)
+
+    def half_gone(self) -> list[int]:
+        """Versions that are there still although the journal says that they were taken away: somebody was killed."""
+        gone = self.journal.pruned() | self.journal.withdrawn()
+        return sorted(gone & set(self.versions()) - {self.serving()})
 
     def _take_away(self, versions: Sequence[int]) -> None:
         self.storage.take_away([f"{self.head_model}/{version}" for version in versions])

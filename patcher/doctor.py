@@ -17,7 +17,7 @@ from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import answering_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
-from patcher.wording import install_hint, plural
+from patcher.wording import install_hint, plural, versions_are
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +113,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
-                    yield Check(what, "note", f"{_these(gone)} written off")
+                    yield Check(what, "note", f"{versions_are(gone)} written off")
                 classifier.adopt()
                 for url, state in (catch_up(classifier, server) if server else {}).items():
                     yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
@@ -193,29 +193,31 @@ def _journal(classifier: Classifier) -> Check:
     what = f"{classifier.name}, journal"
     try:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
-        pending, published = classifier.journal.pending(), classifier.journal.published()
-        if pending and classifier.storage.busy():
-            return Check(what, "note", f"in progress: {pending}; another patcher is running")
-        pending = classifier.journal.pending()  # who was at work may have ended it
+        unfinished, published = _unfinished(classifier), classifier.journal.published()
+        if unfinished and classifier.storage.busy():
+            return Check(what, "note", f"in progress: {unfinished}; another patcher is running")
+        unfinished = unfinished and _unfinished(classifier)  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
-    if pending:
+    if unfinished:
         done = "`patcher doctor --repair`, or the next verb that changes anything, finishes or undoes it"
-        return Check(what, "fault", f"interrupted: {pending}; {done}")
+        return Check(what, "fault", f"interrupted: {unfinished}; {done}")
     if gone := _gone(classifier):
         done = "restore what is missing, or write it off with `patcher doctor --repair`"
-        return Check(what, "fault", f"{_these(gone)} missing, and not pruned; {done}")
+        return Check(what, "fault", f"{versions_are(gone)} missing, and not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
         done = "perhaps made by an older patcher; the next change adds what is missing"
-        return Check(what, "note", f"{_these(unknown)} not in it, {done}")
+        return Check(what, "note", f"{versions_are(unknown)} not in it, {done}")
     return Check(what, "ok", "nothing was interrupted; every file is as published")
 
 
-def _these(versions: Sequence[int]) -> str:
-    """``version 2 is``, ``versions 2, 3 are``."""
-    numbers = ", ".join(map(str, versions))
-    return f"version {numbers} is" if len(versions) == 1 else f"versions {numbers} are"
+def _unfinished(classifier: Classifier) -> str:
+    """The change that was begun and has not ended, in words; empty where there is none."""
+    if pending := classifier.journal.pending():
+        return str(pending)
+    half_gone = classifier.half_gone()
+    return f"{versions_are(half_gone)} still there after a pruning" if half_gone else ""
 
 
 def _gone(classifier: Classifier) -> list[int]:
