@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.foreign import foreign, outdated
-from patcher.names import CANARY, MODEL
+from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
-from patcher.rollout import answering_stores, probe, probe_text, validate
+from patcher.rollout import held_in_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
 from patcher.wording import install_hint, plural, versions_are
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from patcher.backbone import Backbone
     from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
 
@@ -296,27 +297,34 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
     """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
+        own = [name for name in names if not repository.storage.has(f"{name}_head/{STORE}")]
+        held = held_in_stores(repository, own, server)
         for name in names:
             yield _served(repository, name, server)
-            yield from _left(repository, name, names, server)
+            yield from _left(repository, name, names, server, held)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
 
 
-def _left(repository: ModelRepository, name: str, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
+def _left(
+    repository: ModelRepository,
+    name: str,
+    names: Sequence[str],
+    server: TritonServer,
+    held: Mapping[Backbone, Collection[str]],
+) -> Iterator[Check]:
     """What a server still runs of a trial that has ended, or of a dropped classifier whose name is another's by now."""
     if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
         found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
         yield Check(f"{name}{CANARY}, served", "fault", found)
     try:
         stored = repository.stored_on(name) is not None
-        others = [] if stored or name.endswith(CANARY) else answering_stores(repository, name, server)
     except RepositoryError:  # of files, which were looked at before
         return
     if stored and server.is_ready(f"{name}_head"):
         found = f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
         yield Check(f"{name}, served", "fault", found)
-    for backbone in others:
+    for backbone in [each for each, there in held.items() if name in there and not stored]:
         found = f"{server.url} answers {backbone.any_model}/{name}, too, which was dropped; `patcher sync` ends that"
         yield Check(f"{name}, served", "fault", found)
 

@@ -34,6 +34,7 @@ from patcher.errors import ExamplesError, InputError, LabelError, ServerError, S
 from patcher.fit.holding_out import hold_out
 from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
+from patcher.rollout import held_in_stores
 from patcher.storage import disk
 from patcher.triton.server import EmbeddedTriton
 
@@ -333,6 +334,49 @@ def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_
 
 
 @pytest.mark.server
+def test_a_store_is_asked_nothing_that_it_refuses(triton, monkeypatch):
+    """Refusals look like failures to whoever watches the server's metrics."""
+    repository = ModelRepository(triton.repository)
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "stored", examples(), server=server, settings=FoundingSettings(in_store=True))
+
+        def failures():
+            return sum(each.failures for each in server.statistics("intent_heads"))
+
+        before, asked, held = failures(), [], TritonServer.held
+        monkeypatch.setattr(TritonServer, "held", lambda *given: asked.append(given) or held(*given))
+        new_classifier(repository, "beside", examples(), server=server)
+        assert len(asked) == 1
+        for name in ("intent", "beside"):
+            assert sync(repository.classifier(name), server) == {server.url: "agreed"}
+        assert len(asked) == 3
+        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        assert len(asked) == 4  # of all classifiers at once
+        assert failures() == before
+        for name in ("beside", "stored"):
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
+    repository = ModelRepository(triton.repository)
+    in_store, held = FoundingSettings(in_store=True), TritonServer.held
+
+    def older(server, store, name, width):
+        """Knows no such parameter: it answers from the head, or refuses."""
+        server.head_logits(f"{store}/{name}", np.zeros((1, width), np.float32))
+
+    with TritonServer(triton.url) as server:
+        for name in ("kept", "gone"):
+            new_classifier(repository, name, examples(), server=server, settings=in_store)
+        assert held(server, "intent_heads", "nobody", tiny.WIDTH) >= {"kept", "gone"}
+        monkeypatch.setattr(TritonServer, "held", older)
+        assert [*held_in_stores(repository, ["gone", "nobody"], server).values()] == [{"gone"}]
+        for name in ("kept", "gone"):
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
 def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkeypatch):
     repository, name = ModelRepository(triton.repository), "stays"
     real, stuck = TritonServer.refresh, ServerRefused("intent_heads: Stub process 'intent_heads_0_0' is not healthy.")
@@ -366,12 +410,7 @@ def test_a_head_store_that_fails_stops_no_classifier_beside_it(triton, monkeypat
     with TritonServer(triton.url) as server:
         new_classifier(repository, "other", examples(), server=server, settings=FoundingSettings(in_store=True))
         monkeypatch.setattr(TritonServer, "refresh", dead)
-        real = TritonServer.head_logits
-
-        def logits(self, head, features):
-            return dead() if head.startswith("intent_heads/") else real(self, head, features)
-
-        monkeypatch.setattr(TritonServer, "head_logits", logits)
+        monkeypatch.setattr(TritonServer, "held", dead)
         assert new_classifier(repository, name, examples(), server=server).served
         assert sync(repository.classifier(name), server) == {server.url: "agreed"}
         assert drop_classifier(repository, name, server) == (1,)
