@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.foreign import foreign, outdated
-from patcher.names import CANARY, MODEL, STORE
+from patcher.names import CANARY, MODEL, STORE, BackboneNames
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import held_in_stores, probe, probe_text, validate
@@ -302,6 +302,7 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
         for name in names:
             yield _served(repository, name, server)
             yield from _left(repository, name, names, server, held)
+        yield from _dropped(repository, server, held)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
 
@@ -327,6 +328,28 @@ def _left(
     for backbone in [each for each, there in held.items() if name in there and not stored]:
         found = f"{server.url} answers {backbone.any_model}/{name}, too, which was dropped; `patcher sync` ends that"
         yield Check(f"{name}, served", "fault", found)
+
+
+def _dropped(
+    repository: ModelRepository, server: TritonServer, held: Mapping[Backbone, Collection[str]]
+) -> Iterator[Check]:
+    """What a server answers for that is no classifier of the repository, nor is its name another's."""
+    there = set(repository.classifiers())  # looked at last: one that was made meanwhile is no dropped one
+    models = {each.name for each in server.statistics()}
+    heads = [name for name in models if f"{name}_head" in models and name.removesuffix(CANARY) not in there]
+    found = [(name.removesuffix(CANARY), name) for name in heads if _on_ours(repository, name, server)]
+    found += [(name, f"{each.any_model}/{name}") for each, names in held.items() for name in names if name not in there]
+    for name, address in sorted(found):
+        said = f"{server.url} answers it, and the repository has no classifier {name}; if it was dropped, "
+        yield Check(f"{address}, served", "note", f"{said}`patcher drop-classifier {name}` ends it there, too")
+
+
+def _on_ours(repository: ModelRepository, model: str, server: TritonServer) -> bool:
+    """Whether a server's model leads from an encoder of the repository to a head, as classifiers do and few others."""
+    steps = [step.model_name for step in server.model_config(model).ensemble_scheduling.step]
+    backbones = map(BackboneNames, repository.backbones())
+    first = {name for each in backbones for name in (each.encoder_model, each.tokenizer_model)}
+    return len(steps) > 1 and steps[0] in first and steps[-1] == f"{model}_head"
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:

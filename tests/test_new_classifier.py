@@ -293,8 +293,7 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             drop_classifier(repository, "unheard", server)
         monkeypatch.undo()
         assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1
-        with pytest.raises(InputError, match="no classifier 'unheard'"):  # and yet the store was told
-            drop_classifier(repository, "unheard", server)
+        assert drop_classifier(repository, "unheard", server) == ()
         with pytest.raises(ServerError, match="no classifier 'unheard'"):
             server.classify("intent_any/unheard", ["hello"])
 
@@ -374,6 +373,42 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
         assert [*held_in_stores(repository, ["gone", "nobody"], server).values()] == [{"gone"}]
         for name in ("kept", "gone"):
             drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, tmp_path):
+    """And nobody else's models are, nor is the repository at fault."""
+    repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
+    with TritonServer(triton.url) as server:
+
+        def told():
+            found = [each for each in doctor.diagnose(repository.location, server, "url") if "served" in each.what]
+            assert [each for each in found if each.state == "fault"] == []
+            return {each.what: each.finding for each in found if each.state == "note"}
+
+        assert told() == {}
+        new_classifier(repository, "own", examples(), server=server)
+        new_classifier(repository, "stored", examples(), server=server, settings=stored)
+        for name in ("theirs", "theirs_head"):  # as another repository of the server may have them
+            folder = shutil.copytree(repository.root / "intent_tokenizer", repository.root / name)
+            config = folder / "config.pbtxt"
+            config.write_text(config.read_text().replace('"intent_tokenizer"', f'"{name}"'))
+            server.load(name)
+            shutil.rmtree(folder)
+        assert told() == {}
+        for name in ("own", "stored"):
+            drop_classifier(repository, name)
+        found = told()
+        assert set(found) == {"own, served", "intent_any/stored, served"}
+        assert (
+            "the repository has no classifier own; if it was dropped, `patcher drop-classifier own` "
+            in found["own, served"]
+        )
+        for name in ("own", "stored"):
+            assert drop_classifier(repository, name, server) == ()
+        assert told() == {}
+        for name in ("theirs", "theirs_head"):
+            server.unload(name)
 
 
 @pytest.mark.server
