@@ -77,7 +77,7 @@ class Backbone(BackboneNames):
     def add_encoder(self, config: str) -> None:
         """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
         with self.repository.renewed_format():
-            self.repository.add(layout.encoder_folder(self, config, self.repository.tokenizer_json(self.backbone)))
+            self.repository.add(layout.encoder_folder(self, config, self.repository.tokenizer_json(self.backbone_name)))
 
     def add_store(self) -> None:
         """Add the head store, which serves any number of classifiers; the lock must be held.

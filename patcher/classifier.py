@@ -132,7 +132,7 @@ class Classifier(Backbone):
         """RepositoryError for what is no use with features of this backbone: somebody copied it here from another."""
         if got != (expected := self.width()):
             raise RepositoryError(
-                f"{what} is for {got:,} features; expected {expected:,}, as the backbone {self.backbone} gives; {cure}"
+                f"{what} is for {got:,} features; expected {expected:,}, as {self.backbone_model} gives; {cure}"
             )
 
     def _file(self, version: int) -> str:
@@ -309,20 +309,20 @@ def add_classifier(
             f"{repository.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore "
             f"that file, or delete what is left by `patcher drop-classifier {name}`"
         )
-    if in_store and not repository.has_store(base.backbone):
+    if in_store and not repository.has_store(base.backbone_name):
         raise InputError(
-            f"the backbone {base.backbone} has no head store; `--in-store` of `patcher new-classifier` or `patcher "
-            "export` adds one"
+            f"the backbone {base.backbone_name} has no head store; `--in-store` of `patcher new-classifier` or "
+            "`patcher export` adds one"
         )
     width, fingerprint = base.width(), base.fingerprint()
     if (head.width, head.lineage.backbone) != (width, fingerprint):
         raise RepositoryError(
             f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
-            f"{base.backbone} is {fingerprint[:12]} with {width}"
+            f"{base.backbone_name} is {fingerprint[:12]} with {width}"
         )
     try:
         repository.add(
-            layout.stored_folders(name, head, memory, base.backbone)
+            layout.stored_folders(name, head, memory, base.backbone_name)
             if in_store
             else layout.classifier_folders(name, head, memory, base.encoding(), share)
         )

@@ -151,7 +151,7 @@ def judge(
             *_unseen(head, [flips, *others], max_flips),
             *_asides(fit, head, left_out or {}),
         ),
-        calibration=flips.calibration,
+        calibration=flips.source,
         calibration_size=flips.size,
         flipped=flips.count,
         flips=flips.rate,
@@ -236,7 +236,7 @@ def _reasons(
         if flips.rate is not None and flips.rate > max_flips
     ]
     reasons += [
-        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.calibration]}; the new label "
+        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.source]}; the new label "
         "may be the same one under another name"
         for flips in counted
         for label, lost in flips.losing.items()
@@ -245,7 +245,7 @@ def _reasons(
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
-            f"only {most.size} {_WHOSE[most.calibration]} are available, which are too few to conclude anything "
+            f"only {most.size} {_WHOSE[most.source]} are available, which are too few to conclude anything "
             f"(at most {percent(upper_bound(most.count, most.size), 0)} flip)"
         )
     for label, found in recall.items():
@@ -265,7 +265,7 @@ def _taken_over(lost: int, size: int, max_flips: float) -> bool:
 
 
 def _counted(flips: Flips) -> str:
-    return f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]}"
+    return f"{flips.count} of {flips.size} {_WHOSE[flips.source]}"
 
 
 def _weighed(flips: Flips) -> str:
@@ -300,11 +300,11 @@ def _advice(
             f"{plural(len(duplicates), 'example')} {'repeats' if len(duplicates) == 1 else 'repeat'} another "
             "(duplicates count once); different sentences help more"
         )
-    if flips.calibration == "draws":
+    if flips.source == "draws":
         advice.append(
             "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
         )
-    if flips.calibration == "none":
+    if flips.source == "none":
         advice.append(
             "there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips"
         )
@@ -344,7 +344,7 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
             short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
         else:
             short = f"would guarantee {percent(max_flips)} if none of them flipped"
-        said.append(f"{flips.size} {_WHOSE[flips.calibration]}{equal} {short}")
+        said.append(f"{flips.size} {_WHOSE[flips.source]}{equal} {short}")
     return tuple(filter(None, said))
 
 
@@ -358,17 +358,17 @@ def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
 
 def _bound_words(flips: Flips, method: str) -> str:
     if flips.bound is None:
-        source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
-        return f"no bound on flips can be given: the row was set on {source}, not on real inputs"
+        basis = "draws from a Gaussian model" if flips.source == "draws" else "the old rows alone"
+        return f"no bound on flips can be given: the row was set on {basis}, not on real inputs"
     where = {
         "eval": "the evaluation file",
         "replay": "the replayed sentences",
         "features": "the memory's real features, whose texts the model was trained on",
-    }[flips.calibration]
+    }[flips.source]
     seen = f"{flips.count} of {flips.size} inputs flip on {where}"
     as_many = f", as {flips.equal:,} inputs of equal weight tell as much" if flips.weighed else ""
     if flips.refitted:
-        held_back = method == "anchored" and flips.calibration == "replay"
+        held_back = method == "anchored" and flips.source == "replay"
         part = ": those held back, on which it was chosen how far to go" if held_back else ""
         return (
             f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these "
@@ -376,7 +376,7 @@ def _bound_words(flips: Flips, method: str) -> str:
             "counts on fresh ones"
         )
     nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
-    fits = "" if flips.calibration == "eval" else nearest
+    fits = "" if flips.source == "eval" else nearest
     return (
         f"{seen}{fits}; with 95 % confidence at most "
         f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"

@@ -46,7 +46,7 @@ def test_a_new_backbone_comes_beside_it(older, tmp_path):
     files, head = tiny.backbone_files(tmp_path), older.head(1)
     with repository.lock():
         # What stands on the old backbone takes the steps that it has there.
-        repository.add_classifier("second", head, backbone=older.backbone)
+        repository.add_classifier("second", head, backbone=older.backbone_name)
         repository.add_backbone("fresh", files)
         fresh = repository.add_classifier("fresh", head, backbone="fresh")
     assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
@@ -103,7 +103,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     tuned = serving.Serving(instances=2, threads=1, delay_us=300, slack=5, batch=16)
     models = (older.tokenizer_model, older.backbone_model)
     with repository.lock():
-        repository.add_classifier("second", older.head(1), backbone=older.backbone)
+        repository.add_classifier("second", older.head(1), backbone=older.backbone_name)
         before = serving.with_serving(*map(repository.config_text, models), tuned)
         repository.write_configs(dict(zip(models, before, strict=True)))
     models = ["intent", "second", "intent_features"]

@@ -90,7 +90,7 @@ def test_the_files_of_a_stored_classifier(stored):
     assert stored.stores() == ("intent",)
     classifier = stored.classifier("s3")
     assert (classifier.ensemble, classifier.address, classifier.in_store) == ("intent_any", "intent_any/s3", True)
-    assert (classifier.backbone, classifier.features_model) == ("intent", "intent_features")
+    assert (classifier.backbone_name, classifier.features_model) == ("intent", "intent_features")
     assert not (stored.root / "s3").exists()
     assert served_models(stored) == ["intent", "intent_features", "intent_backbone", "intent_any"]
     with pytest.raises(InputError, match=r"s3 is in .* already"):
