@@ -337,7 +337,7 @@ def test_a_store_is_asked_nothing_that_it_refuses(triton, monkeypatch):
     """Refusals look like failures to whoever watches the server's metrics."""
     repository = ModelRepository(triton.repository)
     with TritonServer(triton.url) as server:
-        new_classifier(repository, "stored", examples(), server=server, settings=FoundingSettings(in_store=True))
+        new_classifier(repository, "together", examples(), server=server, settings=FoundingSettings(in_store=True))
 
         def failures():
             return sum(each.failures for each in server.statistics("intent_heads"))
@@ -352,7 +352,7 @@ def test_a_store_is_asked_nothing_that_it_refuses(triton, monkeypatch):
         assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
         assert len(asked) == 4  # of all classifiers at once
         assert failures() == before
-        for name in ("beside", "stored"):
+        for name in ("beside", "together"):
             drop_classifier(repository, name, server)
 
 
@@ -376,7 +376,7 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
 
 
 @pytest.mark.server
-def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, tmp_path):
+def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton):
     """And nobody else's models are, nor is the repository at fault."""
     repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
     with TritonServer(triton.url) as server:
@@ -387,8 +387,8 @@ def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(trit
             return {each.what: each.finding for each in found if each.state == "note"}
 
         assert told() == {}
-        new_classifier(repository, "own", examples(), server=server)
-        new_classifier(repository, "stored", examples(), server=server, settings=stored)
+        new_classifier(repository, "alone", examples(), server=server)
+        new_classifier(repository, "together", examples(), server=server, settings=stored)
         for name in ("theirs", "theirs_head"):  # as another repository of the server may have them
             folder = shutil.copytree(repository.root / "intent_tokenizer", repository.root / name)
             config = folder / "config.pbtxt"
@@ -396,15 +396,15 @@ def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(trit
             server.load(name)
             shutil.rmtree(folder)
         assert told() == {}
-        for name in ("own", "stored"):
+        for name in ("alone", "together"):
             drop_classifier(repository, name)
         found = told()
-        assert set(found) == {"own, served", "intent_any/stored, served"}
+        assert set(found) == {"alone, served", "intent_any/together, served"}
         assert (
-            "the repository has no classifier own; if it was dropped, `patcher drop-classifier own` "
-            in found["own, served"]
+            "the repository has no classifier alone; if it was dropped, `patcher drop-classifier alone` "
+            in found["alone, served"]
         )
-        for name in ("own", "stored"):
+        for name in ("alone", "together"):
             assert drop_classifier(repository, name, server) == ()
         assert told() == {}
         for name in ("theirs", "theirs_head"):
