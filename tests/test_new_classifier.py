@@ -36,6 +36,7 @@ from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
 from patcher.rollout import held_in_stores
 from patcher.storage import disk
+from patcher.triton.failures import Address
 from patcher.triton.server import EmbeddedTriton
 
 
@@ -334,24 +335,31 @@ def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_
 
 @pytest.mark.server
 def test_a_store_is_asked_nothing_that_it_refuses(triton, monkeypatch):
-    """Refusals look like failures to whoever watches the server's metrics."""
-    repository = ModelRepository(triton.repository)
+    repository, refused, failure = ModelRepository(triton.repository), [], Address.failure
     with TritonServer(triton.url) as server:
         new_classifier(repository, "together", examples(), server=server, settings=FoundingSettings(in_store=True))
-
-        def failures():
-            return sum(each.failures for each in server.statistics("intent_heads"))
-
-        before, asked, held = failures(), [], TritonServer.held
-        monkeypatch.setattr(TritonServer, "held", lambda *given: asked.append(given) or held(*given))
+        monkeypatch.setattr(
+            Address, "failure", lambda *given, **more: refused.append(given[1]) or failure(*given, **more)
+        )
         new_classifier(repository, "beside", examples(), server=server)
-        assert len(asked) == 1
         for name in ("intent", "beside"):
             assert sync(repository.classifier(name), server) == {server.url: "agreed"}
-        assert len(asked) == 3
         assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
-        assert len(asked) == 4  # of all classifiers at once
-        assert failures() == before
+        assert [what for what in refused if "ready" not in what] == []
+        monkeypatch.undo()
+        for name in ("beside", "together"):
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_doctor_asks_a_store_once_for_all_classifiers(triton, monkeypatch):
+    repository, asked, held = ModelRepository(triton.repository), [], TritonServer.held
+    with TritonServer(triton.url) as server:
+        for name, settings in (("together", FoundingSettings(in_store=True)), ("beside", FoundingSettings())):
+            new_classifier(repository, name, examples(), server=server, settings=settings)
+        monkeypatch.setattr(TritonServer, "held", lambda *given: asked.append(given) or held(*given))
+        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        assert len(asked) == 1
         for name in ("beside", "together"):
             drop_classifier(repository, name, server)
 
