@@ -7,12 +7,13 @@ import hashlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
+from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.foreign import foreign, outdated
-from patcher.names import CANARY, MODEL, STORE, BackboneNames
+from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import held_in_stores, probe, probe_text, validate
@@ -297,14 +298,19 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
     """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
-        own = [name for name in names if not repository.storage.has(f"{name}_head/{STORE}")]
-        held = held_in_stores(repository, own, server)
+        held = held_in_stores(repository, _with_models(repository, names), server)
         for name in names:
             yield _served(repository, name, server)
             yield from _left(repository, name, names, server, held)
         yield from _dropped(repository, server, held)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
+
+
+def _with_models(repository: ModelRepository, names: Sequence[str]) -> list[str]:
+    """The classifiers with a model of their own, trials apart."""
+    stored = {path.partition("_head/")[0] for path in repository.storage.glob(f"*_head/{STORE}")}
+    return [name for name in names if name not in stored and not name.endswith(CANARY)]
 
 
 def _left(
@@ -333,23 +339,38 @@ def _left(
 def _dropped(
     repository: ModelRepository, server: TritonServer, held: Mapping[Backbone, Collection[str]]
 ) -> Iterator[Check]:
-    """What a server answers for that is no classifier of the repository, nor is its name another's."""
+    """What a server answers for on a backbone of the repository that is no classifier of it, nor is its name another's.
+
+    Other people's models are told by what they are made of, and by the backbone below them.
+    """
     there = set(repository.classifiers())  # looked at last: one that was made meanwhile is no dropped one
     models = {each.name for each in server.statistics()}
     heads = [name for name in models if f"{name}_head" in models and name.removesuffix(CANARY) not in there]
-    found = [(name.removesuffix(CANARY), name) for name in heads if _on_ours(repository, name, server)]
-    found += [(name, f"{each.any_model}/{name}") for each, names in held.items() for name in names if name not in there]
-    for name, address in sorted(found):
-        said = f"{server.url} answers it, and the repository has no classifier {name}; if it was dropped, "
-        yield Check(f"{address}, served", "note", f"{said}`patcher drop-classifier {name}` ends it there, too")
+    found = [(name, _below(repository, name, server)) for name in heads]
+    found += [(f"{each.any_model}/{name}", each) for each, names in held.items() for name in names if name not in there]
+    for address, backbone in sorted(found, key=itemgetter(0)):
+        if backbone is not None and _serves(backbone, server):
+            name = address.rpartition("/")[2].removesuffix(CANARY)
+            said = f"{server.url} answers it, and the repository has no classifier {name}; if it was dropped, "
+            yield Check(f"{address}, served", "note", f"{said}`patcher drop-classifier {name}` ends it there, too")
 
 
-def _on_ours(repository: ModelRepository, model: str, server: TritonServer) -> bool:
-    """Whether a server's model leads from an encoder of the repository to a head, as classifiers do and few others."""
+def _below(repository: ModelRepository, model: str, server: TritonServer) -> Backbone | None:
+    """The backbone from whose encoder a server's model leads to a head of its name, as classifiers do, else None."""
     steps = [step.model_name for step in server.model_config(model).ensemble_scheduling.step]
-    backbones = map(BackboneNames, repository.backbones())
-    first = {name for each in backbones for name in (each.encoder_model, each.tokenizer_model)}
-    return len(steps) > 1 and steps[0] in first and steps[-1] == f"{model}_head"
+    if len(steps) < 2 or steps[-1] != f"{model}_head":  # noqa: PLR2004  an encoder and a head
+        return None
+    backbones = map(repository.backbone, repository.backbones())
+    return next((each for each in backbones if steps[0] in (each.encoder_model, each.tokenizer_model)), None)
+
+
+def _serves(backbone: Backbone, server: TritonServer) -> bool:
+    """Whether a server has loaded this very backbone, and not only one of its name."""
+    try:
+        found = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
+    except ServerRefused:
+        return False
+    return bool(found == backbone.fingerprint())
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:

@@ -56,6 +56,10 @@ __all__ = [
 ]
 
 
+_NOBODY = "-"
+"""A name that no classifier has (``check_name`` refuses it)."""
+
+
 @dataclass(frozen=True)
 class Switch:
     """A change of the serving version."""
@@ -220,7 +224,7 @@ def _held(backbone: Backbone, names: Sequence[str], replica: TritonServer) -> fr
     if not replica.is_ready(backbone.store_model):
         return frozenset()
     found = set()
-    for name in names:
+    for name in names or (_NOBODY,):
         try:
             told = replica.held(backbone.store_model, name, backbone.width())
         except ServerUnreachable:

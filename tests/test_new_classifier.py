@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,12 +29,14 @@ from patcher import (
     rollback,
     sync,
 )
+from patcher.backbone import Backbone
 from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
 from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fit.holding_out import hold_out
 from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
+from patcher.names import check_name
 from patcher.rollout import held_in_stores
 from patcher.storage import disk
 from patcher.triton.failures import Address
@@ -364,6 +367,23 @@ def test_doctor_asks_a_store_once_for_all_classifiers(triton, monkeypatch):
             drop_classifier(repository, name, server)
 
 
+def test_a_store_is_asked_where_no_classifier_is_left(tiny_original, tmp_path):
+    repository = ModelRepository(shutil.copytree(tiny_original, tmp_path / "model_repository"))
+    new_classifier(repository, "last", examples(), settings=FoundingSettings(in_store=True))
+    asked = []
+
+    def held(*given):
+        asked.append(given)
+        return frozenset(["gone"])
+
+    replica = SimpleNamespace(is_ready=lambda _: True, held=held)
+    assert [*held_in_stores(repository, [], replica).values()] == [{"gone"}]
+    ((store, name, width),) = asked
+    assert (store, width) == ("intent_heads", tiny.WIDTH)
+    with pytest.raises(InputError, match="cannot name a model"):
+        check_name(name)
+
+
 @pytest.mark.server
 def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
     repository = ModelRepository(triton.repository)
@@ -384,13 +404,16 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
 
 
 @pytest.mark.server
-def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton):
+def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, monkeypatch):
     """And nobody else's models are, nor is the repository at fault."""
     repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
     with TritonServer(triton.url) as server:
 
+        def diagnosed():
+            return [each for each in doctor.diagnose(repository.location, server, "url") if "served" in each.what]
+
         def told():
-            found = [each for each in doctor.diagnose(repository.location, server, "url") if "served" in each.what]
+            found = diagnosed()
             assert [each for each in found if each.state == "fault"] == []
             return {each.what: each.finding for each in found if each.state == "note"}
 
@@ -412,6 +435,9 @@ def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(trit
             "the repository has no classifier alone; if it was dropped, `patcher drop-classifier alone` "
             in found["alone, served"]
         )
+        with monkeypatch.context() as patched:  # a server of another repository, whose backbone has the same name
+            patched.setattr(Backbone, "fingerprint", lambda _: "f" * 64)
+            assert [each.what for each in diagnosed() if each.state == "note"] == []
         for name in ("alone", "together"):
             assert drop_classifier(repository, name, server) == ()
         assert told() == {}
