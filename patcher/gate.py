@@ -138,8 +138,7 @@ def judge(
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation, weights or {})
-    duplicates, known = _screened(head, fit, examples, memory, texts)
-    duplicates = [*repeated, *duplicates]
+    duplicates, known = _screened(head, fit, examples, memory, texts, repeated)
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
     return Verdict(
@@ -173,9 +172,10 @@ def _screened(
     examples: Mapping[str, Floats],
     memory: Memory | None,
     texts: Mapping[str, Sequence[str]] | None,
+    repeated: Sequence[Repeat],
 ) -> tuple[list[Repeat], list[Known]]:
-    """The examples that repeat another, and those that an old label knows already."""
-    duplicates: list[Repeat] = []
+    """The examples that repeat another, behind those that were seen to, and those that an old label knows already."""
+    duplicates = [*repeated]
     known: list[Known] = []
     for label, rows in examples.items():
         names = _names(label, len(rows), texts)
