@@ -94,18 +94,14 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
 
 def _publish(location: str | os.PathLike[str], plan: Plan, made: Made) -> ModelRepository:
     """All of it into the repository, or nothing."""
-    with ModelRepository.making(location) as repository, repository.lock(), contextlib.ExitStack() as undo:
+    with ModelRepository.making(location) as repository, repository.lock(), contextlib.ExitStack() as added:
         if repository.has_backbone(plan.backbone):
             _refuse_other_backbone(repository, plan.backbone, made.files)
         else:
-            repository.add_backbone(plan.backbone, made.files)
-            undo.callback(repository.remove_backbone, plan.backbone)
+            added.enter_context(repository.added_backbone(plan.backbone, made.files))
         if plan.in_store and not repository.has_store(plan.backbone):
-            base = repository.backbone(plan.backbone)
-            base.add_store()
-            undo.callback(base.remove_store)
+            added.enter_context(repository.backbone(plan.backbone).added_store())
         repository.add_classifier(plan.name, made.head, made.memory, backbone=plan.backbone, in_store=plan.in_store)
-        undo.pop_all()
     return repository
 
 

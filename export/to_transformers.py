@@ -107,7 +107,7 @@ def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str
     # An export settles padding in model and tokenizer; what goes back keeps its own.
     loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model), tokenizer=copy.deepcopy(loaded.tokenizer))
     other = f"{classifier.name} was not exported from {loaded.source}"
-    served = json.loads(classifier.repository.tokenizer_json(classifier.backbone))
+    served = json.loads(classifier.repository.tokenizer_json(classifier.backbone_name))
     try:
         encoder = prepare_tokenizer(loaded, served["truncation"]["max_length"])
     except CheckpointError:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from patcher import layout
 from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
-from patcher.names import BackboneNames
+from patcher.names import CONFIG, BackboneNames
+from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from patcher.files import RepositoryFiles
     from patcher.layout import BackboneFiles
     from patcher.model_config import Step
 
-__all__ = ["Backbone", "add_backbone"]
+__all__ = ["Backbone", "added_backbone"]
 
 
 class Backbone(BackboneNames):
@@ -65,13 +67,17 @@ class Backbone(BackboneNames):
         return tuple(tensor.name for tensor in self.repository.config(self.backbone_model).input)
 
     def width(self) -> int:
-        """Number of features that it gives."""
-        return int(self.repository.config(self.backbone_model).output[0].dims[0])
+        """Number of features that it gives; RepositoryError where its configuration does not tell."""
+        dims = [dim for output in self.repository.config(self.backbone_model).output for dim in output.dims]
+        if len(dims) != 1:
+            path = f"{self.repository.location}/{self.backbone_model}/{CONFIG}"
+            raise RepositoryError(f"{path} has outputs of dims {dims}; expected one, the number of features")
+        return int(dims[0])
 
     def add_encoder(self, config: str) -> None:
         """Add the encoder to a backbone of an earlier version; no ensemble asks it yet. The lock must be held."""
-        self.repository.renew_format()
-        self.repository.add(layout.encoder_folder(self, config, self.repository.tokenizer_json(self.backbone)))
+        with self.repository.renewed_format():
+            self.repository.add(layout.encoder_folder(self, config, self.repository.tokenizer_json(self.backbone_name)))
 
     def add_store(self) -> None:
         """Add the head store, which serves any number of classifiers; the lock must be held.
@@ -80,6 +86,17 @@ class Backbone(BackboneNames):
         """
         self.repository.require_folder()
         self.repository.add(layout.store_folders(self, self.width(), self.encoding()))
+
+    @contextlib.contextmanager
+    def added_store(self) -> Iterator[None]:
+        """The same, for good only if the body ends well."""
+        self.add_store()
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                self.remove_store()
+            raise
 
     def remove_store(self) -> None:
         """Take the head store's models out again."""
@@ -98,13 +115,20 @@ class Backbone(BackboneNames):
             self.storage.replace(f"{model}/1/model.py", program)
 
 
-def add_backbone(repository: RepositoryFiles, name: str, files: BackboneFiles) -> Backbone:
-    """Add a backbone with its encoder, tokenizer and features ensemble under ``name``; the lock must be held.
+@contextlib.contextmanager
+def added_backbone(repository: RepositoryFiles, name: str, files: BackboneFiles) -> Iterator[Backbone]:
+    """Add a backbone with its encoder, tokenizer and features ensemble under ``name``, for good if the body ends well.
 
-    Raises InputError where the name is taken.
+    Else the repository is as before, so that a patcher that could read it still can. The lock must be held. Raises
+    InputError where the name is taken.
     """
     names = BackboneNames(name)
     repository.refuse_existing(names.features_model)
-    repository.renew_format()
-    repository.add(layout.backbone_folders(names, files))
-    return Backbone(repository, name)
+    with repository.renewed_format():
+        repository.add(layout.backbone_folders(names, files))
+        try:
+            yield Backbone(repository, name)
+        except BaseException:
+            with uninterrupted():
+                repository.remove_backbone(name)
+            raise

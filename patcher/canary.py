@@ -202,7 +202,7 @@ def require_free(classifier: Classifier, version: int | None = None) -> Classifi
     """
     if classifier.in_store:
         raise InputError(
-            f"{classifier.name} is in the head store of {classifier.backbone}, which does not support trials; "
+            f"{classifier.name} is in the head store of {classifier.backbone_name}, which does not support trials; "
             "expected a classifier with an ensemble of its own, or a rollout to all of them"
         )
     there = on_trial(classifier)

@@ -104,6 +104,7 @@ class Classifier(Backbone):
         number = self.serving() if version is None else version
         head = self._read(number, read_head, published=published)
         self._check(number, head.lineage)
+        self._require_width(f"version {number} of {self.name}", head.width, _CURE)
         return head
 
     def lineage(self, version: int) -> Lineage:
@@ -127,6 +128,13 @@ class Classifier(Backbone):
         if lineage.version != version:
             raise RepositoryError(f"{self._file(version)} says it is version {lineage.version}; expected {version}")
 
+    def _require_width(self, what: str, got: int, cure: str) -> None:
+        """RepositoryError for what is no use with features of this backbone: somebody copied it here from another."""
+        if got != (expected := self.width()):
+            raise RepositoryError(
+                f"{what} is for {got:,} features; expected {expected:,}, as {self.backbone_model} gives; {cure}"
+            )
+
     def _file(self, version: int) -> str:
         return f"{self.repository.location}/{self.head_model}/{version}/{MODEL}"
 
@@ -144,11 +152,13 @@ class Classifier(Backbone):
         if data is None:
             return None
         try:
-            return read_memory(data)
+            memory = read_memory(data)
         except RepositoryError as error:
             raise RepositoryError(
                 f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` rebuilds it"
             ) from error
+        self._require_width(f"the memory of version {number} of {self.name}", memory.width, _CURES[layout.MEMORY])
+        return memory
 
     def next_version(self) -> int:
         """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
@@ -257,8 +267,15 @@ class Classifier(Backbone):
         """Take old versions away for good, the serving one never; the lock must be held."""
         if self.serving() in versions:
             raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
+        # First the entry: killed in between, it says what is to go, and the next change finishes it. Versions that were
+        # gone before their entry would be missed, as are those that somebody lost.
         self.journal.append("pruned", versions=list(versions))
         self._take_away(versions)
+
+    def half_gone(self) -> list[int]:
+        """Versions that are there still although the journal says that they were taken away: somebody was killed."""
+        gone = self.journal.pruned() | self.journal.withdrawn()
+        return sorted(gone & set(self.versions()) - {self.serving()})
 
     def _take_away(self, versions: Sequence[int]) -> None:
         self.storage.take_away([f"{self.head_model}/{version}" for version in versions])
@@ -292,20 +309,20 @@ def add_classifier(
             f"{repository.location}/{name}_head holds patched versions, but {name}/{CONFIG} is missing: restore "
             f"that file, or delete what is left by `patcher drop-classifier {name}`"
         )
-    if in_store and not repository.has_store(base.backbone):
+    if in_store and not repository.has_store(base.backbone_name):
         raise InputError(
-            f"the backbone {base.backbone} has no head store; `--in-store` of `patcher new-classifier` or `patcher "
-            "export` adds one"
+            f"the backbone {base.backbone_name} has no head store; `--in-store` of `patcher new-classifier` or "
+            "`patcher export` adds one"
         )
     width, fingerprint = base.width(), base.fingerprint()
     if (head.width, head.lineage.backbone) != (width, fingerprint):
         raise RepositoryError(
             f"the head belongs to backbone {head.lineage.backbone[:12]} with {head.width} features; "
-            f"{base.backbone} is {fingerprint[:12]} with {width}"
+            f"{base.backbone_name} is {fingerprint[:12]} with {width}"
         )
     try:
         repository.add(
-            layout.stored_folders(name, head, memory, base.backbone)
+            layout.stored_folders(name, head, memory, base.backbone_name)
             if in_store
             else layout.classifier_folders(name, head, memory, base.encoding(), share)
         )

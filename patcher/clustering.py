@@ -10,7 +10,7 @@ import numpy as np
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -68,7 +68,12 @@ class Clusters:
             totals = shares.sum(axis=1)
             means = half((shares / totals[:, None]) @ points)
             parts.append(Clusters(means, totals, np.full(len(totals), label, np.int64)))
-        return Clusters(
+        return Clusters.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Clusters]) -> Clusters:
+        """The clusters of all parts, in their order."""
+        return cls(
             np.concatenate([part.means for part in parts]),
             np.concatenate([part.counts for part in parts]),
             np.concatenate([part.labels for part in parts]),

@@ -7,22 +7,24 @@ import hashlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from patcher.errors import PatcherError, RepositoryError, ServerError, ServerUnreachable
+from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.foreign import foreign, outdated
-from patcher.names import CANARY, MODEL
+from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
-from patcher.rollout import answering_stores, probe, probe_text, validate
+from patcher.rollout import held_in_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
-from patcher.wording import install_hint, plural
+from patcher.wording import install_hint, plural, versions_are
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from patcher.backbone import Backbone
     from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
 
@@ -113,7 +115,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
                 yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
                 if gone := _gone(classifier):
                     classifier.journal.append("pruned", versions=gone)
-                    yield Check(what, "note", f"{_these(gone)} written off")
+                    yield Check(what, "note", f"{versions_are(gone)} written off")
                 classifier.adopt()
                 for url, state in (catch_up(classifier, server) if server else {}).items():
                     yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
@@ -193,29 +195,31 @@ def _journal(classifier: Classifier) -> Check:
     what = f"{classifier.name}, journal"
     try:
         there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
-        pending, published = classifier.journal.pending(), classifier.journal.published()
-        if pending and classifier.storage.busy():
-            return Check(what, "note", f"in progress: {pending}; another patcher is running")
-        pending = classifier.journal.pending()  # who was at work may have ended it
+        unfinished, published = _unfinished(classifier), classifier.journal.published()
+        if unfinished and classifier.storage.busy():
+            return Check(what, "note", f"in progress: {unfinished}; another patcher is running")
+        unfinished = unfinished and _unfinished(classifier)  # who was at work may have ended it
     except PatcherError as error:
         return Check(what, "fault", str(error))
-    if pending:
+    if unfinished:
         done = "`patcher doctor --repair`, or the next verb that changes anything, finishes or undoes it"
-        return Check(what, "fault", f"interrupted: {pending}; {done}")
+        return Check(what, "fault", f"interrupted: {unfinished}; {done}")
     if gone := _gone(classifier):
         done = "restore what is missing, or write it off with `patcher doctor --repair`"
-        return Check(what, "fault", f"{_these(gone)} missing, and not pruned; {done}")
+        return Check(what, "fault", f"{versions_are(gone)} missing, and not pruned; {done}")
     unknown = sorted(there - set(published))
     if unknown:
         done = "perhaps made by an older patcher; the next change adds what is missing"
-        return Check(what, "note", f"{_these(unknown)} not in it, {done}")
+        return Check(what, "note", f"{versions_are(unknown)} not in it, {done}")
     return Check(what, "ok", "nothing was interrupted; every file is as published")
 
 
-def _these(versions: Sequence[int]) -> str:
-    """``version 2 is``, ``versions 2, 3 are``."""
-    numbers = ", ".join(map(str, versions))
-    return f"version {numbers} is" if len(versions) == 1 else f"versions {numbers} are"
+def _unfinished(classifier: Classifier) -> str:
+    """The change that was begun and has not ended, in words; empty where there is none."""
+    if pending := classifier.journal.pending():
+        return str(pending)
+    half_gone = classifier.half_gone()
+    return f"{versions_are(half_gone)} still there after a pruning" if half_gone else ""
 
 
 def _gone(classifier: Classifier) -> list[int]:
@@ -239,8 +243,6 @@ def _version(
             _untouched(classifier, version, published[version])
         head = classifier.head(version)
         classifier.memory(version)
-        if head.width != classifier.width():
-            raise RepositoryError(f"it is for {head.width:,} features, and the backbone gives {classifier.width():,}")
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
@@ -296,29 +298,79 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
     """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
+        held = held_in_stores(repository, _with_models(repository, names), server)
         for name in names:
             yield _served(repository, name, server)
-            yield from _left(repository, name, names, server)
+            yield from _left(repository, name, names, server, held)
+        yield from _dropped(repository, server, held)
     except ServerError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
 
 
-def _left(repository: ModelRepository, name: str, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
+def _with_models(repository: ModelRepository, names: Sequence[str]) -> list[str]:
+    """The classifiers with a model of their own, trials apart."""
+    stored = {path.partition("_head/")[0] for path in repository.storage.glob(f"*_head/{STORE}")}
+    return [name for name in names if name not in stored and not name.endswith(CANARY)]
+
+
+def _left(
+    repository: ModelRepository,
+    name: str,
+    names: Sequence[str],
+    server: TritonServer,
+    held: Mapping[Backbone, Collection[str]],
+) -> Iterator[Check]:
     """What a server still runs of a trial that has ended, or of a dropped classifier whose name is another's by now."""
     if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
         found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
         yield Check(f"{name}{CANARY}, served", "fault", found)
     try:
         stored = repository.stored_on(name) is not None
-        others = [] if stored or name.endswith(CANARY) else answering_stores(repository, name, server)
     except RepositoryError:  # of files, which were looked at before
         return
     if stored and server.is_ready(f"{name}_head"):
         found = f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
         yield Check(f"{name}, served", "fault", found)
-    for backbone in others:
+    for backbone in [each for each, there in held.items() if name in there and not stored]:
         found = f"{server.url} answers {backbone.any_model}/{name}, too, which was dropped; `patcher sync` ends that"
         yield Check(f"{name}, served", "fault", found)
+
+
+def _dropped(
+    repository: ModelRepository, server: TritonServer, held: Mapping[Backbone, Collection[str]]
+) -> Iterator[Check]:
+    """What a server answers for on a backbone of the repository that is no classifier of it, nor is its name another's.
+
+    Other people's models are told by what they are made of, and by the backbone below them.
+    """
+    there = set(repository.classifiers())  # looked at last: one that was made meanwhile is no dropped one
+    models = {each.name for each in server.statistics()}
+    heads = [name for name in models if f"{name}_head" in models and name.removesuffix(CANARY) not in there]
+    found = [(name, _below(repository, name, server)) for name in heads]
+    found += [(f"{each.any_model}/{name}", each) for each, names in held.items() for name in names if name not in there]
+    for address, backbone in sorted(found, key=itemgetter(0)):
+        if backbone is not None and _serves(backbone, server):
+            name = address.rpartition("/")[2].removesuffix(CANARY)
+            said = f"{server.url} answers it, and the repository has no classifier {name}; if it was dropped, "
+            yield Check(f"{address}, served", "note", f"{said}`patcher drop-classifier {name}` ends it there, too")
+
+
+def _below(repository: ModelRepository, model: str, server: TritonServer) -> Backbone | None:
+    """The backbone from whose encoder a server's model leads to a head of its name, as classifiers do, else None."""
+    steps = [step.model_name for step in server.model_config(model).ensemble_scheduling.step]
+    if len(steps) < 2 or steps[-1] != f"{model}_head":  # noqa: PLR2004  an encoder and a head
+        return None
+    backbones = map(repository.backbone, repository.backbones())
+    return next((each for each in backbones if steps[0] in (each.encoder_model, each.tokenizer_model)), None)
+
+
+def _serves(backbone: Backbone, server: TritonServer) -> bool:
+    """Whether a server has loaded this very backbone, and not only one of its name."""
+    try:
+        found = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
+    except ServerRefused:
+        return False
+    return bool(found == backbone.fingerprint())
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:

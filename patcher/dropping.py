@@ -54,13 +54,13 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         versions = repository.versions_of(name)
         if classifier is not None and not classifier.in_store:
             require_free(classifier)
-        held = _unload(name, server)
-        _unload(name + CANARY, server)  # of a trial that ended without a server hearing of it
+        # Also of a trial that ended without a server hearing of it.
+        held = [_unload(model, server) for model in (name, name + CANARY)]
         there = repository.has_remains(name)
         if there:
             repository.remove_classifier(name)
-        _forget(repository, name, server)
-        if not held and not there:
+        forgotten = _forget(repository, name, server)
+        if not (any(held) or there or forgotten):
             repository.classifier(name)  # which says what there is instead
     return versions
 
@@ -92,10 +92,10 @@ def _unload(name: str, server: TritonServer | None) -> bool:
     return any(held)
 
 
-def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> None:
-    """Have the head stores look for files that are gone."""
+def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> bool:
+    """Have the head stores look for files that are gone; whether one answered for them."""
     try:
-        _each(server, lambda replica: forget(repository, name, replica))
+        return _each(server, lambda replica: forget(repository, name, replica))
     except ServerError as error:
         raise ServerError(
             f"{name} is deleted, but may still be answered for by {as_sentence(error)} "
@@ -103,13 +103,14 @@ def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None)
         ) from error
 
 
-def _each(server: TritonServer | None, do: Callable[[TritonServer], object]) -> None:
-    """Do something on every replica; what is wrong with one is said when all were asked."""
-    failed = []
+def _each(server: TritonServer | None, do: Callable[[TritonServer], bool]) -> bool:
+    """Do something on every replica, and say whether one had it; what is wrong with one is said when all were asked."""
+    found, failed = False, []
     for replica in present(server):
         try:
-            do(replica)
+            found |= do(replica)
         except ServerError as error:
             failed.append(f"{replica.url}: {error}")
     if failed:
         raise ServerError("; ".join(failed))
+    return found

@@ -172,7 +172,7 @@ class RepositoryFiles:
         return self.storage.has(f"{backbone}_any/{CONFIG}")
 
     def remove_backbone(self, name: str) -> None:
-        """Remove a backbone's models again, for an export that failed after ``add_backbone``."""
+        """Remove a backbone's models again, for an export that failed after they were added."""
         self.storage.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
@@ -266,11 +266,25 @@ class RepositoryFiles:
             for theirs, mine in ((there.input, new.input), (there.output, new.output))
         )
 
-    def renew_format(self) -> None:
-        """Record in the repository that it holds models of this version; the lock must be held."""
-        if self.format < FORMAT:  # older patchers do not know what an encoder is
-            self.storage.replace(FORMAT_FILE, format_file())
-            self.format = FORMAT
+    @contextlib.contextmanager
+    def renewed_format(self) -> Iterator[None]:
+        """Record that the repository holds models of this version; where the body fails, all is as before.
+
+        Older patchers do not know what an encoder is. The lock must be held.
+        """
+        before = self.format
+        if before >= FORMAT:
+            yield
+            return
+        with self.storage.replacing(FORMAT_FILE, format_file()) as change:
+            try:
+                change.make()
+                self.format = FORMAT
+                yield
+            except BaseException:
+                self.format = before
+                change.undo()
+                raise
 
 
 def _undo(changes: Sequence[Replacement]) -> None:

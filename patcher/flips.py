@@ -35,8 +35,8 @@ class Flips:
 
     Parameters
     ----------
-    calibration, size, count
-        ``count`` of ``size`` inputs, those of ``calibration``: ``eval``, ``replay`` or ``features`` of the memory.
+    source, size, count
+        ``count`` of ``size`` inputs, those of ``source``: ``eval``, ``replay`` or ``features`` of the memory.
         Nothing was counted where it is ``draws`` or ``none``.
     losing, sizes
         Flips by old label, most first, and the number of inputs of each label that has any.
@@ -51,7 +51,7 @@ class Flips:
         Whether these very inputs took part in a refit of the old rows; then the bound does not hold for fresh inputs.
     """
 
-    calibration: str
+    source: str
     size: int = 0
     count: int = 0
     losing: Mapping[str, int] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Flips:
         One row that is set just short of its next flip is no worse than a row that was set without these inputs. With
         several such rows, one flip is added for each but the first, as each stops just short of a flip of its own.
         """
-        if self.calibration not in ("eval", "replay", "features"):
+        if self.source not in ("eval", "replay", "features"):
             return None
         size = self.equal
         flips = math.ceil((self.rate or 0.0) * self.effective - _ROUNDED)

@@ -243,7 +243,7 @@ def _judged(
     passed = found.accuracy >= settings.min_accuracy
     return NewClassifierReport(
         classifier=name,
-        backbone=base.backbone,
+        backbone=base.backbone_name,
         in_store=settings.in_store,
         address=f"{base.any_model}/{name}" if settings.in_store else name,
         labels=len(labels),
@@ -288,7 +288,7 @@ def _head(
     examples: Examples,
 ) -> Head:
     facts: dict[str, Any] = {"method": "softmax", "data_hash": examples.data_hash(), "gate": report.gate}
-    audit.note(classifier=report.classifier, version=1, backbone=base.backbone, in_store=report.in_store, **facts)
+    audit.note(classifier=report.classifier, version=1, backbone=base.backbone_name, in_store=report.in_store, **facts)
     head = Head.from_linear(
         labels,
         made.weight,
@@ -345,7 +345,7 @@ def publish_new(
     require_live(server)
     with repository.lock(), contextlib.ExitStack() as undo:
         repository.refuse_existing(name)  # another patcher may have been quicker
-        if in_store and not repository.has_store(base.backbone):
+        if in_store and not repository.has_store(base.backbone_name):
             base.add_store()
             undo.callback(_take_out_store, base, server)
         classifier = add_classifier(repository, name, head, memory, base=base, in_store=in_store)

@@ -138,8 +138,7 @@ def judge(
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation, weights or {})
-    duplicates, known = _screened(head, fit, examples, memory, texts)
-    duplicates = [*repeated, *duplicates]
+    duplicates, known = _screened(head, fit, examples, memory, texts, repeated)
     too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
     reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
     return Verdict(
@@ -151,7 +150,7 @@ def judge(
             *_unseen(head, [flips, *others], max_flips),
             *_asides(fit, head, left_out or {}),
         ),
-        calibration=flips.calibration,
+        calibration=flips.source,
         calibration_size=flips.size,
         flipped=flips.count,
         flips=flips.rate,
@@ -173,9 +172,10 @@ def _screened(
     examples: Mapping[str, Floats],
     memory: Memory | None,
     texts: Mapping[str, Sequence[str]] | None,
+    repeated: Sequence[Repeat],
 ) -> tuple[list[Repeat], list[Known]]:
-    """The examples that repeat another, and those that an old label knows already."""
-    duplicates: list[Repeat] = []
+    """The examples that repeat another, behind those that were seen to, and those that an old label knows already."""
+    duplicates = [*repeated]
     known: list[Known] = []
     for label, rows in examples.items():
         names = _names(label, len(rows), texts)
@@ -236,7 +236,7 @@ def _reasons(
         if flips.rate is not None and flips.rate > max_flips
     ]
     reasons += [
-        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.calibration]}; the new label "
+        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.source]}; the new label "
         "may be the same one under another name"
         for flips in counted
         for label, lost in flips.losing.items()
@@ -245,7 +245,7 @@ def _reasons(
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
-            f"only {most.size} {_WHOSE[most.calibration]} are available, which are too few to conclude anything "
+            f"only {most.size} {_WHOSE[most.source]} are available, which are too few to conclude anything "
             f"(at most {percent(upper_bound(most.count, most.size), 0)} flip)"
         )
     for label, found in recall.items():
@@ -265,7 +265,7 @@ def _taken_over(lost: int, size: int, max_flips: float) -> bool:
 
 
 def _counted(flips: Flips) -> str:
-    return f"{flips.count} of {flips.size} {_WHOSE[flips.calibration]}"
+    return f"{flips.count} of {flips.size} {_WHOSE[flips.source]}"
 
 
 def _weighed(flips: Flips) -> str:
@@ -300,11 +300,11 @@ def _advice(
             f"{plural(len(duplicates), 'example')} {'repeats' if len(duplicates) == 1 else 'repeat'} another "
             "(duplicates count once); different sentences help more"
         )
-    if flips.calibration == "draws":
+    if flips.source == "draws":
         advice.append(
             "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
         )
-    if flips.calibration == "none":
+    if flips.source == "none":
         advice.append(
             "there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips"
         )
@@ -312,16 +312,23 @@ def _advice(
 
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
-    """Which labels of a head nothing is remembered of, in words; empty where there are none, or no memory at all."""
-    return _uncounted([label for label in labels if memory is not None and label not in memory.labels], len(labels))
+    """Which labels of a head no flips can be counted of, in words; empty where there are none, or no memory at all.
+
+    Nothing is said of a memory that was to keep statistics alone.
+    """
+    if memory is None:
+        return ""
+    counted = {memory.labels[place] for place in np.unique(memory.sample_labels).tolist()} or set(memory.labels)
+    return _uncounted([label for label in labels if label not in counted], len(labels))
 
 
 def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
     return (
-        f"the memory has nothing on {len(missing)} of {labels} labels ({listing(missing)}), so flips of their texts "
-        "are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with `--eval FILE`"
+        f"the memory has no texts' features of {len(missing)} of {labels} labels ({listing(missing)}), so flips of "
+        "them are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with "
+        "`--eval FILE`"
     )
 
 
@@ -337,7 +344,7 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
             short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
         else:
             short = f"would guarantee {percent(max_flips)} if none of them flipped"
-        said.append(f"{flips.size} {_WHOSE[flips.calibration]}{equal} {short}")
+        said.append(f"{flips.size} {_WHOSE[flips.source]}{equal} {short}")
     return tuple(filter(None, said))
 
 
@@ -351,17 +358,17 @@ def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
 
 def _bound_words(flips: Flips, method: str) -> str:
     if flips.bound is None:
-        source = "draws from a Gaussian model" if flips.calibration == "draws" else "the old rows alone"
-        return f"no bound on flips can be given: the row was set on {source}, not on real inputs"
+        basis = "draws from a Gaussian model" if flips.source == "draws" else "the old rows alone"
+        return f"no bound on flips can be given: the row was set on {basis}, not on real inputs"
     where = {
         "eval": "the evaluation file",
         "replay": "the replayed sentences",
         "features": "the memory's real features, whose texts the model was trained on",
-    }[flips.calibration]
+    }[flips.source]
     seen = f"{flips.count} of {flips.size} inputs flip on {where}"
     as_many = f", as {flips.equal:,} inputs of equal weight tell as much" if flips.weighed else ""
     if flips.refitted:
-        held_back = method == "anchored" and flips.calibration == "replay"
+        held_back = method == "anchored" and flips.source == "replay"
         part = ": those held back, on which it was chosen how far to go" if held_back else ""
         return (
             f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these "
@@ -369,7 +376,7 @@ def _bound_words(flips: Flips, method: str) -> str:
             "counts on fresh ones"
         )
     nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
-    fits = "" if flips.calibration == "eval" else nearest
+    fits = "" if flips.source == "eval" else nearest
     return (
         f"{seen}{fits}; with 95 % confidence at most "
         f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"

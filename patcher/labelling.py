@@ -173,14 +173,7 @@ def add_labels(
     with watch("features"):
         features = _features(target, head, texts, replay, evaluation, server, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
-        with watch("read"):
-            parent, memory = _read(target, on_trial=settings.canary is not None)
-            # Another patcher may have added some of them meanwhile.
-            texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
-            given = _given(parent, texts, features, repeated)
-        patch = make_patch(parent, memory, given, settings, watch)
-        patch = patch.with_lineage(_lineage(target, parent, patch, texts))
-        report = _report(target, patch, parent, texts)
+        patch, report = _patched(target, texts, features, repeated, settings, watch, skip_known=skip_known)
         if report.gate == "refused":
             report.seconds = watch.stop()
             raise GateRefused(_refusal(report.verdict), report.to_json())
@@ -188,6 +181,27 @@ def add_labels(
             _publish(target, patch, report, settings, server)
     report.seconds = watch.stop()
     return report
+
+
+def _patched(
+    target: Classifier,
+    texts: dict[str, list[str]],
+    features: _Features,
+    repeated: Sequence[Repeat],
+    settings: PatchSettings,
+    watch: Stopwatch,
+    *,
+    skip_known: bool,
+) -> tuple[Patch, PatchReport]:
+    """The patch of what serves now, and what there is to report of it."""
+    with watch("read"):
+        parent, memory = _read(target, on_trial=settings.canary is not None)
+        # Another patcher may have added some of them meanwhile.
+        texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
+        given = _given(parent, texts, features, repeated)
+    patch = make_patch(parent, memory, given, settings, watch)
+    patch = patch.with_lineage(_lineage(target, parent, patch, texts))
+    return patch, _report(target, patch, parent, texts)
 
 
 def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, Sequence[str]]) -> PatchReport:

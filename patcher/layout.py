@@ -114,7 +114,7 @@ def encoder_folder(names: BackboneNames, config: str, tokenizer_json: str) -> Fo
 def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) -> Folders:
     """A backbone's head store and the ensemble above it, ``encoding`` being the steps to the ``width`` features."""
     configs = (
-        store_config(names.store_model, width, names.backbone),
+        store_config(names.store_model, width, names.backbone_name),
         any_config(names.any_model, encoding, names.store_model),
     )
     return _with_configs({names.store_model: {"1/model.py": _source("heads")}}, configs)

@@ -20,7 +20,7 @@ from patcher.clustering import Clusters, half
 from patcher.errors import InputError, LabelError, RepositoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -248,42 +248,80 @@ class Memory:
         return self.add(tuple(groups), np.concatenate(list(groups.values())), ids)
 
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
-        """The memory without a label.
-
-        The label's share of the second moment is subtracted exactly if all its ``features`` are given, and to within
-        FP16 rounding if the sample holds them all. Otherwise its sentences are assumed to spread as those of the other
-        labels do, which leaves ``within()`` unchanged.
-        """
-        place = self._place(label)
-        mean = self.sums[place] / self.counts[place]
-        held: Floats | Doubles
+        """The memory without a label, as ``without`` has it; with all its ``features`` the subtraction is exact."""
         if features is None:
-            held = self.features_of(label).astype(np.float64)
-            # Stored features are rounded, and subtracting them could leave no valid sum of squares: shift them so that
-            # at least their mean is the exact one.
-            held += mean - held.mean(axis=0) if len(held) else 0.0
-        else:
-            held = _rows(features)
-        if len(held) == self.counts[place]:
-            leaving = _moment(held)
-        elif features is not None:
+            return self.without([label])
+        place, rows = self._place(label), _rows(features)
+        if len(rows) != self.counts[place]:
             raise InputError(
-                f"{label!r} joined with {self.counts[place]} sentences, but features of {len(held)} were given"
+                f"{label!r} joined with {self.counts[place]} sentences, but features of {len(rows)} were given"
             )
-        else:
-            leaving = self.counts[place] * np.outer(mean, mean) + (self.counts[place] - 1) * self.within()
-        keep = self.sample_labels != place
-        ids = self.sample_labels[keep]
-        rest = [i for i in range(len(self.labels)) if i != place]
+        return self._part(np.arange(len(self.labels)) != place, _moment(rows))
+
+    def without(self, labels: Collection[str]) -> Memory:
+        """The memory without some labels; what it knows of each of the others stays as it is.
+
+        A label's share of the second moment is subtracted to within FP16 rounding if the sample holds all its
+        sentences. Those of the other labels that leave are assumed to spread as what is then left does, which leaves
+        ``within()`` unchanged.
+        """
+        leaves = np.zeros(len(self.labels), np.bool_)
+        leaves[[self._place(label) for label in labels]] = True
+        whole = leaves & (np.bincount(self.sample_labels, minlength=len(self.labels)) == self.counts)
+        if whole.any():
+            left = self._part(~whole, _moment(self._whole_rows(whole)))
+            return left.without(set(labels) & set(left.labels))
+        roots, counts = self.sums[leaves] / np.sqrt(self.counts[leaves])[:, None], self.counts[leaves]
+        return self._part(~leaves, roots.T @ roots + (counts - 1).sum() * self.within())
+
+    def _whole_rows(self, whole: NDArray[np.bool_]) -> Doubles:
+        """The sample of labels that it holds all sentences of, float64 ``[n, width]``.
+
+        Stored features are rounded, and subtracting them could leave no valid sum of squares: they are shifted so that
+        at least each label's mean is the exact one.
+        """
+        mine = whole[self.sample_labels]
+        rows, ids = self.sample[mine].astype(np.float64), self.sample_labels[mine]
+        off = self.sums.copy()
+        np.subtract.at(off, ids, rows)
+        shifted: Doubles = rows + off[ids] / self.counts[ids, None]
+        return shifted
+
+    def _part(self, stays: NDArray[np.bool_], leaving: Doubles) -> Memory:
+        """The labels that stay, ``leaving`` being the others' share of the second moment."""
+        place = np.cumsum(stays) - 1
+        mine = stays[self.sample_labels]
         return dataclasses.replace(
             self,
-            labels=(*self.labels[:place], *self.labels[place + 1 :]),
-            counts=np.delete(self.counts, place),
-            sums=np.delete(self.sums, place, axis=0),
+            labels=tuple(label for label, each in zip(self.labels, stays.tolist(), strict=True) if each),
+            counts=self.counts[stays],
+            sums=self.sums[stays],
             second_moment=self.second_moment - leaving,
-            sample=self.sample[keep],
-            sample_labels=np.where(ids > place, ids - 1, ids),
-            clusters=self.clusters.relabelled({old: new for new, old in enumerate(rest)}),
+            sample=self.sample[mine],
+            sample_labels=place[self.sample_labels[mine]],
+            clusters=self.clusters.relabelled({old: int(place[old]) for old in np.flatnonzero(stays).tolist()}),
+        )
+
+    def keeping(self, per_label: int) -> Memory:
+        """The memory with at most ``per_label`` real features of each label; 0 keeps statistics alone.
+
+        Where there are to be some, a label of which it has none is one cluster, for all that is known of it.
+        """
+        order = np.random.default_rng([self.seed, len(self.sample)]).permutation(len(self.sample))
+        order = order[np.argsort(self.sample_labels[order], kind="stable")]
+        sizes = np.bincount(self.sample_labels, minlength=len(self.labels))
+        kept = np.sort(order[np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes) < per_label])
+        known = np.isin(np.arange(len(self.labels)), self.clusters.labels)
+        clusters = self.clusters if per_label else self.clusters.relabelled({})
+        if per_label and not known.all():
+            lone = Clusters(half(self.means()[~known]), self.counts[~known], np.flatnonzero(~known))
+            clusters = Clusters.joined([clusters, lone])
+        return dataclasses.replace(
+            self,
+            sample=self.sample[kept],
+            sample_labels=self.sample_labels[kept],
+            clusters=clusters,
+            per_label=per_label,
         )
 
     def rename(self, old: str, new: str) -> Memory:

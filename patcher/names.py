@@ -47,7 +47,7 @@ class BackboneNames:
     """The models of a backbone."""
 
     def __init__(self, backbone: str) -> None:
-        self.backbone = backbone
+        self.backbone_name = backbone
         self.tokenizer_model = f"{backbone}_tokenizer"
         self.encoder_model = f"{backbone}_encoder"
         """Text to features; exports before 0.4.0 have none."""

@@ -20,6 +20,7 @@ from patcher.fleet import each, members, present
 from patcher.names import CANARY
 from patcher.rollout import forget, let_go, on_trial, probe, require_answer, require_live, serve
 from patcher.signals import uninterrupted
+from patcher.wording import versions_are
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,10 +78,11 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
     for nobody was told that it serves. A server that does not answer, or takes no model control, says nothing of the
     version: then nothing is decided. Without a server the files alone are brought in order.
     """
-    _finish_pruning(classifier)
+    if half_gone := classifier.half_gone():
+        classifier.prune(half_gone)
     pending = classifier.journal.pending()
     if pending is None:
-        return None
+        return f"finished: {versions_are(half_gone)} pruned" if half_gone else None
     if pending.switched is None:
         return _undo(classifier, pending.published)
     require_live(server)
@@ -146,13 +148,6 @@ def _undo(classifier: Classifier, published: int | None) -> str:
         return f"undone: version {published} never served and was withdrawn"
     classifier.note("undone", serving=serving)
     return f"undone: version {serving} serves"
-
-
-def _finish_pruning(classifier: Classifier) -> None:
-    gone = classifier.journal.pruned() | classifier.journal.withdrawn()
-    left = sorted(gone & set(classifier.versions()) - {classifier.serving()})
-    if left:
-        classifier.prune(left)
 
 
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from patcher.arguments import require
 from patcher.errors import ExamplesError, RepositoryError
 from patcher.examples import as_examples
@@ -23,7 +25,6 @@ from patcher.triton.client import TritonServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
@@ -66,18 +67,29 @@ def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[
 
 
 def build_memory(
-    head: Head, examples: Examples, features: NDArray[np.float32], *, per_label: int = FEATURES_A_LABEL, **limits: int
+    head: Head,
+    examples: Examples,
+    features: NDArray[np.float32],
+    *,
+    per_label: int = FEATURES_A_LABEL,
+    before: Memory | None = None,
+    **limits: int,
 ) -> Memory:
     """The memory of labelled texts with features FP32 ``[n, width]``; ``per_label`` 0 keeps statistics alone.
 
-    ``limits`` are further ones of ``Memory.build``.
+    Of labels of the head that no text has, all stays that the memory ``before`` knows. ``limits`` are further ones of
+    ``Memory.build``.
 
     Raises LabelError for labels that the head lacks, ExamplesError where no text has a label.
     """
     rows, ids = label_ids(head, examples)
     if not len(rows):
         raise ExamplesError(f"{examples.source}: no text has a label; expected labelled texts")
-    return Memory.build(features[rows], ids, head.labels, head.split, per_label=per_label, **limits)
+    stays = set(head.labels) - {head.labels[place] for place in np.unique(ids).tolist()}
+    if before is None or stays.isdisjoint(before.labels):
+        return Memory.build(features[rows], ids, head.labels, head.split, per_label=per_label, **limits)
+    kept = before.without([label for label in before.labels if label not in stays])
+    return kept.keeping(per_label).add(head.labels, features[rows], ids)
 
 
 def remember(
@@ -93,8 +105,7 @@ def remember(
     A text that comes again under its label, with the same words, counts once: it is no fresh information, and a bound
     on the harm of a patch that took it for such would look surer than it is.
 
-    Of labels that no example has, it keeps the features that are remembered now, which is all that there is of a label
-    that was added by a patch.
+    Labels that no example has stay remembered as they are, with their numbers of texts and what these had in common.
 
     Raises
     ------
@@ -111,8 +122,9 @@ def remember(
     features = extract_features(classifier, once.texts, None, progress)
     with changing(classifier, server):
         parent = classifier.head(published=True)
-        memory = build_memory(parent, once, features, per_label=per_label, **_limits(classifier))
-        memory = _beside(memory, _readable(classifier), parent)
+        before = _readable(classifier)
+        limits = _limits(classifier, before)
+        memory = build_memory(parent, once, features, per_label=per_label, before=before, **limits)
         lineage = next_lineage(classifier, parent, method="remember", data_hash=examples.data_hash())
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)
@@ -120,11 +132,10 @@ def remember(
     return Remembered(**vars(switch), texts=len(once), repeated=len(examples) - len(once))
 
 
-def _limits(classifier: Classifier) -> dict[str, int]:
+def _limits(classifier: Classifier, before: Memory | None) -> dict[str, int]:
     """Clusters a label: in a head store no more than the memory before had, for one of very many is kept small."""
     if not classifier.in_store:
         return {}
-    before = _readable(classifier)
     return {"most_clusters": before.most_clusters if before else STORED_CLUSTERS}
 
 
@@ -134,11 +145,3 @@ def _readable(classifier: Classifier) -> Memory | None:
         return classifier.memory(published=True)
     except RepositoryError:
         return None
-
-
-def _beside(memory: Memory, before: Memory | None, head: Head) -> Memory:
-    if before is None:
-        return memory
-    there = set(memory.labels)
-    kept = {label: before.features_of(label) for label in head.labels if label not in there}
-    return memory.add_groups({label: rows for label, rows in kept.items() if len(rows)})

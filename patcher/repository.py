@@ -7,7 +7,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from patcher.arguments import require
-from patcher.backbone import Backbone, add_backbone
+from patcher.backbone import Backbone, added_backbone
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError
 from patcher.files import RepositoryFiles, format_file
@@ -17,6 +17,7 @@ from patcher.storage import open_storage
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from typing import TypeAlias
 
     from patcher.head import Head
@@ -97,7 +98,12 @@ class ModelRepository(RepositoryFiles):
 
     def add_backbone(self, name: str, files: BackboneFiles) -> Backbone:
         """Add a backbone with its encoder, tokenizer and features ensemble under ``name``; the lock must be held."""
-        return add_backbone(self, check_name(name), files)
+        with self.added_backbone(name, files) as backbone:
+            return backbone
+
+    def added_backbone(self, name: str, files: BackboneFiles) -> AbstractContextManager[Backbone]:
+        """The same, for good only if the body ends well."""
+        return added_backbone(self, check_name(name), files)
 
     def add_classifier(
         self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, in_store: bool = False

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Switch",
-    "answering_stores",
     "forget",
+    "held_in_stores",
     "let_go",
     "on_trial",
     "probe",
@@ -54,6 +54,10 @@ __all__ = [
     "validate",
     "withdrawing",
 ]
+
+
+_NOBODY = "-"
+"""A name that no classifier has (``check_name`` refuses it)."""
 
 
 @dataclass(frozen=True)
@@ -204,29 +208,39 @@ def let_go(name: str, replica: TritonServer) -> bool:
     return held
 
 
-def answering_stores(repository: RepositoryFiles, name: str, replica: TritonServer) -> list[Backbone]:
-    """The backbones whose head stores answer for ``name`` on ``replica``.
+def held_in_stores(
+    repository: RepositoryFiles, names: Sequence[str], replica: TritonServer
+) -> dict[Backbone, frozenset[str]]:
+    """The classifiers that the head stores of ``replica`` answer for, by backbone.
 
-    One that is not ready, or whose process died, answers for nobody, and reads the files anew when it is back.
+    One that is not ready, or whose process died, answers for nobody, and reads the files anew when it is back. A store
+    of before 0.14 tells of ``names`` alone, by a refusal for each that it does not have.
     """
-    return [each for each in map(partial(Backbone, repository), repository.stores()) if _answers(each, name, replica)]
+    backbones = map(partial(Backbone, repository), repository.stores())
+    return {backbone: _held(backbone, names, replica) for backbone in backbones}
 
 
-def _answers(backbone: Backbone, name: str, replica: TritonServer) -> bool:
+def _held(backbone: Backbone, names: Sequence[str], replica: TritonServer) -> frozenset[str]:
     if not replica.is_ready(backbone.store_model):
-        return False
-    try:
-        replica.head_logits(f"{backbone.store_model}/{name}", np.zeros((1, backbone.width()), np.float32))
-    except ServerUnreachable:
-        raise
-    except ServerError:
-        return False
-    return True
+        return frozenset()
+    found = set()
+    for name in names or (_NOBODY,):
+        try:
+            told = replica.held(backbone.store_model, name, backbone.width())
+        except ServerUnreachable:
+            raise
+        except ServerError:
+            continue
+        if told is not None:
+            return told
+        found.add(name)
+    return frozenset(found)
 
 
 def forget(repository: RepositoryFiles, name: str, replica: TritonServer) -> bool:
     """Have the head stores of ``replica`` forget a classifier that is in none any more; whether one answered for it."""
-    answering, failed = answering_stores(repository, name, replica), []
+    held = held_in_stores(repository, [name], replica)
+    answering, failed = [backbone for backbone, there in held.items() if name in there], []
     for backbone in answering:
         try:
             replica.refresh(backbone.store_model, name, backbone.width())

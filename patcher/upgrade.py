@@ -59,5 +59,5 @@ def _above(backbone: Backbone) -> list[str]:
     """The ensembles that go on from the backbone's features to an answer."""
     repository = backbone.repository
     names = [name for name in repository.classifiers() if repository.stored_on(name) is None]
-    above = [name for name in names if Classifier(repository, name).backbone == backbone.backbone]
-    return [*above, backbone.any_model] if repository.has_store(backbone.backbone) else above
+    above = [name for name in names if Classifier(repository, name).backbone_name == backbone.backbone_name]
+    return [*above, backbone.any_model] if repository.has_store(backbone.backbone_name) else above

@@ -6,9 +6,9 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats"]
+__all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats", "versions_are"]
 
 _LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
 """What stands before a host: who a URL logs in as."""
@@ -43,6 +43,12 @@ def percent(share: float | None, digits: int = 2) -> str:
 def repeats(count: int) -> str:
     """What is said of texts of which another of their label has the same words."""
     return f"{plural(count, 'text')} left out as duplicates (the same words of the same label count once)"
+
+
+def versions_are(versions: Sequence[int]) -> str:
+    """``version 2 is``, ``versions 2, 3 are``."""
+    numbers = ", ".join(map(str, versions))
+    return f"version {numbers} is" if len(versions) == 1 else f"versions {numbers} are"
 
 
 def redacted(message: str) -> str:

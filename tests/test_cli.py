@@ -387,10 +387,10 @@ def test_a_memory_of_some_labels_says_so_and_keeps_what_it_had_of_the_others(pat
     some = tiny.write_csv(tmp_path / "some.csv", {label: train[label] for label in tiny.OLD[:2]})
     code, _, err = patcher("remember", "--data", some, "--no-load")
     assert code == 0
-    assert f"the memory has nothing on {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
+    assert f"the memory has no texts' features of {len(tiny.OLD) - 1} of {len(tiny.OLD) + 1} labels" in err
     more = tiny.write_csv(tmp_path / "more.csv", {"refund": tiny.sentences("refund", 10)})
     out = patcher("add-label", "--examples", more, "--no-load", "--force", "--json")[1]
-    assert any("the memory has nothing on" in line for line in json.loads(out)["verdict"]["advice"])
+    assert any("the memory has no texts' features of" in line for line in json.loads(out)["verdict"]["advice"])
 
 
 def test_a_column_that_is_not_read_is_told_where_all_texts_are_taken_as_one_label(patcher, tmp_path):

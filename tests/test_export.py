@@ -743,6 +743,7 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
         raise StorageError("no space left on device")
 
     kept = run_export(bert, tmp_path / "kept")
+    (kept.repository.root / "patcher.json").write_text('{"format": 1}')  # an older patcher's, who has to read it on
     before = tree(kept.repository.root)
     monkeypatch.setattr(ModelRepository, "add_classifier", full)
     for root in (tmp_path / "fresh", kept.repository.root):

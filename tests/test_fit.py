@@ -57,7 +57,7 @@ def test_a_new_label_is_found_and_old_ones_stay(problem):
     assert now[:, :8].tobytes() == before.tobytes()
     taken = now.argmax(axis=1) == 8 if problem == SINGLE_LABEL else now[:, 8] > 0
     assert taken[before.argmax(axis=1) == ids].mean() <= 0.01
-    assert (made.method, made.calibration) == ("offset-logistic", "features")
+    assert (made.method, made.source) == ("offset-logistic", "features")
 
 
 def test_several_labels_at_once_do_not_steal_from_each_other():
@@ -106,7 +106,7 @@ def test_a_name_that_says_something_else_is_left_out():
 def test_without_a_memory_the_old_rows_have_to_do():
     head, _, _, _, new = world()
     made = fit({"new": new(10)}, head, None)
-    assert made.calibration == "none"
+    assert made.source == "none"
     assert (made.weight[:, head.split :] == 0).all()  # the old rows say nothing about features they do not look at
     assert (made.apply(head).logits(new(100, seed=9)).argmax(axis=1) == 8).mean() > 0.5
 
@@ -131,7 +131,7 @@ def test_the_budget_of_flips_is_kept_on_the_calibration_inputs(budget):
 
 def test_replay_takes_the_place_of_the_sample():
     head, memory, features, ids, new = world()
-    assert fit({"new": new(10)}, head, memory, replay=Labelled(features, ids)).calibration == "replay"
+    assert fit({"new": new(10)}, head, memory, replay=Labelled(features, ids)).source == "replay"
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_what_neither_memory_nor_evaluation_knows_is_named():
     made = fit(examples, head, memory)
     rows = draw(ids[:200])
     result = judge(head, made, examples, memory, evaluation=Labelled(rows, ids[:200]))
-    assert any("the memory has nothing on 20 of 24 labels" in advice for advice in result.advice)
+    assert any("the memory has no texts' features of 20 of 24 labels" in advice for advice in result.advice)
 
 
 def test_a_multi_label_text_counts_once_whatever_its_labels():

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from patcher.cli import main
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.examples import Examples
+from patcher.features import extract_features
 from patcher.memory import Memory
 from patcher.memory_file import read_memory, write_memory
 from patcher.remembering import remember
@@ -293,13 +294,71 @@ def flat(texts) -> Examples:
     return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "some.csv")
 
 
-def test_what_is_kept_of_other_labels_is_put_beside_a_new_memory_at_once(classifier, monkeypatch) -> None:
+def renewed(classifier, label, per_label=20) -> Memory:
+    """The memory after a ``remember`` with thirty texts of one label."""
+    remember(classifier, flat({label: tiny.sentences(label, 30, seed=5)}), per_label=per_label)
+    return classifier.memory()
+
+
+def of(memory: Memory, label: str) -> tuple[np.ndarray, ...]:
+    """All that a memory knows of one label."""
+    place = memory.labels.index(label)
+    mine = memory.clusters.labels == place
+    clusters = memory.clusters.means[mine], memory.clusters.counts[mine]
+    return memory.counts[place], memory.sums[place], memory.features_of(label), *clusters
+
+
+def test_labels_that_are_not_renewed_stay_remembered_to_the_bit(classifier, monkeypatch) -> None:
     before, calls, plain = classifier.memory(), [], Memory.add
+    assert before.counts.max() > before.per_label  # there is more to a label than its sample
     monkeypatch.setattr(Memory, "add", lambda memory, *given: calls.append(given) or plain(memory, *given))
-    texts = tuple(tiny.sentences("balance", 30, seed=5))
-    remember(classifier, Examples(texts, ("balance",) * 30, "some.csv"))
-    after = classifier.memory()
-    assert len(calls) == 2  # the texts, and all that was there
+    after = renewed(classifier, "balance")
+    assert len(calls) == 1
     assert set(after.labels) == set(before.labels)
+    assert after.counts[after.labels.index("balance")] == 30
     for label in set(before.labels) - {"balance"}:
-        assert np.array_equal(np.sort(after.features_of(label), axis=0), np.sort(before.features_of(label), axis=0))
+        assert all(np.array_equal(a, b) for a, b in zip(of(after, label), of(before, label), strict=True))
+    rest, rows = before.without(["balance"]), extract_features(classifier, tiny.sentences("balance", 30, seed=5))
+    rows = rows.astype(np.float64)
+    assert np.allclose(rest.within(), before.within(), rtol=1e-10, atol=1e-12)
+    assert np.allclose(after.second_moment, rest.second_moment + rows.T @ rows, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("per_label, sample", [(0, 0), (5, 5), (50, 20)])
+def test_a_memory_is_renewed_in_part_with_another_size(classifier, per_label: int, sample: int) -> None:
+    before = classifier.memory()
+    after = renewed(classifier, "balance", per_label)
+    assert (len(after.features_of("music")), len(after.features_of("balance"))) == (sample, min(per_label, 30))
+    kept, new = of(before, "music"), of(after, "music")
+    assert kept[0] == new[0] and np.array_equal(kept[1], new[1])
+    assert (len(after.clusters.means) > 0) == (per_label > 0)
+    again = renewed(classifier, "balance")
+    assert set(again.clusters.labels.tolist()) == set(range(len(again.labels)))
+    assert again.counts.sum() == before.counts.sum() - 40 + 30
+
+
+def test_labels_of_which_there_are_only_statistics_are_told(classifier, capsys, tmp_path) -> None:
+    remember(classifier, flat(tiny.train_set()), per_label=0)
+    path = tiny.write_csv(tmp_path / "part.csv", {"balance": tiny.sentences("balance", 30)})
+    assert main(["remember", "--repo", str(classifier.root), "--data", str(path), "--no-load"]) == 0
+    assert "has no texts' features of 5 of 6 labels" in capsys.readouterr().err
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 30]), st.sampled_from([1, 4, 30]))
+def test_several_labels_leave_as_one_after_the_other_does(seed: int, first: int, second: int) -> None:
+    features, ids = some_features(seed=seed)
+    rng = np.random.default_rng(seed)
+    memory = Memory.build(features, ids, LABELS, split=4, per_label=5)
+    both = memory.add(["new"], rng.normal(size=(first, 6)), np.zeros(first, int))
+    both = both.add(["newer"], 1 + rng.normal(size=(second, 6)), np.zeros(second, int))
+    names = sorted(
+        ["new", "newer"], key=lambda name: both.counts[both.labels.index(name)]
+    )  # what is known exactly first
+    one, at_once = both.remove(names[0]).remove(names[1]), both.without(["newer", "new"])
+    assert at_once.labels == LABELS
+    for name, array in one.arrays().items():
+        assert np.allclose(array, at_once.arrays()[name], rtol=1e-10, atol=1e-9)
+    if max(first, second) <= 5:  # all that left was in the sample
+        assert np.allclose(at_once.within(), memory.within(), atol=2e-2)
+    assert both.without(both.labels).labels == ()

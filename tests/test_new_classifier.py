@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,13 +29,17 @@ from patcher import (
     rollback,
     sync,
 )
+from patcher.backbone import Backbone
 from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
 from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fit.holding_out import hold_out
 from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
+from patcher.names import check_name
+from patcher.rollout import held_in_stores
 from patcher.storage import disk
+from patcher.triton.failures import Address
 from patcher.triton.server import EmbeddedTriton
 
 
@@ -292,8 +297,7 @@ def test_a_store_that_did_not_hear_of_it_is_asked_again(triton, monkeypatch):
             drop_classifier(repository, "unheard", server)
         monkeypatch.undo()
         assert server.classify("intent_any/unheard", ["hello"])[0].head_version == 1
-        with pytest.raises(InputError, match="no classifier 'unheard'"):  # and yet the store was told
-            drop_classifier(repository, "unheard", server)
+        assert drop_classifier(repository, "unheard", server) == ()
         with pytest.raises(ServerError, match="no classifier 'unheard'"):
             server.classify("intent_any/unheard", ["hello"])
 
@@ -333,6 +337,115 @@ def test_one_that_was_dropped_unheard_is_gone_when_its_name_is_served_the_other_
 
 
 @pytest.mark.server
+def test_a_store_is_asked_nothing_that_it_refuses(triton, monkeypatch):
+    repository, refused, failure = ModelRepository(triton.repository), [], Address.failure
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "together", examples(), server=server, settings=FoundingSettings(in_store=True))
+        monkeypatch.setattr(
+            Address, "failure", lambda *given, **more: refused.append(given[1]) or failure(*given, **more)
+        )
+        new_classifier(repository, "beside", examples(), server=server)
+        for name in ("intent", "beside"):
+            assert sync(repository.classifier(name), server) == {server.url: "agreed"}
+        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        assert [what for what in refused if "ready" not in what] == []
+        monkeypatch.undo()
+        for name in ("beside", "together"):
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_doctor_asks_a_store_once_for_all_classifiers(triton, monkeypatch):
+    repository, asked, held = ModelRepository(triton.repository), [], TritonServer.held
+    with TritonServer(triton.url) as server:
+        for name, settings in (("together", FoundingSettings(in_store=True)), ("beside", FoundingSettings())):
+            new_classifier(repository, name, examples(), server=server, settings=settings)
+        monkeypatch.setattr(TritonServer, "held", lambda *given: asked.append(given) or held(*given))
+        assert [each for each in doctor.diagnose(repository.location, server, "url") if each.state == "fault"] == []
+        assert len(asked) == 1
+        for name in ("beside", "together"):
+            drop_classifier(repository, name, server)
+
+
+def test_a_store_is_asked_where_no_classifier_is_left(tiny_original, tmp_path):
+    repository = ModelRepository(shutil.copytree(tiny_original, tmp_path / "model_repository"))
+    new_classifier(repository, "last", examples(), settings=FoundingSettings(in_store=True))
+    asked = []
+
+    def held(*given):
+        asked.append(given)
+        return frozenset(["gone"])
+
+    replica = SimpleNamespace(is_ready=lambda _: True, held=held)
+    assert [*held_in_stores(repository, [], replica).values()] == [{"gone"}]
+    ((store, name, width),) = asked
+    assert (store, width) == ("intent_heads", tiny.WIDTH)
+    with pytest.raises(InputError, match="cannot name a model"):
+        check_name(name)
+
+
+@pytest.mark.server
+def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
+    repository = ModelRepository(triton.repository)
+    in_store, held = FoundingSettings(in_store=True), TritonServer.held
+
+    def older(server, store, name, width):
+        """Knows no such parameter: it answers from the head, or refuses."""
+        server.head_logits(f"{store}/{name}", np.zeros((1, width), np.float32))
+
+    with TritonServer(triton.url) as server:
+        for name in ("kept", "gone"):
+            new_classifier(repository, name, examples(), server=server, settings=in_store)
+        assert held(server, "intent_heads", "nobody", tiny.WIDTH) >= {"kept", "gone"}
+        monkeypatch.setattr(TritonServer, "held", older)
+        assert [*held_in_stores(repository, ["gone", "nobody"], server).values()] == [{"gone"}]
+        for name in ("kept", "gone"):
+            drop_classifier(repository, name, server)
+
+
+@pytest.mark.server
+def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, monkeypatch):
+    """And nobody else's models are, nor is the repository at fault."""
+    repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
+    with TritonServer(triton.url) as server:
+
+        def diagnosed():
+            return [each for each in doctor.diagnose(repository.location, server, "url") if "served" in each.what]
+
+        def told():
+            found = diagnosed()
+            assert [each for each in found if each.state == "fault"] == []
+            return {each.what: each.finding for each in found if each.state == "note"}
+
+        assert told() == {}
+        new_classifier(repository, "alone", examples(), server=server)
+        new_classifier(repository, "together", examples(), server=server, settings=stored)
+        for name in ("theirs", "theirs_head"):  # as another repository of the server may have them
+            folder = shutil.copytree(repository.root / "intent_tokenizer", repository.root / name)
+            config = folder / "config.pbtxt"
+            config.write_text(config.read_text().replace('"intent_tokenizer"', f'"{name}"'))
+            server.load(name)
+            shutil.rmtree(folder)
+        assert told() == {}
+        for name in ("alone", "together"):
+            drop_classifier(repository, name)
+        found = told()
+        assert set(found) == {"alone, served", "intent_any/together, served"}
+        assert (
+            "the repository has no classifier alone; if it was dropped, `patcher drop-classifier alone` "
+            in found["alone, served"]
+        )
+        with monkeypatch.context() as patched:  # a server of another repository, whose backbone has the same name
+            patched.setattr(Backbone, "fingerprint", lambda _: "f" * 64)
+            assert [each.what for each in diagnosed() if each.state == "note"] == []
+        for name in ("alone", "together"):
+            assert drop_classifier(repository, name, server) == ()
+        assert told() == {}
+        for name in ("theirs", "theirs_head"):
+            server.unload(name)
+
+
+@pytest.mark.server
 def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkeypatch):
     repository, name = ModelRepository(triton.repository), "stays"
     real, stuck = TritonServer.refresh, ServerRefused("intent_heads: Stub process 'intent_heads_0_0' is not healthy.")
@@ -366,12 +479,7 @@ def test_a_head_store_that_fails_stops_no_classifier_beside_it(triton, monkeypat
     with TritonServer(triton.url) as server:
         new_classifier(repository, "other", examples(), server=server, settings=FoundingSettings(in_store=True))
         monkeypatch.setattr(TritonServer, "refresh", dead)
-        real = TritonServer.head_logits
-
-        def logits(self, head, features):
-            return dead() if head.startswith("intent_heads/") else real(self, head, features)
-
-        monkeypatch.setattr(TritonServer, "head_logits", logits)
+        monkeypatch.setattr(TritonServer, "held", dead)
         assert new_classifier(repository, name, examples(), server=server).served
         assert sync(repository.classifier(name), server) == {server.url: "agreed"}
         assert drop_classifier(repository, name, server) == (1,)

@@ -8,6 +8,8 @@ import pytest
 import tiny
 
 from patcher import add_label, doctor, history, model_config, rollback, serving
+from patcher.errors import StorageError
+from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
 
@@ -44,7 +46,7 @@ def test_a_new_backbone_comes_beside_it(older, tmp_path):
     files, head = tiny.backbone_files(tmp_path), older.head(1)
     with repository.lock():
         # What stands on the old backbone takes the steps that it has there.
-        repository.add_classifier("second", head, backbone=older.backbone)
+        repository.add_classifier("second", head, backbone=older.backbone_name)
         repository.add_backbone("fresh", files)
         fresh = repository.add_classifier("fresh", head, backbone="fresh")
     assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
@@ -58,6 +60,42 @@ def test_a_new_backbone_comes_beside_it(older, tmp_path):
     assert [answer.labels[0] for answer in answers] == [tiny.OLD[0]] * 3
 
 
+def test_what_could_not_be_added_leaves_it_to_older_patchers(older, tree, tmp_path, monkeypatch):
+    repository, files = older.repository, tiny.backbone_files(tmp_path)
+    before = tree(older.root)
+
+    def full(*_):
+        raise StorageError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Disk, "add", full)
+        with pytest.raises(StorageError, match="no space left"):
+            repository.add_backbone("fresh", files)
+        assert (tree(older.root), repository.format) == (before, 1)
+
+    def interrupted():
+        with repository.added_backbone("fresh", files) as backbone:
+            assert (repository.backbones(), repository.format) == (("fresh", "intent"), 2)
+            assert backbone.width() == older.width()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tree(older.root), repository.format) == (before, 1)
+    repository.add_backbone("fresh", files)
+    assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
+
+
+def test_an_upgrade_that_adds_no_encoder_leaves_it_to_older_patchers(older, monkeypatch):
+    def full(*_):
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr(Disk, "add", full)
+    with pytest.raises(StorageError, match="no space left"):
+        upgrade(older)
+    assert json.loads((older.root / "patcher.json").read_text()) == {"format": 1}
+
+
 @pytest.mark.server
 def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     repository = older.repository
@@ -65,7 +103,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     tuned = serving.Serving(instances=2, threads=1, delay_us=300, slack=5, batch=16)
     models = (older.tokenizer_model, older.backbone_model)
     with repository.lock():
-        repository.add_classifier("second", older.head(1), backbone=older.backbone)
+        repository.add_classifier("second", older.head(1), backbone=older.backbone_name)
         before = serving.with_serving(*map(repository.config_text, models), tuned)
         repository.write_configs(dict(zip(models, before, strict=True)))
     models = ["intent", "second", "intent_features"]

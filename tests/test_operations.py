@@ -191,13 +191,49 @@ class TestInterrupted:
             pass
         assert (classifier.serving(), classifier.journal.pending()) == (2, None)
 
-    def test_an_interrupted_pruning_is_finished(self, classifier):
+    @pytest.fixture
+    def half_pruned(self, classifier, monkeypatch):
+        """A classifier of four versions whose patcher was killed when it was about to take the first two away."""
+
+        class KilledError(BaseException):
+            pass
+
+        def killed(*_):
+            raise KilledError
+
         for label in tiny.NEW:
             patched(classifier, label)
-        with classifier.repository.lock():
-            classifier.journal.append("pruned", versions=[1, 2])
-        assert patched(classifier, "other") == 5
-        assert classifier.versions() == (3, 4, 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "take_away", killed)
+            with pytest.raises(KilledError):
+                prune(classifier, 2)
+        assert classifier.versions() == (1, 2, 3, 4)
+        return classifier
+
+    def test_an_interrupted_pruning_is_told_and_finished_by_the_next_change(self, half_pruned):
+        (told,) = faults(half_pruned)
+        assert (told.what, told.state) == ("intent, journal", "fault")
+        assert told.finding.startswith(
+            "interrupted: versions 1, 2 are still there after a pruning; `patcher doctor --r"
+        )
+        assert patched(half_pruned, "other") == 5
+        assert half_pruned.versions() == (3, 4, 5)
+        assert faults(half_pruned) == []
+
+    def test_an_interrupted_pruning_is_finished_by_the_next_one(self, half_pruned):
+        assert prune(half_pruned, 2) == ()
+        assert half_pruned.versions() == (3, 4)
+
+    def test_an_interrupted_pruning_is_finished_by_doctor(self, half_pruned):
+        assert [check.finding for check in doctor.repair(half_pruned.root, None)] == [
+            "finished: versions 1, 2 are pruned"
+        ]
+        assert half_pruned.versions() == (3, 4)
+        assert faults(half_pruned) == []
+
+    def test_a_pruning_under_way_is_no_fault(self, half_pruned):
+        with half_pruned.repository.lock():
+            assert faults(half_pruned) == []
 
     @pytest.mark.server
     @pytest.mark.slow
@@ -944,7 +980,7 @@ class TestDamage:
         data = tiny.write_csv(tmp_path / "train.csv", train)  # of all labels but that of the patch
         assert main(["remember", "--data", str(data), "--no-load", "--repo", str(classifier.root)]) == 0
         assert set(classifier.memory().labels) == set(train)
-        assert "warning: the memory has nothing on 1 of 7 labels (payday)" in capsys.readouterr().err
+        assert "warning: the memory has no texts' features of 1 of 7 labels (payday)" in capsys.readouterr().err
 
 
 def test_all_labels_cannot_be_merged(classifier, tree):

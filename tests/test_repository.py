@@ -6,11 +6,15 @@ import multiprocessing
 import os
 import stat
 
+import numpy as np
 import pytest
 import tiny
 
-from patcher import ModelRepository, configs, model_config
+from patcher import ModelRepository, add_label, configs, model_config
 from patcher.errors import Busy, InputError, PatcherError, RepositoryError, StorageError, VersionError
+from patcher.head_file import write_head
+from patcher.memory import Memory
+from patcher.memory_file import write_memory
 from patcher.names import check_name
 
 
@@ -260,6 +264,47 @@ def test_a_damaged_head_is_named(classifier, damage):
     path = classifier.root / "intent_head" / "1" / "model.onnx"
     path.write_bytes(path.read_bytes()[:1000] if damage is None else damage)
     with pytest.raises(PatcherError, match=r"intent_head/1/model\.onnx"):
+        classifier.head()
+
+
+def test_a_head_for_other_features_is_named_by_every_verb_that_reads_it(classifier, tree, tmp_path, command):
+    head = next_head(classifier)
+    width, none = head.width + 1, np.zeros((0, head.width + 1), np.float32)
+    other = dataclasses.replace(head, width=width, patch_weight=none, scope=None)
+    folder = classifier.root / "intent_head" / "2"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(write_head(other.with_rows(["new"], np.ones((1, width)), np.zeros(1))))
+    data, page = tiny.write_csv(tmp_path / "eval.csv", tiny.train_set(3)), tmp_path / "page.html"
+    before = tree(classifier.root)
+    for verb in (
+        ("evaluate", data, "--version", 2),
+        ("diff", 1, 2, "--eval", data),
+        ("report", "--version", 2, "--html", page, "--eval", data),
+        ("rollback", "--to", 2, "--no-load"),
+    ):
+        code, _, said = command(verb[0], *verb[1:], "--repo", classifier.root)
+        assert (code, "version 2 of intent is for 49 features; expected 48" in said) == (2, True), (verb, said)
+        assert "switch to another version and prune this one" in said
+    assert tree(classifier.root) == before
+    classifier.pin(2)
+    assert command("rollback", "--to", 1, "--no-load", "--repo", classifier.root)[0] == 0
+
+
+def test_a_memory_for_other_features_is_named_and_built_anew(classifier, command, tmp_path):
+    other = Memory.build(np.eye(3, classifier.width() + 1), [0, 1, 2], ["a", "b", "c"], classifier.head().split)
+    (classifier.version_path(1) / "memory.safetensors").write_bytes(write_memory(other))
+    (classifier.root / "intent.journal").unlink()
+    with pytest.raises(RepositoryError, match=r"the memory of version 1 of intent is for 49 features; expected 48"):
+        add_label(classifier, "new", tiny.sentences("music", 10))
+    data = tiny.write_csv(tmp_path / "train.csv", tiny.train_set(5))
+    assert command("remember", "--data", data, "--no-load", "--repo", classifier.root)[0] == 0
+    assert classifier.memory().width == classifier.width()
+
+
+def test_a_backbone_that_does_not_tell_its_features_is_named(classifier):
+    path = classifier.root / "intent_backbone" / "config.pbtxt"
+    path.write_text(path.read_text().replace("output", "input", 1))
+    with pytest.raises(RepositoryError, match=r"intent_backbone/config\.pbtxt has outputs of dims \[\]; expected one"):
         classifier.head()
 
 

@@ -90,7 +90,7 @@ def test_the_files_of_a_stored_classifier(stored):
     assert stored.stores() == ("intent",)
     classifier = stored.classifier("s3")
     assert (classifier.ensemble, classifier.address, classifier.in_store) == ("intent_any", "intent_any/s3", True)
-    assert (classifier.backbone, classifier.features_model) == ("intent", "intent_features")
+    assert (classifier.backbone_name, classifier.features_model) == ("intent", "intent_features")
     assert not (stored.root / "s3").exists()
     assert served_models(stored) == ["intent", "intent_features", "intent_backbone", "intent_any"]
     with pytest.raises(InputError, match=r"s3 is in .* already"):
@@ -171,6 +171,20 @@ def test_only_the_parameter_has_a_head_read_again(monkeypatch, parameters, refre
     )
     assert model.execute([SimpleNamespace(parameters=lambda: parameters)]) == ["answered"]
     assert asked == [("refresh" if refreshed else "get", "s1")]
+
+
+def test_a_store_tells_whose_heads_it_has_loaded_and_loads_none_for_that(stored, monkeypatch):
+    model = store.TritonPythonModel()
+    model._heads = store.Heads(stored.root, "intent", tiny.WIDTH)
+    monkeypatch.setattr(store, "_response", lambda _, outputs: outputs)
+    request = SimpleNamespace(parameters=lambda: '{"held":true}')
+    for held in ([], ["s1", "s2"]):
+        for name in reversed(held):
+            model._heads.get(name)
+        (answer,) = model.execute([request])
+        assert json.loads(answer["label"][0, 0]) == held
+        assert int(answer["head_version"][0, 0]) == 0
+        assert {(name, value.shape) for name, value in answer.items()} == {(name, (1, 1)) for name in store._ANSWER}
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,14 @@ def export_command(
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))
     else:
-        tell(report.sentence())
-        if report.train_repeated:
-            tell(f"{train}: {repeats(report.train_repeated)}")
-        tell(f"Next: patcher serve --repo {repo}")
+        _show(report, train)
+
+
+def _show(report: ExportReport, train: Path | None) -> None:
+    tell(report.sentence())
+    if report.train_repeated:
+        tell(f"{train}: {repeats(report.train_repeated)}")
+    tell(f"Next: patcher serve --repo {report.repository.location}")
 
 
 def _warn(report: ExportReport, train: Path | None) -> None:

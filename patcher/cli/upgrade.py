@@ -21,7 +21,7 @@ def upgrade_command(options: CommonOptions) -> None:
 
     classifier = options.classifier
     changed = upgrade(classifier)
-    options.emit({"backbone": classifier.backbone, "changed": list(changed)})
+    options.emit({"backbone": classifier.backbone_name, "changed": list(changed)})
     if not options.json:
         options.say(
             f"updated {', '.join(changed)}; restart the server to use them"

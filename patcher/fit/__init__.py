@@ -70,7 +70,7 @@ def fit(
         bias=found.rows.bias[-count:],
         method=chosen,
         why=_why(chosen, found, task, count, named=bool(names)),
-        calibration=task.calibrated_on,
+        source=task.source,
         held_out=_held_out(examples, found, head),
         old=task.old,
         old_rows=found.rows.first(-count) if len(found.rows.weight) > count else None,
@@ -181,7 +181,7 @@ def _with_name(rows: Floats, name: Floats | None) -> Floats:
 
 
 def _why(method: str, found: _Found, task: Task, count: int, *, named: bool) -> str:
-    against = {"replay": "old data", "none": "the old rows alone"}.get(task.calibrated_on, "the memory")
+    against = {"replay": "old data", "none": "the old rows alone"}.get(task.source, "the memory")
     rows = "a row" if count == 1 else f"{count} rows"
     also = ", using the label's name as an extra example" if named else ""
     if method == "offset-logistic":

@@ -46,7 +46,7 @@ class Fit:
         The new labels and their rows, float32 ``[K, width]`` and ``[K]``.
     method, why
         The fit that was used, and one sentence on why.
-    calibration
+    source
         What the bias was set on: ``features`` of the memory, ``replay``, ``draws`` of a model, or ``none``.
     old
         What the rows were fitted against.
@@ -64,7 +64,7 @@ class Fit:
     bias: Floats
     method: str
     why: str
-    calibration: str
+    source: str
     old: OldLabels = field(repr=False)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     old_rows: Rows | None = None

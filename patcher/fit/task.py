@@ -74,7 +74,7 @@ class Task:
         return self.inputs.apart()[0] if self.inputs is not None and self.inputs.source == "replay" else None
 
     @property
-    def calibrated_on(self) -> str:
+    def source(self) -> str:
         """What a row's bias is set on: ``replay``, ``features`` of the memory, ``draws`` of a model, or ``none``."""
         if self.inputs is not None:
             return self.inputs.source

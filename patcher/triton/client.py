@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -273,6 +274,21 @@ class TritonServer:
         inputs = _to_head(np.zeros((1, width), np.float32), classifier)
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
+
+    def held(self, store: str, classifier: str, width: int) -> frozenset[str] | None:
+        """The classifiers that a head store answers for; None from one before 0.14, for which ``classifier`` is one.
+
+        ``width`` is the number of features that the store takes. ServerRefused by such an older store where it is none.
+        """
+        import tritonclient.grpc as triton
+
+        inputs = _to_head(np.zeros((1, width), np.float32), classifier)
+        outputs = [triton.InferRequestedOutput(name) for name in ("label", "head_version")]
+        with self._asked(f"tell what {store} holds") as options:
+            result = self._client.infer(store, inputs, outputs=outputs, parameters={"held": True}, **options)
+        if int(_output(result, "head_version")[0, 0]):
+            return None
+        return frozenset(json.loads(_output(result, "label")[0, 0]))
 
     def head_logits(self, head: str, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """Logits FP32 ``[n, labels]`` and version of ``head`` (a model or address) for features FP32 ``[n, width]``.

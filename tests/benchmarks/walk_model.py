@@ -192,7 +192,7 @@ class Rules:
 
     def expected(self, classifier: Classifier, number: int) -> tuple[Any, ...]:
         """What onnxruntime answers from a version's file as it lies there, on features computed here."""
-        backbone = classifier.backbone
+        backbone = classifier.backbone_name
         if backbone not in self._features:
             self._features[backbone] = extract_features(classifier, TEXTS, None)
         features = self._features[backbone]

@@ -6,8 +6,10 @@ where N is the version that ``NAME_head/config.pbtxt`` pins, and ``NAME_head/sto
 
 A head is read when it is first asked for, and again only when a request to this very model carries the parameter
 ``refresh``: so a change of one head touches no other, and a pin that is being tried on one server does not show on the
-next (unless that one has not read the head yet). One that cannot be read leaves the head before it in place. Needs
-onnxruntime and numpy, as NVIDIA's container with `patcher` in it has them.
+next (unless that one has not read the head yet). One that cannot be read leaves the head before it in place. A request
+with the parameter ``held`` gets, as its label and from head version 0, a JSON list of the classifiers whose heads are
+loaded, for these are answered for whatever became of their files. Needs onnxruntime and numpy, as NVIDIA's container
+with `patcher` in it has them.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class Heads:
     def __init__(self, root: Path, backbone: str, width: int) -> None:
         self._root, self._backbone, self._width = root, backbone, width
         self._served: dict[str, Served] = {}
+
+    def held(self) -> list[str]:
+        """The classifiers whose heads are loaded."""
+        return sorted(self._served)
 
     def get(self, name: str) -> Served:
         """The head that serves; HeadError where there is none."""
@@ -121,13 +127,17 @@ class TritonPythonModel:
         groups: dict[str, list[int]] = {}
         stale = set()
         for index, request in enumerate(requests):
+            parameters = json.loads(request.parameters() or "{}")
+            if parameters.get("held"):
+                responses[index] = _response(request, listed(self._heads.held()))
+                continue
             try:
                 name = classifier_of(_input(request, "classifier"))
             except HeadError as error:
                 responses[index] = _refusal(error)
                 continue
             groups.setdefault(name, []).append(index)
-            if json.loads(request.parameters() or "{}").get("refresh"):
+            if parameters.get("refresh"):
                 stale.add(name)
         for name, members in groups.items():
             try:
@@ -165,6 +175,13 @@ def answer(session: Any, features: Sequence[NDArray[np.float32]]) -> list[dict[s
         {name: value[start:end] for name, value in results.items()}
         for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
+
+
+def listed(names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """An answer that names classifiers, of a head version that none of them has."""
+    zero = np.zeros((1, 1), np.float32)
+    label = np.array([[json.dumps(names).encode()]], dtype=object)
+    return {**dict.fromkeys(_ANSWER, zero), "label": label, "head_version": zero.astype(np.int64)}
 
 
 def _input(request: Any, name: str) -> Any:
