@@ -8,8 +8,8 @@ The tokenizer turns ``text`` BYTES ``[batch, 1]`` into INT64 token tensors; its 
 configuration names a ``backbone_model``: it asks that one and answers with ``features`` FP32 ``[batch, width]``. Triton
 joins only requests of one shape. Tokens of two texts seldom have one, while texts themselves always do: so they gather
 in front of the encoder as long as the backbone works, which then gets them sorted by length, in batches with little
-padding. Where `patcher serve` started the server and the backbone is there for a CPU, the encoder runs it in its own
-process: to ask another one costs a tenth to a fifth of a short text's time.
+padding. Where `patcher serve` started the server and the backbone is for a CPU or the only GPU, the encoder runs it in
+its own process: to ask another one costs a tenth to a fifth of a short text's time.
 """
 
 from __future__ import annotations

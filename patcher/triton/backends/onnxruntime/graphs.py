@@ -49,7 +49,7 @@ class GraphedSession:
     def record(self) -> GraphedSession:
         """Record all shapes now, so that no client waits for one: some milliseconds each. Returns itself."""
         for shape in sorted(self._shapes, reverse=True):  # the largest first: the others then find memory enough
-            self.run(self._names, {each.name: np.ones(shape, np.int64) for each in self._session.get_inputs()})
+            self.run(self._names, {each.name: np.zeros(shape, np.int64) for each in self._session.get_inputs()})
         return self
 
     def run(self, names: list[str], inputs: Mapping[str, Any], options: Any = None) -> list[Any]:
