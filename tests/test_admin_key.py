@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from patcher.triton import kept_key
 from patcher.triton.kept_key import KeptKey, find_key
 from patcher.triton.server import EmbeddedTriton
 
+OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
 MODELS = ["intent", "intent_features"]
 FREE = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
 RENAME = ["rename-label", "music", "songs"]
@@ -88,10 +90,10 @@ def serving(root, *options, ports=FREE, prefix=(), **more):
                 output.read()
 
 
-def plainly(url, headers=None):
-    """Load a model as a script does that has only Triton's own client."""
+def plainly(url):
+    """Load a model as a script does that has only Triton's own client, and no key."""
     with grpc.InferenceServerClient(url) as client:
-        client.load_model("intent_head", headers=headers)
+        client.load_model("intent_head")
 
 
 def refused(url):
@@ -113,7 +115,11 @@ class TestServe:
             assert str(file) in server.output.readline()
             assert [path.stat().st_mode & 0o777 for path in (state, file)] == [0o700, 0o600]
             assert refused(server.url)
-            plainly(server.url, {"triton-grpc-protocol-admin-key": file.read_text()})
+            (snippet,) = re.findall(
+                r"^```\n(client\.load_model\(.*?)^```", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL
+            )
+            with grpc.InferenceServerClient(server.url) as client:
+                exec(snippet, {"client": client, "Path": Path, "key_file": file})  # noqa: S102  what the manual says
             for url, words in ((server.url, RENAME), (server.url.replace("127.0.0.1", "localhost"), ["rollback"])):
                 assert main([*words, "--repo", str(classifier.root), "--url", url]) == 0
                 with TritonServer(url) as client:
