@@ -222,6 +222,9 @@ class TestServe:
         assert "cannot keep this server's own admin key in /proc/nowhere/patcher: " in said
         assert all(way in said for way in ("$XDG_STATE_HOME", "--admin-key-file FILE", "--no-admin-key"))
         assert not (tmp_path / "log").exists()
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        assert main([*verb, "--start-timeout", "0.01"]) == 1  # and nothing is kept where it did not start
+        assert list((tmp_path / "state" / "patcher").iterdir()) == []
 
         def homeless():
             raise RuntimeError("Could not determine home directory.")

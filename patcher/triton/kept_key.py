@@ -50,7 +50,7 @@ class KeptKey:
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
 
     def write(self) -> str:
         """Write a new key, and tell it, before there is a server: one whose key cannot be kept need not start.
@@ -66,25 +66,23 @@ class KeptKey:
                 if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
                     left.unlink(missing_ok=True)
             descriptor, name = tempfile.mkstemp(".key", f"{_node()}-new-", folder)
-            self._file, self.path = os.fdopen(descriptor, "w"), Path(name)
+            self._file, self.path = os.fdopen(descriptor, "wb", buffering=0), Path(name)
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            self._file.write(key)
-            self._file.flush()
+            self._file.write(key.encode())
             _require_private(os.fstat(descriptor), self.path)
         except OSError as error:
             self.remove()
-            raise InputError(
-                f"cannot keep this server's own admin key in {folder}: {error.strerror or error}; name another folder "
-                "in $XDG_STATE_HOME, or give a key (--admin-key-file FILE or $PATCHER_ADMIN_KEY). With --no-admin-key "
-                "(open_control=True) every user of this machine may load models, which runs code as you"
-            ) from error
+            raise _not_kept(folder, error) from error
         return key
 
     def show(self, address: str) -> None:
-        """Let the user's verbs find the key for the server at ``address``, HOST:PORT."""
+        """Let the user's verbs find the key for the server at ``address``, HOST:PORT; raises as :meth:`write` does."""
         if self.path:
-            self.path = self.path.replace(self.path.with_name(_name(address)))
+            try:
+                self.path = self.path.replace(self.path.with_name(_name(address)))
+            except OSError as error:
+                raise _not_kept(self.path.parent, error) from error
 
     def remove(self) -> None:
         """Take the file away, unless another server at the same address has put its own there."""
@@ -116,6 +114,14 @@ def state_folder() -> Path:
         return (given if given.is_absolute() else Path.home() / _XDG) / "patcher"
     except RuntimeError as error:
         raise InputError(f"{error}; set $HOME, or name a folder for logs and keys in $XDG_STATE_HOME") from error
+
+
+def _not_kept(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot keep this server's own admin key in {folder}: {error.strerror or error}; name another folder in "
+        "$XDG_STATE_HOME, or give a key (--admin-key-file FILE or $PATCHER_ADMIN_KEY). With --no-admin-key "
+        "(open_control=True) every user of this machine may load models, which runs code as you"
+    )
 
 
 def _node() -> str:
