@@ -102,8 +102,9 @@ def _on_the_key(server: EmbeddedTriton, *, open_control: bool) -> list[str]:
             "warning: model control over gRPC takes no key: every user of this machine may load models, which runs "
             "code as you"
         )
-    if not server.key_hidden and (not open_control or server.tls):
-        lines.append("warning: this system lets other users see the admin key in the list of processes")
+    if server.key_was_listed and (not open_control or server.tls):
+        until = "until the server had read it" if server.key_hidden else "while the server runs"
+        lines.append(f"warning: this system lets other users see the admin key in the list of processes {until}")
     return lines
 
 

@@ -84,8 +84,9 @@ class EmbeddedTriton:
 
     ``admin_key`` restricts model control, trace and log settings over gRPC and HTTP to those who send the key. The
     server takes it on its command line only (no file, no environment variable), which other users of the machine can
-    list; so the key is overwritten there as soon as the server has read it. It remains visible for some tenths of a
-    second at start, and for good where the system forbids a parent to write its child's memory (``key_hidden`` is then
+    list; so it is put there where they cannot, in the memory of the server before it runs. Where the system forbids a
+    parent to trace its child, the key is overwritten as soon as the server has read it, after some tenths of a second
+    (``key_was_listed``), and where it forbids to write its child's memory, the key stays there (``key_hidden`` is
     False): where that matters, do not share the machine, or mount /proc with hidepid=2.
 
     Without ``admin_key`` the server makes a key for itself. :meth:`client` has it, and so has every
@@ -178,7 +179,7 @@ class EmbeddedTriton:
         self.onnxruntime_backend = onnxruntime_backend
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or secrets.token_hex(32)
-        self.key_hidden = False
+        self.key_was_listed = self.key_hidden = False
         self._shared_memory = f"patcher_{os.getpid()}_{secrets.token_hex(4)}_"
 
     def __enter__(self) -> Self:
@@ -445,8 +446,10 @@ class EmbeddedTriton:
         for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
             _free(left.name.removesuffix(_MARK))
         with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
-            self._process = start_with_parent(command, environment, log.fileno(), [mark.fileno(), *installation.kept])
-        self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
+            kept = [mark.fileno(), *installation.kept]
+            self._process, hidden = start_with_parent(command, environment, log.fileno(), kept, self._http_key)
+        self.key_was_listed = not hidden
+        self.key_hidden = hidden or hide_argument(self._process, installation.binary, self._http_key.encode())
 
     def _log_size(self) -> int:
         with contextlib.suppress(OSError):
