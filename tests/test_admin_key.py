@@ -21,6 +21,7 @@ import grpc as grpcio
 import psutil
 import pytest
 import tiny
+from certificates import Authority
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
@@ -30,6 +31,7 @@ from patcher.errors import ControlRefused, ServerError
 from patcher.triton import kept_key
 from patcher.triton.kept_key import KeptKey, find_key
 from patcher.triton.server import EmbeddedTriton
+from patcher.triton.tls import ClientTls, ServerTls
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
 MODELS = ["intent", "intent_features"]
@@ -285,6 +287,18 @@ def test_the_key_goes_to_nobody_else_who_listens_on_that_port(classifier, tmp_pa
             client.load("intent_head")
         assert [heard.get(header) for _, heard in trap.heard] == ["given", None]
         other.stop(None)
+
+
+@pytest.mark.server
+def test_with_tls_it_is_the_certificate_that_tells_who_gets_it(classifier, tmp_path):
+    authority = Authority(tmp_path)
+    pair = authority.sign("server")
+    tls = ServerTls(pair.certificate, pair.key)
+    with EmbeddedTriton(classifier.root, MODELS, tls=tls, log_file=tmp_path / "log") as server:
+        for url in (server.url, f"localhost:{server.grpc_port}"):
+            with TritonServer(url, tls=ClientTls(authority.ca)) as client:
+                client.load("intent_head")
+                assert client._others == {}
 
 
 @pytest.mark.server
