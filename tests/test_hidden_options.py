@@ -131,3 +131,11 @@ def test_what_is_masked():
         ["/key", "x=***,***", "--***"],
         {"PATCHER_OPTION_1": "x=key,key", "PATCHER_OPTION_2": "--key"},
     )
+
+
+def test_a_child_that_is_not_stopped_is_not_waited_for(monkeypatch):
+    """As on a system that promises to trace it and does not: the start must not hang."""
+    monkeypatch.setattr(hidden_options, "_SECONDS", 0.1)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not hidden_options.move_options(child.pid, {})
+        child.kill()

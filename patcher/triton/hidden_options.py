@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import struct
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ __all__ = ["TRACED", "masked", "move_options"]
 TRACED = "ctypes.CDLL(None).ptrace(0, 0, 0, 0)"
 """What a program in Python runs before it becomes the one to stop; not 0 where the system forbids it."""
 _DETACH = 17
+_SECONDS = 10.0
 _WORD = struct.calcsize("P")
 _VARIABLE = "PATCHER_OPTION_"
 
@@ -39,8 +41,7 @@ def move_options(pid: int, moved: Mapping[str, str]) -> bool:
 
     False where that cannot be done; it is then to be ended.
     """
-    # It stays for its own Popen to be waited for.
-    state = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    state = _stopped(pid)
     if state is None or (state.si_code, state.si_status) != (os.CLD_TRAPPED, signal.SIGTRAP):
         return False
     try:
@@ -48,6 +49,18 @@ def move_options(pid: int, moved: Mapping[str, str]) -> bool:
     except (OSError, ValueError, struct.error):
         return False
     return bool(ctypes.CDLL(None).ptrace(_DETACH, pid, 0, 0) == 0)
+
+
+def _stopped(pid: int) -> os.waitid_result | None:
+    """How a child stopped or ended; None where it did neither: a system may promise to stop it and not do so."""
+    deadline = time.monotonic() + _SECONDS
+    while time.monotonic() < deadline:
+        # It stays for its own Popen to be waited for.
+        state = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
+        if state is not None:
+            return state
+        time.sleep(0.001)
+    return None
 
 
 def _move(pid: int, moved: Mapping[str, str]) -> None:
