@@ -34,6 +34,7 @@ def serve(
     http_port: int = 8000,
     metrics_port: int = 8002,
     admin_key: str | None = None,
+    open_control: bool = False,
     tls: ServerTls | None = None,
     metrics_host: str | None = None,
     http: bool = False,
@@ -58,6 +59,7 @@ def serve(
         http_port=http_port,
         metrics_port=metrics_port,
         admin_key=admin_key,
+        open_control=open_control,
         tls=tls,
         metrics_host=metrics_host,
         http=http,
@@ -74,14 +76,12 @@ def serve(
                 say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
             server.start(start_timeout)
-            if not server.key_hidden and (admin_key or tls):
-                say("warning: this system lets other users see the admin key in the list of processes")
             say(
                 f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
                 f"{'' if server.http else ' for health checks'}, metrics {server.metrics_url}; "
                 f"log {server.log_file}; Ctrl-C stops it"
             )
-            for line in hints:
+            for line in (*_on_the_key(server, open_control=open_control), *hints):
                 say(line)
             server.wait()
         except KeyboardInterrupt:
@@ -89,6 +89,23 @@ def serve(
         finally:
             code = server.stop()
     return code or 0
+
+
+def _on_the_key(server: EmbeddedTriton, *, open_control: bool) -> list[str]:
+    lines = []
+    if server.key_file:
+        lines.append(
+            f"model control takes a key made for this run, which your verbs on this machine find in {server.key_file}"
+        )
+    if open_control:
+        lines.append(
+            "warning: model control over gRPC takes no key: every user of this machine may load models, which runs "
+            "code as you"
+        )
+    if server.key_was_listed and (not open_control or server.tls):
+        until = "until the server had read it" if server.key_hidden else "while the server runs"
+        lines.append(f"warning: this system lets other users see the admin key in the list of processes {until}")
+    return lines
 
 
 def damaged(repository: ModelRepository) -> dict[str, RepositoryError | VersionError]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import statistics
 import time
 from dataclasses import dataclass
@@ -122,7 +123,12 @@ def tune(
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with (
-            EmbeddedTriton(root, [copy.ensemble, copy.backbone_model], log_file=folder / "triton.log") as triton,
+            EmbeddedTriton(
+                root,
+                [copy.ensemble, copy.backbone_model],
+                admin_key=secrets.token_hex(32),  # for nobody else to find
+                log_file=folder / "triton.log",
+            ) as triton,
             triton.client() as server,
         ):
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))

@@ -561,7 +561,10 @@ class TestFaults:
         (corrupt / "model.onnx").write_bytes(b"torn")
         config = classifier.root / "intent_head" / "config.pbtxt"
         good = config.read_text()
-        with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
+        with (
+            EmbeddedTriton(classifier.root, MODELS, open_control=True, log_file=tmp_path / "log") as triton,
+            triton.client() as server,
+        ):
             assert server.classify("intent", TEN)[0].head_version == 1
             with pytest.raises(RepositoryError, match="not an ONNX file"):
                 rollback(classifier, 9, server)

@@ -420,8 +420,7 @@ def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path
     asking = EmbeddedTriton(root, models, log_file=tmp_path / "log", encoder_runs_backbone=False)
     with asking as running, running.client() as client:
         assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
-        with triton.InferenceServerClient(running.url) as other:
-            other.unload_model("intent_backbone")
+        client.unload("intent_backbone")
         deadline = time.monotonic() + 10
         while client.is_ready("intent_backbone") and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -283,7 +283,8 @@ _OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
         ("--admin-key-file", "key_file"),
         {
             "type": FILE,
-            "help": "File with the admin key for model control.  [env: PATCHER_ADMIN_KEY holds the key itself]",
+            "help": "File with the admin key for model control; not needed for a key that your own `patcher serve` on "
+            "this machine made.  [env: PATCHER_ADMIN_KEY holds the key itself]",
         },
     ),
     (

@@ -31,7 +31,15 @@ from patcher.errors import InputError
     "--admin-key-file",
     "key_file",
     type=FILE,
-    help="File with the admin key that model control will require.  [env: PATCHER_ADMIN_KEY holds the key itself]",
+    help="File with the admin key that model control will require; without one, a key is made for this run.  "
+    "[env: PATCHER_ADMIN_KEY holds the key itself]",
+)
+@click.option(
+    "--no-admin-key",
+    "open_control",
+    is_flag=True,
+    help="Require no key over gRPC: every user of this machine may then load models, which runs code as you. For "
+    "scripts that load models with another client and send no key.",
 )
 @click.option(
     "--tls-cert",
@@ -93,6 +101,7 @@ def serve_command(
     http_port: int,
     metrics_port: int,
     key_file: Path | None,
+    open_control: bool,
     tls_cert: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
@@ -106,8 +115,9 @@ def serve_command(
     """Run a Triton server for the repository's classifiers on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
     Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise; listening elsewhere requires an admin key, and should use TLS. Without an admin key, every user of
-    this machine may load models over gRPC, which runs code as you.
+    told otherwise; listening elsewhere requires an admin key, and should use TLS. On loopback without one, a key is
+    made for this run and kept in a file that only you can read, while the server runs. Your verbs on this machine find
+    it by themselves, as do those of root; for all others, `patcher serve` says where it is.
     """
     from patcher.repository import ModelRepository
     from patcher.serve import serve
@@ -127,6 +137,7 @@ def serve_command(
         http_port=http_port,
         metrics_port=metrics_port,
         admin_key=read_key(key_file),
+        open_control=open_control,
         tls=tls,
         metrics_host=metrics_host,
         http=http,

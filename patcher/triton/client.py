@@ -14,6 +14,7 @@ import numpy as np
 from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError, ServerRefused, TlsError, WrongPort
 from patcher.triton.failures import Address
+from patcher.triton.kept_key import find_key
 from patcher.triton.tls import ClientTls
 
 if TYPE_CHECKING:
@@ -104,10 +105,11 @@ def _client_class() -> Any:
 class TritonServer:
     """A Triton server at ``url`` (gRPC, HOST:PORT).
 
-    ``admin_key`` goes along with model control, where the server restricts that; ``timeout`` in seconds bounds every
-    call; ``tls`` encrypts all of it and says whom to trust. A classifier in a backbone's head store is asked for by its
-    address, ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers
-    in time (TlsError where somebody does, but without the TLS asked for; WrongPort where a server does by HTTP) and
+    ``admin_key`` goes along with model control, where the server restricts that; without it the key that a server made
+    for itself, where this user started that on this machine. ``timeout`` in seconds bounds every call; ``tls`` encrypts
+    all of it and says whom to trust. A classifier in a backbone's head store is asked for by its address,
+    ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers in time
+    (TlsError where somebody does, but without the TLS asked for; WrongPort where a server does by HTTP) and
     ServerRefused where the server says no; what it could not do otherwise is a ServerError.
     """
 
@@ -137,6 +139,7 @@ class TritonServer:
         self.timeout = timeout
         self._headers = admin_headers(admin_key)
         self._configs: dict[str, Any] = {}
+        self._others: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.url}>"
@@ -153,9 +156,14 @@ class TritonServer:
         """Close the connection; the next call opens a new one."""
         if client := self.__dict__.pop("_client", None):
             client.close()
+        while self._others:
+            self._others.popitem()[1].close()
 
     @cached_property
     def _client(self) -> Any:
+        return self._connection(self.url)
+
+    def _connection(self, url: str) -> Any:
         # A proxy from the environment would be asked for this very machine, too.
         proxy = int(not self.url.startswith(_LOOPBACK))
         arguments: list[tuple[str, int | str]] = [
@@ -168,12 +176,12 @@ class TritonServer:
             ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS[1]),
         ]
         if self.tls is None:
-            return _client_class()(self.url, channel_args=arguments)
+            return _client_class()(url, channel_args=arguments)
         if self.tls.server_name:
             arguments.append(("grpc.ssl_target_name_override", self.tls.server_name))
         own = [str(path) if path else None for path in (self.tls.key, self.tls.certificate)]
         return _client_class()(
-            self.url,
+            url,
             ssl=True,
             root_certificates=str(self.tls.ca),
             private_key=own[0],
@@ -182,14 +190,30 @@ class TritonServer:
         )
 
     @contextmanager
-    def _asked(self, what: str, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+    def _asked(
+        self, what: str, timeout: float | None = None, headers: dict[str, str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         from tritonclient.utils import InferenceServerException
 
         seconds = self.timeout if timeout is None else timeout
+        headers = headers or self._headers
         try:
-            yield {"headers": self._headers, "client_timeout": seconds}
+            yield {"headers": headers, "client_timeout": seconds}
         except InferenceServerException as error:
-            raise self._address.failure(what, error, seconds, keyed=self._headers is not None) from error
+            raise self._address.failure(what, error, seconds, keyed=headers is not None) from error
+
+    @contextmanager
+    def _controlled(self, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """A connection for model control, and options with the key for it."""
+        client, headers = self._client, None
+        # Looked for each time: a server that was started again has another one.
+        if self._headers is None and (found := find_key(self._address.host, self._address.port)):
+            address, key = found
+            headers = admin_headers(key)
+            if self.tls is None and address != self.url:  # by TLS it is the certificate that tells who that is
+                client = self._others.get(address) or self._others.setdefault(address, self._connection(address))
+        with self._asked(what, headers=headers) as options:
+            yield client, options
 
     def is_live(self) -> bool:
         """Whether a Triton server answers here; False where nobody does. Raises TlsError and WrongPort as all do."""
@@ -231,8 +255,8 @@ class TritonServer:
 
     def repository_index(self) -> list[ModelStatus]:
         """Every model in the server's repository; those loaded once with their versions and states."""
-        with self._asked("list its models") as options:
-            answer = self._client.get_model_repository_index(**options)
+        with self._controlled("list its models") as (client, options):
+            answer = client.get_model_repository_index(**options)
         return [ModelStatus(each.name, each.version, each.state, each.reason) for each in answer.models]
 
     def statistics(self, model: str = "") -> list[ModelStatistics]:
@@ -252,19 +276,19 @@ class TritonServer:
 
         That the call returns proves little (an ensemble above the model may be gone): ask for an answer afterwards.
         """
-        with self._asked(f"load {model}") as options:
-            self._client.load_model(model, **options)
+        with self._controlled(f"load {model}") as (client, options):
+            client.load_model(model, **options)
         self._configs.clear()
 
     def unload(self, model: str) -> None:
         """Have the server stop serving ``model``."""
-        with self._asked(f"unload {model}") as options:
-            self._client.unload_model(model, **options)
+        with self._controlled(f"unload {model}") as (client, options):
+            client.unload_model(model, **options)
 
     def check_control(self) -> None:
         """ControlRefused where the server would load and unload no model for us; changes nothing."""
-        with self._asked("take model control") as options:
-            self._client.unload_model(_NO_MODEL, **options)
+        with self._controlled("take model control") as (client, options):
+            client.unload_model(_NO_MODEL, **options)
 
     def refresh(self, store: str, classifier: str, width: int) -> None:
         """Have a head store serve the version of ``classifier`` that the files pin; no other head is touched.

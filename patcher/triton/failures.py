@@ -73,7 +73,10 @@ class Address:
 def _control_problem(message: str, *, keyed: bool) -> str | None:
     if "protocol is restricted" in message:
         got = "the wrong admin key" if keyed else "no admin key"
-        return f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY"
+        return (
+            f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY "
+            "(one that `patcher serve` made is in the file that it named at its start, for the user who started it)"
+        )
     if "explicit model load / unload is not allowed" in message:
         return (
             "does not allow model control: it runs with --model-control-mode=none or poll; start it with "

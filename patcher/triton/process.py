@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError, ServerError
+from patcher.triton.hidden_options import TRACED, masked, move_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,14 +33,16 @@ __all__ = [
     "telling_lines",
 ]
 
-# Asks the kernel for SIGTERM when the parent goes, then becomes the server. Done by a program of its own, since code
-# run between fork and exec of a process with threads may hang.
-_LAUNCHER = """
+# Asks the kernel for SIGTERM when the parent goes, and to be stopped where it is to be traced, then becomes the server.
+# Done by a program of its own, since code run between fork and exec of a process with threads may hang.
+_LAUNCHER = f"""
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the starting process is gone")
-os.execv(sys.argv[2], sys.argv[2:])
+if sys.argv[2] == "traced" and {TRACED}:
+    sys.exit(1)
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -58,34 +61,44 @@ def dead_children(pid: int) -> list[int]:
 
 
 def start_with_parent(
-    command: Sequence[str], environment: Mapping[str, str], log: int, kept: Sequence[int]
-) -> subprocess.Popen[bytes]:
+    command: Sequence[str], environment: Mapping[str, str], log: int, kept: Sequence[int], secret: str
+) -> tuple[subprocess.Popen[bytes], bool]:
     """Start ``command``, output to the descriptor ``log``; it gets SIGTERM when this process ends, however it ends.
 
-    The command and its children have the descriptors ``kept`` open for as long as one of them lives.
+    The command and its children have the descriptors ``kept`` open for as long as one of them lives. Also told is
+    whether ``secret``, a part of the command, was kept out of the list of processes, which some systems forbid.
 
     Raises ServerError where it cannot be started.
     """
     # The kernel's "parent died" is about the thread that started the child: one is needed that lasts as long as we do.
     started = threading.Event()
-    box: list[subprocess.Popen[bytes] | OSError] = []
+    box: list[tuple[subprocess.Popen[bytes], bool] | OSError] = []
+
+    def launch(how: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603 - a list of our own, no shell
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), how, *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=kept,
+            start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
+        )
 
     def run() -> None:
+        stars, moved = masked(command, secret)
         try:
-            process = subprocess.Popen(  # noqa: S603 - a list of our own, no shell
-                [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=kept,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
-            )
+            process = launch("traced", stars, {**environment, **moved})
+            hidden = move_options(process.pid, moved)
+            if not hidden:
+                process.kill()
+                process.wait()
+                process = launch("as it is", command, environment)
         except OSError as error:
             box.append(error)
             started.set()
             return
-        box.append(process)
+        box.append((process, hidden))
         started.set()
         process.wait()
 

@@ -24,6 +24,7 @@ from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
+from patcher.triton.kept_key import KeptKey, state_folder
 from patcher.triton.prepared import make_private
 from patcher.triton.process import (
     accepts,
@@ -83,13 +84,16 @@ class EmbeddedTriton:
 
     ``admin_key`` restricts model control, trace and log settings over gRPC and HTTP to those who send the key. The
     server takes it on its command line only (no file, no environment variable), which other users of the machine can
-    list; so the key is overwritten there as soon as the server has read it. It remains visible for some tenths of a
-    second at start, and for good where the system forbids a parent to write its child's memory (``key_hidden`` is then
+    list; so it is put there where they cannot, in the memory of the server before it runs. Where the system forbids a
+    parent to trace its child, the key is overwritten as soon as the server has read it, after some tenths of a second
+    (``key_was_listed``), and where it forbids to write its child's memory, the key stays there (``key_hidden`` is
     False): where that matters, do not share the machine, or mount /proc with hidepid=2.
 
-    HTTP always asks for a key for them: without ``admin_key`` for one that nobody else knows, since any page in a
-    browser of this machine may post to loopback. Over gRPC, without ``admin_key``, every user of the machine may load
-    models, which runs code as this one.
+    Without ``admin_key`` the server makes a key for itself. :meth:`client` has it, and so has every
+    :class:`TritonServer` of the same user, or of root, on this machine: it is in ``key_file`` while the server runs,
+    which nobody else may read. With ``open_control`` gRPC asks for no key: every user of the machine may then load
+    models, which runs code as this one. HTTP asks for one even so, since any page in a browser of this machine may post
+    to loopback.
 
     On a ``host`` that others can reach, HTTP answers health checks alone, for one request of nested JSON ends the
     server (Triton reads it without a limit); ``http`` has it answer all else there, too (not beside TLS).
@@ -104,8 +108,8 @@ class EmbeddedTriton:
     ``onnxruntime_backend`` is a folder with Triton's C++ backend, to be used instead of the Python-based one (see
     :func:`~patcher.triton.installation.find_installation`).
 
-    Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key no header can carry, and
-    ``http`` beside ``tls``.
+    Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key no header can carry, a key
+    beside ``open_control``, and ``http`` beside ``tls``.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class EmbeddedTriton:
         http_port: int = 0,
         metrics_port: int = 0,
         admin_key: str | None = None,
+        open_control: bool = False,
         tls: ServerTls | None = None,
         metrics_host: str | None = None,
         http: bool = False,
@@ -137,6 +142,11 @@ class EmbeddedTriton:
         if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
             raise InputError(
                 "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
+            )
+        if admin_key is not None and open_control:
+            raise InputError(
+                "got an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY) and --no-admin-key "
+                "(open_control=True); leave out one of them"
             )
         self.host = address(host)
         local = ipaddress.ip_address(self.host).is_loopback
@@ -160,6 +170,7 @@ class EmbeddedTriton:
         self.log_file = None if log_file is None else Path(log_file)
         self._wanted_ports = (grpc_port, http_port, metrics_port)
         self.grpc_port, self.http_port, self.metrics_port = self._wanted_ports
+        self._kept = KeptKey() if admin_key is None and not open_control else None
         self._admin_key = admin_key
         self._options = tuple(options)
         self._environment = dict(environment or {})
@@ -168,7 +179,7 @@ class EmbeddedTriton:
         self.onnxruntime_backend = onnxruntime_backend
         self._process: subprocess.Popen[bytes] | None = None
         self._http_key = admin_key or secrets.token_hex(32)
-        self.key_hidden = False
+        self.key_was_listed = self.key_hidden = False
         self._shared_memory = f"patcher_{os.getpid()}_{secrets.token_hex(4)}_"
 
     def __enter__(self) -> Self:
@@ -199,6 +210,11 @@ class EmbeddedTriton:
         """The server's process, while there is one."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
+    @property
+    def key_file(self) -> Path | None:
+        """Where the key is that the server made for itself; None where it did not."""
+        return self._kept.path if self._kept else None
+
     def client(self, timeout: float = 60.0, tls: ClientTls | None = None) -> TritonServer:
         """A client that may control models; a server with TLS wants ``tls``."""
         return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout, tls=tls)
@@ -215,13 +231,19 @@ class EmbeddedTriton:
             where no tritonserver is installed, or something that it needs is missing.
         ServerError
             where it does not get ready, with what its log says about that.
+        InputError
+            where a port is taken, or the log, or the key that it made for itself, cannot be written.
         """
         if self.pid:
             return self
         for attempt in range(_PORT_TRIES):
-            self._launch()
             try:
+                if self._kept:
+                    self._admin_key = self._http_key = self._kept.write()
+                self._launch()
                 self.wait_ready(timeout)
+                if self._kept:  # not before: until then the address may be another server's
+                    self._kept.show(self.url)
             except ServerError as error:
                 self.stop()
                 # Somebody may take a free port between our look and the server's.
@@ -279,6 +301,8 @@ class EmbeddedTriton:
 
     def stop(self) -> int | None:
         """End the server; requests in flight may finish. Its exit code, or None where none ran."""
+        if self._kept:
+            self._kept.remove()
         process = self._process
         if process is None:
             return None
@@ -396,7 +420,9 @@ class EmbeddedTriton:
         hosts = (self.host, self.http_host, self.metrics_host)
         self.grpc_port, self.http_port, self.metrics_port = free_ports(hosts, self._wanted_ports)
         if self.log_file is None:
-            self.log_file = _state_folder() / f"triton-{self.grpc_port}.log"
+            folder = state_folder()
+            make_private(folder)  # that of an earlier patcher was open to all
+            self.log_file = folder / f"triton-{self.grpc_port}.log"
         command = self.command()
         if self._admin_key is not None:
             command.append(f"--grpc-restricted-protocol={_RESTRICTED}:admin-key={self._admin_key}")
@@ -420,8 +446,10 @@ class EmbeddedTriton:
         for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
             _free(left.name.removesuffix(_MARK))
         with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
-            self._process = start_with_parent(command, environment, log.fileno(), [mark.fileno(), *installation.kept])
-        self.key_hidden = hide_argument(self._process, installation.binary, self._http_key.encode())
+            kept = [mark.fileno(), *installation.kept]
+            self._process, hidden = start_with_parent(command, environment, log.fileno(), kept, self._http_key)
+        self.key_was_listed = not hidden
+        self.key_hidden = hidden or hide_argument(self._process, installation.binary, self._http_key.encode())
 
     def _log_size(self) -> int:
         with contextlib.suppress(OSError):
@@ -448,9 +476,3 @@ def _free(prefix: str) -> None:
     """Give back the shared memory of a server and its stubs, which are gone."""
     for region in _SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
-
-
-def _state_folder() -> Path:
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "patcher"
-    make_private(folder)  # that of an earlier patcher was open to all
-    return folder

@@ -1,0 +1,141 @@
+"""The admin key and the list of processes, which every user of the machine can read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from patcher import TritonServer
+from patcher.serve import _on_the_key
+from patcher.triton import hidden_options, process
+from patcher.triton.hidden_options import TRACED, masked
+from patcher.triton.server import EmbeddedTriton
+
+MODELS = ["intent", "intent_features"]
+WATCH = """
+import pathlib
+print("watching", flush=True)
+while True:
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\\0")
+        except OSError:
+            continue
+        for word in words:
+            if word.startswith(b"--") and b"admin-key=" in word:
+                print(word.decode(), flush=True)
+"""
+
+
+@pytest.fixture
+def listed():
+    """A function that ends a watch over the list of processes, and tells the keys that it saw."""
+    with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout.readline() == "watching\n"
+
+        def end():
+            watching.kill()
+            return {line.strip().split("admin-key=")[1] for line in watching.stdout if line.endswith("\n")}
+
+        yield end
+        watching.kill()
+
+
+def forbid_to_trace(monkeypatch):
+    assert TRACED in process._LAUNCHER
+    monkeypatch.setattr(process, "_LAUNCHER", process._LAUNCHER.replace(TRACED, "1"))
+
+
+def forbid_to_write(monkeypatch):
+    def move(*_):
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(hidden_options, "_move", move)
+
+
+@pytest.mark.server
+def test_the_key_is_never_in_the_list_of_processes(classifier, tmp_path, listed):
+    with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as server:
+        key = server.key_file.read_text()
+        assert (server.key_hidden, server.key_was_listed) == (True, False)
+        with TritonServer(server.url) as client:
+            client.load("intent_head")
+        stubs = psutil.Process(server.pid).children(recursive=True)
+        assert stubs
+        for stub in stubs:  # they get what the server has for its environment
+            assert not [name for name in stub.environ() if name.startswith("PATCHER_OPTION")]
+            assert key not in stub.environ().values()
+        assert Path(f"/proc/{server.pid}/environ").stat().st_mode & 0o077 == 0
+        assert listed() == {"*" * len(key)}
+        assert key not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("forbid", [forbid_to_trace, forbid_to_write])
+def test_where_the_system_forbids_that_it_is_soon_gone_from_there(forbid, classifier, tmp_path, listed, monkeypatch):
+    forbid(monkeypatch)
+    with EmbeddedTriton(classifier.root, MODELS, admin_key="k" * 64, log_file=tmp_path / "log") as server:
+        assert (server.key_hidden, server.key_was_listed) == (True, True)
+        assert b"kkkk" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        with server.client() as client:
+            client.load("intent_head")
+        assert "k" * 64 in listed()  # so that the test above would have seen it
+
+
+def test_serve_tells_where_the_key_could_be_seen():
+    for hidden, listed, said in ((True, False, []), (True, True, ["until the server"]), (False, True, ["while the"])):
+        server = SimpleNamespace(key_file=None, key_hidden=hidden, key_was_listed=listed, tls=None)
+        lines = _on_the_key(server, open_control=False)
+        assert [line for line, part in zip(lines, said, strict=True) if part not in line] == []
+
+
+@pytest.mark.parametrize("secret", ["sesame", "s", "/bin/sh", "-c"])
+def test_a_program_gets_the_options_that_were_given(secret, tmp_path):
+    script = 'for word in "$@"; do echo "$word"; done; env'
+    command = ["/bin/sh", "-c", script, "name", "open=sesame", "ünd", "sesame:sesame"]
+    with (tmp_path / "log").open("wb") as log:
+        started, hidden = process.start_with_parent(command, {"LANG": "C", "A": "1"}, log.fileno(), [], secret)
+        assert started.wait(20) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[:3] == command[4:]
+    assert not [line for line in lines if line.startswith("PATCHER_OPTION")]
+    assert hidden
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        started, hidden = process.start_with_parent(["/nowhere", "key"], dict(os.environ), log.fileno(), [], "key")
+        assert started.wait(20) == 1
+    assert not hidden
+    assert "No such file" in (tmp_path / "log").read_text()
+
+
+def test_a_program_that_is_told_to_end_before_it_began(tmp_path, monkeypatch):
+    early = process._LAUNCHER.replace("os.execv", "os.kill(os.getpid(), signal.SIGTERM); os.execv")
+    monkeypatch.setattr(process, "_LAUNCHER", early)
+    with (tmp_path / "log").open("wb") as log:
+        started, hidden = process.start_with_parent(["/bin/echo", "key"], dict(os.environ), log.fileno(), [], "key")
+        assert started.wait(20) == -signal.SIGTERM
+    assert not hidden
+
+
+def test_what_is_masked():
+    assert masked(["/key", "x=key,key", "--key"], "key") == (
+        ["/key", "x=***,***", "--***"],
+        {"PATCHER_OPTION_1": "x=key,key", "PATCHER_OPTION_2": "--key"},
+    )
+
+
+def test_a_child_that_is_not_stopped_is_not_waited_for(monkeypatch):
+    """As on a system that promises to trace it and does not: the start must not hang."""
+    monkeypatch.setattr(hidden_options, "_SECONDS", 0.1)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not hidden_options.move_options(child.pid, {})
+        child.kill()
