@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from patcher.configs import PADDING_SLACK, SLACK, asked_by
+from patcher.configs import GRAPHS, PADDING_SLACK, SLACK, asked_by, encoders
 from patcher.errors import RepositoryError
-from patcher.model_config import MAX_BATCH_SIZE, parameter, parse, to_text
+from patcher.model_config import MAX_BATCH_SIZE, is_on_gpu, parameter, parse, to_text
 
 __all__ = ["Serving", "serving_of", "with_encoders", "with_response_cache", "with_serving"]
 
@@ -58,7 +58,7 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
     first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
     _set_parameter(first, SLACK, serving.slack, PADDING_SLACK)
     if serving.instances != serving_of(first, second).instances and asked_by(first):
-        _set_instances(first, serving.instances)
+        _set_encoders(first, second, serving.instances)
     _set_instances(second, serving.instances)
     _set_parameter(second, _THREADS, serving.threads, 0)
     if asked_by(first):
@@ -75,8 +75,13 @@ def with_encoders(encoder: str, backbone: str) -> str:
     """An encoder's ``config.pbtxt`` with no fewer instances than the backbone's: each asks, or runs, one at a time."""
     first, second = parse(encoder), parse(backbone)
     there = sum(group.count for group in first.instance_group)
-    _set_instances(first, max(there, serving_of(first, second).instances))
+    _set_encoders(first, second, max(there, serving_of(first, second).instances))
     return to_text(first)
+
+
+def _set_encoders(encoder: Any, backbone: Any, instances: int) -> None:
+    least = encoders(gpu=is_on_gpu(backbone), graphs=parameter(encoder, GRAPHS, ""))
+    _set_instances(encoder, max(instances, least))
 
 
 def _set_instances(message: Any, count: int) -> None:

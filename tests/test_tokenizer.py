@@ -25,11 +25,20 @@ from triton_models import only_python_based, tensor
 from tritonclient.utils import InferenceServerException
 
 from patcher import model_config
+from patcher.configs import backbone_config
 from patcher.errors import ServerError, ServerRefused
 from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
-from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, graphed, like_lengths, read_text
+from patcher.triton.tokenizer.model import (
+    MAX_BYTES,
+    TextError,
+    encode,
+    graphed,
+    graphed_shapes,
+    like_lengths,
+    read_text,
+)
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SOURCE = Path(tokenizer_model.__file__)
@@ -180,13 +189,17 @@ def test_of_a_long_text_only_the_beginning_is_tokenized(kind):
 
 
 def test_a_batch_takes_the_next_larger_shape_that_has_a_cuda_graph():
-    setting = "1,4,16 x 16,8"
-    assert graphed(1, 8, setting) == (1, 8)
-    assert graphed(3, 9, setting) == (4, 16)
-    assert graphed(16, 1, setting) == (16, 8)
-    assert graphed(17, 8, setting) == (17, 8)
-    assert graphed(3, 17, setting) == (3, 17)
-    assert graphed(3, 5, "") == (3, 5)
+    shapes = graphed_shapes("1,4,16 x 16,8", 64)
+    assert graphed(1, 8, shapes) == (1, 8)
+    assert graphed(3, 9, shapes) == (4, 16)
+    assert graphed(16, 1, shapes) == (16, 8)
+    assert graphed(17, 8, shapes) == (17, 8)
+    assert graphed(3, 17, shapes) == (3, 17)
+    assert graphed(3, 5, graphed_shapes("", 64)) == (3, 5)
+    assert graphed_shapes("1,4,16 x 8,12,16", 8, 8) == ([1, 4], [8, 16])
+    for setting in ("1,2", "1 x 2 x 3", "one x 8"):
+        with pytest.raises(ValueError, match=r"."):
+            graphed_shapes(setting, 64)
 
 
 @pytest.mark.server
@@ -481,6 +494,7 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
 def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch, before, after, gpu, instances, runs):
     (tmp_path / "gpu").touch()
     monkeypatch.setattr(backend, "GPUS", (str(tmp_path / "gpu"),) if gpu else ())
+    monkeypatch.setattr(backend, "DEVICES", tmp_path)
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
     config.write_text(config.read_text().replace(before, after))
@@ -492,6 +506,55 @@ def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch,
     (folder / "2").mkdir()
     assert backend.runner(folder, instances) is None
     assert backend.runner(tmp_path / "intent_backbone") is None
+
+
+TENSORRT = "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' } } }"
+
+
+@pytest.mark.parametrize(
+    "gpus, setting, instances, runs",
+    [
+        (1, "", 1, True),
+        (1, "", 2, False),  # each would be a session more
+        (1, "1 x 8", 2, True),
+        (0, "1 x 8", 1, False),
+        (2, "1 x 8", 1, False),  # Triton has an instance on each
+        (1, TENSORRT, 1, False),
+    ],
+)
+def test_runs_a_backbone_on_the_only_gpu(
+    tiny_original, tmp_path, monkeypatch, capfd, *, gpus, setting, instances, runs
+):
+    for each in ("nvidiactl", *(f"nvidia{number}" for number in range(gpus))):
+        (tmp_path / each).touch()
+    monkeypatch.setattr(backend, "DEVICES", tmp_path)
+    folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
+    config = folder / "config.pbtxt"
+    more = (
+        f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}'
+        if setting[1:] == " x 8"
+        else setting
+    )
+    message = model_config.parse(config.read_text().replace("count: 1", "count: 1 kind: KIND_GPU") + more)
+    asked = backbone_config("b", tiny.TOKEN_INPUTS, 8, "f", device="gpu")
+    message.model_warmup.extend(model_config.parse(model_config.render(asked)).model_warmup)
+    config.write_text(model_config.to_text(message))
+    calls = []
+
+    def opened(config, path, kind, device):
+        assert path.is_file()
+        return lambda names, inputs: calls.append((kind, device, names, {each.shape for each in inputs.values()}))
+
+    monkeypatch.setattr(backend, "open_runner", opened)
+    assert (backend.runner(folder, instances) is not None) == runs
+    assert calls == ([("GPU", 0, ["features"], {(1, 8)}), ("GPU", 0, ["features"], {(64, 128)})] if runs else [])
+    monkeypatch.setattr(backend, "open_runner", backend_refuses)
+    assert backend.runner(folder, instances) is None
+    assert ("does not run intent_backbone itself, but asks Triton for it: no CUDA" in capfd.readouterr().err) == runs
+
+
+def backend_refuses(*_):
+    raise backend.LoadError("no CUDA")
 
 
 def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, monkeypatch):

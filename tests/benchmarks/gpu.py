@@ -50,7 +50,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
 
     from patcher.model_config import parameter, parse
     from patcher.triton.backends.onnxruntime.model import GRAPHS, open_runner
-    from patcher.triton.tokenizer.model import graphed
+    from patcher.triton.tokenizer.model import LARGEST, graphed, graphed_shapes
 
     message = parse((path.parents[1] / "config.pbtxt").read_text())
     setting = parameter(message, GRAPHS, "") if by_graphs else ""
@@ -62,7 +62,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
     rng = np.random.default_rng(0)
 
     def tokens(batch: int, length: int) -> dict[str, Any]:
-        batch, length = graphed(batch, length, setting)
+        batch, length = graphed(batch, length, graphed_shapes(setting, LARGEST))
         mask = np.ones((batch, length), np.int64)
         for row in mask[1:]:
             row[rng.integers(length // 2, length + 1) :] = 0

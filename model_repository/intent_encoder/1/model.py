@@ -150,14 +150,21 @@ def like_lengths(
     return groups
 
 
-def graphed(texts: int, longest: int, setting: str) -> tuple[int, int]:
-    """The smallest shape that is large enough and has a CUDA graph; the shape as it is where there is none.
+def graphed_shapes(setting: str, largest: int, multiple: int = 1) -> tuple[list[int], list[int]]:
+    """The batches and the lengths, ascending, that a backbone has CUDA graphs of, and that are asked of it.
 
-    ``setting`` names the shapes that the backbone has one of: batches x lengths, as in ``1,2,4 x 8,16``.
+    ``setting`` names them as in ``1,2,4 x 8,16``; none is for more than the ``largest`` batch, or for a length that the
+    tokenizer does not pad to, which is the ``multiple`` of a number. ValueError for another text.
     """
     if not setting:
-        return texts, longest
+        return [], []
     batches, lengths = (sorted(map(int, part.split(","))) for part in setting.split("x"))
+    return [size for size in batches if size <= largest], [size for size in lengths if size % multiple == 0]
+
+
+def graphed(texts: int, longest: int, shapes: tuple[Sequence[int], Sequence[int]]) -> tuple[int, int]:
+    """The smallest of some shapes (batches, lengths) that is large enough; the shape as it is where there is none."""
+    batches, lengths = shapes
     batch = next((size for size in batches if size >= texts), 0)
     length = next((size for size in lengths if size >= longest), 0)
     return (batch, length) if batch and length else (texts, longest)
@@ -180,11 +187,12 @@ class TritonPythonModel:
         self._slack = int(settings.get("padding_slack", SLACK))
         self._power = int(settings.get("padding_power", 1))
         self._largest = int(settings.get("largest_batch", LARGEST))
-        self._graphs = settings.get("cuda_graphs", "")
         path = Path(args["model_repository"], args["model_version"], "tokenizer.json")
         self._tokenizer = Tokenizer.from_file(str(path))
         # All requests are tokenized in one call, and padded by what this call finds best.
         self._padding = self._tokenizer.padding
+        multiple = (self._padding or {}).get("pad_to_multiple_of") or 1
+        self._graphs = graphed_shapes(settings.get("cuda_graphs", ""), self._largest, multiple)
         self._tokenizer.no_padding()
         self._run = _backbone_here(config, Path(args["model_repository"]), self._backbone) if self._backbone else None
 
@@ -249,7 +257,8 @@ class TritonPythonModel:
 
     def _ask(self, encodings: Sequence[Any], utils: Any) -> tuple[Any, str]:
         """The backbone's features FP32 ``[n, width]``, and why there are none."""
-        texts, longest = graphed(len(encodings), max(map(len, encodings)), self._graphs)
+        fixed = (self._padding or {}).get("length") or 0
+        texts, longest = graphed(len(encodings), max(fixed, *map(len, encodings)), self._graphs)
         tensors = _tensors(encodings, self._padding, self._names, longest)
         if texts > len(encodings):  # with the last one over again: what has no token at all, not every model can take
             more = texts - len(encodings)

@@ -17,6 +17,11 @@ import onnxruntime as ort
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_SOUND = (1, 31)
+_NEAR = 1e-2
+"""Far more than rounding in FP16, and far less than what a graph gives that reads memory of somebody else."""
+_IDS = 5
+"""Tokens that every vocabulary has."""
 _ID = "gpu_graph_id"
 _NONE = "-1"
 """The id of a run that is neither recorded nor taken from a recording."""
@@ -46,20 +51,32 @@ class GraphedSession:
         self._plain = ort.RunOptions()
         self._plain.add_run_config_entry(_ID, _NONE)
 
-    def record(self) -> GraphedSession:
-        """Record all shapes now, so that no client waits for one: some milliseconds each. Returns itself."""
-        for shape in sorted(self._shapes, reverse=True):  # the largest first: the others then find memory enough
-            self.run(self._names, {each.name: np.zeros(shape, np.int64) for each in self._session.get_inputs()})
-        return self
+    def record(self) -> None:
+        """Record all shapes now, some milliseconds each, so that no client waits for one.
 
-    def run(self, names: list[str], inputs: Mapping[str, Any], options: Any = None) -> list[Any]:
+        ValueError where one then answers other inputs than those of the recording otherwise than a plain run does.
+        """
+        names = [each.name for each in self._session.get_inputs()]
+        shapes = sorted(self._shapes, reverse=True)  # the largest first: the others then find memory enough
+        for shape in shapes:
+            self.run(self._names, {name: np.zeros(shape, np.int64) for name in names})
+        for batch, length in shapes:
+            ids = (np.arange(batch)[:, None] + np.arange(length)) % _IDS
+            others = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+            inputs = {name: others.get(name, ids) for name in names}
+            plain = self._session.run(self._names, inputs, self._plain)
+            for found, expected in zip(self.run(self._names, inputs), plain, strict=True):
+                if not np.allclose(found, expected, rtol=_NEAR, atol=_NEAR):
+                    raise ValueError(f"recorded, {batch} x {length} tokens give other answers than before")
+
+    def run(self, names: list[str], inputs: Mapping[str, Any]) -> list[Any]:
         """The outputs ``names``, each of shape ``[batch, ...]``, as ``session.run`` gives them."""
         shapes = {value.shape for value in inputs.values()}
         shape = shapes.pop()
         if shapes or shape not in self._shapes or names != self._names:
-            return list(self._session.run(names, inputs, options or self._plain))
+            return list(self._session.run(names, inputs, self._plain))
         recorded = self._recorded.get(shape)
-        if recorded is None:  # the first run does the work, and is recorded as it does it again
+        if recorded is None:  # onnxruntime does the work as ever, and then once more to record it
             recorded = self._recorded[shape] = self._bind(shape, inputs)
         else:
             for name, value in inputs.items():
@@ -83,6 +100,16 @@ class GraphedSession:
         for name, each in zip(self._names, outputs, strict=True):
             binding.bind_ortvalue_output(name, each)
         return _Recording(binding, options, inputs, outputs)
+
+
+def check_version(version: str) -> None:
+    """ValueError where this onnxruntime is not known to record right.
+
+    Earlier ones copied small tables from a block of memory that the next run filled with others (its pull request
+    32121), so that a graph could compute with those of another shape.
+    """
+    if tuple(map(int, version.split(".")[:2])) < _SOUND:
+        raise ValueError(f"onnxruntime {version} may record them wrongly; expected {_SOUND[0]}.{_SOUND[1]} or later")
 
 
 def parse_shapes(text: str) -> frozenset[tuple[int, int]]:

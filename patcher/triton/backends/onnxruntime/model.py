@@ -62,6 +62,7 @@ _TENSORRT_NAMES = {
     "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
 }
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_SHRINK = "memory.enable_memory_arena_shrinkage"
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
 
 BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
@@ -70,7 +71,7 @@ GRAPHS = "cuda_graphs"
 """Parameter: the shapes of calls that a GPU gets as CUDA graphs, as batches x lengths."""
 GPUS = ("/dev/nvidiactl", "/dev/dxg")
 """One of these is there where Triton may find a GPU."""
-EACH_GPU = "nvidia[0-9]*"
+DEVICES = Path("/dev")
 
 
 class Asyncio(ModuleType):
@@ -179,9 +180,10 @@ class TritonPythonModel:
 def runner(folder: Path, instances: int = 1) -> Run | None:
     """What runs the model in ``folder`` in the process of another one that asks it alone.
 
-    The model's own configuration counts, as if Triton had loaded it. None where Triton would have to choose a GPU for
-    it, where it is for CPUs and has fewer instances than the one that asks, which has ``instances``, or where it is not
-    there. Raises LoadError where Triton would refuse it.
+    The model's own configuration counts, as if Triton had loaded it. None where Triton is to be asked for it: it would
+    have to choose a GPU, or TensorRT would build its engines twice, or this onnxruntime has no GPU, or the model has
+    fewer instances than the one that asks, which has ``instances`` (each would be a session more; by CUDA graphs that
+    pays), or it is not there. Raises LoadError where Triton would refuse it on a CPU.
     """
     from google.protobuf import json_format, text_format
 
@@ -193,18 +195,37 @@ def runner(folder: Path, instances: int = 1) -> Run | None:
     config = json_format.MessageToDict(message, preserving_proto_field_name=True)
     kind = _kind(config)
     count = sum(int(group.get("count", 1)) for group in config.get("instance_group", [{}]))
-    if not kind or (kind == "CPU" and instances > count):
+    if not kind or (instances > count and not _parameter(config, GRAPHS)):
         return None
-    run = open_runner(config, model_path(config, str(folder), versions[0].name), kind, 0)
+    path = model_path(config, str(folder), versions[0].name)
+    run: Run | None = open_runner(config, path, "CPU", 0) if kind == "CPU" else _on_the_gpu(config, path)
     _give_back()
     return run
 
 
+def _on_the_gpu(config: Mapping[str, Any], path: Path) -> Run | None:
+    """A runner that is warm: Triton makes its calls to that end to the model alone, not to who runs it.
+
+    None where this onnxruntime cannot have the GPU: the server's own may.
+    """
+    try:
+        run = open_runner(config, path, "GPU", 0)
+        names = [entry["name"] for entry in config["output"]]
+        for call in config.get("model_warmup", []):
+            shape = {name: [call["batch_size"], *map(int, tensor["dims"])] for name, tensor in call["inputs"].items()}
+            run(names, {name: np.zeros(dims, np.int64) for name, dims in shape.items()})
+    except Exception as error:  # noqa: BLE001 - LoadError, or one of the dozen kinds that onnxruntime raises
+        _warn(f"the encoder does not run {config['name']} itself, but asks Triton for it: {error}")
+        return None
+    return run
+
+
 def _kind(config: Mapping[str, Any]) -> str:
-    """CPU or GPU, where it is clear which one the model runs on; empty where Triton chooses one."""
+    """CPU or GPU, where it is clear which one the model runs on, and with what; else empty."""
     kinds = {group.get("kind", "KIND_AUTO") for group in config.get("instance_group", [{}])}
-    if kinds == {"KIND_GPU"} and len(list(Path("/dev").glob(EACH_GPU))) == 1:
-        return "GPU"
+    if kinds == {"KIND_GPU"} and len(list(DEVICES.glob("nvidia[0-9]*"))) == 1:
+        accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+        return "" if accelerators.get("gpu_execution_accelerator") else "GPU"
     return "CPU" if kinds <= {"KIND_CPU", "KIND_AUTO"} and (kinds == {"KIND_CPU"} or not _has_gpu()) else ""
 
 
@@ -257,25 +278,44 @@ def open_runner(config: Mapping[str, Any], path: Path, kind: str, device: int) -
     else the log says why not. Raises LoadError as ``open_session`` and ``check_model`` do, and for a setting that names
     no shapes.
     """
-    if kind == "GPU" and (shapes := _parameter(config, GRAPHS)):
-        graphs = _beside("graphs")
-        try:
-            wanted = graphs.parse_shapes(shapes)
-        except ValueError:
-            said = f"parameter {GRAPHS} is '{shapes}'; expected batches x lengths, as in 1,2,4 x 8,16"
-            raise LoadError(said) from None
-        try:
-            session = open_session(config, path, kind, device, graphs=True)
-            recorded: Run = graphs.GraphedSession(session, wanted, number=device).record().run
-        except Exception as error:  # noqa: BLE001 - a node without a kernel, or one that cannot be recorded
-            print(f"warning: {config['name']} runs without CUDA graphs: {error}", file=sys.stderr)  # noqa: T201 - the log
-        else:
-            check_model(config, session)
-            return recorded
+    run = _recorded(config, path, device) if kind == "GPU" and _parameter(config, GRAPHS) else None
+    if run is not None:
+        return run
     session = open_session(config, path, kind, device)
     check_model(config, session)
     options = _run_options(config)
     return lambda names, inputs: list(session.run(names, inputs, options))
+
+
+def _recorded(config: Mapping[str, Any], path: Path, device: int) -> Run | None:
+    """What runs the model by CUDA graphs; None where it cannot, which the log tells.
+
+    Raises LoadError for a setting that names no shapes, and as ``check_model`` does.
+    """
+    graphs = _beside("graphs")
+    setting = _parameter(config, GRAPHS) or ""
+    try:
+        shapes = graphs.parse_shapes(setting)
+    except ValueError:
+        said = f"parameter {GRAPHS} is '{setting}'; expected batches x lengths, as in 1,2,4 x 8,16"
+        raise LoadError(said) from None
+    try:
+        graphs.check_version(ort.__version__)
+        if _run_options(config) is not None:
+            raise LoadError(f"with {_SHRINK} the memory that they address may be gone")
+        session = open_session(config, path, "GPU", device, graphs=True)
+        recorded = graphs.GraphedSession(session, shapes, number=device)
+        recorded.record()
+    except Exception as error:  # noqa: BLE001 - a node without a kernel, or one that cannot be recorded
+        _warn(f"{config['name']} runs without CUDA graphs: {error}")
+        return None
+    check_model(config, session)
+    run: Run = recorded.run
+    return run
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)  # noqa: T201 - Triton's log
 
 
 def _beside(name: str) -> Any:
@@ -298,6 +338,8 @@ def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int, 
     """
     providers = _providers(config, kind, device)
     if graphs:
+        if providers[0][0] != "CUDAExecutionProvider":
+            raise LoadError(f"{providers[0][0]} runs it; expected CUDAExecutionProvider")
         providers[0][1]["enable_cuda_graph"] = "1"
     options = session_options(config)
     if kind == "GPU":
@@ -469,12 +511,11 @@ def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, 
 
 
 def _run_options(config: Mapping[str, Any]) -> Any:
-    shrink = "memory.enable_memory_arena_shrinkage"
-    value = _parameter(config, shrink)
+    value = _parameter(config, _SHRINK)
     if value is None:
         return None
     options = ort.RunOptions()
-    options.add_run_config_entry(shrink, value)
+    options.add_run_config_entry(_SHRINK, value)
     return options
 
 
