@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 
 from patcher import add_label, doctor, history, model_config, rollback, serving
-from patcher.errors import StorageError
+from patcher.errors import RepositoryError, StorageError
 from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
+
+EARLIER = (Path(__file__).parent / "data" / "repository-0.1.0" / "intent_tokenizer" / "1" / "model.py").read_bytes()
+"""A program of an earlier version."""
 
 
 def test_it_opens_as_it_was(older, tree):
@@ -143,7 +147,7 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
         repository.write_configs({"intent_encoder": tuned[0].replace("count: 2", "count: 1")})
     assert tree(classifier.root) != before
     for model in ("intent_encoder", "intent_tokenizer"):
-        (classifier.root / model / "1" / "model.py").write_text("# what 0.4 had here\n")
+        (classifier.root / model / "1" / "model.py").write_bytes(EARLIER)
 
     def cut(programs):
         raise KeyboardInterrupt
@@ -155,6 +159,28 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
     assert upgrade(classifier) == ("intent_tokenizer", "intent_encoder")
     assert tree(classifier.root) == before
     assert upgrade(classifier) == ()
+
+
+def test_a_program_that_may_be_a_newer_patchers_is_replaced_only_by_force(older, tree, command):
+    assert upgrade(older)
+    programs = [older.root / f"intent_{role}" / "1" / "model.py" for role in ("encoder", "tokenizer")]
+    expected = tree(older.root)
+    programs[0].write_bytes(programs[0].read_bytes() + b"# as 0.99 will have it\n")
+    programs[1].write_bytes(EARLIER)
+    before = tree(older.root)
+    with pytest.raises(RepositoryError, match=r"intent_encoder/1/model.py: no program of this .* update this one"):
+        upgrade(older)
+    repository = ["--repo", older.root]
+    assert command("upgrade", *repository)[0] == 2
+    assert tree(older.root) == before
+    (fault,) = (each for each in doctor.diagnose(older.root, None, "nobody") if each.state == "fault")
+    assert fault.what == "intent_encoder, programs"
+    for said in ("no program of this or an earlier patcher", "if a newer patcher wrote it, update this one; otherwise"):
+        assert said in fault.finding
+    assert "`patcher upgrade --force` replaces it" in fault.finding
+    code, out, _ = command("upgrade", "--force", *repository)
+    assert (code, "updated intent_tokenizer, intent_encoder;" in out) == (0, True)
+    assert tree(older.root) == expected
 
 
 def test_an_upgrade_moves_the_response_cache(older):

@@ -8,8 +8,11 @@ from patcher.cli.options import CommonOptions, common_options
 
 
 @click.command("upgrade")
+@click.option(
+    "--force", is_flag=True, help="Replace programs that this patcher does not know, such as those of a newer one, too."
+)
 @common_options("classifier")
-def upgrade_command(options: CommonOptions) -> None:
+def upgrade_command(force: bool, options: CommonOptions) -> None:
     """Update an export made by an earlier version, so that it encodes texts the way this version does.
 
     That is in batches of similar length, and on a CPU without a round trip to another process. Replaces the programs of
@@ -20,7 +23,7 @@ def upgrade_command(options: CommonOptions) -> None:
     from patcher.upgrade import upgrade
 
     classifier = options.classifier
-    changed = upgrade(classifier)
+    changed = upgrade(classifier, force=force)
     options.emit({"backbone": classifier.backbone_name, "changed": list(changed)})
     if not options.json:
         options.say(
