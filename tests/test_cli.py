@@ -292,7 +292,8 @@ COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-
     "verb, shown",
     [
         *((verb, {"--classifier"}) for verb in ("labels", "history", "diff", "evaluate", "report", "prune")),
-        *((verb, {"--classifier"}) for verb in ("tune", "upgrade", "to-transformers")),
+        *((verb, {"--classifier"}) for verb in ("tune", "to-transformers")),
+        ("upgrade", set()),
         *((verb, set(COMMON) - {"--watch", "--admin-key-file"}) for verb in ("classify", "loadtest", "metrics")),
         *((verb, set(COMMON)) for verb in ("add-label", "remember", "rollback", "canary", "merge-labels")),
         ("doctor", set(COMMON) - {"--classifier", "--watch"}),

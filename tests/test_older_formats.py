@@ -183,6 +183,57 @@ def test_a_program_that_may_be_a_newer_patchers_is_replaced_only_by_force(older,
     assert tree(older.root) == expected
 
 
+@pytest.fixture
+def outdated(classifier, tmp_path):
+    """A repository of two backbones, the second without a classifier, both with a program of an earlier version."""
+    repository = classifier.repository
+    with repository.lock():
+        repository.add_backbone("second", tiny.backbone_files(tmp_path))
+        repository.add_classifier("other", classifier.head(), backbone="intent")
+    for model in ("intent_encoder", "second_encoder"):
+        (repository.root / model / "1" / "model.py").write_bytes(EARLIER)
+    return repository
+
+
+def test_what_doctor_advises_works_as_it_stands(outdated, command):
+    repository = ["--repo", outdated.root]
+    code, out, _ = command("doctor", "--url", "127.0.0.1:1", *repository)
+    assert (code, "intent_encoder, second_encoder: of an older patcher; `patcher upgrade` renews" in out) == (0, True)
+    code, out, _ = command("upgrade", *repository)
+    assert (code, "updated intent_encoder, second_encoder;" in out) == (0, True)
+    assert "of an older patcher" not in command("doctor", "--url", "127.0.0.1:1", *repository)[1]
+    code, out, _ = command("upgrade", *repository)
+    assert (code, out) == (0, "intent, second: up to date, nothing to do\n")
+
+
+@pytest.mark.parametrize(
+    "given, backbone",
+    [(["--backbone", "intent"], "intent"), (["--backbone", "second"], "second"), (["--classifier", "other"], "intent")],
+)
+def test_one_of_several_backbones_is_upgraded(outdated, command, given, backbone):
+    code, out, _ = command("upgrade", "--json", "--repo", outdated.root, *given)
+    assert code == 0
+    expected = {"backbone": backbone, "backbones": [backbone], "changed": [f"{backbone}_encoder"]}
+    assert {key: json.loads(out)[key] for key in expected} == expected
+
+
+def test_what_one_backbone_refuses_leaves_the_others_as_they_are(outdated, command, tree):
+    (outdated.root / "second_encoder" / "1" / "model.py").write_text("# as 0.99 will have it\n")
+    before = tree(outdated.root)
+    code, _, err = command("upgrade", "--repo", outdated.root)
+    assert (code, "second_encoder/1/model.py: no program of this" in err) == (2, True)
+    assert tree(outdated.root) == before
+    code, _, err = command("upgrade", "--repo", outdated.root, "--backbone", "third")
+    assert (code, "no backbone 'third'" in err) == (2, True)
+
+
+def test_a_backbone_without_a_classifier_is_upgraded(older, command):
+    repository = ["--repo", older.root]
+    assert command("drop-classifier", "intent", "--yes", "--no-load", *repository)[0] == 0
+    assert command("upgrade", *repository)[0] == 0
+    assert older.repository.backbone("intent").text_model == "intent_encoder"
+
+
 def test_an_upgrade_moves_the_response_cache(older):
     repository, model = older.repository, older.backbone_model
     with repository.lock():
