@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import platform
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from patcher.checks import Check, of_programs, of_upgrades
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
-from patcher.foreign import foreign, outdated
 from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
@@ -45,19 +43,6 @@ _OPTIONAL = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at: ``state`` is ``ok``, ``note`` (missing, and not needed for all verbs) or ``fault``."""
-
-    what: str
-    state: str
-    finding: str
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return dataclasses.asdict(self)
-
-
 def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Iterator[Check]:
     """Look at everything, the cheap things first; yields each finding as it is made.
 
@@ -76,7 +61,8 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
-    yield from _programs(repository)
+    yield from of_programs(repository)
+    yield from of_upgrades(repository)
     seen: set[str] = set()
     for name in names:
         try:
@@ -145,21 +131,6 @@ def _package(name: str, missing: str, why: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, missing, f"not installed; {why}")
-
-
-def _programs(repository: ModelRepository) -> Iterator[Check]:
-    """Whether a server of this repository runs anything but what patcher wrote into it."""
-    try:
-        found, old = list(foreign(repository)), outdated(repository)
-    except PatcherError as error:
-        yield Check("programs", "fault", str(error))
-        return
-    for model, said in found:
-        yield Check(f"{model}, programs", "fault", said)
-    if old:
-        yield Check("programs", "note", f"{', '.join(old)}: of an older patcher; `patcher upgrade` renews them")
-    elif not found:
-        yield Check("programs", "ok", "what a server runs is what patcher wrote")
 
 
 def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError
 from patcher.layout import programs
 from patcher.names import CONFIG, MODEL, BackboneNames
+from patcher.storage.disk import STAGING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,8 @@ UNKNOWN = "if a newer patcher wrote it, update this one; otherwise `patcher upgr
 """What to do about a program that neither this patcher nor an earlier one wrote: nothing in it tells whose it is."""
 _COMPILED = re.compile(r"1/__pycache__/model\.[^/]*\.pyc")
 """What a server started by other means writes where it may; `patcher serve` and the container keep Python from it."""
+_PREPARED = re.compile(rf"1/{re.escape(STAGING)}[^/]*/\.model\.py\.new")
+"""What an upgrade leaves that is killed while it replaces a program; no server reads it."""
 _STUB = "triton_python_backend_stub"
 _CODE = frozenset([".py", ".pyc", ".pyo", ".pth", ".so", ".dll", ".dylib"])
 _ARCHIVES = frozenset([".tar", ".gz", ".tgz", ".bz2", ".xz", ".zip", ".whl", ".egg"])
@@ -68,6 +71,8 @@ def foreign(repository: RepositoryFiles) -> Iterator[tuple[str, str]]:
     for model, backend in sorted(roles.items()):
         known = _programs(model)
         for name in sorted(files.get(model, [])):
+            if known is not None and _PREPARED.fullmatch(name):
+                continue
             if said := _file(repository, f"{model}/{name}", name, known):
                 yield model, said
         try:

@@ -9,15 +9,17 @@ from patcher.classifier import Classifier
 from patcher.configs import encoder_config, features_config
 from patcher.errors import RepositoryError
 from patcher.foreign import PROGRAM, UNKNOWN, is_earlier
+from patcher.layout import programs
 from patcher.names import CONFIG
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
+from patcher.storage.disk import STAGING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.backbone import Backbone
 
-__all__ = ["lacks_encoder", "planned", "upgrade"]
+__all__ = ["interrupted", "lacks_encoder", "planned", "upgrade"]
 
 
 def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
@@ -57,6 +59,16 @@ def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
 def lacks_encoder(backbone: Backbone) -> bool:
     """Whether texts are still encoded as in exports before 0.4.0."""
     return backbone.text_model != backbone.encoder_model
+
+
+def interrupted(backbone: Backbone) -> bool:
+    """Whether an upgrade has begun and not ended; while another patcher is running it may be at it."""
+    storage = backbone.storage
+    if lacks_encoder(backbone) and storage.has(f"{backbone.encoder_model}/{CONFIG}"):
+        return True
+    # An object store has no such folders.
+    staged = (*(f"{model}/1/{STAGING}*/*" for model in programs(backbone)), f"{STAGING}*/{backbone.encoder_model}/*")
+    return storage.in_one_step and bool(storage.glob(*staged))
 
 
 def _refuse_unknown(backbone: Backbone, outdated: Iterable[str]) -> None:

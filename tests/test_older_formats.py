@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,6 +247,48 @@ def test_an_upgrade_moves_the_response_cache(older):
     assert on == [older.encoder_model]
 
 
+def upgrades(root):
+    """What doctor says of upgrades, and whatever it calls a fault."""
+    found = doctor.diagnose(root, None, "nobody")
+    return [(each.what, each.state, each.finding) for each in found if "upgrade" in each.what or each.state == "fault"]
+
+
+CUT_OFF = [("intent, upgrade", "fault", "interrupted; `patcher upgrade` finishes it")]
+
+
+def test_doctor_tells_of_an_export_that_lacks_its_encoder(older):
+    lacking = "no encoder, as in exports before 0.4; `patcher upgrade` adds it"
+    assert upgrades(older.root) == [("intent, upgrade", "note", lacking)]
+    upgrade(older)
+    assert upgrades(older.root) == []
+
+
+@pytest.mark.parametrize(
+    "at, older_program",
+    [("patcher.storage.moves._date", True), ("patcher.storage.disk.flush_tree", False)],
+    ids=["while a program is replaced", "while the encoder is added"],
+)
+def test_an_upgrade_that_was_killed_is_no_foreign_code(older, at, older_program):
+    model, _, name = at.rpartition(".")
+    script = f"""
+import os, signal, sys
+import {model} as module
+from patcher import ModelRepository
+from patcher.upgrade import upgrade
+module.{name} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+upgrade(ModelRepository(sys.argv[1]).backbone())
+"""
+    if not older_program:
+        older.renew(older.outdated())
+    command = [sys.executable, "-c", script, str(older.root)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert list(older.root.rglob(".patcher-staging-*"))
+    assert upgrades(older.root) == CUT_OFF
+    upgrade(older)
+    assert upgrades(older.root) == []
+    assert not list(older.root.rglob(".patcher-staging-*"))
+
+
 def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
     def cut(configs):
         assert list(configs)[-1] == older.features_model
@@ -254,5 +299,8 @@ def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             upgrade(older)
     assert older.text_model == older.tokenizer_model
+    assert upgrades(older.root) == CUT_OFF
+    with older.repository.lock():
+        assert upgrades(older.root) == [("intent, upgrade", "note", "in progress; another patcher is running")]
     assert upgrade(older)
     assert older.text_model == older.encoder_model
