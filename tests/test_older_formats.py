@@ -186,6 +186,27 @@ def test_a_program_that_may_be_a_newer_patchers_is_replaced_only_by_force(older,
     assert tree(older.root) == expected
 
 
+def test_it_says_that_older_patchers_no_longer_read_it_and_beforehand_that_they_would_not(older, command, tree):
+    before, repository = tree(older.root), ["--repo", older.root]
+    code, out, _ = command("upgrade", "--dry-run", *repository)
+    models = "intent_tokenizer, intent_encoder, intent_backbone, intent, intent_features"
+    would = f"would update {models}\nwould raise the repository's format to 2: patchers before 0.4 would not read it\n"
+    assert (code, out) == (0, would)
+    planned = json.loads(command("upgrade", "--dry-run", "--json", *repository)[1])
+    assert (planned["format_before"], planned["format"], planned["dry_run"]) == (1, 2, True)
+    assert tree(older.root) == before
+    code, out, _ = command("upgrade", *repository)
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            f"updated {models}; restart the server to use them",
+            "the repository has format 2 now: patchers before 0.4 no longer read it",
+        ],
+    )
+    (older.root / "intent_encoder" / "1" / "model.py").write_bytes(EARLIER)
+    assert "format" not in command("upgrade", *repository)[1]
+
+
 @pytest.fixture
 def outdated(classifier, tmp_path):
     """A repository of two backbones, the second without a classifier, both with a program of an earlier version."""

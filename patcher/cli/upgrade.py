@@ -14,32 +14,62 @@ if TYPE_CHECKING:
 
 @click.command("upgrade")
 @click.option("--backbone", "backbone_name", metavar="NAME", help="The backbone to update; by default all of them.")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
 @click.option(
     "--force", is_flag=True, help="Replace programs that this patcher does not know, such as those of a newer one, too."
 )
 @common_options()
-def upgrade_command(backbone_name: str | None, force: bool, options: CommonOptions) -> None:
+def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, options: CommonOptions) -> None:
     """Update an export made by an earlier version, so that it encodes texts the way this version does.
 
     That is in batches of similar length, and on a CPU without a round trip to another process. Replaces the programs of
     each backbone that run inside Triton; exports from before 0.4.0 get an encoder, which is entered in the
     configurations of all classifiers on the backbone. The backbone, heads, versions, memory and lineage do not change.
     A running server uses the new programs after a restart.
+
+    Run it last, once every server and every patcher that uses the repository is new: it may raise the repository's
+    format, and then older patchers refuse it, and so does `patcher serve` of an older version at its next start. The
+    way back is a copy of the repository made before.
     """
-    from patcher.upgrade import planned, upgrade
+    from patcher.files import FORMAT
+    from patcher.upgrade import lacks_encoder, planned, upgrade
 
     backbones = _backbones(options, backbone_name)
-    for backbone in backbones:  # what refuses one of them leaves all as they are
-        planned(backbone, force=force)
-    changed = [model for backbone in backbones for model in upgrade(backbone, force=force)]
+    # What refuses one of them leaves all as they are.
+    changed = [model for backbone in backbones for model in planned(backbone, force=force)]
+    before = options.repository.format
+    after = FORMAT if any(map(lacks_encoder, backbones)) else before
+    if not dry_run:
+        changed = [model for backbone in backbones for model in upgrade(backbone, force=force)]
     names = [backbone.backbone_name for backbone in backbones]
-    options.emit({"backbone": names[0] if len(names) == 1 else None, "backbones": names, "changed": changed})
-    if not options.json:
-        options.say(
-            f"updated {', '.join(changed)}; restart the server to use them"
-            if changed
-            else f"{', '.join(names) or 'a repository without a backbone'}: up to date, nothing to do"
-        )
+    options.emit(
+        {
+            "backbone": names[0] if len(names) == 1 else None,
+            "backbones": names,
+            "changed": changed,
+            "format_before": before,
+            "format": after,
+            "dry_run": dry_run,
+        }
+    )
+    if options.json:
+        return
+    if not changed:
+        options.say(f"{', '.join(names) or 'a repository without a backbone'}: up to date, nothing to do")
+        return
+    models = ", ".join(changed)
+    options.say(f"would update {models}" if dry_run else f"updated {models}; restart the server to use them")
+    if after > before:
+        options.say(_raised(after, dry_run))
+
+
+def _raised(number: int, dry_run: bool) -> str:
+    """What to say of a format that others may not know."""
+    from patcher.files import FORMAT_SINCE
+
+    if dry_run:
+        return f"would raise the repository's format to {number}: patchers before {FORMAT_SINCE} would not read it"
+    return f"the repository has format {number} now: patchers before {FORMAT_SINCE} no longer read it"
 
 
 def _backbones(options: CommonOptions, name: str | None) -> list[Backbone]:
