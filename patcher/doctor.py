@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from patcher.checks import Check, of_programs, of_upgrades
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
+from patcher.gate import unremembered
 from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
@@ -144,8 +145,9 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         yield Check(name, "fault", str(error))
         return
     published = _published(classifier)  # after the versions: each is then in it
-    faults = [check for version in versions if (check := _version(classifier, version, serving, published))]
-    yield from faults
+    found = [check for version in versions if (check := _version(classifier, version, serving, published))]
+    yield from found
+    faults = [check for check in found if check.state == "fault"]
     for number in classifier.incomplete():
         yield Check(
             f"{name}, version {number}",
@@ -209,11 +211,13 @@ def _published(classifier: Classifier) -> dict[int, dict[str, str]]:
 def _version(
     classifier: Classifier, version: int, serving: int, published: Mapping[int, Mapping[str, str]]
 ) -> Check | None:
+    """What is wrong with a version, or what the memory of the one that serves does not know."""
+    what = f"{classifier.name}, version {version}"
     try:
         if version in published:
             _untouched(classifier, version, published[version])
         head = classifier.head(version)
-        classifier.memory(version)
+        memory = classifier.memory(version)
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
@@ -221,8 +225,10 @@ def _version(
     except PatcherError as error:
         if version not in classifier.versions():  # pruned meanwhile
             return None
-        return Check(f"{classifier.name}, version {version}", "fault", str(error))
-    return None
+        return Check(what, "fault", str(error))
+    # Patches build on this one alone: what the others lack harms nobody.
+    forgotten = unremembered(head.labels, memory) if version == serving else ""
+    return Check(what, "note", forgotten) if forgotten else None
 
 
 def _untouched(classifier: Classifier, version: int, recorded: Mapping[str, str]) -> None:
