@@ -12,14 +12,14 @@ from patcher.foreign import PROGRAM, UNKNOWN, is_earlier
 from patcher.layout import programs
 from patcher.names import CONFIG
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
-from patcher.storage.disk import STAGING
+from patcher.storage.disk import STAGING, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.backbone import Backbone
 
-__all__ = ["interrupted", "lacks_encoder", "planned", "upgrade"]
+__all__ = ["interrupted", "is_quantized", "lacks_encoder", "planned", "upgrade"]
 
 
 def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
@@ -59,6 +59,11 @@ def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
 def lacks_encoder(backbone: Backbone) -> bool:
     """Whether texts are still encoded as in exports before 0.4.0."""
     return backbone.text_model != backbone.encoder_model
+
+
+def is_quantized(backbone: Backbone) -> bool:
+    """Whether a backbone is in INT8, as the names of its graph's operators tell."""
+    return b"MatMulInteger" in read_bytes(backbone.backbone_path)
 
 
 def interrupted(backbone: Backbone) -> bool:

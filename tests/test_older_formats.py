@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import tiny
 
@@ -205,6 +206,19 @@ def test_it_says_that_older_patchers_no_longer_read_it_and_beforehand_that_they_
     )
     (older.root / "intent_encoder" / "1" / "model.py").write_bytes(EARLIER)
     assert "format" not in command("upgrade", *repository)[1]
+
+
+def test_it_says_that_answers_may_change_where_a_quantized_backbone_gets_an_encoder(older, command):
+    repository, said = ["--repo", older.root], "intent_backbone: in INT8 a text's scores shift slightly"
+    assert said not in command("upgrade", "--dry-run", *repository)[1]
+    model = onnx.load(older.backbone_path)
+    model.graph.node.append(onnx.helper.make_node("MatMulInteger", ["a", "b"], ["c"]))
+    onnx.save(model, older.backbone_path)
+    assert said in command("upgrade", "--dry-run", *repository)[1]
+    assert json.loads(command("upgrade", "--dry-run", "--json", *repository)[1])["quantized"] == ["intent_backbone"]
+    assert said in command("upgrade", *repository)[1]
+    (older.root / "intent_encoder" / "1" / "model.py").write_bytes(EARLIER)
+    assert said not in command("upgrade", *repository)[1]
 
 
 @pytest.fixture

@@ -32,13 +32,15 @@ def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, optio
     way back is a copy of the repository made before.
     """
     from patcher.files import FORMAT
-    from patcher.upgrade import lacks_encoder, planned, upgrade
+    from patcher.upgrade import is_quantized, lacks_encoder, planned, upgrade
 
     backbones = _backbones(options, backbone_name)
     # What refuses one of them leaves all as they are.
     changed = [model for backbone in backbones for model in planned(backbone, force=force)]
     before = options.repository.format
-    after = FORMAT if any(map(lacks_encoder, backbones)) else before
+    encoders = [backbone for backbone in backbones if lacks_encoder(backbone)]
+    after = FORMAT if encoders else before
+    quantized = [backbone.backbone_model for backbone in encoders if is_quantized(backbone)]
     if not dry_run:
         changed = [model for backbone in backbones for model in upgrade(backbone, force=force)]
     names = [backbone.backbone_name for backbone in backbones]
@@ -47,6 +49,7 @@ def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, optio
             "backbone": names[0] if len(names) == 1 else None,
             "backbones": names,
             "changed": changed,
+            "quantized": quantized,
             "format_before": before,
             "format": after,
             "dry_run": dry_run,
@@ -61,6 +64,11 @@ def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, optio
     options.say(f"would update {models}" if dry_run else f"updated {models}; restart the server to use them")
     if after > before:
         options.say(_raised(after, dry_run))
+    if quantized:
+        options.say(
+            f"{', '.join(quantized)}: in INT8 a text's scores shift slightly with the texts that share its batch, and "
+            "an encoder forms other batches, so some answers may change (in FP32 they stay, within rounding)"
+        )
 
 
 def _raised(number: int, dry_run: bool) -> str:
