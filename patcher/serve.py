@@ -76,10 +76,10 @@ def serve(
             server.start(start_timeout)
             if not server.key_hidden and (admin_key or tls):
                 say("warning: this system lets other users see the admin key in the list of processes")
-            remedy = "" if tls else " (--http opens it)"  # beside TLS it is refused
             say(
                 f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-                f"{'' if server.http else f' for health checks only{remedy}'}, metrics {server.metrics_url}; "
+                f"{'' if server.http else ' for health checks only'}"
+                f"{'' if server.http or tls else ' (--http opens it)'}, metrics {server.metrics_url}; "
                 f"log {server.log_file}; Ctrl-C stops it"
             )
             for line in hints:
