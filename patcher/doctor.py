@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import platform
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from patcher.checks import Check, of_programs, of_upgrades
 from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
-from patcher.foreign import foreign, outdated
+from patcher.gate import unremembered
 from patcher.names import CANARY, MODEL, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
@@ -45,19 +44,6 @@ _OPTIONAL = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at: ``state`` is ``ok``, ``note`` (missing, and not needed for all verbs) or ``fault``."""
-
-    what: str
-    state: str
-    finding: str
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return dataclasses.asdict(self)
-
-
 def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Iterator[Check]:
     """Look at everything, the cheap things first; yields each finding as it is made.
 
@@ -76,7 +62,8 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         else f"{location} holds no classifier yet"
     )
     yield Check("repository", "ok" if names else "note", found)
-    yield from _programs(repository)
+    yield from of_programs(repository)
+    yield from of_upgrades(repository)
     seen: set[str] = set()
     for name in names:
         try:
@@ -147,21 +134,6 @@ def _package(name: str, missing: str, why: str) -> Check:
         return Check(name, missing, f"not installed; {why}")
 
 
-def _programs(repository: ModelRepository) -> Iterator[Check]:
-    """Whether a server of this repository runs anything but what patcher wrote into it."""
-    try:
-        found, old = list(foreign(repository)), outdated(repository)
-    except PatcherError as error:
-        yield Check("programs", "fault", str(error))
-        return
-    for model, said in found:
-        yield Check(f"{model}, programs", "fault", said)
-    if old:
-        yield Check("programs", "note", f"{', '.join(old)}: of an older patcher; `patcher upgrade` renews them")
-    elif not found:
-        yield Check("programs", "ok", "what a server runs is what patcher wrote")
-
-
 def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:
     """What lies there of one classifier; a backbone that is in ``seen`` is not looked at again."""
     try:
@@ -173,8 +145,9 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
         yield Check(name, "fault", str(error))
         return
     published = _published(classifier)  # after the versions: each is then in it
-    faults = [check for version in versions if (check := _version(classifier, version, serving, published))]
-    yield from faults
+    found = [check for version in versions if (check := _version(classifier, version, serving, published))]
+    yield from found
+    faults = [check for check in found if check.state == "fault"]
     for number in classifier.incomplete():
         yield Check(
             f"{name}, version {number}",
@@ -238,11 +211,13 @@ def _published(classifier: Classifier) -> dict[int, dict[str, str]]:
 def _version(
     classifier: Classifier, version: int, serving: int, published: Mapping[int, Mapping[str, str]]
 ) -> Check | None:
+    """What is wrong with a version, or what the memory of the one that serves does not know."""
+    what = f"{classifier.name}, version {version}"
     try:
         if version in published:
             _untouched(classifier, version, published[version])
         head = classifier.head(version)
-        classifier.memory(version)
+        memory = classifier.memory(version)
         if version == serving:
             validate(classifier.head_bytes(version), head)
         if head.lineage.backbone != classifier.fingerprint():
@@ -250,8 +225,10 @@ def _version(
     except PatcherError as error:
         if version not in classifier.versions():  # pruned meanwhile
             return None
-        return Check(f"{classifier.name}, version {version}", "fault", str(error))
-    return None
+        return Check(what, "fault", str(error))
+    # Patches build on this one alone: what the others lack harms nobody.
+    forgotten = unremembered(head.labels, memory) if version == serving else ""
+    return Check(what, "note", forgotten) if forgotten else None
 
 
 def _untouched(classifier: Classifier, version: int, recorded: Mapping[str, str]) -> None:

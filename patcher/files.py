@@ -28,13 +28,15 @@ from patcher.storage import Replacement, Storage, is_url, open_storage
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["FORMAT", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
+__all__ = ["FORMAT", "FORMAT_SINCE", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
 
 FORMAT = 2
 """Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
 
 1: tokenizer, backbone and head are the steps of an ensemble. 2: an encoder may stand for the first two.
 """
+FORMAT_SINCE = "0.4"
+"""The first version that reads it."""
 
 
 def require_folder(location: str | os.PathLike[str]) -> None:

@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import PatcherError
 from patcher.layout import programs
 from patcher.names import CONFIG, MODEL, BackboneNames
+from patcher.storage.disk import STAGING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from patcher.files import RepositoryFiles
 
-__all__ = ["foreign", "outdated"]
+__all__ = ["PROGRAM", "UNKNOWN", "foreign", "is_earlier", "outdated"]
 
-_PROGRAM = "1/model.py"
+PROGRAM = "1/model.py"
+UNKNOWN = "if a newer patcher wrote it, update this one; otherwise `patcher upgrade --force` replaces it"
+"""What to do about a program that neither this patcher nor an earlier one wrote: nothing in it tells whose it is."""
 _COMPILED = re.compile(r"1/__pycache__/model\.[^/]*\.pyc")
 """What a server started by other means writes where it may; `patcher serve` and the container keep Python from it."""
+_PREPARED = re.compile(rf"1/{re.escape(STAGING)}[^/]*/\.model\.py\.new")
+"""What an upgrade leaves that is killed while it replaces a program; no server reads it."""
 _STUB = "triton_python_backend_stub"
 _CODE = frozenset([".py", ".pyc", ".pyo", ".pth", ".so", ".dll", ".dylib"])
 _ARCHIVES = frozenset([".tar", ".gz", ".tgz", ".bz2", ".xz", ".zip", ".whl", ".egg"])
@@ -67,6 +72,8 @@ def foreign(repository: RepositoryFiles) -> Iterator[tuple[str, str]]:
     for model, backend in sorted(roles.items()):
         known = _programs(model)
         for name in sorted(files.get(model, [])):
+            if known is not None and _PREPARED.fullmatch(name):
+                continue
             if said := _file(repository, f"{model}/{name}", name, known):
                 yield model, said
         try:
@@ -83,10 +90,15 @@ def outdated(repository: RepositoryFiles) -> list[str]:
     """Models with the program of an earlier version, which `patcher upgrade` renews."""
     found = []
     for model in sorted(_roles(repository)):
-        known, data = _programs(model), repository.storage.find(f"{model}/{_PROGRAM}") if _programs(model) else None
-        if data is not None and data != known and hashlib.sha256(data).hexdigest() in _EARLIER:
+        known, data = _programs(model), repository.storage.find(f"{model}/{PROGRAM}") if _programs(model) else None
+        if data is not None and data != known and is_earlier(data):
             found.append(model)
     return found
+
+
+def is_earlier(program: bytes) -> bool:
+    """Whether a program is one that an earlier version wrote, or this one."""
+    return hashlib.sha256(program).hexdigest() in _EARLIER
 
 
 def _roles(repository: RepositoryFiles) -> dict[str, str]:
@@ -112,13 +124,11 @@ def _programs(model: str) -> bytes | None:
 
 def _file(repository: RepositoryFiles, path: str, name: str, program: bytes | None) -> str:
     """What is wrong with a file of a model, or an empty text."""
-    if name == _PROGRAM and program is not None:
+    if name == PROGRAM and program is not None:
         data = repository.storage.find(path)
-        if data is None or data == program or hashlib.sha256(data).hexdigest() in _EARLIER:
+        if data is None or data == program or is_earlier(data):
             return ""
-        return (
-            f"{name} is no program of this or an earlier patcher, and a server runs it: `patcher upgrade` replaces it"
-        )
+        return f"{name} is no program of this or an earlier patcher, and a server runs it: {UNKNOWN}"
     suffixes = set(PurePosixPath(name).suffixes)
     if name.rpartition("/")[2] == _STUB or suffixes & _CODE:
         said = "is not patcher's, and a server may run it; delete it"

@@ -78,7 +78,8 @@ def serve(
             server.start(start_timeout)
             say(
                 f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-                f"{'' if server.http else ' for health checks'}, metrics {server.metrics_url}; "
+                f"{'' if server.http else ' for health checks only'}"
+                f"{'' if server.http or tls else ' (--http opens it)'}, metrics {server.metrics_url}; "
                 f"log {server.log_file}; Ctrl-C stops it"
             )
             for line in (*_on_the_key(server, open_control=open_control), *hints):

@@ -7,52 +7,108 @@ from typing import TYPE_CHECKING
 from patcher import model_config
 from patcher.classifier import Classifier
 from patcher.configs import encoder_config, features_config
+from patcher.errors import RepositoryError
+from patcher.foreign import PROGRAM, UNKNOWN, is_earlier
+from patcher.layout import programs
+from patcher.names import CONFIG
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
+from patcher.storage.disk import STAGING, read_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from patcher.backbone import Backbone
 
-__all__ = ["upgrade"]
+__all__ = ["interrupted", "is_quantized", "lacks_encoder", "planned", "upgrade"]
 
 
-def upgrade(backbone: Backbone) -> tuple[str, ...]:
+def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
     """Have a backbone's texts encoded as this version does it.
 
     Programs of earlier versions that run inside Triton are renewed, and exports before 0.4.0 get an encoder in front of
     the backbone, under the settings that their tokenizer had. Returns the models that changed. A server takes them when
     it is started again. Cut off at any moment, what is there still serves, and the next call goes on from it.
+
+    Raises RepositoryError, with nothing changed, for a program that this version does not know; ``force`` replaces it.
     """
     repository = backbone.repository
     with repository.lock():
-        outdated = backbone.outdated()
-        if backbone.text_model == backbone.encoder_model:
+        changed, outdated = planned(backbone, force=force), backbone.outdated()
+        if lacks_encoder(backbone):
+            backbone.renew(outdated)
+            _add_encoder(backbone)
+        else:
             if backbone.encoder_model in outdated:
                 configs = map(repository.config_text, (backbone.encoder_model, backbone.backbone_model))
                 repository.write_configs({backbone.encoder_model: with_encoders(*configs)})
             backbone.renew(outdated)  # last: it tells whether all of this is done
-            return tuple(outdated)
-        backbone.renew(outdated)
-        before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
-        serving = serving_of(model_config.parse(before), model_config.parse(deep))
-        device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
-        encoder = encoder_config(
-            backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
+    return changed
+
+
+def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
+    """The models that an upgrade would change, nothing being changed; raises as it does."""
+    outdated = backbone.outdated()
+    if not force:
+        _refuse_unknown(backbone, outdated)
+    if not lacks_encoder(backbone):
+        return tuple(outdated)
+    models = (backbone.encoder_model, backbone.backbone_model, *_above(backbone), backbone.features_model)
+    return tuple(dict.fromkeys((*outdated, *models)))
+
+
+def lacks_encoder(backbone: Backbone) -> bool:
+    """Whether texts are still encoded as in exports before 0.4.0."""
+    return backbone.text_model != backbone.encoder_model
+
+
+def is_quantized(backbone: Backbone) -> bool:
+    """Whether a backbone is in INT8, as the names of its graph's operators tell."""
+    return b"MatMulInteger" in read_bytes(backbone.backbone_path)
+
+
+def interrupted(backbone: Backbone) -> bool:
+    """Whether an upgrade has begun and not ended; while another patcher is running it may be at it."""
+    storage = backbone.storage
+    if lacks_encoder(backbone) and storage.has(f"{backbone.encoder_model}/{CONFIG}"):
+        return True
+    # An object store has no such folders.
+    staged = (*(f"{model}/1/{STAGING}*/*" for model in programs(backbone)), f"{STAGING}*/{backbone.encoder_model}/*")
+    return storage.in_one_step and bool(storage.glob(*staged))
+
+
+def _refuse_unknown(backbone: Backbone, outdated: Iterable[str]) -> None:
+    """RepositoryError where one of the programs to be replaced may be a newer version's."""
+    storage = backbone.storage
+    unknown = [path for model in outdated if not is_earlier(storage.read(path := f"{model}/{PROGRAM}"))]
+    if unknown:
+        raise RepositoryError(
+            f"{backbone.repository.location}: {', '.join(unknown)}: no program of this or an earlier patcher; {UNKNOWN}"
         )
-        _, deep = with_serving(before, deep, Serving())  # the largest batch moves, too
-        text, deep = with_serving(model_config.render(encoder), deep, serving)
-        if model_config.parse(deep).response_cache.enable:
-            deep = with_response_cache(deep, enable=False)
-            text = with_response_cache(text, enable=True)
-        features = features_config(backbone.features_model, backbone.encoder_model, backbone.width())
-        if not repository.storage.has(f"{backbone.encoder_model}/config.pbtxt"):
-            backbone.add_encoder(text)
-        changed = {backbone.backbone_model: deep}
-        for ensemble in _above(backbone):
-            changed[ensemble] = model_config.with_encoding(repository.config_text(ensemble), features.steps)
-        # Last: it tells whether all of this is done.
-        changed[backbone.features_model] = model_config.render(features)
-        repository.write_configs(changed)
-    return (*outdated, backbone.encoder_model, *changed)
+
+
+def _add_encoder(backbone: Backbone) -> None:
+    """Put an encoder in front of the backbone, and in the place of tokenizer and backbone wherever they were asked."""
+    repository = backbone.repository
+    before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
+    serving = serving_of(model_config.parse(before), model_config.parse(deep))
+    device = "gpu" if model_config.is_on_gpu(model_config.parse(deep)) else "cpu"
+    encoder = encoder_config(
+        backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
+    )
+    _, deep = with_serving(before, deep, Serving())  # the largest batch moves, too
+    text, deep = with_serving(model_config.render(encoder), deep, serving)
+    if model_config.parse(deep).response_cache.enable:
+        deep = with_response_cache(deep, enable=False)
+        text = with_response_cache(text, enable=True)
+    features = features_config(backbone.features_model, backbone.encoder_model, backbone.width())
+    if not repository.storage.has(f"{backbone.encoder_model}/{CONFIG}"):
+        backbone.add_encoder(text)
+    changed = {backbone.backbone_model: deep}
+    for ensemble in _above(backbone):
+        changed[ensemble] = model_config.with_encoding(repository.config_text(ensemble), features.steps)
+    # Last: it tells whether all of this is done.
+    changed[backbone.features_model] = model_config.render(features)
+    repository.write_configs(changed)
 
 
 def _above(backbone: Backbone) -> list[str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ import tiny
 from patcher.cli.output import not_installed
 from patcher.difference import Difference
 from patcher.errors import as_sentence
+from patcher.serve import serve
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -262,6 +264,21 @@ def test_doctor_finds_what_is_wrong(patcher, classifier):
     assert "FAULT  intent_backbone: its file's SHA-256 is" in out
 
 
+@pytest.mark.parametrize(
+    "http, tls, said",
+    [(True, False, "HTTP h:1, metrics"), (False, False, "HTTP h:1 for health checks only (--http opens it), metrics"),
+     (False, True, "HTTP h:1 for health checks only, metrics")],
+)  # fmt: skip
+def test_serve_says_what_opens_http_where_it_only_answers_health_checks(http, tls, said, classifier, monkeypatch):
+    server = MagicMock(http=http, http_url="h:1")
+    server.stop.return_value = 0
+    monkeypatch.setattr("patcher.serve.EmbeddedTriton", lambda *_, **__: server)
+    told = []
+    assert serve(classifier.repository, tls=MagicMock() if tls else None, say=told.append) == 0
+    (ready,) = (line for line in told if line.startswith("ready: "))
+    assert said in ready
+
+
 def test_the_shell_completes_verbs_and_options():
     def completed(words):
         environment = {
@@ -292,7 +309,8 @@ COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-
     "verb, shown",
     [
         *((verb, {"--classifier"}) for verb in ("labels", "history", "diff", "evaluate", "report", "prune")),
-        *((verb, {"--classifier"}) for verb in ("tune", "upgrade", "to-transformers")),
+        *((verb, {"--classifier"}) for verb in ("tune", "to-transformers")),
+        ("upgrade", set()),
         *((verb, set(COMMON) - {"--watch", "--admin-key-file"}) for verb in ("classify", "loadtest", "metrics")),
         *((verb, set(COMMON)) for verb in ("add-label", "remember", "rollback", "canary", "merge-labels")),
         ("doctor", set(COMMON) - {"--classifier", "--watch"}),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from patcher.cli import main
+from patcher.doctor import diagnose
 from patcher.errors import InputError, LabelError, RepositoryError
 from patcher.examples import Examples
 from patcher.features import extract_features
@@ -342,6 +343,24 @@ def test_labels_of_which_there_are_only_statistics_are_told(classifier, capsys, 
     path = tiny.write_csv(tmp_path / "part.csv", {"balance": tiny.sentences("balance", 30)})
     assert main(["remember", "--repo", str(classifier.root), "--data", str(path), "--no-load"]) == 0
     assert "has no texts' features of 5 of 6 labels" in capsys.readouterr().err
+
+
+def test_doctor_tells_of_labels_that_the_memory_lacks_until_there_are_texts_of_them(classifier) -> None:
+    """As where a patcher that could not read the memory built one of the texts it was given."""
+    (classifier.version_path(1) / "memory.safetensors").unlink()
+    texts = tiny.train_set()
+    remember(classifier, flat({label: texts[label] for label in tiny.OLD[1:]}))
+
+    def said() -> list[tuple[str, str]]:
+        found = [each for each in diagnose(classifier.root, None, "nobody") if each.state == "note"]
+        return [(each.what, each.finding) for each in found if each.what.startswith("intent")]
+
+    ((what, finding),) = said()
+    assert what == "intent, version 2"
+    assert f"the memory has no texts' features of 1 of 6 labels ({tiny.OLD[0]})" in finding
+    assert "run `patcher remember --data FILE` with texts of these labels" in finding
+    remember(classifier, flat({tiny.OLD[0]: texts[tiny.OLD[0]]}))
+    assert said() == []
 
 
 @settings(max_examples=20, deadline=None)

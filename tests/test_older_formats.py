@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import onnx
 import pytest
 import tiny
 
 from patcher import add_label, doctor, history, model_config, rollback, serving
-from patcher.errors import StorageError
+from patcher.errors import RepositoryError, StorageError
 from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
+
+EARLIER = (Path(__file__).parent / "data" / "repository-0.1.0" / "intent_tokenizer" / "1" / "model.py").read_bytes()
+"""A program of an earlier version."""
 
 
 def test_it_opens_as_it_was(older, tree):
@@ -143,7 +151,7 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
         repository.write_configs({"intent_encoder": tuned[0].replace("count: 2", "count: 1")})
     assert tree(classifier.root) != before
     for model in ("intent_encoder", "intent_tokenizer"):
-        (classifier.root / model / "1" / "model.py").write_text("# what 0.4 had here\n")
+        (classifier.root / model / "1" / "model.py").write_bytes(EARLIER)
 
     def cut(programs):
         raise KeyboardInterrupt
@@ -157,6 +165,113 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
     assert upgrade(classifier) == ()
 
 
+def test_a_program_that_may_be_a_newer_patchers_is_replaced_only_by_force(older, tree, command):
+    assert upgrade(older)
+    programs = [older.root / f"intent_{role}" / "1" / "model.py" for role in ("encoder", "tokenizer")]
+    expected = tree(older.root)
+    programs[0].write_bytes(programs[0].read_bytes() + b"# as 0.99 will have it\n")
+    programs[1].write_bytes(EARLIER)
+    before = tree(older.root)
+    with pytest.raises(RepositoryError, match=r"intent_encoder/1/model.py: no program of this .* update this one"):
+        upgrade(older)
+    repository = ["--repo", older.root]
+    assert command("upgrade", *repository)[0] == 2
+    assert tree(older.root) == before
+    (fault,) = (each for each in doctor.diagnose(older.root, None, "nobody") if each.state == "fault")
+    assert fault.what == "intent_encoder, programs"
+    for said in ("no program of this or an earlier patcher", "if a newer patcher wrote it, update this one; otherwise"):
+        assert said in fault.finding
+    assert "`patcher upgrade --force` replaces it" in fault.finding
+    code, out, _ = command("upgrade", "--force", *repository)
+    assert (code, "updated intent_tokenizer, intent_encoder;" in out) == (0, True)
+    assert tree(older.root) == expected
+
+
+def test_it_says_that_older_patchers_no_longer_read_it_and_beforehand_that_they_would_not(older, command, tree):
+    before, repository = tree(older.root), ["--repo", older.root]
+    code, out, _ = command("upgrade", "--dry-run", *repository)
+    models = "intent_tokenizer, intent_encoder, intent_backbone, intent, intent_features"
+    would = f"would update {models}\nwould raise the repository's format to 2: patchers before 0.4 would not read it\n"
+    assert (code, out) == (0, would)
+    planned = json.loads(command("upgrade", "--dry-run", "--json", *repository)[1])
+    assert (planned["format_before"], planned["format"], planned["dry_run"]) == (1, 2, True)
+    assert tree(older.root) == before
+    code, out, _ = command("upgrade", *repository)
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            f"updated {models}; restart the server to use them",
+            "the repository has format 2 now: patchers before 0.4 no longer read it",
+        ],
+    )
+    (older.root / "intent_encoder" / "1" / "model.py").write_bytes(EARLIER)
+    assert "format" not in command("upgrade", *repository)[1]
+
+
+def test_it_says_that_answers_may_change_where_a_quantized_backbone_gets_an_encoder(older, command):
+    repository, said = ["--repo", older.root], "intent_backbone: in INT8 a text's scores shift slightly"
+    assert said not in command("upgrade", "--dry-run", *repository)[1]
+    model = onnx.load(older.backbone_path)
+    model.graph.node.append(onnx.helper.make_node("MatMulInteger", ["a", "b"], ["c"]))
+    onnx.save(model, older.backbone_path)
+    assert said in command("upgrade", "--dry-run", *repository)[1]
+    assert json.loads(command("upgrade", "--dry-run", "--json", *repository)[1])["quantized"] == ["intent_backbone"]
+    assert said in command("upgrade", *repository)[1]
+    (older.root / "intent_encoder" / "1" / "model.py").write_bytes(EARLIER)
+    assert said not in command("upgrade", *repository)[1]
+
+
+@pytest.fixture
+def outdated(classifier, tmp_path):
+    """A repository of two backbones, the second without a classifier, both with a program of an earlier version."""
+    repository = classifier.repository
+    with repository.lock():
+        repository.add_backbone("second", tiny.backbone_files(tmp_path))
+        repository.add_classifier("other", classifier.head(), backbone="intent")
+    for model in ("intent_encoder", "second_encoder"):
+        (repository.root / model / "1" / "model.py").write_bytes(EARLIER)
+    return repository
+
+
+def test_what_doctor_advises_works_as_it_stands(outdated, command):
+    repository = ["--repo", outdated.root]
+    code, out, _ = command("doctor", "--url", "127.0.0.1:1", *repository)
+    assert (code, "intent_encoder, second_encoder: of an older patcher; `patcher upgrade` renews" in out) == (0, True)
+    code, out, _ = command("upgrade", *repository)
+    assert (code, "updated intent_encoder, second_encoder;" in out) == (0, True)
+    assert "of an older patcher" not in command("doctor", "--url", "127.0.0.1:1", *repository)[1]
+    code, out, _ = command("upgrade", *repository)
+    assert (code, out) == (0, "intent, second: up to date, nothing to do\n")
+
+
+@pytest.mark.parametrize(
+    "given, backbone",
+    [(["--backbone", "intent"], "intent"), (["--backbone", "second"], "second"), (["--classifier", "other"], "intent")],
+)
+def test_one_of_several_backbones_is_upgraded(outdated, command, given, backbone):
+    code, out, _ = command("upgrade", "--json", "--repo", outdated.root, *given)
+    assert code == 0
+    expected = {"backbone": backbone, "backbones": [backbone], "changed": [f"{backbone}_encoder"]}
+    assert {key: json.loads(out)[key] for key in expected} == expected
+
+
+def test_what_one_backbone_refuses_leaves_the_others_as_they_are(outdated, command, tree):
+    (outdated.root / "second_encoder" / "1" / "model.py").write_text("# as 0.99 will have it\n")
+    before = tree(outdated.root)
+    code, _, err = command("upgrade", "--repo", outdated.root)
+    assert (code, "second_encoder/1/model.py: no program of this" in err) == (2, True)
+    assert tree(outdated.root) == before
+    code, _, err = command("upgrade", "--repo", outdated.root, "--backbone", "third")
+    assert (code, "no backbone 'third'" in err) == (2, True)
+
+
+def test_a_backbone_without_a_classifier_is_upgraded(older, command):
+    repository = ["--repo", older.root]
+    assert command("drop-classifier", "intent", "--yes", "--no-load", *repository)[0] == 0
+    assert command("upgrade", *repository)[0] == 0
+    assert older.repository.backbone("intent").text_model == "intent_encoder"
+
+
 def test_an_upgrade_moves_the_response_cache(older):
     repository, model = older.repository, older.backbone_model
     with repository.lock():
@@ -165,6 +280,48 @@ def test_an_upgrade_moves_the_response_cache(older):
     upgrade(older)
     on = [name for name in (older.encoder_model, model) if repository.config(name).response_cache.enable]
     assert on == [older.encoder_model]
+
+
+def upgrades(root):
+    """What doctor says of upgrades, and whatever it calls a fault."""
+    found = doctor.diagnose(root, None, "nobody")
+    return [(each.what, each.state, each.finding) for each in found if "upgrade" in each.what or each.state == "fault"]
+
+
+CUT_OFF = [("intent, upgrade", "fault", "interrupted; `patcher upgrade` finishes it")]
+
+
+def test_doctor_tells_of_an_export_that_lacks_its_encoder(older):
+    lacking = "no encoder, as in exports before 0.4; `patcher upgrade` adds it"
+    assert upgrades(older.root) == [("intent, upgrade", "note", lacking)]
+    upgrade(older)
+    assert upgrades(older.root) == []
+
+
+@pytest.mark.parametrize(
+    "at, older_program",
+    [("patcher.storage.moves._date", True), ("patcher.storage.disk.flush_tree", False)],
+    ids=["while a program is replaced", "while the encoder is added"],
+)
+def test_an_upgrade_that_was_killed_is_no_foreign_code(older, at, older_program):
+    model, _, name = at.rpartition(".")
+    script = f"""
+import os, signal, sys
+import {model} as module
+from patcher import ModelRepository
+from patcher.upgrade import upgrade
+module.{name} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+upgrade(ModelRepository(sys.argv[1]).backbone())
+"""
+    if not older_program:
+        older.renew(older.outdated())
+    command = [sys.executable, "-c", script, str(older.root)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert list(older.root.rglob(".patcher-staging-*"))
+    assert upgrades(older.root) == CUT_OFF
+    upgrade(older)
+    assert upgrades(older.root) == []
+    assert not list(older.root.rglob(".patcher-staging-*"))
 
 
 def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
@@ -177,5 +334,8 @@ def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             upgrade(older)
     assert older.text_model == older.tokenizer_model
+    assert upgrades(older.root) == CUT_OFF
+    with older.repository.lock():
+        assert upgrades(older.root) == [("intent, upgrade", "note", "in progress; another patcher is running")]
     assert upgrade(older)
     assert older.text_model == older.encoder_model

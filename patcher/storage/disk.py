@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
     from filelock import BaseFileLock
 
-__all__ = ["Disk", "read_bytes", "storage_errors"]
+__all__ = ["STAGING", "Disk", "read_bytes", "storage_errors"]
 
 _LOCK_FILE = ".patcher.lock"
 _WORKING = ".patcher-working"
 """Is there for as long as somebody holds the lock, and longer where they were killed."""
-_STAGING = ".patcher-staging-"
+STAGING = ".patcher-staging-"
+"""How the name of a folder begins in which something is prepared; where its process was killed it is still there."""
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
 _FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
@@ -188,7 +189,7 @@ class Disk:
             try:
                 for path in (self.root / name for name in folders):
                     if path.exists():
-                        move(path, path.with_name(f"{_STAGING}{secrets.token_hex(4)}"), moved)
+                        move(path, path.with_name(f"{STAGING}{secrets.token_hex(4)}"), moved)
             except BaseException:
                 move_back(moved)
                 raise
@@ -284,7 +285,7 @@ class Disk:
     def _sweep(self) -> None:
         # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. They are
         # looked for only after such a one: there may be thousands of heads to look into.
-        for pattern in (f"{_STAGING}*", f"*/{_STAGING}*", f"*/1/{_STAGING}*"):
+        for pattern in (f"{STAGING}*", f"*/{STAGING}*", f"*/1/{STAGING}*"):
             for leftover in self.root.glob(pattern):
                 _delete(leftover)
 
@@ -296,7 +297,7 @@ class Disk:
         would stop a server that loads all it finds: only what adds whole models, or takes them away, stages there.
         """
         with storage_errors(self.root):
-            path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root / folder))
+            path = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.root / folder))
             try:
                 yield path
             finally:
