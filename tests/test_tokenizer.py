@@ -530,11 +530,8 @@ def test_runs_a_backbone_on_the_only_gpu(
     monkeypatch.setattr(backend, "DEVICES", tmp_path)
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
-    more = (
-        f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}'
-        if setting[1:] == " x 8"
-        else setting
-    )
+    graphs = f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}'
+    more = graphs if setting == "1 x 8" else setting
     message = model_config.parse(config.read_text().replace("count: 1", "count: 1 kind: KIND_GPU") + more)
     asked = backbone_config("b", tiny.TOKEN_INPUTS, 8, "f", device="gpu")
     message.model_warmup.extend(model_config.parse(model_config.render(asked)).model_warmup)
