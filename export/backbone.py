@@ -47,6 +47,8 @@ class BackboneFile:
     inputs: tuple[str, ...]
     unpadded: bool = False
     """Whether it computes nothing for padding but attention."""
+    fused: bool = False
+    """Whether it is in ONNX Runtime's fused operators."""
 
 
 def export_backbone(

@@ -18,6 +18,7 @@ import io
 import logging
 import os
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx
@@ -84,4 +85,4 @@ def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: 
     tidy_nodes(model.graph)
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
-    return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs)
+    return replace(backbone, path=path, fingerprint=hashlib.sha256(data).hexdigest(), fused=True)

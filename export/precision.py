@@ -11,7 +11,7 @@ their types.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
     tidy_nodes(model.graph)
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
-    return BackboneFile(path, hashlib.sha256(data).hexdigest(), backbone.inputs, backbone.unpadded)
+    return replace(backbone, path=path, fingerprint=hashlib.sha256(data).hexdigest())
 
 
 def precision_of(path: Path) -> str:

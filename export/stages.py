@@ -96,6 +96,7 @@ def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch
             device=plan.target.device,
             tensorrt=plan.target.precision.upper() if plan.target.tensorrt else "",
             unpadded=backbone.unpadded,
+            fused=backbone.fused,
         ),
         layer=split.layer,
         parity=parity,

@@ -38,6 +38,7 @@ _RUNTIMES = ("python", "onnxruntime", "")
 """Backends of a backbone's models, of a head, and of an ensemble, which has none."""
 _EARLIER = frozenset(
     [
+        "3be0b636e136cad8e807cacde92ca8c5a9aee23d85973ed3fbf28d199101dfad",
         "04cbe8b51be3490d330a77c1659cf0c5f8a36d13637cf1633972ab7306f140a6",
         "0c69c07b7f570c4521b7394aee82cb776b44548c016da7cee35779ad34842ce1",
         "1c11b8cb10f664ddfc7eb3b88fe8c0df4220714d49a684134cf83fce72022583",

@@ -14,6 +14,7 @@ from patcher.configs import (
     classifier_config,
     encoder_config,
     features_config,
+    graphed,
     head_config,
     store_config,
     tokenizer_config,
@@ -65,11 +66,14 @@ class BackboneFiles:
     """Precision in which TensorRT runs the backbone on a GPU; empty leaves it to CUDA."""
     unpadded: bool = False
     """Whether the file computes nothing for padding but attention."""
+    fused: bool = False
+    """Whether it is written in operators that each have a kernel on a GPU."""
 
 
 def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
     """A backbone with its encoder, tokenizer and features ensemble, the ensemble last."""
     longest = json.loads(files.tokenizer_json)["truncation"]["max_length"]
+    graphs = graphed(longest) if files.fused else ""
     configs = (
         tokenizer_config(names.tokenizer_model, files.token_inputs),
         backbone_config(
@@ -80,6 +84,7 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
             files.device,
             files.tensorrt,
             longest,
+            graphs,
         ),
         encoder_config(
             names.encoder_model,
@@ -88,6 +93,7 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
             files.width,
             files.device,
             unpadded=files.unpadded,
+            graphs=graphs,
         ),
         features_config(names.features_model, names.encoder_model, files.width),
     )

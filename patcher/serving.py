@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from patcher.configs import GPU_ENCODERS, PADDING_SLACK, SLACK, asked_by
+from patcher.configs import GRAPHS, PADDING_SLACK, SLACK, asked_by, encoders
 from patcher.errors import RepositoryError
 from patcher.model_config import MAX_BATCH_SIZE, is_on_gpu, parameter, parse, to_text
 
@@ -80,7 +80,8 @@ def with_encoders(encoder: str, backbone: str) -> str:
 
 
 def _set_encoders(encoder: Any, backbone: Any, instances: int) -> None:
-    _set_instances(encoder, max(instances, GPU_ENCODERS if is_on_gpu(backbone) else 1))
+    least = encoders(gpu=is_on_gpu(backbone), graphs=parameter(encoder, GRAPHS, ""))
+    _set_instances(encoder, max(instances, least))
 
 
 def _set_instances(message: Any, count: int) -> None:

@@ -24,6 +24,7 @@ from export.precision import LIMITS, Limits, check_precision, sample  # noqa: E4
 from patcher.cli import main  # noqa: E402
 from patcher.errors import ExportError, InputError, PrecisionError  # noqa: E402
 from patcher.head import Head  # noqa: E402
+from patcher.model_config import parameter  # noqa: E402
 from patcher.runtime import Encoder  # noqa: E402
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
@@ -259,6 +260,9 @@ def test_a_gpu_gets_the_backbone_in_half_precision_and_nothing_else(bert, tmp_pa
     assert not config("intent_head").HasField("optimization")
     nodes = onnx.load(report.repository.classifier().backbone_path).graph.node
     assert any(node.domain for node in nodes) != tensorrt  # which does not know ONNX Runtime's own operators
+    shapes = [parameter(config(f"intent_{part}"), "cuda_graphs", "") for part in ("encoder", "backbone")]
+    # The checkpoint takes 80 tokens: none longer is recorded than a text can be.
+    assert shapes == ["" if tensorrt else "1,2,4,8,16,24,32,48,64 x 8,16,24,32,48,64"] * 2
 
 
 def test_the_command_line_passes_it_all_on(bert, train, tmp_path, capsys):

@@ -98,8 +98,8 @@ def test_a_gpus_benchmark_runs_where_there_is_none(tmp_path):
     (plain, _), (fused, fast) = graphs.items()
     assert plain == "plain operators"
     assert all(each > 0 for each in gpu.stream(fast, "KIND_CPU", shapes=3).values())
-    (row, other) = gpu.streams({fused: fast}, "KIND_CPU")
-    assert (row["what"], other["what"]) == ("fused operators", "fused operators, cuDNN's attention")
+    rows = gpu.streams({fused: fast}, "KIND_CPU")
+    assert [row["what"] for row in rows] == [fused + way for way in ("", ", cuDNN's attention", ", CUDA graphs")]
     found = gpu.served(classifier, TEXTS, 1, 0.2, [2])
     assert [each["what"] for each in found["rows"]] == ["intent, concurrency 2", "whole, concurrency 2"]
     assert not any(each["failures"] for each in found["rows"])

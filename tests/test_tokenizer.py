@@ -25,11 +25,20 @@ from triton_models import only_python_based, tensor
 from tritonclient.utils import InferenceServerException
 
 from patcher import model_config
+from patcher.configs import backbone_config
 from patcher.errors import ServerError, ServerRefused
 from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
-from patcher.triton.tokenizer.model import MAX_BYTES, TextError, encode, like_lengths, read_text
+from patcher.triton.tokenizer.model import (
+    MAX_BYTES,
+    TextError,
+    encode,
+    graphed,
+    graphed_shapes,
+    like_lengths,
+    read_text,
+)
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SOURCE = Path(tokenizer_model.__file__)
@@ -177,6 +186,43 @@ def test_of_a_long_text_only_the_beginning_is_tokenized(kind):
     [found] = tokenizer_model.tokenize(tokenizer_of(kind), ["where is my card, please " * 40_000])
     assert len(found) == 16
     assert len(found.overflowing) < 20
+
+
+def test_a_batch_takes_the_next_larger_shape_that_has_a_cuda_graph():
+    shapes = graphed_shapes("1,4,16 x 16,8", 64)
+    assert graphed(1, 8, shapes) == (1, 8)
+    assert graphed(3, 9, shapes) == (4, 16)
+    assert graphed(16, 1, shapes) == (16, 8)
+    assert graphed(17, 8, shapes) == (17, 8)
+    assert graphed(3, 17, shapes) == (3, 17)
+    assert graphed(3, 5, graphed_shapes("", 64)) == (3, 5)
+    assert graphed_shapes("1,4,16 x 8,12,16", 8, 8) == ([1, 4], [8, 16])
+    for setting in ("1,2", "1 x 2 x 3", "one x 8"):
+        with pytest.raises(ValueError, match=r"."):
+            graphed_shapes(setting, 64)
+
+
+@pytest.mark.server
+def test_texts_padded_to_a_shape_have_the_same_features(tiny_original, tmp_path):
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    texts = ["please", "how much money do I have on it today", "hello there", "what"] + ["a"] * 5
+    found = []
+    for setting in ("", "8,16 x 32"):
+        if setting:
+            path = root / "intent_encoder" / "config.pbtxt"
+            path.write_text(
+                path.read_text() + f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}\n'
+            )
+        models = ["intent_features", "intent_backbone"]
+        log = tmp_path / "log"
+        with (
+            EmbeddedTriton(root, models, log_file=log, encoder_runs_backbone=False) as running,
+            running.client() as client,
+        ):
+            found.append(client.features("intent_features", texts))
+            (counted,) = client.statistics("intent_backbone")
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert counted.inferences == 16  # of 9 texts
 
 
 def test_like_lengths_share_one_and_come_out_in_order():
@@ -440,7 +486,7 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
         ("count: 1", "count: 1", False, 1, True),
         ("count: 1", "count: 1", True, 1, False),  # Triton may have it on the GPU
         ("count: 1", "count: 1 kind: KIND_CPU", True, 1, True),
-        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),
+        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),  # it is not there
         ("count: 1", "count: 1", False, 2, False),  # two encoders would be two sessions
         ("count: 1", "count: 2", False, 2, True),
     ],
@@ -448,6 +494,7 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
 def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch, before, after, gpu, instances, runs):
     (tmp_path / "gpu").touch()
     monkeypatch.setattr(backend, "GPUS", (str(tmp_path / "gpu"),) if gpu else ())
+    monkeypatch.setattr(backend, "DEVICES", tmp_path)
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
     config.write_text(config.read_text().replace(before, after))
@@ -459,6 +506,52 @@ def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch,
     (folder / "2").mkdir()
     assert backend.runner(folder, instances) is None
     assert backend.runner(tmp_path / "intent_backbone") is None
+
+
+TENSORRT = "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' } } }"
+
+
+@pytest.mark.parametrize(
+    "gpus, setting, instances, runs",
+    [
+        (1, "", 1, True),
+        (1, "", 2, False),  # each would be a session more
+        (1, "1 x 8", 2, True),
+        (0, "1 x 8", 1, False),
+        (2, "1 x 8", 1, False),  # Triton has an instance on each
+        (1, TENSORRT, 1, False),
+    ],
+)
+def test_runs_a_backbone_on_the_only_gpu(
+    tiny_original, tmp_path, monkeypatch, capfd, *, gpus, setting, instances, runs
+):
+    for each in ("nvidiactl", *(f"nvidia{number}" for number in range(gpus))):
+        (tmp_path / each).touch()
+    monkeypatch.setattr(backend, "DEVICES", tmp_path)
+    folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
+    config = folder / "config.pbtxt"
+    graphs = f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}'
+    more = graphs if setting == "1 x 8" else setting
+    message = model_config.parse(config.read_text().replace("count: 1", "count: 1 kind: KIND_GPU") + more)
+    asked = backbone_config("b", tiny.TOKEN_INPUTS, 8, "f", device="gpu")
+    message.model_warmup.extend(model_config.parse(model_config.render(asked)).model_warmup)
+    config.write_text(model_config.to_text(message))
+    calls = []
+
+    def opened(config, path, kind, device):
+        assert path.is_file()
+        return lambda names, inputs: calls.append((kind, device, names, {each.shape for each in inputs.values()}))
+
+    monkeypatch.setattr(backend, "open_runner", opened)
+    assert (backend.runner(folder, instances) is not None) == runs
+    assert calls == ([("GPU", 0, ["features"], {(1, 8)}), ("GPU", 0, ["features"], {(64, 128)})] if runs else [])
+    monkeypatch.setattr(backend, "open_runner", backend_refuses)
+    assert backend.runner(folder, instances) is None
+    assert ("does not run intent_backbone itself, but asks Triton for it: no CUDA" in capfd.readouterr().err) == runs
+
+
+def backend_refuses(*_):
+    raise backend.LoadError("no CUDA")
 
 
 def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, monkeypatch):

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from onnx import helper
+from onnx import TensorProto, helper
 from triton_models import FLOAT, linear, lookup, only_python_based, onnx_bytes, tensor, write_model
 from tritonclient.utils import InferenceServerException
 
 from patcher import TritonServer
 from patcher.errors import ServerRefused
+from patcher.triton.backends.onnxruntime import graphs
 from patcher.triton.backends.onnxruntime import model as backend
 from patcher.triton.server import EmbeddedTriton
 
@@ -26,6 +28,22 @@ pytestmark = pytest.mark.server
 FEATURES, LOGITS = tensor("input", "features", "FP32", 3), tensor("output", "logits", "FP32", 2)
 BATCH = "max_batch_size: 8 "
 GOOD = BATCH + FEATURES + LOGITS
+
+
+def tokens_to_features():
+    """Two token tensors [batch, length] to the sums of their products and of the first, [batch, 2]."""
+    free = ["batch", "length"]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=FLOAT),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=FLOAT),
+        helper.make_node("Mul", ["ids", "mask"], ["product"]),
+        helper.make_node("Constant", [], ["axis"], value_ints=[1]),
+        helper.make_node("ReduceSum", ["product", "axis"], ["first"], keepdims=1),
+        helper.make_node("ReduceSum", ["ids", "axis"], ["second"], keepdims=1),
+        helper.make_node("Concat", ["first", "second"], ["features"], axis=1),
+    ]
+    given = [(name, TensorProto.INT64, free) for name in ("input_ids", "attention_mask")]
+    return onnx_bytes(nodes, given, [("features", FLOAT, ["batch", 2])])
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +260,149 @@ def test_a_gpu_that_is_not_there_is_no_cpu(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == ""
     if "CUDAExecutionProvider" in backend.ort.get_available_providers():
         assert os.environ.pop("ORT_ENABLE_CUDNN_FLASH_ATTENTION") == "0"
+
+
+# --- CUDA graphs: what is done without a GPU --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    return backend.open_session({}, tmp_path / "model.onnx", "CPU", 0)
+
+
+class Spy:
+    """A session that counts its runs, and may answer them wrongly where the tensors are a recording's."""
+
+    def __init__(self, session, wrong=False):
+        self.session, self.wrong = session, wrong
+        self.plain = self.bound = 0
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def run(self, *given):
+        self.plain += 1
+        return self.session.run(*given)
+
+    def run_with_iobinding(self, *given):
+        self.bound += 1
+        if not self.wrong or self.bound <= 4:
+            self.session.run_with_iobinding(*given)
+
+
+def tokens(shape, rng):
+    return {name: rng.integers(0, 9, shape) for name in ("input_ids", "attention_mask")}
+
+
+def test_a_recorded_shape_answers_as_any_other_run(session):
+    """The tensors that a recording keeps, on the CPU: a graph on a GPU reads and writes the same ones."""
+    spy = Spy(session)
+    graphed = graphs.GraphedSession(spy, graphs.parse_shapes("1,2 x 3,4"), device="cpu")
+    graphed.record()
+    assert (spy.bound, spy.plain) == (8, 4)  # each recorded, and then held against a plain run
+    rng = np.random.default_rng(0)
+    for shape, bound in {(2, 3): 9, (1, 4): 10, (5, 3): 10, (2, 5): 10, (2, 4): 11}.items():
+        feed = tokens(shape, rng)
+        np.testing.assert_array_equal(graphed.run(["features"], feed)[0], session.run(["features"], feed)[0])
+        assert spy.bound == bound
+
+
+def test_a_recording_that_answers_otherwise_is_found(session):
+    graphed = graphs.GraphedSession(Spy(session, wrong=True), graphs.parse_shapes("1,2 x 3,4"), device="cpu")
+    with pytest.raises(ValueError, match="2 x 4 tokens give other answers"):
+        graphed.record()
+
+
+def test_inputs_of_several_shapes_and_chosen_outputs_are_left_to_the_session(session, tmp_path):
+    spy = Spy(session)
+    graphed = graphs.GraphedSession(spy, frozenset([(1, 2)]), device="cpu")
+    feed = {"input_ids": np.ones((1, 2), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+    assert graphed.run(["features"], feed)[0].tolist() == [[2, 2]]
+    (tmp_path / "model.onnx").write_bytes(two_outputs())
+    chosen = Spy(backend.open_session({}, tmp_path / "model.onnx", "CPU", 0))
+    graphed = graphs.GraphedSession(chosen, frozenset([(1, 2)]), device="cpu")
+    (found,) = graphed.run(["logits"], {"features": np.ones((1, 2), np.float32)})
+    assert found.shape == (1, 2)
+    assert (spy.plain, spy.bound, chosen.plain, chosen.bound) == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("setting", ["8", "1,2 x", "1 x 2 x 3", "0 x 8", "one x 8"])
+def test_shapes_that_are_none(setting, tmp_path):
+    with pytest.raises(backend.LoadError, match=f"cuda_graphs is '{setting}'; expected batches x lengths"):
+        backend.open_runner(backbone_of(setting), tmp_path / "model.onnx", "GPU", 0)
+
+
+def backbone_of(setting, **parameters):
+    features = {"name": "features", "data_type": "TYPE_FP32", "dims": ["2"]}
+    given = [{"name": name, "data_type": "TYPE_INT64", "dims": ["-1"]} for name in ("input_ids", "attention_mask")]
+    texts = {key: {"string_value": value} for key, value in {"cuda_graphs": setting, **parameters}.items()}
+    return {"name": "m", "max_batch_size": 8, "input": given, "output": [features], "parameters": texts}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is the CPU, and what was opened on it: with graphs or without."""
+    opened, asked = backend.open_session, []
+
+    def open_on_the_cpu(config, path, kind, device, *, graphs=False):
+        asked.append((kind, graphs))
+        return opened(config, path, "CPU", device)
+
+    class OnTheCpu(graphs.GraphedSession):
+        def __init__(self, session, shapes, number):
+            super().__init__(session, shapes, "cpu", number)
+
+    module = SimpleNamespace(**{**vars(graphs), "GraphedSession": OnTheCpu})
+    monkeypatch.setattr(backend, "open_session", open_on_the_cpu)
+    monkeypatch.setattr(backend, "_beside", lambda _: module)
+    return SimpleNamespace(asked=asked, graphs=module)
+
+
+def test_shapes_are_recorded_on_a_gpu_alone(tmp_path, gpu, capfd):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    for kind in ("CPU", "GPU"):
+        run = backend.open_runner(backbone_of("1 x 3"), tmp_path / "model.onnx", kind, 0)
+        feed = tokens((1, 3), np.random.default_rng(0))
+        assert run(["features"], feed)[0].shape == (1, 2)
+    assert gpu.asked == [("CPU", False), ("GPU", True)]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "problem, reason",
+    [
+        ("nodes", "all nodes have not been partitioned"),
+        ("version", "onnxruntime 1.30.2 may record them wrongly; expected 1.31 or later"),
+        ("memory", "with memory.enable_memory_arena_shrinkage the memory that they address may be gone"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_without(problem, reason, tmp_path, gpu, monkeypatch, capfd):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    more = {"memory.enable_memory_arena_shrinkage": "gpu:0"} if problem == "memory" else {}
+    if problem == "version":
+        monkeypatch.setattr(gpu.graphs, "check_version", lambda _: graphs.check_version("1.30.2"))
+    if problem == "nodes":
+        opened = backend.open_session
+
+        def refuse(*given, graphs=False):
+            if graphs:
+                raise backend.LoadError(reason)
+            return opened(*given)
+
+        monkeypatch.setattr(backend, "open_session", refuse)
+    run = backend.open_runner(backbone_of("1 x 3", **more), tmp_path / "model.onnx", "GPU", 0)
+    assert f"warning: m runs without CUDA graphs: {reason}" in capfd.readouterr().err
+    assert gpu.asked == [("GPU", False)]
+    if problem != "memory":  # a device that this CPU has not
+        assert run(["features"], tokens((1, 3), np.random.default_rng(0)))[0].shape == (1, 2)
+
+
+def test_graphs_are_for_cuda_alone(tmp_path, monkeypatch):
+    providers = [f"{each}ExecutionProvider" for each in ("Tensorrt", "CUDA", "CPU")]
+    monkeypatch.setattr(backend.ort, "get_available_providers", lambda: providers)
+    with pytest.raises(backend.LoadError, match="TensorrtExecutionProvider runs it; expected CUDA"):
+        backend.open_session(accelerator("tensorrt"), tmp_path / "model.onnx", "GPU", 0, graphs=True)
 
 
 ACCEPTED = {

@@ -190,6 +190,8 @@ def test_a_gpu_is_asked_for_by_the_names_that_triton_knows():
     assert parse(text).optimization.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
     encoder = parse(model_config.render(encoder_config("e", tokens, "b", 8, device="gpu")))
     assert encoder.instance_group[0].count == 2
+    graphed = parse(model_config.render(encoder_config("e", tokens, "b", 8, device="gpu", graphs="1 x 8")))
+    assert graphed.instance_group[0].count == 1
     assert encoder.instance_group[0].kind == type(encoder.instance_group[0]).KIND_CPU
     for device, tensorrt in (("tpu", ""), ("cpu", "FP16"), ("gpu", "warp")):
         with pytest.raises(InputError, match="expected"):

@@ -82,7 +82,7 @@ from patcher.errors import InputError
 @click.option(
     "--ask-backbone",
     is_flag=True,
-    help="Make encoders call the backbone's own model (as on servers started by other means) instead of running a CPU "
+    help="Make encoders call the backbone's own model (as on servers started by other means) instead of running the "
     "backbone in their own process.",
 )
 @click.option(

@@ -173,7 +173,10 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
         "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
         "backends/python/triton_python_backend_utils.py": server / "backends/python/triton_python_backend_utils.py",
         "backends/python/triton_python_backend_stub": stub,
-        "backends/onnxruntime/model.py": _HERE / "backends" / "onnxruntime" / "model.py",
+        **{
+            f"backends/onnxruntime/{name}": _HERE / "backends" / "onnxruntime" / name
+            for name in ("model.py", "graphs.py")
+        },
         "stub_start.py": _HERE / "stub_start.py",
     }
     paths = _package_folders()

@@ -102,8 +102,8 @@ class EmbeddedTriton:
     metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
     checks alone; everything else there takes the key, where there is none, one that nobody knows.
 
-    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where both are on a CPU and in a
-    folder, which saves the way there and back; else it asks Triton for it, as it does on servers that others start.
+    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where that is on a CPU or the only GPU
+    and in a folder, which saves the way there and back; else it asks Triton for it, as on servers that others start.
 
     ``onnxruntime_backend`` is a folder with Triton's C++ backend, to be used instead of the Python-based one (see
     :func:`~patcher.triton.installation.find_installation`).

@@ -2,12 +2,12 @@
 
     python tests/benchmarks/gpu.py [--checkpoint DIR] [--texts FILE] [--rounds 3] [--swaps 30] [--out DIR]
 
-The graph: the same backbone in plain operators and in fused ones, and these with cuDNN's attention, asked for batches
-of many shapes as texts make them; each in a process of its own, for onnxruntime reads its switches once. Served: the
-ensemble from text and, in alternating rounds, the same graph in one piece behind the tokenizer, by the server that
-`patcher serve` starts. Without arguments a small BERT with random weights: speed does not depend on them. ``--kind
-KIND_CPU`` runs it all where there is no GPU, which shows that it runs and nothing else. Prints a table and writes
-``gpu.json`` under ``--out``.
+The graph: the same backbone in plain operators and in fused ones, these with cuDNN's attention and as CUDA graphs,
+asked for batches of many shapes as texts make them; each in a process of its own, for onnxruntime reads its switches
+once. Served: the ensemble from text and, in alternating rounds, the same graph in one piece behind the tokenizer, by
+the server that `patcher serve` starts. Without arguments a small BERT with random weights: speed does not depend on
+them. ``--kind KIND_CPU`` runs it all where there is no GPU, which shows that it runs and nothing else. Prints a table
+and writes ``gpu.json`` under ``--out``.
 """
 
 from __future__ import annotations
@@ -41,42 +41,57 @@ SHAPES = 150
 """Batches of the stream; it runs three times, as each shape's first call costs more."""
 
 
-def stream(path: Path, kind: str, shapes: int = SHAPES) -> dict[str, float]:
-    """Milliseconds a call for batches of 1 to 63 texts of 6 to 23 tokens: when first seen, and later."""
-    from patcher.triton.backends.onnxruntime.model import open_session
+def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = False) -> dict[str, float]:
+    """Milliseconds a call for batches of 1 to 63 texts of 6 to 23 tokens: when first seen, and later.
 
-    session = open_session({}, path, kind.removeprefix("KIND_"), 0)
+    With CUDA graphs (``by_graphs``) padded to the shapes that were recorded, as the encoder pads them.
+    """
+    from google.protobuf import json_format
+
+    from patcher.model_config import parameter, parse
+    from patcher.triton.backends.onnxruntime.model import GRAPHS, open_runner
+    from patcher.triton.tokenizer.model import LARGEST, graphed, graphed_shapes
+
+    message = parse((path.parents[1] / "config.pbtxt").read_text())
+    setting = parameter(message, GRAPHS, "") if by_graphs else ""
+    if not by_graphs:
+        message.parameters.pop(GRAPHS, None)
+    message.optimization.Clear()  # of TensorRT: what it gets is run by CUDA here
+    config = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    run = open_runner(config, path, kind.removeprefix("KIND_"), 0)
     rng = np.random.default_rng(0)
 
     def tokens(batch: int, length: int) -> dict[str, Any]:
+        batch, length = graphed(batch, length, graphed_shapes(setting, LARGEST))
         mask = np.ones((batch, length), np.int64)
         for row in mask[1:]:
             row[rng.integers(length // 2, length + 1) :] = 0
         values = {"input_ids": rng.integers(5, 100, mask.shape) * mask, "attention_mask": mask}
-        return {each.name: values.get(each.name, np.zeros_like(mask)) for each in session.get_inputs()}
+        return {each["name"]: values.get(each["name"], np.zeros_like(mask)) for each in config["input"]}
 
     feeds = [tokens(int(rng.integers(1, 64)), int(rng.integers(6, 24))) for _ in range(shapes)]
-    session.run(["features"], tokens(64, 24))  # the first call of all is another matter
+    run(["features"], tokens(64, 24))  # the first call of all is another matter
     means = []
     for _ in range(3):
         took = []
         for feed in feeds:
             started = time.perf_counter()
-            session.run(["features"], feed)
+            run(["features"], feed)
             took.append(1000 * (time.perf_counter() - started))
         means.append(statistics.mean(took))
     return {"first seen, ms": means[0], "later, ms": means[-1]}
 
 
 def streams(graphs: dict[str, Path], kind: str) -> list[dict[str, Any]]:
-    """The stream over each graph, with cuDNN's attention too; in a process of its own."""
+    """The stream over each graph, with cuDNN's attention and as CUDA graphs too; in a process of its own."""
     rows = []
     for what, path in graphs.items():
-        for switch in ("0", "1") if "fused" in what else ("0",):
-            title = f"{what}, cuDNN's attention" if switch == "1" else what
-            command = [sys.executable, __file__, "--stream", str(path), "--kind", kind]
-            done = subprocess.run(command, env={**os.environ, CUDNN: switch}, stdout=subprocess.PIPE, check=True)
-            rows.append({"what": title, **json.loads(done.stdout.splitlines()[-1])})
+        ways = {"": [], ", cuDNN's attention": [], ", CUDA graphs": ["--by-graphs"]} if "fused" in what else {"": []}
+        for way, options in ways.items():
+            command = [sys.executable, __file__, "--stream", str(path), "--kind", kind, *options]
+            switched = {**os.environ, CUDNN: "1" if "cuDNN" in way else "0"}
+            done = subprocess.run(command, env=switched, stdout=subprocess.PIPE, check=True)
+            rows.append({"what": what + way, **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -155,9 +170,10 @@ def main() -> None:
     parser.add_argument("--kind", default="KIND_GPU", choices=["KIND_GPU", "KIND_CPU"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--stream", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--by-graphs", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream:
-        print(json.dumps(stream(arguments.stream, arguments.kind)))
+        print(json.dumps(stream(arguments.stream, arguments.kind, by_graphs=arguments.by_graphs)))
         return
     import checkpoints
     import tiny

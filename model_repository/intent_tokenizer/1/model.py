@@ -8,8 +8,8 @@ The tokenizer turns ``text`` BYTES ``[batch, 1]`` into INT64 token tensors; its 
 configuration names a ``backbone_model``: it asks that one and answers with ``features`` FP32 ``[batch, width]``. Triton
 joins only requests of one shape. Tokens of two texts seldom have one, while texts themselves always do: so they gather
 in front of the encoder as long as the backbone works, which then gets them sorted by length, in batches with little
-padding. Where `patcher serve` started the server and the backbone is there for a CPU, the encoder runs it in its own
-process: to ask another one costs a tenth to a fifth of a short text's time.
+padding. Where `patcher serve` started the server and the backbone is for a CPU or the only GPU, the encoder runs it in
+its own process: to ask another one costs a tenth to a fifth of a short text's time.
 """
 
 from __future__ import annotations
@@ -150,6 +150,26 @@ def like_lengths(
     return groups
 
 
+def graphed_shapes(setting: str, largest: int, multiple: int = 1) -> tuple[list[int], list[int]]:
+    """The batches and the lengths, ascending, that a backbone has CUDA graphs of, and that are asked of it.
+
+    ``setting`` names them as in ``1,2,4 x 8,16``; none is for more than the ``largest`` batch, or for a length that the
+    tokenizer does not pad to, which is the ``multiple`` of a number. ValueError for another text.
+    """
+    if not setting:
+        return [], []
+    batches, lengths = (sorted(map(int, part.split(","))) for part in setting.split("x"))
+    return [size for size in batches if size <= largest], [size for size in lengths if size % multiple == 0]
+
+
+def graphed(texts: int, longest: int, shapes: tuple[Sequence[int], Sequence[int]]) -> tuple[int, int]:
+    """The smallest of some shapes (batches, lengths) that is large enough; the shape as it is where there is none."""
+    batches, lengths = shapes
+    batch = next((size for size in batches if size >= texts), 0)
+    length = next((size for size in lengths if size >= longest), 0)
+    return (batch, length) if batch and length else (texts, longest)
+
+
 class TritonPythonModel:
     """One instance of the tokenizer or the encoder; all requests of a call are tokenized at once."""
 
@@ -171,6 +191,8 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_file(str(path))
         # All requests are tokenized in one call, and padded by what this call finds best.
         self._padding = self._tokenizer.padding
+        multiple = (self._padding or {}).get("pad_to_multiple_of") or 1
+        self._graphs = graphed_shapes(settings.get("cuda_graphs", ""), self._largest, multiple)
         self._tokenizer.no_padding()
         self._run = _backbone_here(config, Path(args["model_repository"]), self._backbone) if self._backbone else None
 
@@ -235,7 +257,12 @@ class TritonPythonModel:
 
     def _ask(self, encodings: Sequence[Any], utils: Any) -> tuple[Any, str]:
         """The backbone's features FP32 ``[n, width]``, and why there are none."""
-        tensors = _tensors(encodings, self._padding, self._names)
+        fixed = (self._padding or {}).get("length") or 0
+        texts, longest = graphed(len(encodings), max(fixed, *map(len, encodings)), self._graphs)
+        tensors = _tensors(encodings, self._padding, self._names, longest)
+        if texts > len(encodings):  # with the last one over again: what has no token at all, not every model can take
+            more = texts - len(encodings)
+            tensors = {name: np.concatenate([rows, rows[-1:].repeat(more, 0)]) for name, rows in tensors.items()}
         if self._run is not None:
             try:
                 return self._run([_FEATURES], tensors)[0], ""

@@ -28,6 +28,8 @@ import onnxruntime as ort
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    Run = Callable[[list[str], Mapping[str, Any]], list[Any]]
+
 try:
     import triton_python_backend_utils as pb_utils
 except ImportError:  # imported outside Triton: check_model and the session's options work there too
@@ -60,12 +62,16 @@ _TENSORRT_NAMES = {
     "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
 }
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_SHRINK = "memory.enable_memory_arena_shrinkage"
 _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_operations")
 
 BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
 """Environment variable, the encoder's own: set where encoders run their backbones themselves, with this file."""
+GRAPHS = "cuda_graphs"
+"""Parameter: the shapes of calls that a GPU gets as CUDA graphs, as batches x lengths."""
 GPUS = ("/dev/nvidiactl", "/dev/dxg")
 """One of these is there where Triton may find a GPU."""
+DEVICES = Path("/dev")
 
 
 class Asyncio(ModuleType):
@@ -105,27 +111,21 @@ class TritonPythonModel:
         try:
             path = model_path(config, args["model_repository"], args["model_version"])
             device = int(args["model_instance_device_id"])
-            self._open = functools.partial(open_session, config, path, args["model_instance_kind"], device)
-            self._session = self._open()
-            check_model(config, self._session)
-            self._run_options = _run_options(config)
+            self._open = functools.partial(open_runner, config, path, args["model_instance_kind"], device)
+            self._run: Run = self._open()
         except LoadError as error:
             raise pb_utils.TritonModelException(f"unable to load model '{config['name']}': {error}") from None
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
-        if os.environ.get(BACKEND) and not _has_gpu() and _encoder_runs(Path(args["model_repository"])):
-            self._session = None  # it can be opened, and that is enough until somebody comes with tokens
+        # On a GPU Triton's own calls to warm it up would open it again.
+        runs_here = os.environ.get(BACKEND) and _kind(config) == "CPU"
+        if runs_here and _encoder_runs(Path(args["model_repository"])):
+            self._run = self._opened_late  # it can be opened, and that is enough until somebody comes with tokens
             _give_back()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response for each request; a request that onnxruntime cannot answer gets its error alone."""
-        if self._session is None:
-            try:
-                self._session = self._open()
-            except LoadError as error:
-                message = str(error)
-                return [pb_utils.InferenceResponse(error=pb_utils.TritonError(message)) for _ in requests]
         responses: list[Any] = [None] * len(requests)
         feeds: list[dict[str, Any]] = []
         groups: dict[Any, list[int]] = {}
@@ -137,6 +137,10 @@ class TritonPythonModel:
         for members in groups.values():
             self._answer(requests, feeds, members, responses)
         return responses
+
+    def _opened_late(self, names: list[str], inputs: Mapping[str, Any]) -> list[Any]:
+        self._run = self._open()
+        return self._run(names, inputs)
 
     def _feed(self, request: Any) -> dict[str, Any]:
         feed = {}
@@ -156,7 +160,7 @@ class TritonPythonModel:
         joined = len(members) > 1
         feed = {name: np.concatenate([feeds[i][name] for i in members]) for name in first} if joined else first
         try:
-            results = dict(zip(names, self._session.run(names, feed, self._run_options), strict=True))
+            results = dict(zip(names, self._run(names, feed), strict=True))
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen kinds; the client gets it, the server goes on
             if joined:  # find the request that is at fault
                 for index in members:
@@ -173,12 +177,13 @@ class TritonPythonModel:
             start = stop or 0
 
 
-def runner(folder: Path, instances: int = 1) -> Callable[[list[str], Mapping[str, Any]], list[Any]] | None:
-    """What runs the model in ``folder`` in the process of another one that asks it alone: names and inputs to outputs.
+def runner(folder: Path, instances: int = 1) -> Run | None:
+    """What runs the model in ``folder`` in the process of another one that asks it alone.
 
-    The model's own configuration counts, as if Triton had loaded it. None where it may run on a GPU, has fewer
-    instances than the one that asks, which has ``instances``, or is not there. Raises LoadError where Triton would
-    refuse it.
+    The model's own configuration counts, as if Triton had loaded it. None where Triton is to be asked for it: it would
+    have to choose a GPU, or TensorRT would build its engines twice, or this onnxruntime has no GPU, or the model has
+    fewer instances than the one that asks, which has ``instances`` (each would be a session more; by CUDA graphs that
+    pays), or it is not there. Raises LoadError where Triton would refuse it on a CPU.
     """
     from google.protobuf import json_format, text_format
 
@@ -188,17 +193,40 @@ def runner(folder: Path, instances: int = 1) -> Callable[[list[str], Mapping[str
         return None
     message = text_format.Parse(file.read_text(encoding="utf-8"), _model_config())
     config = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    groups = config.get("instance_group", [{}])
-    kinds = {group.get("kind", "KIND_AUTO") for group in groups}
-    if kinds - {"KIND_CPU", "KIND_AUTO"} or ("KIND_AUTO" in kinds and _has_gpu()):
+    kind = _kind(config)
+    count = sum(int(group.get("count", 1)) for group in config.get("instance_group", [{}]))
+    if not kind or (instances > count and not _parameter(config, GRAPHS)):
         return None
-    if instances > sum(int(group.get("count", 1)) for group in groups):
-        return None
-    session = open_session(config, model_path(config, str(folder), versions[0].name), "CPU", 0)
-    check_model(config, session)
+    path = model_path(config, str(folder), versions[0].name)
+    run: Run | None = open_runner(config, path, "CPU", 0) if kind == "CPU" else _on_the_gpu(config, path)
     _give_back()
-    options = _run_options(config)
-    return lambda names, inputs: session.run(names, inputs, options)
+    return run
+
+
+def _on_the_gpu(config: Mapping[str, Any], path: Path) -> Run | None:
+    """A runner that is warm: Triton makes its calls to that end to the model alone, not to who runs it.
+
+    None where this onnxruntime cannot have the GPU: the server's own may.
+    """
+    try:
+        run = open_runner(config, path, "GPU", 0)
+        names = [entry["name"] for entry in config["output"]]
+        for call in config.get("model_warmup", []):
+            shape = {name: [call["batch_size"], *map(int, tensor["dims"])] for name, tensor in call["inputs"].items()}
+            run(names, {name: np.zeros(dims, np.int64) for name, dims in shape.items()})
+    except Exception as error:  # noqa: BLE001 - LoadError, or one of the dozen kinds that onnxruntime raises
+        _warn(f"the encoder does not run {config['name']} itself, but asks Triton for it: {error}")
+        return None
+    return run
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """CPU or GPU, where it is clear which one the model runs on, and with what; else empty."""
+    kinds = {group.get("kind", "KIND_AUTO") for group in config.get("instance_group", [{}])}
+    if kinds == {"KIND_GPU"} and len(list(DEVICES.glob("nvidia[0-9]*"))) == 1:
+        accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+        return "" if accelerators.get("gpu_execution_accelerator") else "GPU"
+    return "CPU" if kinds <= {"KIND_CPU", "KIND_AUTO"} and (kinds == {"KIND_CPU"} or not _has_gpu()) else ""
 
 
 def _model_config() -> Any:
@@ -243,13 +271,76 @@ def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
     return path
 
 
-def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int) -> Any:
+def open_runner(config: Mapping[str, Any], path: Path, kind: str, device: int) -> Run:
+    """What runs the model: names of outputs and inputs by name to outputs.
+
+    On a GPU it does so by CUDA graphs for the shapes that the configuration names, where each node has a kernel there;
+    else the log says why not. Raises LoadError as ``open_session`` and ``check_model`` do, and for a setting that names
+    no shapes.
+    """
+    run = _recorded(config, path, device) if kind == "GPU" and _parameter(config, GRAPHS) else None
+    if run is not None:
+        return run
+    session = open_session(config, path, kind, device)
+    check_model(config, session)
+    options = _run_options(config)
+    return lambda names, inputs: list(session.run(names, inputs, options))
+
+
+def _recorded(config: Mapping[str, Any], path: Path, device: int) -> Run | None:
+    """What runs the model by CUDA graphs; None where it cannot, which the log tells.
+
+    Raises LoadError for a setting that names no shapes, and as ``check_model`` does.
+    """
+    graphs = _beside("graphs")
+    setting = _parameter(config, GRAPHS) or ""
+    try:
+        shapes = graphs.parse_shapes(setting)
+    except ValueError:
+        said = f"parameter {GRAPHS} is '{setting}'; expected batches x lengths, as in 1,2,4 x 8,16"
+        raise LoadError(said) from None
+    try:
+        graphs.check_version(ort.__version__)
+        if _run_options(config) is not None:
+            raise LoadError(f"with {_SHRINK} the memory that they address may be gone")
+        session = open_session(config, path, "GPU", device, graphs=True)
+        recorded = graphs.GraphedSession(session, shapes, number=device)
+        recorded.record()
+    except Exception as error:  # noqa: BLE001 - a node without a kernel, or one that cannot be recorded
+        _warn(f"{config['name']} runs without CUDA graphs: {error}")
+        return None
+    check_model(config, session)
+    run: Run = recorded.run
+    return run
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)  # noqa: T201 - Triton's log
+
+
+def _beside(name: str) -> Any:
+    """A module that lies beside this file: Triton knows of one alone."""
+    spec = importlib.util.spec_from_file_location(f"patcher_{name}", Path(__file__).with_name(f"{name}.py"))
+    if spec is None or spec.loader is None:
+        raise LoadError(f"no {name}.py beside {__file__}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int, *, graphs: bool = False) -> Any:
     """A session on the instance's device, with the options that the configuration asks for.
+
+    One for CUDA ``graphs`` can be recorded, and is refused where a node has no kernel on the GPU.
 
     Raises LoadError for an accelerator that is unknown or not there, a setting that makes no sense, and for a file that
     onnxruntime does not read.
     """
     providers = _providers(config, kind, device)
+    if graphs:
+        if providers[0][0] != "CUDAExecutionProvider":
+            raise LoadError(f"{providers[0][0]} runs it; expected CUDAExecutionProvider")
+        providers[0][1]["enable_cuda_graph"] = "1"
     options = session_options(config)
     if kind == "GPU":
         _prepare_cuda()
@@ -420,12 +511,11 @@ def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, 
 
 
 def _run_options(config: Mapping[str, Any]) -> Any:
-    shrink = "memory.enable_memory_arena_shrinkage"
-    value = _parameter(config, shrink)
+    value = _parameter(config, _SHRINK)
     if value is None:
         return None
     options = ort.RunOptions()
-    options.add_run_config_entry(shrink, value)
+    options.add_run_config_entry(_SHRINK, value)
     return options
 
 
