@@ -46,15 +46,16 @@ if TYPE_CHECKING:
     from patcher.relabelling import merge_labels, remove_label, rename_label
     from patcher.remembering import remember
     from patcher.repository import ModelRepository
-    from patcher.triton.client import Answer, TritonServer
+    from patcher.triton.client import TritonServer
     from patcher.triton.server import EmbeddedTriton
+    from patcher.triton.tensors import Answer
     from patcher.triton.tls import ClientTls
 
 __version__ = "0.14.0"
 
 # Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
 _HOMES = {
-    "Answer": "patcher.triton.client",
+    "Answer": "patcher.triton.tensors",
     "Busy": "patcher.errors",
     "CheckpointError": "patcher.errors",
     "Classifier": "patcher.classifier",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.head import Head
-    from patcher.triton.client import Answer
+    from patcher.triton.tensors import Answer
 
 __all__ = [
     "Arm",

@@ -26,7 +26,7 @@ from patcher.recovery import changing
 from patcher.rollout import probe, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
 from patcher.storage import disk
-from patcher.triton.client import Answer
+from patcher.triton.tensors import Answer
 
 
 class Server:

@@ -28,7 +28,7 @@ from patcher import TritonServer
 from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError, WrongPort
 from patcher.serve import damaged
-from patcher.triton import installation, prepared, process
+from patcher.triton import installation, prepared, process, server_log
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -753,8 +753,8 @@ def test_telling_lines_leave_out_the_harmless(tmp_path):
         "+---------+\n|         |\n"
         "error: creating server: no\n"
     )
-    assert [line[:5] for line in process.telling_lines(log)] == ["E1122", "error"]
-    assert process.telling_lines(tmp_path / "nowhere") == []
+    assert [line[:5] for line in server_log.telling_lines(log)] == ["E1122", "error"]
+    assert server_log.telling_lines(tmp_path / "nowhere") == []
 
 
 def test_free_ports_differ():

@@ -12,7 +12,7 @@ from patcher.cli.output import table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from patcher.triton.client import Answer
+    from patcher.triton.tensors import Answer
 
 
 @click.command("classify")

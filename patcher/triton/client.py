@@ -15,6 +15,7 @@ from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError, ServerRefused, TlsError, WrongPort
 from patcher.triton.failures import Address
 from patcher.triton.kept_key import find_key
+from patcher.triton.tensors import encode_text, read_answers, read_output, strings, to_head
 from patcher.triton.tls import ClientTls
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-__all__ = ["Answer", "ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
+    from patcher.triton.tensors import Answer
+
+__all__ = ["ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
 
 _IN_FLIGHT = 2
 """Requests sent at once where texts need several: the server tokenizes one while its backbone runs the other."""
@@ -35,23 +38,6 @@ _RECONNECT_MS = (100, 1000)
 _NO_MODEL = "patcher.json"
 """A name that no model of a repository has (``check_name`` refuses it)."""
 _LOOPBACK = ("localhost", "127.", "[::1]")
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What a classifier said about one text.
-
-    ``labels`` and ``scores`` are the best few, best first; ``logits`` FP32 ``[labels]`` are all of them, in the head's
-    own order, ``[0]`` where they were not asked for; ``in_scope`` is None where the classifier gives none. All come
-    from head ``head_version``.
-    """
-
-    text: str
-    labels: tuple[str, ...]
-    scores: tuple[float, ...]
-    logits: NDArray[np.float32]
-    head_version: int
-    in_scope: float | None
 
 
 @dataclass(frozen=True)
@@ -295,7 +281,7 @@ class TritonServer:
 
         ``width`` is the number of features that the store takes. ServerRefused with the store's reason where it cannot.
         """
-        inputs = _to_head(np.zeros((1, width), np.float32), classifier)
+        inputs = to_head(np.zeros((1, width), np.float32), classifier)
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
 
@@ -306,13 +292,13 @@ class TritonServer:
         """
         import tritonclient.grpc as triton
 
-        inputs = _to_head(np.zeros((1, width), np.float32), classifier)
+        inputs = to_head(np.zeros((1, width), np.float32), classifier)
         outputs = [triton.InferRequestedOutput(name) for name in ("label", "head_version")]
         with self._asked(f"tell what {store} holds") as options:
             result = self._client.infer(store, inputs, outputs=outputs, parameters={"held": True}, **options)
-        if int(_output(result, "head_version")[0, 0]):
+        if int(read_output(result, "head_version")[0, 0]):
             return None
-        return frozenset(json.loads(_output(result, "label")[0, 0]))
+        return frozenset(json.loads(read_output(result, "label")[0, 0]))
 
     def head_logits(self, head: str, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """Logits FP32 ``[n, labels]`` and version of ``head`` (a model or address) for features FP32 ``[n, width]``.
@@ -321,8 +307,8 @@ class TritonServer:
         """
         model, classifier = _parts(head)
         with self._asked(f"answer a request to {head}") as options:
-            result = self._client.infer(model, _to_head(features, classifier), **options)
-        return _output(result, "logits"), int(_output(result, "head_version")[0, 0])
+            result = self._client.infer(model, to_head(features, classifier), **options)
+        return read_output(result, "logits"), int(read_output(result, "head_version")[0, 0])
 
     def classify(self, classifier: str, texts: Iterable[str], *, logits: bool = True) -> list[Answer]:
         """The answer of a classifier (its name or address) to each text; texts of like length share a request.
@@ -337,11 +323,11 @@ class TritonServer:
             for a text that is none or not valid Unicode, a single string in place of a list, and a model that is no
             classifier.
         """
-        return self._infer(classifier, texts, _answers, without=None if logits else "logits")
+        return self._infer(classifier, texts, read_answers, without=None if logits else "logits")
 
     def features(self, model: str, texts: Iterable[str]) -> NDArray[np.float32]:
         """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`."""
-        rows = self._infer(model, texts, lambda _, result: list(_output(result, "features")))
+        rows = self._infer(model, texts, lambda _, result: list(read_output(result, "features")))
         if not rows:
             (output,) = self.model_config(model).output
             return np.empty((0, output.dims[0]), dtype=np.float32)
@@ -350,7 +336,7 @@ class TritonServer:
     def _infer(self, model: str, given: Iterable[str], read: Any, without: str | None = None) -> list[Any]:
         require(str, model=model)
         texts = listed(given, "texts")
-        encoded = [_encoded(text, f"texts[{index}]") for index, text in enumerate(texts)]
+        encoded = [encode_text(text, f"texts[{index}]") for index, text in enumerate(texts)]
         if not encoded:
             return []
         config = self._config(model)
@@ -378,9 +364,9 @@ class TritonServer:
 
         wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
         ensemble, classifier = _parts(model)
-        inputs = [_strings("text", encoded)]
+        inputs = [strings("text", encoded)]
         if classifier:
-            inputs.append(_strings("classifier", [classifier.encode()] * len(encoded)))
+            inputs.append(strings("classifier", [classifier.encode()] * len(encoded)))
         with self._asked(f"answer a request to {model}") as options:
             return self._client.infer(ensemble, inputs, outputs=wanted, **options)
 
@@ -404,59 +390,3 @@ def admin_headers(key: str | None) -> dict[str, str] | None:
 def _parts(address: str) -> tuple[str, str]:
     model, _, classifier = address.partition("/")
     return model, classifier
-
-
-def _to_head(features: NDArray[np.float32], classifier: str) -> list[Any]:
-    """The inputs of a head, with the name of a ``classifier`` where it is one of a store."""
-    import tritonclient.grpc as triton
-
-    tensor = triton.InferInput("features", list(features.shape), "FP32")
-    tensor.set_data_from_numpy(features)
-    return [tensor, *([_strings("classifier", [classifier.encode()] * len(features))] if classifier else [])]
-
-
-def _strings(name: str, values: Sequence[bytes]) -> Any:
-    import tritonclient.grpc as triton
-
-    column = np.empty((len(values), 1), dtype=object)
-    column[:, 0] = values
-    tensor = triton.InferInput(name, list(column.shape), "BYTES")
-    tensor.set_data_from_numpy(column)
-    return tensor
-
-
-def _encoded(text: str, place: str) -> bytes:
-    require(str, **{place: text})
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"a text contains an unpaired surrogate at position {error.start} ({error.reason}): {text!r:.80}"
-        ) from None
-
-
-def _output(result: Any, name: str) -> Any:
-    found = result.as_numpy(name)
-    if found is None:
-        raise InputError(
-            f"{result.get_response().model_name} has no output {name}: expected a classifier to classify, "
-            "NAME_features for features"
-        )
-    return found
-
-
-def _answers(texts: Sequence[str], result: Any) -> list[Answer]:
-    labels, scores, versions = (_output(result, name) for name in ("label", "score", "head_version"))
-    logits, scope = result.as_numpy("logits"), result.as_numpy("in_scope")
-    none = np.empty(0, np.float32)
-    return [
-        Answer(
-            text,
-            tuple(label.decode() for label in labels[row]),
-            tuple(float(score) for score in scores[row]),
-            none if logits is None else logits[row],
-            int(versions[row, 0]),
-            None if scope is None else float(scope[row, 0]),
-        )
-        for row, text in enumerate(texts)
-    ]

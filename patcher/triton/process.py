@@ -30,7 +30,6 @@ __all__ = [
     "loopback",
     "reachable",
     "start_with_parent",
-    "telling_lines",
 ]
 
 # Asks the kernel for SIGTERM when the parent goes, and to be stopped where it is to be traced, then becomes the server.
@@ -149,20 +148,6 @@ def accepts(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def telling_lines(log_file: Path, most: int = 12) -> list[str]:
-    """The lines of a log that say why: Triton's errors and what follows them, without the harmless ones."""
-    try:
-        lines = log_file.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    noise = re.compile(
-        r"CUDA driver version|CudaDriverHelper|DCGM|NVML|pinned|Timeout \d+: Found|\+-{3,}|^\s*\|?\s*\|?$"
-    )
-    kept = [line for line in lines if line.strip() and not noise.search(line)]
-    telling = [line for line in kept if re.match(r"E\d{4} |error|Error|Traceback", line)]
-    return [line[:600] for line in (telling or kept)[-most:]]
 
 
 def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:

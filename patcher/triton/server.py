@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError
-from patcher.scratch import abandoned, hold
 from patcher.storage import is_url
+from patcher.triton import regions, server_log
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
 from patcher.triton.kept_key import KeptKey, state_folder
@@ -36,7 +36,6 @@ from patcher.triton.process import (
     loopback,
     reachable,
     start_with_parent,
-    telling_lines,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +57,6 @@ _SILENT_SECONDS, _MISSED = 60.0, 3
 _PORT_TRIES = 3
 _DRAIN_SECONDS = 2.0
 """What a server that is to stop may take to answer: one that hangs is not waited for."""
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
-_MARK = "alive"
 _KEY_VARIABLE = "PATCHER_ADMIN_KEY"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, the trace and log settings can write files, and whoever registers shared memory may have
@@ -262,7 +259,7 @@ class EmbeddedTriton:
         The server is given ``timeout`` seconds from each word of its log.
         """
         require(float, timeout=timeout)
-        told, deadline = self._log_size(), time.monotonic() + timeout
+        told, deadline = server_log.size(self.log_file), time.monotonic() + timeout
         addresses = [url.rsplit(":", 1) for url in (self.url, self.http_url, self.metrics_url)]
         with self.client(timeout=5.0) as client:
 
@@ -281,7 +278,7 @@ class EmbeddedTriton:
                     raise ServerError(
                         f"tritonserver ended with exit code {code} before it was ready.{self._log_says()}"
                     )
-                if (size := self._log_size()) != told:
+                if (size := server_log.size(self.log_file)) != told:
                     told, deadline = size, time.monotonic() + timeout
                 if time.monotonic() > deadline:
                     waiting = [model for model in self.models if not (ready() and ready(model))]
@@ -322,7 +319,7 @@ class EmbeddedTriton:
         # A server that was killed leaves its stubs behind: they are of its process group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        _free(self._shared_memory)
+        regions.free(self._shared_memory)
         return process.returncode
 
     def _drain(self, deadline: float) -> None:
@@ -432,47 +429,16 @@ class EmbeddedTriton:
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         environment.pop(_KEY_VARIABLE, None)  # for clients: models that run in the server have no use for it
-        try:
-            self.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.log_file.is_file() and not self.log_file.is_symlink():
-                # The log of a server that died is what explains it, and a supervisor starts the next one at once. One
-                # that still writes there writes on into its own.
-                before = self.log_file.replace(f"{self.log_file}.1")
-                with contextlib.suppress(OSError):  # it is somebody else's
-                    before.chmod(0o600)  # that of an earlier patcher could be read by all
-            log = os.fdopen(_private(self.log_file), "wb")
-        except OSError as error:
-            raise InputError(f"cannot write the server's log to {self.log_file}: {error}; name another file") from error
-        for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
-            _free(left.name.removesuffix(_MARK))
-        with log, hold(_SHARED_MEMORY / f"{self._shared_memory}{_MARK}") as mark:
+        with server_log.open_log(self.log_file) as log, regions.mine(self._shared_memory) as mark:
             kept = [mark.fileno(), *installation.kept]
             self._process, hidden = start_with_parent(command, environment, log.fileno(), kept, self._http_key)
         self.key_was_listed = not hidden
         self.key_hidden = hidden or hide_argument(self._process, installation.binary, self._http_key.encode())
 
-    def _log_size(self) -> int:
-        with contextlib.suppress(OSError):
-            return self.log_file.stat().st_size if self.log_file else 0
-        return 0
-
     def _log_says(self) -> str:
-        lines = telling_lines(self.log_file) if self.log_file else []
-        said = "".join(f"\n  {line}" for line in lines) or " It logged nothing."
-        return f"{said}\nThe whole log: {self.log_file}"
-
-
-def _private(path: Path) -> int:
-    """A file to write that only its owner may read: logs may quote what clients send."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        return server_log.last_words(self.log_file)
 
 
 def _no_proxy() -> urllib.request.OpenerDirector:
     # A proxy from the environment would be asked for this very machine, too.
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _free(prefix: str) -> None:
-    """Give back the shared memory of a server and its stubs, which are gone."""
-    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
-        region.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ import onnxruntime as ort
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+__all__ = ["GraphedSession", "check_version", "parse_shapes"]
+
 _SOUND = (1, 31)
 _NEAR = 1e-2
 """Far more than rounding in FP16, and far less than what a graph gives that reads memory of somebody else."""
