@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import patcher  # noqa: F401 - keeps ONNX Runtime from telling of the models, before anything here imports it
+
 if TYPE_CHECKING:
     from export.callback import ExportCallback
     from export.classifier import export_classifier, run_export

@@ -38,11 +38,12 @@ _RUNTIMES = ("python", "onnxruntime", "")
 """Backends of a backbone's models, of a head, and of an ensemble, which has none."""
 _EARLIER = frozenset(
     [
-        "3be0b636e136cad8e807cacde92ca8c5a9aee23d85973ed3fbf28d199101dfad",
         "04cbe8b51be3490d330a77c1659cf0c5f8a36d13637cf1633972ab7306f140a6",
         "0c69c07b7f570c4521b7394aee82cb776b44548c016da7cee35779ad34842ce1",
         "1c11b8cb10f664ddfc7eb3b88fe8c0df4220714d49a684134cf83fce72022583",
-        "2f89afa2a628474746a15ad2021cbdee401201ec08f90c089b5c32a1241e72f7",
+        "1e7dc87920ba4c1bf7457c94dbaf5c1c63dfb2cb3daa0dad58378482bf6e8a8e",
+        "30558d999d62da63f72fd98d68fb75a7b7090bb9a9e1f50e93c8f17dc1b71669",
+        "3be0b636e136cad8e807cacde92ca8c5a9aee23d85973ed3fbf28d199101dfad",
         "3f1baddfe8641358566e2c5808313a2f0c80e06dced8c64f485ff194052efd1f",
         "4246612894512caaddb5c661af195f522b5170158d9f50b5c43fc53102225dc1",
         "471f2935853ab7abbfd5095d49b3f1eec1e9f37757237733ce16f4355de6750c",

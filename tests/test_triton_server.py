@@ -744,6 +744,16 @@ class TestTheOtherBackend:
         assert list((tmp_path / "patcher").iterdir()) == []
 
 
+@pytest.mark.server
+def test_a_python_that_a_relative_path_led_to_runs_the_models_as_any_other(classifier, tmp_path, monkeypatch):
+    """``PATH=.venv/bin:$PATH patcher serve``: a link to a relative path led nowhere."""
+    monkeypatch.setattr(sys, "executable", os.path.relpath(sys.executable))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with EmbeddedTriton(classifier.root, ["intent_features"], log_file=tmp_path / "log") as running:
+        assert running.pid
+    assert not list(classifier.root.rglob("__pycache__"))
+
+
 def test_telling_lines_leave_out_the_harmless(tmp_path):
     log = tmp_path / "log"
     log.write_text(

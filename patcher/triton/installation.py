@@ -182,7 +182,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     paths = _package_folders()
     stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
     # Those of before 0.13 could be written by the user's group, under some umasks.
-    identity = json.dumps(["private", sys.version, sys.executable, sys.base_prefix, paths, stamps])
+    identity = json.dumps(["private", sys.version, _interpreter(), sys.base_prefix, paths, stamps])
     name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
     folder = base / name
@@ -244,6 +244,12 @@ def _package_folders() -> list[str]:
     return list(dict.fromkeys(map(str, found)))
 
 
+def _interpreter() -> str:
+    # It is relative to this folder where PATH is, and a link to that leads nowhere: the stub then takes another Python,
+    # without what is put off, and writes its bytecode into the repository. Not resolved: a venv is where the link is.
+    return os.path.abspath(sys.executable)  # noqa: PTH100
+
+
 def _build(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
     try:
         _copy(folder, sources, paths)
@@ -270,6 +276,6 @@ def _copy(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
     (site / "patcher_stub.pth").write_text("\n".join(lines) + "\n")
     binaries = folder / "env" / "bin"
     binaries.mkdir()
-    (binaries / "python3").symlink_to(sys.executable)
+    (binaries / "python3").symlink_to(_interpreter())
     home = Path(getattr(sys, "_base_executable", sys.executable)).parent
     (folder / "env" / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n")

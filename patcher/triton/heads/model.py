@@ -15,11 +15,17 @@ with `patcher` in it has them.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # it tells Microsoft of each model since 1.29, where this is not set
+
 import onnxruntime as ort
 
 if TYPE_CHECKING:
