@@ -285,10 +285,7 @@ class Verbs:
         labels = list(now.labels) if self.maybe(0.5) else self.some(now.labels, 1, len(now.labels))
         count = int(self.pick([1, 3, 25, 40]))
         groups = {label: self.sentences(now.kinds[label], count) for label in labels}
-        memory = ModelRepository(self.location).classifier(draw.name).memory()
-        kept = {} if memory is None else {label: len(memory.features_of(label)) for label in now.labels}
-        counts = {label: count for label, count in kept.items() if count and label not in groups}
-        counts |= dict.fromkeys(groups, count)
+        counts = {**(now.counts or {}), **dict.fromkeys(groups, count)}
         plan = Plan("remember", ["--data", self.file(groups)], [], {0})
         plan.options += ["--memory", "statistics"] if self.maybe(0.15) else []
         return self.next_version(draw, plan, Version(now.kinds, twin.serving, counts, "remember"))
