@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from patcher.checks import Check, of_programs, of_upgrades
-from patcher.errors import PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
+from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.gate import unremembered
 from patcher.names import CANARY, MODEL, STORE
@@ -275,6 +275,10 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
     """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
+        try:
+            server.check_control()
+        except ControlRefused as error:  # who only asks need not have the key
+            yield Check("server", "note", f"no version can be loaded there from here: {error}")
         held = held_in_stores(repository, _with_models(repository, names), server)
         for name in names:
             yield _served(repository, name, server)

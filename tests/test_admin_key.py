@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import re
@@ -407,3 +408,18 @@ class TestKeptKey:
         os.chown(mine.path, NOBODY, NOBODY)
         assert find_key("127.0.0.1", 1) is None
         mine.remove()
+
+
+@pytest.mark.server
+def test_doctor_notes_that_nothing_can_be_loaded_from_here(classifier, tmp_path, monkeypatch, capsys):
+    def noted():
+        assert main(["doctor", "--repo", str(classifier.root), "--url", server.url, "--json"]) == 0
+        checks = json.loads(capsys.readouterr().out)
+        return [each["finding"] for each in checks if (each["what"], each["state"]) == ("server", "note")]
+
+    with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as server:
+        assert noted() == []
+        monkeypatch.setenv("PATCHER_ADMIN_KEY", "wrong")
+        (found,) = noted()
+        assert found.startswith("no version can be loaded there from here: ")
+        assert "admin key" in found

@@ -158,7 +158,7 @@ def read_key(path: Path | None) -> str | None:
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the admin key file {path}: {error}") from error
+        raise InputError(f"cannot read the admin key file {path}: {getattr(error, 'strerror', '') or error}") from error
     if not key or not key.isascii() or not key.isprintable():
         raise InputError(f"the admin key file {path} holds no key; expected one line of printable ASCII")
     warn_if_open(path)

@@ -31,7 +31,9 @@ def open_log(path: Path) -> BinaryIO:
                 before.chmod(0o600)  # that of an earlier patcher could be read by all
         return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
     except OSError as error:
-        raise InputError(f"cannot write the server's log to {path}: {error}; name another file") from error
+        raise InputError(
+            f"cannot write the server's log to {path}: {error.strerror or error}; name another file (--log-file FILE)"
+        ) from error
 
 
 def size(path: Path | None) -> int:
