@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import patcher  # noqa: F401 - keeps ONNX Runtime from telling of the models, before anything here imports it
+from patcher.telemetry import turn_off
 
 if TYPE_CHECKING:
     from export.callback import ExportCallback
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from export.plan import ExportOptions
     from export.report import ExportReport
     from export.to_transformers import to_transformers
+
+turn_off()  # before anything here imports onnxruntime
 
 # Name -> module, imported when first asked for: the callback brings all of transformers' Trainer with it.
 _HOMES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,10 +52,6 @@ if TYPE_CHECKING:
     from patcher.triton.tls import ClientTls
 
 __version__ = "0.14.0"
-
-# ONNX Runtime's packages for Linux tell Microsoft of each process and each model since 1.29, where this does not say no
-# before they are imported. Servers that are started from here inherit it.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
 _HOMES = {

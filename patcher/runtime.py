@@ -11,6 +11,7 @@ import numpy as np
 
 from patcher.errors import RepositoryError
 from patcher.onnx_file import check_backbone_file
+from patcher.telemetry import turn_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from patcher.head import Head
 
 __all__ = ["Encoder", "HeadAnswer", "check_head_file", "onnxruntime_errors", "open_session", "run_head"]
+
+turn_off()  # before anything here imports onnxruntime
 
 _BATCH = 32
 _MOST_PADDING = 1 << 16

@@ -40,7 +40,7 @@ def test_a_session_leaves_no_trace_of_telemetry(imports, tmp_path):
 
 
 def test_who_wants_it_is_left_alone(tmp_path):
-    command = [sys.executable, "-c", "import os, patcher; print(os.environ['ORT_DISABLE_TELEMETRY'])"]
+    command = [sys.executable, "-c", "import os, patcher.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"]
     said = subprocess.run(
         command, env=bare(tmp_path, ORT_DISABLE_TELEMETRY="0"), check=True, capture_output=True, text=True
     )

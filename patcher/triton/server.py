@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError
 from patcher.storage import is_url
+from patcher.telemetry import turn_off
 from patcher.triton import regions, server_log
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
@@ -427,6 +428,7 @@ class EmbeddedTriton:
         command.append(f"--http-restricted-api={closed}:admin-key={self._http_key}")
         installation = self.installation
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
+        turn_off()
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
         environment.pop(_KEY_VARIABLE, None)  # for clients: models that run in the server have no use for it
         with server_log.open_log(self.log_file) as log, regions.mine(self._shared_memory) as mark:
