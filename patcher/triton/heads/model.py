@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-os.environ.setdefault(
-    "ORT_DISABLE_TELEMETRY", "1"
-)  # it tells Microsoft of each model since 1.29, where this is not set
+# onnxruntime tells Microsoft of each model since 1.29, where this does not say no before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 

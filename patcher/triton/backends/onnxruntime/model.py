@@ -195,7 +195,8 @@ def runner(folder: Path, instances: int = 1) -> Run | None:
     config = json_format.MessageToDict(message, preserving_proto_field_name=True)
     kind = _kind(config)
     count = sum(int(group.get("count", 1)) for group in config.get("instance_group", [{}]))
-    if not kind or (instances > count and not _parameter(config, GRAPHS)):
+    pays = kind == "GPU" and _parameter(config, GRAPHS)
+    if not kind or (instances > count and not pays):
         return None
     path = model_path(config, str(folder), versions[0].name)
     run: Run | None = open_runner(config, path, "CPU", 0) if kind == "CPU" else _on_the_gpu(config, path)
