@@ -134,8 +134,9 @@ def tune(
             search = _Search(copy, server, texts, concurrency, progress or (lambda _: None))
             before, best, trials = search.run(seconds)
             gain, throughput = search.versus(best, before) if best != before else (1.0, search.measure(before))
-    if gain < 1.0:  # it won by chance
-        best, gain = before, 1.0
+    if gain < 1.0:
+        search.tell(f"the best gives {gain:.2f} of what there was before in a last comparison: it had won by chance")
+        best, gain, throughput = before, 1.0, throughput / gain
     if write:
         with classifier.repository.lock():
             changed = _configs(classifier, None if best == before else best, response_cache)

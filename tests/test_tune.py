@@ -117,6 +117,25 @@ def test_tunes_within_its_time_and_writes_only_what_won(classifier, tree):
 
 
 @pytest.mark.server
+def test_what_won_by_chance_is_told_and_not_written(classifier, tree, monkeypatch):
+    from patcher import tune as module
+
+    won, before, said = Serving(delay_us=100), tree(classifier.root), []
+
+    def one(best, cores):
+        yield "one", [won]
+
+    monkeypatch.setattr(module, "candidates", one)
+    ratios = iter([(1.5, 300.0), (0.75, 150.0)])
+    monkeypatch.setattr(module._Search, "versus", lambda *_: next(ratios))
+    monkeypatch.setattr(module._Search, "measure", lambda *_: 200.0)
+    found = tune(classifier, TEXTS, seconds=60, concurrency=4, progress=said.append)
+    assert said[-1] == "the best gives 0.75 of what there was before in a last comparison: it had won by chance"
+    assert (found.best, found.gain, found.throughput, found.written) == (found.before, 1.0, 200.0, False)
+    assert tree(classifier.root) == before
+
+
+@pytest.mark.server
 def test_a_setting_that_does_not_load_is_passed_over(classifier, tree, monkeypatch):
     from patcher import tune as module
 
