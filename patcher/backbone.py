@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from patcher import layout
 from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
-from patcher.names import CONFIG, BackboneNames
+from patcher.names import CONFIG, PROGRAM, BackboneNames
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -106,13 +106,13 @@ class Backbone(BackboneNames):
         """Models whose ``model.py`` is not this version's, and what that is."""
         programs = layout.programs(self)
         return {
-            name: new for name, new in programs.items() if self.storage.find(f"{name}/1/model.py") not in (None, new)
+            name: new for name, new in programs.items() if self.storage.find(f"{name}/{PROGRAM}") not in (None, new)
         }
 
     def renew(self, programs: Mapping[str, bytes]) -> None:
         """Put other programs in the place of those that are there; the lock must be held."""
         for model, program in programs.items():
-            self.storage.replace(f"{model}/1/model.py", program)
+            self.storage.replace(f"{model}/{PROGRAM}", program)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from patcher.configs import PROGRAM_HASH
 from patcher.errors import PatcherError
 from patcher.foreign import foreign, outdated
+from patcher.model_config import parameter
+from patcher.names import CONFIG
 from patcher.upgrade import interrupted, lacks_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from patcher.backbone import Backbone
     from patcher.repository import ModelRepository
+    from patcher.triton.client import TritonServer
 
-__all__ = ["Check", "of_programs", "of_upgrades"]
+__all__ = ["Check", "of_programs", "of_settings", "of_upgrades"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,44 @@ def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
                     yield Check(what, "fault", "interrupted; `patcher upgrade` finishes it")
             elif lacks_encoder(backbone):
                 yield Check(what, "note", "no encoder, as in exports before 0.4; `patcher upgrade` adds it")
+
+
+def of_settings(repository: ModelRepository, server: TritonServer) -> Iterator[Check]:
+    """Which models below the heads a server runs as their files were when it loaded them: before `tune`, `upgrade`."""
+    for name in repository.backbones():
+        with contextlib.suppress(PatcherError):  # not loaded there, or not readable: others tell
+            backbone = repository.backbone(name)
+            loaded = server.model_config(backbone.backbone_model)
+            if parameter(loaded, "fingerprint", "") != backbone.fingerprint():
+                continue  # another repository's
+            for model in (backbone.text_model, backbone.backbone_model, *_store(backbone)):
+                changed = _changed(server.model_config(model), repository.config(model))
+                if changed:
+                    found = f"{server.url} runs it with {', '.join(changed)}; start that server again"
+                    yield Check(f"{model}, served", "note", found)
+
+
+def _store(backbone: Backbone) -> list[str]:
+    there = backbone.storage.has(f"{backbone.store_model}/{CONFIG}")
+    return [backbone.store_model] if there else []
+
+
+def _changed(loaded: Any, there: Any) -> list[str]:
+    """What a server's configuration and that in the repository differ in, in words."""
+    before, now = _settings(loaded), _settings(there)
+    if not there.instance_group:  # the server's choice
+        now["instances"] = before["instances"]
+    found = []
+    if before.pop(PROGRAM_HASH, "") != now.pop(PROGRAM_HASH, ""):
+        found.append("the program of before an `upgrade`")
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return found + [f"{key} {before.get(key, 'unset')} (its file: {now.get(key, 'unset')})" for key in changed]
+
+
+def _settings(message: Any) -> dict[str, str]:
+    """What of a parsed configuration decides how a model is run, and Triton tells as the file has it."""
+    found = {key: str(value.string_value) for key, value in message.parameters.items()}
+    found["instances"] = str(sum(group.count for group in message.instance_group))
+    found["max_queue_delay_microseconds"] = str(message.dynamic_batching.max_queue_delay_microseconds)
+    found["response_cache"] = str(message.response_cache.enable).lower()
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GRAPHS",
     "PADDING_SLACK",
+    "PROGRAM_HASH",
     "SLACK",
     "any_config",
     "asked_by",
@@ -26,6 +28,7 @@ __all__ = [
     "share_of",
     "store_config",
     "tokenizer_config",
+    "with_program",
     "with_share",
 ]
 
@@ -46,6 +49,8 @@ _GRAPH_LENGTHS = (8, 16, 24, 32, 48, 64)
 
 SLACK = "padding_slack"
 """The parameter that says how much padding texts of different lengths may cost."""
+PROGRAM_HASH = "program"
+"""The parameter that names the program beside the configuration, so that a server tells which one it started with."""
 _POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
@@ -240,6 +245,13 @@ def asked_by(message: Any) -> str:
 def share_of(message: Any) -> float:
     """The share of the requests, in per cent, that a canary's parsed configuration states."""
     return float(parameter(message, _SHARE, "0"))
+
+
+def with_program(text: str, program: bytes) -> str:
+    """The same configuration naming the ``program`` beside it, by its SHA-256."""
+    message = parse(text)
+    message.parameters[PROGRAM_HASH].string_value = hashlib.sha256(program).hexdigest()[:12]
+    return to_text(message)
 
 
 def with_share(text: str, percent: float) -> str:

@@ -8,11 +8,11 @@ import platform
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from patcher.checks import Check, of_programs, of_upgrades
+from patcher.checks import Check, of_programs, of_settings, of_upgrades
 from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.gate import unremembered
-from patcher.names import CANARY, MODEL, STORE
+from patcher.names import CANARY, MODEL, PROGRAM, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import held_in_stores, probe, probe_text, validate
@@ -262,7 +262,7 @@ def _local_answer(classifier: Classifier) -> Check:
         what = classifier.text_model
     except PatcherError as error:
         return Check(classifier.features_model, "fault", str(error))
-    if not classifier.storage.has(f"{what}/1/model.py"):
+    if not classifier.storage.has(f"{what}/{PROGRAM}"):
         return Check(what, "fault", f"{classifier.repository.location}/{what}/1 has no model.py; export it again")
     try:
         try_backbone(classifier, probe_text())
@@ -279,6 +279,7 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
             server.check_control()
         except ControlRefused as error:  # who only asks need not have the key
             yield Check("server", "note", f"no version can be loaded there from here: {error}")
+        yield from of_settings(repository, server)
         held = held_in_stores(repository, _with_models(repository, names), server)
         for name in names:
             yield _served(repository, name, server)

@@ -95,7 +95,8 @@ class RepositoryFiles:
             )
         if not isinstance(number, int) or number > FORMAT or number < 1:
             raise RepositoryError(
-                f"{self.location} has format {number!r}; this patcher knows formats up to {FORMAT}: upgrade patcher"
+                f"{self.location} has format {number!r}; this version of patcher knows formats up to {FORMAT}: install "
+                "a newer one"
             )
         self.format = number
 

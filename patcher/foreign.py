@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import PatcherError
 from patcher.layout import programs
-from patcher.names import CONFIG, MODEL, BackboneNames
+from patcher.names import CONFIG, MODEL, PROGRAM, BackboneNames
 from patcher.storage.disk import STAGING
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from patcher.files import RepositoryFiles
 
-__all__ = ["PROGRAM", "UNKNOWN", "foreign", "is_earlier", "outdated"]
+__all__ = ["UNKNOWN", "foreign", "is_earlier", "outdated"]
 
-PROGRAM = "1/model.py"
 UNKNOWN = "if a newer patcher wrote it, update this one; otherwise `patcher upgrade --force` replaces it"
 """What to do about a program that neither this patcher nor an earlier one wrote: nothing in it tells whose it is."""
 _COMPILED = re.compile(r"1/__pycache__/model\.[^/]*\.pyc")

@@ -18,10 +18,11 @@ from patcher.configs import (
     head_config,
     store_config,
     tokenizer_config,
+    with_program,
 )
 from patcher.head_file import write_head
 from patcher.memory_file import write_memory
-from patcher.names import CONFIG, MODEL, STORE
+from patcher.names import CONFIG, MODEL, PROGRAM, STORE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +109,8 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
 
 def encoder_folder(names: BackboneNames, config: str, tokenizer_json: str) -> Folders:
     """An encoder alone, under its ``config``."""
-    return {names.encoder_model: {**_text_files(tokenizer_json), CONFIG: config.encode()}}
+    files = _text_files(tokenizer_json)
+    return {names.encoder_model: {**files, CONFIG: with_program(config, _source("tokenizer")).encode()}}
 
 
 def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) -> Folders:
@@ -117,7 +119,7 @@ def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) ->
         store_config(names.store_model, width, names.backbone_name),
         any_config(names.any_model, encoding, names.store_model),
     )
-    return _with_configs({names.store_model: {"1/model.py": _source("heads")}}, configs)
+    return _with_configs({names.store_model: {PROGRAM: _source("heads")}}, configs)
 
 
 def stored_folders(name: str, head: Head, memory: Memory | None, backbone: str) -> Folders:
@@ -149,17 +151,18 @@ def programs(names: BackboneNames) -> dict[str, bytes]:
 
 
 def _with_configs(contents: Folders, configs: Sequence[model_config.ModelConfig]) -> Folders:
-    return {config.name: contents.get(config.name, {}) | _config_files(config) for config in configs}
+    return {config.name: contents.get(config.name, {}) | _config_files(config, contents) for config in configs}
 
 
-def _config_files(config: model_config.ModelConfig) -> dict[str, bytes | Path]:
+def _config_files(config: model_config.ModelConfig, contents: Folders) -> dict[str, bytes | Path]:
     # An object store has no empty folders, and an ensemble without its version folder does not load.
     keep: dict[str, bytes | Path] = {"1/.keep": b""} if config.steps else {}
-    return {**keep, CONFIG: model_config.render(config).encode()}
+    text, program = model_config.render(config), contents.get(config.name, {}).get(PROGRAM)
+    return {**keep, CONFIG: (with_program(text, program) if isinstance(program, bytes) else text).encode()}
 
 
 def _text_files(tokenizer_json: str) -> dict[str, bytes | Path]:
-    return {"1/model.py": _source("tokenizer"), "1/tokenizer.json": tokenizer_json.encode()}
+    return {PROGRAM: _source("tokenizer"), "1/tokenizer.json": tokenizer_json.encode()}
 
 
 def _source(model: str) -> bytes:

@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_FILE",
     "JOURNAL",
     "MODEL",
+    "PROGRAM",
     "STORE",
     "BackboneNames",
     "check_name",
@@ -29,6 +30,7 @@ __all__ = [
 
 CONFIG = "config.pbtxt"
 MODEL = "model.onnx"
+PROGRAM = "1/model.py"
 STORE = "store"
 """A file in the head's folder of a classifier that a head store answers for: it names the backbone."""
 FORMAT_FILE = "patcher.json"

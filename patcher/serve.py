@@ -6,7 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from patcher.errors import RepositoryError, VersionError
+from patcher.errors import RepositoryError, ServerError, VersionError
+from patcher.model_config import is_on_gpu
 from patcher.serving import serving_of
 from patcher.signals import interruptible
 from patcher.triton.process import has_gpu
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from patcher.classifier import Classifier
+    from patcher.files import RepositoryFiles
     from patcher.repository import ModelRepository
     from patcher.triton.tls import ServerTls
 
-__all__ = ["advice", "cache_options", "damaged", "serve", "served_models"]
+__all__ = ["advice", "cache_options", "damaged", "require_gpu", "serve", "served_models"]
 
 _CACHE_BYTES = 64 << 20
 _MANY_CORES = 8
@@ -47,10 +49,11 @@ def serve(
     """Serve every classifier of ``repository`` until SIGINT, SIGTERM or SIGHUP, then let requests in flight finish.
 
     Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
-    itself.
+    itself, or would find no GPU for a model that insists on one.
     """
     left_out = damaged(repository)
     models = served_models(repository, left_out)
+    require_gpu(repository, models)
     server = EmbeddedTriton(
         repository.storage.served_from,
         models,
@@ -125,6 +128,24 @@ def damaged(repository: ModelRepository) -> dict[str, RepositoryError | VersionE
     if found and len(found) == len(names):
         raise found[names[0]]
     return found
+
+
+def require_gpu(repository: RepositoryFiles, models: Collection[str]) -> None:
+    """ServerError where one of ``models`` is to run on a GPU, and this machine has none: Triton would load nothing."""
+    if has_gpu():
+        return
+    found = [model for model in models if _insists_on_gpu(repository, model)]
+    if found:
+        raise ServerError(
+            f"{', '.join(found)} is for a GPU (`patcher export --device gpu`), and this machine has none that a server "
+            "could use; serve the repository on one that has, or export the model with --device cpu"
+        )
+
+
+def _insists_on_gpu(repository: RepositoryFiles, model: str) -> bool:
+    with contextlib.suppress(RepositoryError):  # what is wrong with a configuration, the server says better
+        return is_on_gpu(repository.config(model))
+    return False
 
 
 def advice(repository: ModelRepository, cores: int, left_out: Collection[str] = ()) -> list[str]:

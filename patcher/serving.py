@@ -11,6 +11,7 @@ from typing import Any
 from patcher.configs import GRAPHS, PADDING_SLACK, SLACK, asked_by, encoders
 from patcher.errors import RepositoryError
 from patcher.model_config import MAX_BATCH_SIZE, is_on_gpu, parameter, parse, to_text
+from patcher.wording import plural
 
 __all__ = ["Serving", "serving_of", "with_encoders", "with_response_cache", "with_serving"]
 
@@ -33,6 +34,14 @@ class Serving:
     delay_us: int = 0
     slack: int = PADDING_SLACK
     batch: int = MAX_BATCH_SIZE
+
+    def __str__(self) -> str:
+        threads = plural(self.threads, "thread") if self.threads else "a thread for each core"
+        each = " each" if self.instances > 1 else ""
+        return (
+            f"{plural(self.instances, 'instance')} with {threads}{each}, delay {self.delay_us:,} µs, "
+            f"slack {self.slack:,}, batches of up to {self.batch}"
+        )
 
 
 def serving_of(encoder: Any, backbone: Any) -> Serving:

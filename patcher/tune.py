@@ -23,6 +23,7 @@ from patcher.model_config import MAX_BATCH_SIZE, parse
 from patcher.names import MODEL
 from patcher.repository import ModelRepository
 from patcher.scratch import scratch
+from patcher.serve import require_gpu
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 from patcher.storage.disk import storage_errors
 
@@ -112,6 +113,7 @@ def tune(
         raise InputError(f"{seconds:g} s at concurrency {concurrency} with {len(texts)} texts; expected more than none")
     from patcher.triton.server import EmbeddedTriton
 
+    require_gpu(classifier.repository, [classifier.backbone_model])
     started = time.monotonic()
     if write:
         with classifier.repository.lock():  # where nothing can be written, that is said before all the work

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from patcher import model_config
 from patcher.classifier import Classifier
-from patcher.configs import encoder_config, features_config
+from patcher.configs import encoder_config, features_config, with_program
 from patcher.errors import RepositoryError
-from patcher.foreign import PROGRAM, UNKNOWN, is_earlier
+from patcher.foreign import UNKNOWN, is_earlier
 from patcher.layout import programs
-from patcher.names import CONFIG
+from patcher.names import CONFIG, PROGRAM
 from patcher.serving import Serving, serving_of, with_encoders, with_response_cache, with_serving
 from patcher.storage.disk import STAGING, read_bytes
 
@@ -34,14 +34,14 @@ def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
     repository = backbone.repository
     with repository.lock():
         changed, outdated = planned(backbone, force=force), backbone.outdated()
+        configs = {model: repository.config_text(model) for model in outdated}
+        if backbone.encoder_model in configs:
+            deep = repository.config_text(backbone.backbone_model)
+            configs[backbone.encoder_model] = with_encoders(configs[backbone.encoder_model], deep)
+        repository.write_configs({model: with_program(text, outdated[model]) for model, text in configs.items()})
+        backbone.renew(outdated)  # last: it tells whether all of this is done
         if lacks_encoder(backbone):
-            backbone.renew(outdated)
             _add_encoder(backbone)
-        else:
-            if backbone.encoder_model in outdated:
-                configs = map(repository.config_text, (backbone.encoder_model, backbone.backbone_model))
-                repository.write_configs({backbone.encoder_model: with_encoders(*configs)})
-            backbone.renew(outdated)  # last: it tells whether all of this is done
     return changed
 
 

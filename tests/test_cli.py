@@ -249,7 +249,7 @@ def test_a_newer_repository_is_left_alone(patcher, classifier, examples, tree):
     (classifier.root / "patcher.json").write_text('{"format": 99}')
     before = tree(classifier.root)
     code, _, err = patcher("add-label", "--examples", examples, "--no-load")
-    assert (code, "upgrade patcher" in err) == (2, True)
+    assert (code, "install a newer one" in err) == (2, True)
     assert tree(classifier.root) == before
 
 

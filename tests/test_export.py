@@ -734,7 +734,7 @@ def test_a_stored_one_is_patched_on_a_live_server(bert, tmp_path):
 
 def test_a_repository_of_a_newer_format_is_refused(bert, tmp_path):
     (tmp_path / "patcher.json").write_text('{"format": 99}')
-    with pytest.raises(RepositoryError, match="upgrade patcher"):
+    with pytest.raises(RepositoryError, match="install a newer one"):
         run_export(bert, tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from patcher import add_label, doctor, history, model_config, rollback, serving
+from patcher.configs import with_program
 from patcher.errors import RepositoryError, StorageError
 from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
@@ -127,7 +128,7 @@ def test_upgraded_it_has_an_encoder_and_all_else_stays(older, tree, tmp_path):
     new = {"intent_encoder", "intent_encoder/1", "patcher.json"}
     new |= {f"intent_encoder/{name}" for name in ("config.pbtxt", "1/model.py", "1/tokenizer.json")}
     touched = {name for name in now if now[name] != kept.get(name)} - new
-    assert touched <= {"intent_tokenizer/1/model.py", *(f"{name}/config.pbtxt" for name in changed[1:])}
+    assert touched <= {"intent_tokenizer/1/model.py", *(f"{name}/config.pbtxt" for name in changed)}
     encoder, backbone = (repository.config(model) for model in (older.text_model, older.backbone_model))
     assert (encoder.name, serving.serving_of(encoder, backbone)) == ("intent_encoder", tuned)
     with EmbeddedTriton(older.root, models, log_file=tmp_path / "log") as triton, triton.client() as server:
@@ -310,7 +311,12 @@ import os, signal, sys
 import {model} as module
 from patcher import ModelRepository
 from patcher.upgrade import upgrade
-module.{name} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+before = module.{name}
+def at(path, *others):
+    if path.name in (".model.py.new", "intent_encoder"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(path, *others)
+module.{name} = at
 upgrade(ModelRepository(sys.argv[1]).backbone())
 """
     if not older_program:
@@ -325,7 +331,11 @@ upgrade(ModelRepository(sys.argv[1]).backbone())
 
 
 def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
+    write = older.repository.write_configs
+
     def cut(configs):
+        if older.features_model not in configs:
+            return write(configs)
         assert list(configs)[-1] == older.features_model
         raise KeyboardInterrupt
 
@@ -339,3 +349,30 @@ def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
         assert upgrades(older.root) == [("intent, upgrade", "note", "in progress; another patcher is running")]
     assert upgrade(older)
     assert older.text_model == older.encoder_model
+
+
+@pytest.mark.server
+def test_doctor_tells_of_a_server_that_runs_what_was_there_before(classifier):
+    repository, models = classifier.repository, (classifier.encoder_model, classifier.backbone_model)
+    encoder, backbone = models
+    earlier = with_program(repository.config_text(encoder), b"as of an earlier version")
+    with repository.lock():
+        repository.write_configs({encoder: earlier})
+    with EmbeddedTriton(classifier.root, [classifier.ensemble, *models]) as triton, triton.client() as server:
+
+        def said():
+            notes = [each for each in doctor.diagnose(classifier.root, server, triton.url) if each.state != "ok"]
+            return {each.what: each.finding for each in notes if "runs it with" in each.finding}
+
+        assert said() == {}
+        (classifier.root / encoder / "1" / "model.py").write_bytes(EARLIER)
+        assert upgrade(classifier) == (encoder,)
+        found = f"{triton.url} runs it with the program of before an `upgrade`; start that server again"
+        assert said() == {f"{encoder}, served": found}
+        tuned = serving.with_serving(*map(repository.config_text, models), serving.Serving(instances=2, threads=1))
+        with repository.lock():
+            repository.write_configs(dict(zip(models, tuned, strict=True)))
+        found = "instances 1 (its file: 2), intra_op_thread_count unset (its file: 1); start that server again"
+        assert said()[f"{backbone}, served"] == f"{triton.url} runs it with {found}"
+    with EmbeddedTriton(classifier.root, [classifier.ensemble, *models]) as triton, triton.client() as server:
+        assert said() == {}

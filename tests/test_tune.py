@@ -19,6 +19,7 @@ from patcher.relabelling import rename_label
 from patcher.serve import advice, cache_options
 from patcher.serving import Serving, serving_of, with_response_cache, with_serving
 from patcher.triton.client import TritonServer
+from patcher.triton.process import has_gpu
 from patcher.triton.server import EmbeddedTriton
 from patcher.tune import _copied, candidates, tune
 
@@ -172,7 +173,7 @@ def test_interrupted_the_repository_is_as_it_was(classifier, tmp_path, tree):
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as process:
-        assert "now: Serving(" in process.stderr.readline()
+        assert "now: 1 instance with a thread for each core" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         started = time.monotonic()
         process.communicate(timeout=60)
@@ -277,3 +278,19 @@ def test_a_server_with_many_cores_says_who_finds_their_use(classifier, monkeypat
     (classifier.root / "intent_encoder" / "config.pbtxt").write_text(encoder)
     (classifier.root / "intent_backbone" / "config.pbtxt").write_text(backbone)
     assert advice(classifier.repository, 16) == []
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", ["serve", "tune"])
+def test_a_backbone_for_a_gpu_is_refused_where_there_is_none(classifier, tmp_path, command, verb):
+    model = classifier.backbone_model
+    config = classifier.repository.config(model)
+    config.instance_group[0].kind = config.instance_group[0].Kind.Value("KIND_GPU")
+    with classifier.repository.lock():
+        classifier.repository.write_configs({model: model_config.to_text(config)})
+    texts = ["--input", tiny.write_csv(tmp_path / "texts.csv", {"a": TEXTS})] if verb == "tune" else []
+    code, _, err = command(verb, "--repo", classifier.root, *texts)
+    assert (code, f"{model} is for a GPU (`patcher export --device gpu`), and this machine has none" in err) == (
+        1,
+        True,
+    )
