@@ -445,6 +445,16 @@ def test_monitoring_scrapes_what_compose_runs() -> None:
             assert not source.startswith("./") or (DOCKER / source).is_file()
 
 
+def test_an_alert_on_events_fires_at_the_first_one() -> None:
+    """A counter that comes with 1 has no increase: it has to be looked for where there was none an hour ago."""
+    (group,) = yaml.safe_load((DOCKER / "monitoring" / "alerts.yml").read_text())["groups"]
+    found = [rule["expr"] for rule in group["rules"] if "increase(" in rule["expr"]]
+    assert len(found) == 2
+    for expression in found:
+        assert re.search(r"unless max by \([^)]+\) \(patcher_\w+(\{[^}]+\})? offset 1h\)", expression)
+        assert expression.rstrip().endswith("and on () patcher_replica_up offset 1h")  # not of an exporter that is new
+
+
 def test_health_is_not_asked_through_a_proxy() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
