@@ -1,4 +1,10 @@
-"""Add a label to a fine-tuned text classifier that Triton serves: one small head, no downtime, a bound on the harm."""
+"""Add a label to a fine-tuned text classifier that Triton serves: one small head, no downtime, a bound on the harm.
+
+Each function's docstring names the errors that are its own. Beside these, whatever changes a repository raises
+InputError for arguments of another kind than expected, RepositoryError for damaged files, Busy while another patcher
+holds the lock, StorageError where nothing can be written, and with a server ServerUnreachable where none answers and
+ControlRefused where it wants another key: then the change was not made. ``patcher.errors`` shows all of them as a tree.
+"""
 
 from __future__ import annotations
 

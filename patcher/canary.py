@@ -91,7 +91,8 @@ def takes(classifier: str, key: str, percent: float) -> bool:
 class SplitClient:
     """Asks a classifier, and its canary for the share of the keys that the server's configuration states.
 
-    The share is read again every ``refresh_seconds``, and at once when the canary is gone. Raises as ``server`` does.
+    The share is read again every ``refresh_seconds``, and at once when the canary is gone. Raises as ``server`` does,
+    and InputError where there is not one key for each text.
     """
 
     def __init__(self, server: TritonServer, classifier: str, *, refresh_seconds: float = _REFRESH_SECONDS) -> None:

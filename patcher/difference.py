@@ -66,8 +66,8 @@ def diff(
 ) -> Difference:
     """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
 
-    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises LabelError where
-    neither version has any label of the examples.
+    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises VersionError
+    where one of the two is not there, LabelError where neither has any label of the examples.
     """
     require(int, a=a, b=b)
     classifier = one_classifier(classifier)

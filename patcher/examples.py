@@ -201,6 +201,8 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
     ExamplesError
         with the line, for whatever cannot be used: no such file, no text column, a misspelt label column, an unfinished
         quote, a row too short, an empty text, a NUL byte, bytes that are not UTF-8.
+    ToolError
+        for Parquet without pyarrow.
     """
     require(str, os.PathLike, path=path)
     path = Path(path)

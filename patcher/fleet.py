@@ -28,7 +28,8 @@ class Fleet(TritonServer):
 
     A replica that does not answer is away: it is named in ``away``, left alone, and learns of the change by
     ``patcher sync``, or from the files when it starts again. ``watch_seconds`` is how long the first replica serves a
-    new version alone before the others get it.
+    new version alone before the others get it; ``options`` are those of ``TritonServer`` for each of them. Raises
+    InputError without an address, or for one that is none.
     """
 
     def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:

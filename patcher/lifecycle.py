@@ -90,7 +90,7 @@ def rollback(classifier: ClassifierLike, to: int | None = None, server: TritonSe
     Raises
     ------
     VersionError
-        where there is no such version.
+        where there is no such version, or the serving one has no parent.
     NotServed
         when the server would not serve it; the version that served before is put back.
     """
@@ -104,7 +104,8 @@ def rollback(classifier: ClassifierLike, to: int | None = None, server: TritonSe
 def sync(classifier: ClassifierLike, server: TritonServer) -> dict[str, str]:
     """Have every replica behind ``server`` serve what the files pin; what became of each, by address.
 
-    ``agreed`` had it already, ``caught up`` was made to, ``away`` does not answer, ``failed: …`` would not.
+    ``agreed`` had it already, ``caught up`` was made to, ``away`` was not there when the fleet was made, ``failed: …``
+    does not answer, or would not.
     """
     require(TritonServer, server=server)
     classifier = one_classifier(classifier)
@@ -116,7 +117,7 @@ def prune(classifier: ClassifierLike, keep: int) -> tuple[int, ...]:
     """Take all versions but the newest ``keep`` off the disk, and return which those were.
 
     The serving version, its parent and one on trial stay, whatever their age. Numbers of pruned versions are not given
-    again.
+    again. Raises InputError where ``keep`` is below 1.
     """
     require(int, keep=keep)
     if keep < 1:
@@ -141,7 +142,8 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, F1 and confusions of a version (the serving one by default) on labelled texts, computed here.
 
-    Raises ExamplesError where the file has no labels, LabelError where none of them is the head's.
+    Raises ExamplesError where the file has no labels, LabelError where none of them is the head's, VersionError where
+    there is no such version.
     """
     require(int, None, version=version)
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")

@@ -40,6 +40,7 @@ class PatchSettings:
     new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
     and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
     more; ``canary`` is a share of the requests, in per cent, on which the version is tried before it serves all.
+    ``max_flips`` and ``min_recall`` are shares from 0 to 1, ``canary`` lies between 0 and 100: InputError for others.
     """
 
     max_flips: float = MAX_FLIPS

@@ -61,7 +61,8 @@ class Change:
 def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | None = None) -> Change:
     """Take a label out; its texts go to the best of the others, whose logits stay the same to the bit.
 
-    Raises LabelError where it is not there, or only two labels are left.
+    Raises LabelError where it is not there, or only two labels are left; NotServed when the server would not serve the
+    new version: the previous one is back.
     """
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
@@ -74,7 +75,11 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
 
 
 def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonServer | None = None) -> Change:
-    """Give a label another name; no number changes."""
+    """Give a label another name; no number changes.
+
+    Raises LabelError where ``old`` is not there or ``new`` already is, ExamplesError for a name that no label can have;
+    NotServed when the server would not serve the new version: the previous one is back.
+    """
     check_label(new, "the new name")
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
@@ -103,9 +108,13 @@ def merge_labels(
     Raises
     ------
     InputError
-        where there is no memory with features of all of them.
+        for fewer than two labels, and where there is no memory with features of all of them.
+    LabelError
+        where one of them is not there, ``into`` is yet another label, or no other label would be left.
     GateRefused
         where the one row would take more from the other labels, or find less of its own, than is allowed.
+    NotServed
+        when the server would not serve the new version; the previous one is back.
     """
     check_label(into, "the label to merge into")
     limits = PatchSettings(max_flips, min_recall, force=force)

@@ -69,7 +69,7 @@ class ModelRepository(RepositoryFiles):
             raise
 
     def classifier(self, name: str | None = None) -> Classifier:
-        """One classifier by name; without a name the only one there is, canaries apart."""
+        """One classifier by name; without a name the only one there is, canaries apart. InputError without it."""
         require(str, None, name=name)
         # One that is named is looked for alone: there may be thousands.
         if name is not None and holds(self.storage, name):
@@ -85,7 +85,7 @@ class ModelRepository(RepositoryFiles):
         )
 
     def backbone(self, name: str | None = None) -> Backbone:
-        """One backbone by name; without a name the only one there is."""
+        """One backbone by name; without a name the only one there is. InputError without it."""
         if name is not None and self.has_backbone(check_name(name)):
             return Backbone(self, name)
         names = self.backbones()

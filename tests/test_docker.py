@@ -69,7 +69,9 @@ def test_every_core_dependency_is_pinned_for_the_python_of_the_image() -> None:
     for requirement in wanted:
         if requirement.marker is None or requirement.marker.evaluate(IMAGE):
             assert requirement.specifier.contains(pins[requirement.name][0]), requirement
-    assert "pip install --no-cache-dir --no-compile -c constraints.txt '.[metrics]'" in DOCKERFILE
+    # With bytecode, which PYTHONDONTWRITEBYTECODE keeps every later run from writing.
+    assert "pip install --no-cache-dir -c constraints.txt '.[metrics]'" in DOCKERFILE
+    assert "PYTHONDONTWRITEBYTECODE=1" in DOCKERFILE
 
 
 def test_everything_copied_exists_and_is_let_into_the_build() -> None:
@@ -443,6 +445,16 @@ def test_monitoring_scrapes_what_compose_runs() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith("./") or (DOCKER / source).is_file()
+
+
+def test_an_alert_on_events_fires_at_the_first_one() -> None:
+    """A counter that comes with 1 has no increase: it has to be looked for where there was none an hour ago."""
+    (group,) = yaml.safe_load((DOCKER / "monitoring" / "alerts.yml").read_text())["groups"]
+    found = [rule["expr"] for rule in group["rules"] if "increase(" in rule["expr"]]
+    assert len(found) == 2
+    for expression in found:
+        assert re.search(r"unless max by \([^)]+\) \(patcher_\w+(\{[^}]+\})? offset 1h\)", expression)
+        assert expression.rstrip().endswith("and on () patcher_replica_up offset 1h")  # not of an exporter that is new
 
 
 def test_health_is_not_asked_through_a_proxy() -> None:

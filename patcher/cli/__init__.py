@@ -123,7 +123,7 @@ class _Verbs(click.Group):
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="`patcher VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
-    "4 published but not served (the previous version was put back).",
+    "4 published but not served (the previous version was put back), 130 interrupted.",
 )
 @click.option(
     "--log-json", is_flag=True, expose_value=False, help="Write one JSON event to stderr.  [env: PATCHER_LOG=json]"

@@ -62,7 +62,7 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
     "--keep",
     type=click.IntRange(1),
     metavar="N",
-    help="Afterwards delete old versions except the newest N, the serving one and its parent.",
+    help="Afterwards delete old versions except the newest N, the serving one, its parent and one on trial.",
 )
 @dry_run_option
 @force_option
@@ -90,8 +90,9 @@ def add_label_command(
     Fits the new row, measures the harm, publishes the next head version, has the server load it, and verifies that the
     server answers from it. If anything fails, the previous version is restored.
 
-    Without LABEL, adds every label in the file's label column that the head lacks, in one patch. The rows of old labels
-    do not change; only inputs that the new label takes over get another answer, and the gate bounds how many do.
+    Without LABEL, adds every label in the file's label column that the head lacks, in one patch. By default the rows of
+    old labels do not change: only inputs that the new label takes over get another answer, and the gate bounds how many
+    do. The methods ridge, lda and anchored change old rows, too; of fresh inputs, only --eval then bounds the flips.
 
     \b
     patcher add-label card_lost --examples examples.csv

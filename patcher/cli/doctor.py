@@ -11,7 +11,10 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
 @click.command("doctor")
 @click.option(
-    "--repair", is_flag=True, help="Finish or undo interrupted changes, and make every server serve the pinned version."
+    "--repair",
+    is_flag=True,
+    help="Finish or undo interrupted changes, write off versions whose files are gone, begin a journal anew that "
+    "cannot be read (the old one is kept), and make every server serve the pinned version.",
 )
 @common_options("server", "control")
 def doctor_command(repair: bool, options: CommonOptions) -> int:

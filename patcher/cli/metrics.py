@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 )
 @click.option("--server", "more", multiple=True, metavar="HOST:PORT", help="Another server besides --url; repeatable.")
 @click.option(
-    "--texts", type=FILE, help="File of texts to classify at each scrape, for quantiles of score and in_scope."
+    "--texts",
+    type=FILE,
+    help="File of texts, the first 200 of which to classify at each scrape, for quantiles of score and in_scope.",
 )
 @click.option(
     "--audit-log",

@@ -70,7 +70,8 @@ def new_classifier_command(
     has the server load it, and verifies that the server answers from it. Nothing is fine-tuned.
 
     With --in-store, one process holds the heads of all such classifiers; clients call the ensemble BACKBONE_any with
-    `text` and `classifier`. Every verb except `canary` works on it as on any other classifier.
+    `text` and `classifier`, and `canary` is not available. `to-transformers` works on exported classifiers only; every
+    other verb works on this one, too.
 
     \b
     patcher new-classifier topics --backbone intent --train topics.csv

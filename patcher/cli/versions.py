@@ -126,7 +126,7 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
 @click.option("--keep", type=click.IntRange(1), required=True, help="How many of the newest versions to keep.")
 @common_options("classifier")
 def prune_command(keep: int, options: CommonOptions) -> None:
-    """Permanently delete old head versions except the newest ones, the serving one and its parent.
+    """Permanently delete old head versions except the newest ones, the serving one, its parent and one on trial.
 
     A rollback cannot go back to a pruned version; its number is never reused.
     """

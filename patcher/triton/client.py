@@ -96,7 +96,8 @@ class TritonServer:
     all of it and says whom to trust. A classifier in a backbone's head store is asked for by its address,
     ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers in time
     (TlsError where somebody does, but without the TLS asked for; WrongPort where a server does by HTTP) and
-    ServerRefused where the server says no; what it could not do otherwise is a ServerError.
+    ServerRefused where the server says no; what it could not do otherwise is a ServerError. The class itself raises
+    InputError for an address, a timeout or a key that is none.
     """
 
     def __init__(
