@@ -45,6 +45,35 @@ if [ "${#names[@]}" -eq 0 ]; then
   echo "no classifier in $repository; expected folders NAME and NAME_head, as 'patcher export' writes them" >&2
   exit 2
 fi
+
+# Triton ends where one model does not load, so that a damaged head would take every classifier down. As `patcher serve`
+# does, leave that one out; where nothing can be told, Triton is to say what is wrong.
+find='
+import sys
+from patcher import ModelRepository
+from patcher.errors import PatcherError
+from patcher.serve import damaged
+try:
+    for name, error in damaged(ModelRepository(sys.argv[1])).items():
+        print(name, *str(error).split())
+except PatcherError as error:
+    sys.exit(f"warning: the heads were not checked: {error}")
+'
+if damaged="$(python3 -I -c "$find" "$repository")"; then
+  whole=()
+  for name in "${names[@]}"; do
+    if why="$(grep "^$name " <<<"$damaged")"; then
+      echo "warning: $name is not served: ${why#"$name "}; once that is repaired, restart this container" >&2
+    else
+      whole+=("$name")
+    fi
+  done
+  names=("${whole[@]}")
+fi
+if [ "${#names[@]}" -eq 0 ]; then
+  echo "no classifier to serve: the head of each one named is damaged" >&2
+  exit 1
+fi
 printf '%s\n' "${names[@]}" >"${TMPDIR:-/tmp}/classifiers" # for healthcheck.py
 
 models=()

@@ -35,7 +35,7 @@ CHANGES = frozenset(
         "serve",
     ]
 )
-"""The verbs that a file of events (``$PATCHER_AUDIT_LOG``) keeps."""
+"""The verbs that a file of events (``$PATCHER_AUDIT_LOG``) keeps; of `doctor` it keeps those that were to repair."""
 _OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}
 _MOST_ERROR = 2000
 
@@ -82,7 +82,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     if to_stderr:
         _complain(line)
     path = os.environ.get("PATCHER_AUDIT_LOG")
-    if path and record["verb"] in CHANGES:
+    if path and (record["verb"] in CHANGES or record.get("repair")):
         data = (b"" if _ends_whole(Path(path)) else b"\n") + line.encode() + b"\n"
         try:
             # One write to a file opened for appending: lines of several patchers do not mix.

@@ -184,7 +184,7 @@ class Head:
         except ValueError:
             import difflib
 
-            near = difflib.get_close_matches(label, self.labels, 3)
+            near = difflib.get_close_matches(str(label), self.labels, 3)
             hint = f"; did you mean {', '.join(near)}?" if near else "; `patcher labels` lists them all"
             raise LabelError(f"no label {label!r} among the {len(self.labels)} of this head{hint}") from None
 

@@ -53,7 +53,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried, and what won; ``gain`` is the winner's throughput over that of what was there before."""
+    """What was tried, and what won; ``gain`` is the winner's throughput over that of what was there before.
+
+    ``written`` is whether a configuration changed, be it by the response cache alone.
+    """
 
     before: Serving
     best: Serving
@@ -139,12 +142,13 @@ def tune(
     if gain < 1.0:
         search.tell(f"the best gives {gain:.2f} of what there was before in a last comparison: it had won by chance")
         best, gain, throughput = before, 1.0, throughput / gain
+    changed: dict[str, str] = {}
     if write:
         with classifier.repository.lock():
             changed = _configs(classifier, None if best == before else best, response_cache)
             classifier.repository.write_configs(changed)
     took = round(time.monotonic() - started, 1)
-    return Tuning(before, best, gain, throughput, concurrency, took, tuple(trials), write and best != before)
+    return Tuning(before, best, gain, throughput, concurrency, took, tuple(trials), bool(changed))
 
 
 def _copied(classifier: Classifier, root: Path) -> Classifier:

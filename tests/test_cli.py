@@ -464,7 +464,18 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
     assert [(event["verb"], event["outcome"]) for event in events] == [
         ("add-label", "dry_run"), ("add-label", "bad_input"), ("add-label", "done"), ("prune", "done"),
     ]  # fmt: skip
-    assert events[3]["classifier"] == "intent"
+    assert [event["classifier"] for event in events if event["outcome"] != "bad_input"] == ["intent"] * 3
+
+
+def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about(patcher, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    assert patcher("rollback", "--no-load")[0] == 2  # to what, the first version?
+    assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 0
+    assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    found = [(event["verb"], event["outcome"], event.get("classifier")) for event in events]
+    assert found == [("rollback", "bad_input", "intent"), ("doctor", "done", None)]
 
 
 def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from patcher import TritonServer
+from patcher import ModelRepository, TritonServer
 from patcher.cli.serve import serve_command
 from patcher.errors import InputError, ServerRefused
 from patcher.triton.installation import find_installation
@@ -204,6 +204,15 @@ def test_entrypoint_refuses_an_empty_repository(container: dict[str, str], tmp_p
     assert "no classifier in" in outcome.stderr
 
 
+def damage_another(root: Path) -> None:
+    """Add a classifier to a repository whose head is cut short."""
+    repository = ModelRepository(root)
+    with repository.lock():
+        repository.add_classifier("damaged", repository.classifier("intent").head(), backbone="intent")
+    path = root / "damaged_head" / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:100])
+
+
 @pytest.mark.server
 @pytest.mark.parametrize("runs", ["0", "1"])
 def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp_path: Path) -> None:
@@ -218,6 +227,7 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
     program.chmod(0o755)
     (tmp_path / "key").write_text(KEY)
     shutil.copytree(tiny_original, tmp_path / "models")
+    damage_another(tmp_path / "models")
     grpc, web, metrics = free_ports(["127.0.0.1"] * 3, [0, 0, 0])
     environment = {
         **os.environ,
@@ -239,14 +249,16 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
         while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
             assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.2)
+        assert "warning: damaged is not served: " in log.read_text()
         with TritonServer(environment["TRITON_URL"]) as server:
             (asked,) = server.statistics("intent")
+            assert not server.is_ready("damaged")
         assert asked.inferences > 0  # by the health check, which has the key
         for path in ("v2/models/intent/config", "v2/models/intent/infer"):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(f"http://127.0.0.1:{web}/{path}", b"{}" if "infer" in path else None, 9).close()
         texts = [word for number in range(6) for word in ("--text", f"payday number {number} please")]
-        added = enter(environment, "patcher", "add-label", "payday", *texts, "--force")
+        added = enter(environment, "patcher", "add-label", "payday", *texts, "--force", "--classifier", "intent")
         assert added.returncode == 0, added.stderr
         with TritonServer(environment["TRITON_URL"]) as server:
             (answer,) = server.classify("intent", ["payday number 3 please"])

@@ -192,3 +192,8 @@ def test_the_file_is_small_and_plain():
     assert {node.domain for node in model.graph.node} == {""}
     assert (model.ir_version, model.opset_import[0].version) == (8, 17)
     assert ort.InferenceSession(write_head(head), providers=["CPUExecutionProvider"])
+
+
+def test_a_label_that_is_no_text_is_not_there(classifier):
+    with pytest.raises(LabelError, match="no label 3 among the 6"):
+        classifier.head().index(3)

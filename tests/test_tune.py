@@ -127,13 +127,17 @@ def test_what_won_by_chance_is_told_and_not_written(classifier, tree, monkeypatc
         yield "one", [won]
 
     monkeypatch.setattr(module, "candidates", one)
-    ratios = iter([(1.5, 300.0), (0.75, 150.0)])
+    ratios = iter([(1.5, 300.0), (0.75, 150.0)] * 2)
     monkeypatch.setattr(module._Search, "versus", lambda *_: next(ratios))
     monkeypatch.setattr(module._Search, "measure", lambda *_: 200.0)
     found = tune(classifier, TEXTS, seconds=60, concurrency=4, progress=said.append)
     assert said[-1] == "the best gives 0.75 of what there was before in a last comparison: it had won by chance"
     assert (found.best, found.gain, found.throughput, found.written) == (found.before, 1.0, 200.0, False)
     assert tree(classifier.root) == before
+    found = tune(classifier, TEXTS, seconds=60, concurrency=4, response_cache=True)
+    assert (found.best, found.written) == (found.before, True)  # the cache was switched on all the same
+    after = tree(classifier.root)
+    assert [name for name in after if after[name] != before.get(name)] == ["intent_encoder/config.pbtxt"]
 
 
 @pytest.mark.server

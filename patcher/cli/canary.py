@@ -52,7 +52,7 @@ def canary_command(
     with options.server() as server:
         if promote:
             switch = canary.promote(classifier, server)
-            audit.note(classifier=classifier.name, version=switch.version, previous=switch.previous)
+            audit.note(version=switch.version, previous=switch.previous)
             options.emit({"classifier": classifier.name, "version": switch.version, "previous": switch.previous})
             if not options.json:
                 options.say(
@@ -61,14 +61,14 @@ def canary_command(
             return
         if discard:
             tried = canary.discard(classifier, server)
-            audit.note(classifier=classifier.name, version=tried)
+            audit.note(version=tried)
             options.emit({"classifier": classifier.name, "discarded": tried, "version": classifier.serving()})
             if not options.json:
                 options.say(f"the trial of version {tried} has ended; version {classifier.serving()} serves as before")
             return
         if version is not None and share is not None:
             canary.begin(classifier, version, share, server)
-            audit.note(classifier=classifier.name, version=version)
+            audit.note(version=version)
         found = canary.status(classifier, server)
     _show(classifier, found, evaluation, options)
 

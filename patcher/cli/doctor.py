@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from patcher import audit
 from patcher.cli.options import CommonOptions, common_options
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
@@ -41,6 +42,7 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
         except WrongPort as error:
             tell(doctor.Check("port", "fault", str(error)))
         if repair:
+            audit.note(repair=True)
             for check in doctor.repair(options.repo, server):
                 tell(check)
         for check in doctor.diagnose(options.repo, server, options.url):

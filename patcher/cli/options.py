@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from patcher import audit
 from patcher.cli.output import tell
 from patcher.errors import InputError
 from patcher.limits import MAX_FLIPS, MIN_RECALL
@@ -75,8 +76,10 @@ class CommonOptions:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The classifier named, or the only one."""
-        return self.repository.classifier(self.classifier_name)
+        """The classifier named, or the only one; from here on the event of this run says which."""
+        found = self.repository.classifier(self.classifier_name)
+        audit.note(classifier=found.name)
+        return found
 
     @property
     def address(self) -> str:

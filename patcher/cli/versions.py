@@ -108,7 +108,7 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
     classifier = options.classifier
     with options.server_unless(no_load) as server:
         switch = rollback(classifier, to, server)
-    audit.note(classifier=classifier.name, version=switch.version, previous=switch.previous)
+    audit.note(version=switch.version, previous=switch.previous)
     options.emit(
         {
             "classifier": classifier.name,
@@ -134,7 +134,7 @@ def prune_command(keep: int, options: CommonOptions) -> None:
 
     classifier = options.classifier
     pruned = prune(classifier, keep)
-    audit.note(classifier=classifier.name, versions=list(pruned))
+    audit.note(versions=list(pruned))
     options.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
     if not options.json:
         options.say(
