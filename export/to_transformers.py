@@ -122,7 +122,7 @@ def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str
     if split.split != width:
         raise ParityError(
             f"{loaded.source} has {split.split} classifier features, {classifier.name} {width}: it was exported from "
-            "another checkpoint"
+            "another checkpoint, or made by `patcher new-classifier`, whose heads fit the last layer of none"
         )
     try:
         check_parity(loaded.model, split, encoder, path, (), LIMITS.get(precision_of(path)))
