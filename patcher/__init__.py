@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from patcher.triton.tensors import Answer
     from patcher.triton.tls import ClientTls
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 
 # Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
 _HOMES = {
