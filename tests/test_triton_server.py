@@ -559,7 +559,8 @@ class TestInstallation:
         code = "from patcher.triton.installation import find_installation as find; first = find()\n"
         code += "assert find() == first; print(first.backends)\n"
         code += "assert (first.backends / 'python' / 'triton_python_backend_stub').is_file()\n"
-        code += "assert (first.backends / 'onnxruntime' / 'model.py').is_file()"
+        code += "assert (first.backends / 'onnxruntime' / 'model.py').is_file()\n"
+        code += "assert (first.backends / 'onnxruntime' / 'session.py').is_file()"
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
