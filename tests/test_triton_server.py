@@ -134,8 +134,8 @@ class TestServer:
         assert all(gone(each) for each in [pid, *stubs])
 
     def test_a_server_that_hangs_is_ended(self, classifier, tmp_path, monkeypatch):
-        monkeypatch.setattr("patcher.triton.server._SILENT_SECONDS", 4.0)
-        monkeypatch.setattr("patcher.triton.server._MISSED", 0)
+        monkeypatch.setattr("patcher.triton.watching._SILENT_SECONDS", 4.0)
+        monkeypatch.setattr("patcher.triton.watching._MISSED", 0)
         with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
             pid = running.pid
             timer = threading.Timer(1.0, os.kill, [pid, signal.SIGSTOP])
