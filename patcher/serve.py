@@ -79,13 +79,7 @@ def serve(
                 say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
             server.start(start_timeout)
-            say(
-                f"ready: gRPC {server.url}{' with TLS' if tls else ''}, HTTP {server.http_url}"
-                f"{'' if server.http else ' for health checks only'}"
-                f"{'' if server.http or tls else ' (--http opens it)'}, metrics {server.metrics_url}; "
-                f"log {server.log_file}; Ctrl-C stops it"
-            )
-            for line in (*_on_the_key(server, open_control=open_control), *hints):
+            for line in (_ready(server), *_on_the_key(server, open_control=open_control), *hints):
                 say(line)
             server.wait()
         except KeyboardInterrupt:
@@ -93,6 +87,15 @@ def serve(
         finally:
             code = server.stop()
     return code or 0
+
+
+def _ready(server: EmbeddedTriton) -> str:
+    return (
+        f"ready: gRPC {server.url}{' with TLS' if server.tls else ''}, HTTP {server.http_url}"
+        f"{'' if server.http else ' for health checks only'}"
+        f"{'' if server.http or server.tls else ' (--http opens it)'}, metrics {server.metrics_url}; "
+        f"log {server.log_file}; Ctrl-C stops it"
+    )
 
 
 def _on_the_key(server: EmbeddedTriton, *, open_control: bool) -> list[str]:

@@ -270,7 +270,7 @@ def test_doctor_finds_what_is_wrong(patcher, classifier):
      (False, True, "HTTP h:1 for health checks only, metrics")],
 )  # fmt: skip
 def test_serve_says_what_opens_http_where_it_only_answers_health_checks(http, tls, said, classifier, monkeypatch):
-    server = MagicMock(http=http, http_url="h:1")
+    server = MagicMock(http=http, http_url="h:1", tls=tls)
     server.stop.return_value = 0
     monkeypatch.setattr("patcher.serve.EmbeddedTriton", lambda *_, **__: server)
     told = []

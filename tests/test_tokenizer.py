@@ -27,7 +27,9 @@ from tritonclient.utils import InferenceServerException
 from patcher import model_config
 from patcher.configs import backbone_config
 from patcher.errors import ServerError, ServerRefused
+from patcher.triton.backends.onnxruntime import backbone
 from patcher.triton.backends.onnxruntime import model as backend
+from patcher.triton.backends.onnxruntime import settings as backend_settings
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tokenizer import model as tokenizer_model
 from patcher.triton.tokenizer.model import (
@@ -493,8 +495,8 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
 )
 def test_runs_a_backbone_that_is_for_a_cpu(tiny_original, tmp_path, monkeypatch, before, after, gpu, instances, runs):
     (tmp_path / "gpu").touch()
-    monkeypatch.setattr(backend, "GPUS", (str(tmp_path / "gpu"),) if gpu else ())
-    monkeypatch.setattr(backend, "DEVICES", tmp_path)
+    monkeypatch.setattr(backend_settings, "GPUS", (str(tmp_path / "gpu"),) if gpu else ())
+    monkeypatch.setattr(backend_settings, "DEVICES", tmp_path)
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
     config.write_text(config.read_text().replace(before, after))
@@ -527,7 +529,7 @@ def test_runs_a_backbone_on_the_only_gpu(
 ):
     for each in ("nvidiactl", *(f"nvidia{number}" for number in range(gpus))):
         (tmp_path / each).touch()
-    monkeypatch.setattr(backend, "DEVICES", tmp_path)
+    monkeypatch.setattr(backend_settings, "DEVICES", tmp_path)
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
     graphs = f'parameters {{ key: "cuda_graphs" value {{ string_value: "{setting}" }} }}'
@@ -542,24 +544,24 @@ def test_runs_a_backbone_on_the_only_gpu(
         assert path.is_file()
         return lambda names, inputs: calls.append((kind, device, names, {each.shape for each in inputs.values()}))
 
-    monkeypatch.setattr(backend, "open_runner", opened)
+    monkeypatch.setattr(backbone, "open_runner", opened)
     assert (backend.runner(folder, instances) is not None) == runs
     assert calls == ([("GPU", 0, ["features"], {(1, 8)}), ("GPU", 0, ["features"], {(64, 128)})] if runs else [])
-    monkeypatch.setattr(backend, "open_runner", backend_refuses)
+    monkeypatch.setattr(backbone, "open_runner", backend_refuses)
     assert backend.runner(folder, instances) is None
     assert ("does not run intent_backbone itself, but asks Triton for it: no CUDA" in capfd.readouterr().err) == runs
 
 
 def backend_refuses(*_):
-    raise backend.LoadError("no CUDA")
+    raise backend_settings.LoadError("no CUDA")
 
 
 def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "GPUS", ())
+    monkeypatch.setattr(backend_settings, "GPUS", ())
     folder = shutil.copytree(tiny_original, tmp_path / "model_repository") / "intent_backbone"
     config = folder / "config.pbtxt"
     config.write_text(config.read_text().replace(f"dims: {tiny.WIDTH}", "dims: 7"))
-    with pytest.raises(backend.LoadError, match="the configuration specifies"):
+    with pytest.raises(backend_settings.LoadError, match="the configuration specifies"):
         backend.runner(folder)
 
 

@@ -7,7 +7,11 @@ pattern below has both.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +24,8 @@ from tritonclient.utils import InferenceServerException
 from patcher import TritonServer
 from patcher.errors import ServerRefused
 from patcher.triton.backends.onnxruntime import graphs
-from patcher.triton.backends.onnxruntime import model as backend
+from patcher.triton.backends.onnxruntime import session as backend
+from patcher.triton.backends.onnxruntime.settings import LoadError, has_gpu
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -198,6 +203,52 @@ def test_refuses(case, load):
         load(data, config)
 
 
+# --- How its files find each other -----------------------------------------------------------------------------------
+
+LOADED_BY_PATH = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("model", sys.argv[1])
+backend = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(backend)
+def parts():
+    return sorted(name for name in sys.modules if name.startswith("patcher"))
+print(*parts())
+try:
+    backend.TritonPythonModel().initialize({
+        "model_config": '{"name": "m", "input": [], "output": []}',
+        "model_repository": "/nowhere",
+        "model_version": "1",
+        "model_instance_kind": "CPU",
+        "model_instance_device_id": "0",
+    })
+except AttributeError as error:  # Triton's own module is not there, and so neither is the exception for it
+    print(type(error.__context__).__name__)
+assert backend.runner(Path("/nowhere")) is None
+print(*parts())
+"""
+
+
+def test_the_files_find_each_other_where_patcher_is_not_installed(tmp_path):
+    """As in Triton's stub, which loads one file by its path; and a head's start loads what it needs alone."""
+    folder = shutil.copytree(Path(backend.__file__).parent, tmp_path / "onnxruntime")
+    (tmp_path / "session.py").write_text("raise SystemExit('not this one')")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_PATH, str(folder / "model.py")],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, refused, last = done.stdout.splitlines()
+    assert refused == "LoadError"
+    head = {"patcher_onnxruntime", *(f"patcher_onnxruntime.{name}" for name in ("check", "session", "settings"))}
+    assert set(first.split()) == head
+    assert set(last.split()) == head | {"patcher_onnxruntime.backbone"}
+
+
 # --- GPUs: what the providers get; there is none here ----------------------------------------------------------------
 
 
@@ -245,17 +296,15 @@ def test_an_accelerator_gets_its_parameters(config, provider, options, monkeypat
 )
 def test_an_accelerator_that_makes_no_sense(config, reason, monkeypatch):
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    with pytest.raises(backend.LoadError, match=reason):
+    with pytest.raises(LoadError, match=reason):
         backend._providers(config, "GPU", 0)
 
 
-@pytest.mark.skipif(backend._has_gpu(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_no_cpu(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("ORT_ENABLE_CUDNN_FLASH_ATTENTION", raising=False)
     (tmp_path / "model.onnx").write_bytes(linear())
-    with pytest.raises(
-        backend.LoadError, match=r"expected CUDAExecutionProvider.*onnxruntime-gpu\[cuda,cudnn\]|has no CUDA"
-    ):
+    with pytest.raises(LoadError, match=r"expected CUDAExecutionProvider.*onnxruntime-gpu\[cuda,cudnn\]|has no CUDA"):
         backend.open_session({}, tmp_path / "model.onnx", "GPU", 0)
     assert capfd.readouterr().out == ""
     if "CUDAExecutionProvider" in backend.ort.get_available_providers():
@@ -329,7 +378,7 @@ def test_inputs_of_several_shapes_and_chosen_outputs_are_left_to_the_session(ses
 
 @pytest.mark.parametrize("setting", ["8", "1,2 x", "1 x 2 x 3", "0 x 8", "one x 8"])
 def test_shapes_that_are_none(setting, tmp_path):
-    with pytest.raises(backend.LoadError, match=f"cuda_graphs is '{setting}'; expected batches x lengths"):
+    with pytest.raises(LoadError, match=f"cuda_graphs is '{setting}'; expected batches x lengths"):
         backend.open_runner(backbone_of(setting), tmp_path / "model.onnx", "GPU", 0)
 
 
@@ -353,10 +402,9 @@ def gpu(monkeypatch):
         def __init__(self, session, shapes, number):
             super().__init__(session, shapes, "cpu", number)
 
-    module = SimpleNamespace(**{**vars(graphs), "GraphedSession": OnTheCpu})
     monkeypatch.setattr(backend, "open_session", open_on_the_cpu)
-    monkeypatch.setattr(backend, "_beside", lambda _: module)
-    return SimpleNamespace(asked=asked, graphs=module)
+    monkeypatch.setattr(graphs, "GraphedSession", OnTheCpu)
+    return SimpleNamespace(asked=asked)
 
 
 def test_shapes_are_recorded_on_a_gpu_alone(tmp_path, gpu, capfd):
@@ -381,13 +429,13 @@ def test_what_cannot_be_recorded_runs_without(problem, reason, tmp_path, gpu, mo
     (tmp_path / "model.onnx").write_bytes(tokens_to_features())
     more = {"memory.enable_memory_arena_shrinkage": "gpu:0"} if problem == "memory" else {}
     if problem == "version":
-        monkeypatch.setattr(gpu.graphs, "check_version", lambda _: graphs.check_version("1.30.2"))
+        monkeypatch.setattr(backend.ort, "__version__", "1.30.2")
     if problem == "nodes":
         opened = backend.open_session
 
         def refuse(*given, graphs=False):
             if graphs:
-                raise backend.LoadError(reason)
+                raise LoadError(reason)
             return opened(*given)
 
         monkeypatch.setattr(backend, "open_session", refuse)
@@ -401,7 +449,7 @@ def test_what_cannot_be_recorded_runs_without(problem, reason, tmp_path, gpu, mo
 def test_graphs_are_for_cuda_alone(tmp_path, monkeypatch):
     providers = [f"{each}ExecutionProvider" for each in ("Tensorrt", "CUDA", "CPU")]
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: providers)
-    with pytest.raises(backend.LoadError, match="TensorrtExecutionProvider runs it; expected CUDA"):
+    with pytest.raises(LoadError, match="TensorrtExecutionProvider runs it; expected CUDA"):
         backend.open_session(accelerator("tensorrt"), tmp_path / "model.onnx", "GPU", 0, graphs=True)
 
 

@@ -134,8 +134,8 @@ class TestServer:
         assert all(gone(each) for each in [pid, *stubs])
 
     def test_a_server_that_hangs_is_ended(self, classifier, tmp_path, monkeypatch):
-        monkeypatch.setattr("patcher.triton.server._SILENT_SECONDS", 4.0)
-        monkeypatch.setattr("patcher.triton.server._MISSED", 0)
+        monkeypatch.setattr("patcher.triton.watching._SILENT_SECONDS", 4.0)
+        monkeypatch.setattr("patcher.triton.watching._MISSED", 0)
         with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
             pid = running.pid
             timer = threading.Timer(1.0, os.kill, [pid, signal.SIGSTOP])
@@ -559,7 +559,8 @@ class TestInstallation:
         code = "from patcher.triton.installation import find_installation as find; first = find()\n"
         code += "assert find() == first; print(first.backends)\n"
         code += "assert (first.backends / 'python' / 'triton_python_backend_stub').is_file()\n"
-        code += "assert (first.backends / 'onnxruntime' / 'model.py').is_file()"
+        code += "assert (first.backends / 'onnxruntime' / 'model.py').is_file()\n"
+        code += "assert (first.backends / 'onnxruntime' / 'session.py').is_file()"
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

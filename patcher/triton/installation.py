@@ -6,7 +6,7 @@ Python does that finds a ``pyvenv.cfg`` beside itself. So a folder is built, onc
 installation::
 
     <folder>/backends/python/{libtriton_python.so, triton_python_backend_utils.py, triton_python_backend_stub}
-    <folder>/backends/onnxruntime/model.py          the backend of this package
+    <folder>/backends/onnxruntime/*.py              the backend of this package
     <folder>/backends/onnxruntime/*.so*             Triton's own, where a folder with it was given: it goes before
     <folder>/env/{pyvenv.cfg, bin/python3, lib/python3.X/site-packages/patcher_stub.pth}
                                                     this interpreter, its standard library, where its packages lie
@@ -173,10 +173,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
         "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
         "backends/python/triton_python_backend_utils.py": server / "backends/python/triton_python_backend_utils.py",
         "backends/python/triton_python_backend_stub": stub,
-        **{
-            f"backends/onnxruntime/{name}": _HERE / "backends" / "onnxruntime" / name
-            for name in ("model.py", "graphs.py")
-        },
+        **{f"backends/onnxruntime/{path.name}": path for path in sorted((_HERE / "backends/onnxruntime").glob("*.py"))},
         "stub_start.py": _HERE / "stub_start.py",
     }
     paths = _package_folders()

@@ -1,4 +1,4 @@
-"""How the server's process is started, watched and kept discreet."""
+"""How the server's process is started and kept discreet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "accepts",
     "address",
-    "dead_children",
     "free_ports",
     "has_gpu",
     "hide_argument",
@@ -43,20 +42,6 @@ if sys.argv[2] == "traced" and {TRACED}:
     sys.exit(1)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-
-
-def dead_children(pid: int) -> list[int]:
-    """Children of a process that ended without its asking whether they did, as Triton's stubs when they are killed.
-
-    Triton asks after each that it ends itself, or that fails to start.
-    """
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it is gone meanwhile
-            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            if (state, parent) == ("Z", str(pid)):
-                found.append(int(path.parent.name))
-    return found
 
 
 def start_with_parent(

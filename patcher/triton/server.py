@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import ipaddress
-import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +18,7 @@ from patcher.arguments import listed, require
 from patcher.errors import InputError, ServerError
 from patcher.storage import is_url
 from patcher.telemetry import turn_off
-from patcher.triton import regions, server_log
+from patcher.triton import over_http, regions, server_log
 from patcher.triton.client import TritonServer, admin_headers
 from patcher.triton.installation import find_installation
 from patcher.triton.kept_key import KeptKey, state_folder
@@ -30,7 +26,6 @@ from patcher.triton.prepared import make_private
 from patcher.triton.process import (
     accepts,
     address,
-    dead_children,
     free_ports,
     has_gpu,
     hide_argument,
@@ -38,6 +33,7 @@ from patcher.triton.process import (
     reachable,
     start_with_parent,
 )
+from patcher.triton.watching import watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,11 +49,7 @@ __all__ = ["START_SECONDS", "EmbeddedTriton"]
 START_SECONDS = 120.0
 """A server that starts is given up where it told nothing for so long."""
 _POLL_SECONDS = 0.02
-_WATCH_SECONDS = 1.0
-_SILENT_SECONDS, _MISSED = 60.0, 3
 _PORT_TRIES = 3
-_DRAIN_SECONDS = 2.0
-"""What a server that is to stop may take to answer: one that hangs is not waited for."""
 _KEY_VARIABLE = "PATCHER_ADMIN_KEY"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
 # Model control can run code, the trace and log settings can write files, and whoever registers shared memory may have
@@ -267,7 +259,7 @@ class EmbeddedTriton:
             def ready(model: str = "") -> bool:
                 # With TLS we may lack what the server asks of clients; health over HTTP is open on loopback.
                 if self.tls:
-                    return self._http_ready(f"models/{model}/ready" if model else "health/live")
+                    return over_http.says(self.http_url, f"models/{model}/ready" if model else "health/live")
                 return client.is_ready(model) if model else client.is_live()
 
             # HTTP and metrics come a little after gRPC.
@@ -290,13 +282,6 @@ class EmbeddedTriton:
                     )
                 time.sleep(_POLL_SECONDS)
 
-    def _http_ready(self, what: str) -> bool:
-        try:
-            with _no_proxy().open(f"http://{self.http_url}/v2/{what}", timeout=5.0):
-                return True
-        except (OSError, urllib.error.HTTPError):
-            return False
-
     def stop(self) -> int | None:
         """End the server; requests in flight may finish. Its exit code, or None where none ran."""
         if self._kept:
@@ -305,7 +290,7 @@ class EmbeddedTriton:
         if process is None:
             return None
         try:
-            self._drain(time.monotonic() + self.exit_timeout)
+            over_http.drain(self.http_url, self._http_key, self.models, self.exit_timeout)
             process.terminate()
             process.wait(self.exit_timeout + 10)
         except subprocess.TimeoutExpired:
@@ -323,61 +308,13 @@ class EmbeddedTriton:
         regions.free(self._shared_memory)
         return process.returncode
 
-    def _drain(self, deadline: float) -> None:
-        """Turn new requests away, and let those in flight finish while an encoder may still ask its backbone.
-
-        A server that was told to stop lets ensembles go on, but refuses what one model asks of another.
-        """
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # it is gone, or hangs
-            for model in self.models:
-                if not model.endswith("_backbone"):  # which is still asked
-                    self._control(f"models/{model}/unload")
-            while time.monotonic() < deadline:
-                states = {each.get("state") for each in json.loads(self._control("index"))}
-                if "UNLOADING" not in states:
-                    return
-                time.sleep(_POLL_SECONDS)
-
-    def _control(self, what: str) -> bytes:
-        """Ask the server's model control by HTTP, which takes the key beside TLS, too."""
-        headers = {"admin-key": self._http_key}
-        request = urllib.request.Request(f"http://{self.http_url}/v2/repository/{what}", b"{}", headers)
-        with _no_proxy().open(request, timeout=_DRAIN_SECONDS) as answer:
-            data: bytes = answer.read()
-        return data
-
     def wait(self) -> None:
         """Wait for as long as the server runs; ServerError with its log's words when it ends by itself.
 
-        It is ended when one of its Python processes dies: Triton starts none again, says that all is well, and answers
-        no request to the models of that process. And when it hangs: it has not even said that it lives for a minute.
+        It is ended when it hangs, and when one of its Python processes dies (see :mod:`~patcher.triton.watching`).
         """
-        process = self._process
-        if process is None:
-            return
-        dead: set[int] = set()
-        heard, missed = time.monotonic(), 0
-        while process.poll() is None:
-            if self._http_ready("health/live"):
-                heard, missed = time.monotonic(), 0
-            else:
-                missed += 1
-            # Asked several times: a machine that was paused may have passed the minute in one step.
-            if missed > _MISSED and time.monotonic() - heard > _SILENT_SECONDS and process.poll() is None:
-                process.kill()
-                raise ServerError(
-                    f"tritonserver hung: it did not answer for {_SILENT_SECONDS:.0f} s, so it was stopped; start it "
-                    f"again.{self._log_says()}"
-                )
-            before, dead = dead, set(dead_children(process.pid))
-            if before & dead:  # one that Triton itself ended may be seen once, before it asks
-                process.kill()
-                raise ServerError(
-                    "a Python process of tritonserver died (killed, or out of memory?), and the models in it could not "
-                    f"answer any more, so the server was ended; start it again.{self._log_says()}"
-                )
-            time.sleep(_WATCH_SECONDS)
-        raise ServerError(f"tritonserver exited unexpectedly with exit code {process.returncode}.{self._log_says()}")
+        if self._process is not None:
+            watch(self._process, lambda: over_http.says(self.http_url, "health/live"), self.log_file)
 
     @cached_property
     def installation(self) -> Installation:
@@ -439,8 +376,3 @@ class EmbeddedTriton:
 
     def _log_says(self) -> str:
         return server_log.last_words(self.log_file)
-
-
-def _no_proxy() -> urllib.request.OpenerDirector:
-    # A proxy from the environment would be asked for this very machine, too.
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))

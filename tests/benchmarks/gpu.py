@@ -49,7 +49,8 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
     from google.protobuf import json_format
 
     from patcher.model_config import parameter, parse
-    from patcher.triton.backends.onnxruntime.model import GRAPHS, open_runner
+    from patcher.triton.backends.onnxruntime.session import open_runner
+    from patcher.triton.backends.onnxruntime.settings import GRAPHS
     from patcher.triton.tokenizer.model import LARGEST, graphed, graphed_shapes
 
     message = parse((path.parents[1] / "config.pbtxt").read_text())

@@ -4,7 +4,7 @@ A short text's time on a GPU is the sum of the launches of some hundred kernels.
 but only for tensors of the shape and at the address that it was recorded with. So each shape has tensors of its own on
 the device, into which the inputs are copied; a call of any other shape runs as before.
 
-The file lies beside the backend's ``model.py``, runs inside Triton's stub process and imports nothing of this package.
+It is loaded where a configuration asks for them on a GPU.
 """
 
 from __future__ import annotations
