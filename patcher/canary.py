@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.head import Head
+    from patcher.triton.client import ModelStatistics
     from patcher.triton.tensors import Answer
 
 __all__ = [
@@ -337,7 +338,7 @@ def _release(name: str, server: TritonServer | None, before: str = "") -> None:
 
 
 def _arm(classifier: Classifier, server: TritonServer) -> Arm:
-    found = [entry for replica in present(server) for entry in replica.statistics(classifier.head_model)]
+    found = [entry for replica in present(server) for entry in _statistics(classifier, replica)]
     served = [entry for entry in found if entry.version == str(classifier.serving())]
     requests = sum(entry.successes for entry in served)
     spent = sum(entry.queue_ns + entry.compute_ns for entry in served)
@@ -348,3 +349,14 @@ def _arm(classifier: Classifier, server: TritonServer) -> Arm:
         failures=sum(entry.failures for entry in served),
         mean_ms=spent / requests / 1e6 if requests else None,
     )
+
+
+def _statistics(classifier: Classifier, server: TritonServer) -> list[ModelStatistics]:
+    try:
+        return server.statistics(classifier.head_model)
+    except ServerRefused as error:
+        if server.is_ready(classifier.head_model):
+            raise
+        raise ServerRefused(
+            f"{server.url} has not loaded {classifier.name}, version {classifier.serving()}: `patcher sync` loads it"
+        ) from error

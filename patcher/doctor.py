@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import platform
@@ -44,10 +45,10 @@ _OPTIONAL = {
 }
 
 
-def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Iterator[Check]:
+def diagnose(location: Path | str, server: TritonServer | None, url: str, *, expected: bool = False) -> Iterator[Check]:
     """Look at everything, the cheap things first; yields each finding as it is made.
 
-    ``server`` is None where nobody answered at ``url``.
+    ``server`` is None where nobody answered at ``url``, which is a fault where a server is ``expected`` there.
     """
     yield from _installation()
     try:
@@ -71,17 +72,18 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str) -> Ite
         except Exception as error:  # noqa: BLE001  what is so odd that nothing here expected it is a finding, too
             yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
-        yield Check(
-            "server", "note", f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
-        )
+        found = f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+        yield Check("server", "fault" if expected else "note", found)
         return
+    several = len(members(server)) > 1
     for member in members(server):
         if member not in present(server):
             yield Check(
                 "server", "fault", f"no server answers at {member.url}, one of {url}; run `patcher sync` when it does"
             )
             continue
-        yield from _on_server(repository, names, member)
+        for check in _on_server(repository, names, member):
+            yield dataclasses.replace(check, what=f"{check.what} at {member.url}") if several else check
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:

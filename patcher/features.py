@@ -40,7 +40,7 @@ def extract_features(
         features = Encoder(backbone.backbone_path, backbone.tokenizer_path).encode(texts, progress)
     else:
         check_same_backbone(backbone, server)
-        features = server.features(backbone.features_model, texts)
+        features = server.features(backbone.features_model, texts, progress)
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
         raise RepositoryError(f"the backbone gives features that are not finite for {texts[bad]!r:.80}")

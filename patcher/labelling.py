@@ -27,7 +27,7 @@ from patcher.triton.client import TritonServer
 from patcher.words import label_words, plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -133,6 +133,7 @@ def add_labels(
     evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
     skip_known: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> PatchReport:
     """Add labels to a classifier in one patch: fit, gate, publish, load, probe.
 
@@ -149,6 +150,8 @@ def add_labels(
         texts that are neither examples nor replayed.
     skip_known
         Leave labels alone that the head has already, instead of refusing them.
+    progress
+        Called with the number of texts whose features are computed so far, of all that are given.
 
     Raises
     ------
@@ -171,7 +174,8 @@ def add_labels(
     require_live(server)
     # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
     with watch("features"):
-        features = _features(target, head, texts, replay, evaluation, server, use_name=settings.use_name)
+        extractor = _Extractor(target, server, progress)
+        features = _features(head, texts, replay, evaluation, extractor, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
         patch, report = _patched(target, texts, features, repeated, settings, watch, skip_known=skip_known)
         if report.gate == "refused":
@@ -274,34 +278,51 @@ class _Features(NamedTuple):
     evaluation: _Data | None
 
 
+@dataclass
+class _Extractor:
+    """Computes features of one list of texts after the other; ``progress`` hears how many are done in all of them."""
+
+    classifier: Classifier
+    server: TritonServer | None
+    progress: Callable[[int], None] | None
+    done: int = 0
+
+    def __call__(self, texts: Sequence[str]) -> Floats:
+        features = extract_features(self.classifier, texts, self.server, self._heard)
+        self.done += len(texts)
+        return features
+
+    def _heard(self, done: int) -> None:
+        if self.progress:
+            self.progress(self.done + done)
+
+
 def _features(
-    classifier: Classifier,
     head: Head,
     texts: Mapping[str, Sequence[str]],
     replay: Examples | None,
     evaluation: Examples | None,
-    server: TritonServer | None,
+    extract: _Extractor,
     *,
     use_name: bool,
 ) -> _Features:
     words = {label: text for label in texts if (text := label_words(label))} if use_name else {}
     flat = [text for group in texts.values() for text in group]
-    features = extract_features(classifier, [*flat, *words.values()], server)
+    features = extract([*flat, *words.values()])
     shown = (*flat, *(replay.texts if replay else ()))
     *groups, names = np.split(features, np.cumsum([len(group) for group in texts.values()]))
     return _Features(
         dict(zip(texts, groups, strict=True)),
         dict(zip(words, names, strict=True)),
-        _data(classifier, head, replay, server),
-        _data(classifier, head, evaluation, server, tuple(texts), shown),
+        _data(head, replay, extract),
+        _data(head, evaluation, extract, tuple(texts), shown),
     )
 
 
 def _data(
-    classifier: Classifier,
     head: Head,
     examples: Examples | None,
-    server: TritonServer | None,
+    extract: _Extractor,
     new: Sequence[str] = (),
     shown: Sequence[str] = (),
 ) -> _Data | None:
@@ -317,7 +338,7 @@ def _data(
     if not unseen.texts:
         raise ExamplesError(f"{examples.source}: each text is an example or replayed; expected some that the fit lacks")
     once = unseen.once(several=not head.exclusive)
-    return _Data(once, extract_features(classifier, once.texts, server), len(unseen) - len(once))
+    return _Data(once, extract(once.texts), len(unseen) - len(once))
 
 
 def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features, repeated: Sequence[Repeat]) -> Given:

@@ -286,5 +286,5 @@ def expose(targets: Targets, host: str, port: int) -> tuple[Any, Any]:
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        raise ToolError(f"cannot listen on {host}:{port}: {error.strerror or error}; name another port") from error
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror or error}; name another port") from error
     return server, thread

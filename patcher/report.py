@@ -151,15 +151,22 @@ def render(report: Report) -> str:
     return page
 
 
-def write_page(report: Report, path: Path) -> None:
-    """The page as a file, whole or not at all.
-
-    Raises InputError where its folder is not there, StorageError where the file cannot be written.
-    """
+def check_target(path: Path) -> None:
+    """InputError for a path that is no page's, so that no other file is replaced by one, or has no folder."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"cannot write a page to {path}: expected a name that ends in .html")
     if not path.parent.is_dir():
         raise InputError(
             f"cannot write {path}: there is no folder {path.parent}; expected a path in an existing folder"
         )
+
+
+def write_page(report: Report, path: Path) -> None:
+    """The page as a file, whole or not at all.
+
+    Raises InputError as ``check_target`` does, StorageError where the file cannot be written.
+    """
+    check_target(path)
     page = render(report)
     with storage_errors(path):
         replace(path, page.encode())

@@ -347,6 +347,15 @@ def test_the_verb(live, monkeypatch, command, tmp_path):
     assert command("canary", "--version", "3")[0] == 2
     assert command("canary", "--discard")[0] == 0
     assert "no version of intent is on trial" in command("canary")[1]
+    file = tiny.write_csv(tmp_path / "b.csv", {"pizza": tiny.sentences("pizza", 10)})
+    assert command("add-label", "--examples", file, "--canary", "25", "--no-load")[0] == 0
+    code, _, err = command("canary", "--eval", held_out)
+    assert (code, "`patcher sync` loads it" in err) == (1, True)
+    assert "has not loaded intent_canary, version" in err
+    assert command("canary", "--eval", tmp_path / "nothing.csv")[0] == 2
+    assert command("sync")[0] == 0
+    assert "is on trial with 25 %" in command("canary")[1]
+    assert command("canary", "--discard")[0] == 0
     code, out, _ = command("canary", "--version", version, "--percent", "5", "--json")
     assert (code, json.loads(out)["percent"]) == (0, 5)
     code, out, _ = command("canary", "--promote", "--json")

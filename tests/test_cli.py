@@ -253,10 +253,13 @@ def test_a_newer_repository_is_left_alone(patcher, classifier, examples, tree):
     assert tree(classifier.root) == before
 
 
-def test_doctor_finds_what_is_wrong(patcher, classifier):
+def test_doctor_finds_what_is_wrong(patcher, classifier, monkeypatch):
     code, out, _ = patcher("doctor", "--json")
     checks = {check["what"]: check for check in json.loads(out)}
-    assert (code, checks["intent"]["state"], checks["server"]["state"]) == (0, "ok", "note")
+    assert (code, checks["intent"]["state"], checks["server"]["state"]) == (1, "ok", "fault")
+    monkeypatch.delenv("TRITON_URL")  # then there need not be one
+    code, out, _ = patcher("doctor", "--json")
+    assert (code, {check["what"]: check for check in json.loads(out)}["server"]["state"]) == (0, "note")
     backbone = classifier.root / "intent_backbone" / "1" / "model.onnx"
     backbone.write_bytes(backbone.read_bytes() + b"\0")
     code, out, _ = patcher("doctor")
@@ -471,11 +474,11 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
     log = tmp_path / "audit.jsonl"
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
     assert patcher("rollback", "--no-load")[0] == 2  # to what, the first version?
-    assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 0
-    assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 0
+    assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 1  # nobody is there, although one is named
+    assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 1
     events = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(event["verb"], event["outcome"], event.get("classifier")) for event in events]
-    assert found == [("rollback", "bad_input", "intent"), ("doctor", "done", None)]
+    assert found == [("rollback", "bad_input", "intent"), ("doctor", "failed", None)]
 
 
 def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
@@ -586,3 +589,25 @@ def test_one_long_label_does_not_widen_every_line_of_the_history(patcher):
     assert patcher("rename-label", "music", "x" * 500, "--no-load")[0] == 0
     assert max(map(len, patcher("history")[1].splitlines())) < 200
     assert json.loads(patcher("history", "--json")[1])[1]["renamed"] == [["music", "x" * 500]]
+
+
+def test_of_several_columns_of_labels_those_that_are_not_read_are_named(patcher, tmp_path):
+    rows = [f"{text},payday,other" for text in tiny.sentences("payday", 10)]
+    (tmp_path / "two.csv").write_text("\n".join(["text,label,intent", *rows]))
+    code, out, err = patcher("add-label", "--examples", tmp_path / "two.csv", "--no-load", "--dry-run")
+    assert (code, "would add payday" in out) == (0, True)
+    assert "two.csv has more than one column of texts or labels; not read: 'intent'" in err
+
+
+def test_long_work_says_how_far_it_is(patcher, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr("patcher.cli.options._PROGRESS_SECONDS", 0.0)
+    old = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 12, seed=3) for label in tiny.OLD})
+    code, _, err = patcher("add-label", "--examples", examples, "--replay", old, "--no-load", "--dry-run")
+    assert (code, " of 82 texts, 0 s to go" in err) == (0, True), err
+
+
+def test_no_input_is_overwritten(patcher, examples):
+    before = examples.read_bytes()
+    code, _, err = patcher("loadtest", "--input", examples, "--csv", examples)
+    assert (code, "is read by this very command" in err) == (2, True)
+    assert examples.read_bytes() == before

@@ -237,7 +237,7 @@ def outdated(classifier, tmp_path):
 def test_what_doctor_advises_works_as_it_stands(outdated, command):
     repository = ["--repo", outdated.root]
     code, out, _ = command("doctor", "--url", "127.0.0.1:1", *repository)
-    assert (code, "intent_encoder, second_encoder: of an older patcher; `patcher upgrade` renews" in out) == (0, True)
+    assert (code, "intent_encoder, second_encoder: of an older patcher; `patcher upgrade` renews" in out) == (1, True)
     code, out, _ = command("upgrade", *repository)
     assert (code, "updated intent_encoder, second_encoder;" in out) == (0, True)
     assert "of an older patcher" not in command("doctor", "--url", "127.0.0.1:1", *repository)[1]

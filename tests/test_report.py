@@ -135,6 +135,11 @@ def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
     assert run(patched, "--version", "9", "--html", tmp_path / "page.html") == 2
     assert "9" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+    before = held_out.read_bytes()
+    assert run(patched, "--eval", held_out, "--html", held_out) == 2
+    assert run(patched, "--html", held_out) == 2
+    assert "expected a name that ends in .html" in capsys.readouterr().err
+    assert held_out.read_bytes() == before
     (tmp_path / "a folder").mkdir()
     assert run(patched, "--html", tmp_path / "a folder") == 2
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -107,6 +107,7 @@ def add_label_command(
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = options.classifier
+    total = sum(map(len, (*examples.values(), *(each.texts for each in old if each))))
     # A dry run changes nothing, so it need not insist on a server: local files give the same features.
     with options.server_unless(no_load or dry_run) as server:
         report = add_labels(
@@ -118,6 +119,7 @@ def add_label_command(
             evaluation=old[1],
             settings=limits,
             skip_known=label is None,
+            progress=options.progress(total),
         )
     pruned = prune(classifier, keep) if keep is not None and report.published else ()
     if options.json:
@@ -132,7 +134,7 @@ def _examples(
     file: Path | None, texts: tuple[str, ...], label: str | None, options: CommonOptions
 ) -> dict[str, list[str]]:
     """The examples by label, all of them ``label``'s where it is given; warns of columns that are not read."""
-    from patcher.examples import read_examples
+    from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS, read_examples
     from patcher.new_texts import new_examples
 
     if (file is None) == (not texts):
@@ -147,6 +149,11 @@ def _examples(
         columns = ", ".join(f"{name!r:.60}" for name in read.unread)
         told = f"only the texts of {read.source} are read (not {columns}); all {len(read)} become examples of {label!r}"
         tell(f"warning: {told}", err=True)
+    elif label is None:
+        rivals = [name for name in read.unread if name.strip().lower() in (*TEXT_COLUMNS, *LABEL_COLUMNS)]
+        if rivals:
+            named = ", ".join(f"{name!r:.60}" for name in rivals)
+            tell(f"warning: {read.source} has more than one column of texts or labels; not read: {named}", err=True)
     return examples
 
 

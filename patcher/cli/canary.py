@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from patcher.canary import Canary
     from patcher.classifier import Classifier
+    from patcher.examples import Examples
 
 
 @click.command("canary")
@@ -43,12 +44,14 @@ def canary_command(
     patcher canary --promote
     """
     from patcher import canary
+    from patcher.examples import read_examples
 
     classifier = options.classifier
     if sum((version is not None or share is not None, promote, discard)) > 1:
         raise click.UsageError("expected one of --version with --percent, --promote, --discard")
     if (version is None) != (share is None):
         raise click.UsageError("expected --version N and --percent P together")
+    examples = read_examples(evaluation) if evaluation else None
     with options.server() as server:
         if promote:
             switch = canary.promote(classifier, server)
@@ -70,17 +73,16 @@ def canary_command(
             canary.begin(classifier, version, share, server)
             audit.note(version=version)
         found = canary.status(classifier, server)
-    _show(classifier, found, evaluation, options)
+    _show(classifier, found, examples, options)
 
 
-def _show(classifier: Classifier, found: Canary | None, evaluation: Path | None, options: CommonOptions) -> None:
+def _show(classifier: Classifier, found: Canary | None, examples: Examples | None, options: CommonOptions) -> None:
     from patcher.difference import diff
-    from patcher.examples import read_examples
 
     document: dict[str, Any] = {"classifier": classifier.name, "version": None} if found is None else found.to_json()
     difference = None
-    if found is not None and evaluation is not None:
-        difference = diff(classifier, classifier.serving(), found.version, read_examples(evaluation))
+    if found is not None and examples is not None:
+        difference = diff(classifier, classifier.serving(), found.version, examples)
         document["comparison"] = difference.to_json()
     options.emit(document)
     if options.json:

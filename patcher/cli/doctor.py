@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options
@@ -21,12 +22,13 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 def doctor_command(repair: bool, options: CommonOptions) -> int:
     """Check what is installed, the repository and the servers, and whether they agree.
 
-    Exits with 1 if anything is at fault.
+    Exits with 1 if anything is at fault: also if no server answers at an address that --url or $TRITON_URL names.
     """
     from patcher import doctor
     from patcher.errors import TlsError, WrongPort
 
     checks = []
+    expected = click.get_current_context().get_parameter_source("urls") is not ParameterSource.DEFAULT
 
     def tell(check: doctor.Check) -> None:
         checks.append(check)
@@ -45,7 +47,7 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
             audit.note(repair=True)
             for check in doctor.repair(options.repo, server):
                 tell(check)
-        for check in doctor.diagnose(options.repo, server, options.url):
+        for check in doctor.diagnose(options.repo, server, options.url, expected=expected):
             tell(check)
     options.emit([check.to_json() for check in checks])
     return int(any(check.state == "fault" for check in checks))

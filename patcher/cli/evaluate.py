@@ -30,7 +30,7 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
     from patcher.lifecycle import evaluate
 
     examples = read_examples(file)
-    result = evaluate(options.classifier, examples, version, options.progress("texts", len(examples)))
+    result = evaluate(options.classifier, examples, version, options.progress(len(examples)))
     if options.json:
         options.emit(result.to_json())
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import FILE, CommonOptions, common_options
+from patcher.cli.options import FILE, CommonOptions, common_options, refuse_overwriting
 from patcher.cli.output import table, tell
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def loadtest_command(
     if concurrency is None and request_rate is None:
         concurrency = "1:8:3"
     loads = parse_loads(concurrency, request_rate)
+    refuse_overwriting(csv_file, file)
+    refuse_overwriting(plot_file, file)
     check_targets(csv_file, plot_file)
     texts = read_examples(file).texts if file else _TEXTS
     models = [options.address, *([against] if against else [])]

@@ -96,7 +96,7 @@ def new_classifier_command(
             backbone=backbone,
             server=server,
             settings=wishes,
-            progress=options.progress("texts", len(examples)),
+            progress=options.progress(len(examples)),
         )
     if options.json:
         options.emit(report.to_json())

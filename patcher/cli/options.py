@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import stat
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +44,7 @@ __all__ = [
     "min_recall_option",
     "no_load_option",
     "read_key",
+    "refuse_overwriting",
     "repo_option",
     "trust_remote_code_option",
     "version_option",
@@ -51,6 +52,9 @@ __all__ = [
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+_PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -142,16 +146,26 @@ class CommonOptions:
             # What would not be printed as it is, is written out as JSON does that.
             tell("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
-    def progress(self, what: str, total: int | None = None) -> Callable[[int], None]:
-        """A counter on stderr that overwrites itself, silent where stderr is no terminal."""
-        if not sys.stderr.isatty():
-            return lambda _: None
+    def progress(self, total: int) -> Callable[[int], None]:
+        """Report on stderr, every few seconds, how many of ``total`` texts are done."""
+        started = last = time.monotonic()
 
         def show(done: int) -> None:
-            end = "\n" if total is not None and done >= total else ""
-            click.echo(f"\r{what}: {done}" + (f" of {total}" if total else "") + end, err=True, nl=False)
+            nonlocal last
+            now = time.monotonic()
+            if done < total and now - last >= _PROGRESS_SECONDS:
+                last = now
+                left = (now - started) / done * (total - done)
+                tell(f"{done:,} of {total:,} texts, {left:.0f} s to go", err=True)
 
         return show
+
+
+def refuse_overwriting(output: Path | None, *inputs: Path | None) -> None:
+    """InputError where what a verb is to write would take the place of a file that it reads."""
+    for path in inputs:
+        if output and path and output.exists() and path.exists() and output.samefile(path):
+            raise InputError(f"{output} is read by this very command; name another file to write to")
 
 
 def read_key(path: Path | None) -> str | None:

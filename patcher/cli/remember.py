@@ -45,7 +45,7 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
             examples,
             server,
             per_label=FEATURES_A_LABEL if kind == "features" else 0,
-            progress=options.progress("texts", len(examples)),
+            progress=options.progress(len(examples)),
         )
     memory = classifier.memory(switch.version)
     size = memory.size if memory else 0

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import FILE, CommonOptions, common_options, eval_option, version_option
+from patcher.cli.options import (
+    FILE,
+    CommonOptions,
+    common_options,
+    eval_option,
+    refuse_overwriting,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +37,13 @@ def report_command(version: int | None, evaluation: Path | None, page: Path | No
     if page is None and not options.json:
         raise click.UsageError("expected --html FILE, or --json for the same content as a document")
     from patcher.examples import read_examples
-    from patcher.report import make_report, write_page
+    from patcher.report import check_target, make_report, write_page
 
+    refuse_overwriting(page, evaluation)
+    if page is not None:
+        check_target(page)
     examples = read_examples(evaluation) if evaluation else None
-    progress = options.progress("texts", len(examples)) if examples else None
+    progress = options.progress(len(examples)) if examples else None
     found = make_report(options.classifier, version, examples, progress)
     if page is not None:
         write_page(found, page)

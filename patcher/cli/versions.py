@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_SHOWN = 20
+"""Flips that `diff` lists."""
+
+
 @click.command("labels")
 @version_option
 @common_options("classifier")
@@ -90,8 +94,10 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
     for line in changed_answers(difference, "now"):
         options.say(line)
     if difference.flips:
-        rows = [(flip.text[:60], flip.label, flip.before, flip.after) for flip in difference.flips[:20]]
+        rows = [(_shortened(flip.text, 60), flip.label, flip.before, flip.after) for flip in difference.flips[:_SHOWN]]
         options.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
+        if (more := len(difference.flips) - _SHOWN) > 0:
+            options.say(f"and {more} more (--json lists them all)")
 
 
 @click.command("rollback")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from patcher.triton.tensors import encode_text, read_answers, read_output, strin
 from patcher.triton.tls import ClientTls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -326,15 +326,27 @@ class TritonServer:
         """
         return self._infer(classifier, texts, read_answers, without=None if logits else "logits")
 
-    def features(self, model: str, texts: Iterable[str]) -> NDArray[np.float32]:
-        """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`."""
-        rows = self._infer(model, texts, lambda _, result: list(read_output(result, "features")))
+    def features(
+        self, model: str, texts: Iterable[str], progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Features FP32 ``[n, width]`` of ``texts`` from a features ensemble; InputError as for :meth:`classify`.
+
+        ``progress`` is called with the number of texts done so far.
+        """
+        rows = self._infer(model, texts, lambda _, result: list(read_output(result, "features")), progress=progress)
         if not rows:
             (output,) = self.model_config(model).output
             return np.empty((0, output.dims[0]), dtype=np.float32)
         return np.stack(rows)
 
-    def _infer(self, model: str, given: Iterable[str], read: Any, without: str | None = None) -> list[Any]:
+    def _infer(
+        self,
+        model: str,
+        given: Iterable[str],
+        read: Any,
+        without: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Any]:
         require(str, model=model)
         texts = listed(given, "texts")
         encoded = [encode_text(text, f"texts[{index}]") for index, text in enumerate(texts)]
@@ -350,14 +362,13 @@ class TritonServer:
             result = self._request(model, [encoded[index] for index in batch], outputs)
             return list(read([texts[index] for index in batch], result))
 
-        if len(batches) == 1:
-            answers = [ask(batches[0])]
-        else:
-            with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-                answers = list(pool.map(ask, batches))
         found: dict[int, Any] = {}
-        for batch, rows in zip(batches, answers, strict=True):
-            found.update(zip(batch, rows, strict=True))
+        with ThreadPoolExecutor(_IN_FLIGHT) if len(batches) > 1 else nullcontext() as pool:
+            answers = pool.map(ask, batches) if pool else map(ask, batches)
+            for batch, rows in zip(batches, answers, strict=True):
+                found.update(zip(batch, rows, strict=True))
+                if progress:
+                    progress(len(found))
         return [found[index] for index in range(len(encoded))]
 
     def _request(self, model: str, encoded: Sequence[bytes], outputs: Sequence[str] | None) -> Any:
