@@ -42,8 +42,8 @@ _PAIR_SLACK = 10_000
 _GPU_SLACK = 512
 _GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
 
-# MiniLM on an H200, with CUDA graphs: a call takes 0.2 to 0.8 of its time up to batches of 64 x 32 tokens, 0.9 at
-# 64 x 64, and no less at 64 x 128.
+# MiniLM on an H200: with CUDA graphs a call takes 0.2 to 0.8 of its time without them for batches of up to 64 x 32
+# tokens, 0.9 at 64 x 64, and the same at 64 x 128.
 GRAPHS = "cuda_graphs"
 """The parameter that names the batch shapes that a GPU runs as CUDA graphs."""
 _GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -52,7 +52,7 @@ _GRAPH_LENGTHS = (8, 16, 24, 32, 48, 64)
 SLACK = "padding_slack"
 """The parameter that limits the padding accepted to put texts of different lengths into one batch."""
 PROGRAM_HASH = "program"
-"""The parameter with the hash of the model's program, from which one sees which program a server has loaded."""
+"""The parameter with the hash of the model's program, which shows what program a server has loaded."""
 _POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
@@ -168,7 +168,7 @@ def backbone_config(
 
 
 def encoders(*, gpu: bool, graphs: str) -> int:
-    """Number of encoder instances for a backbone on a GPU or not, and with CUDA graphs or (``graphs`` empty) without.
+    """Number of encoder instances for a backbone; ``graphs`` is the setting of its CUDA graphs, empty for none.
 
     Measured with MiniLM on an H200. Without graphs, one encoder tokenizes while another waits for the backbone; 4 and 8
     instances gave 0.87 and 0.53 of the throughput of 2 (at 32 concurrent texts). With graphs, one instance gave at

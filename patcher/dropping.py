@@ -77,8 +77,8 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
 def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
     """Make the servers forget a dropped classifier of the same name that was served the other way.
 
-    That is, from an ensemble if this one is in a head store, and the reverse. A server may still hold it because it was
-    not reached at the drop. Raises ServerError if a server would not let go of it.
+    That is, from an ensemble if this one is in a head store, and the reverse. A server may still hold it if the drop
+    did not reach it. Raises ServerError if a server would not let go of it.
     """
     name = classifier.name
     if classifier.in_store:

@@ -144,7 +144,7 @@ class ServerRefused(ServerError):
 
 
 class ControlRefused(ServerRefused):
-    """The server accepts no model control, or not with the given key; this does not depend on the model."""
+    """The server accepts no model control, or not with the given key; this says nothing about any model."""
 
 
 class ToolError(PatcherError):
@@ -170,6 +170,6 @@ class GateRefused(PatcherError):
 
 
 class NotServed(PatcherError):
-    """The new version was published, but the server would not serve it; the previous one was put back."""
+    """Published, but the server would not serve it. The previous version is back, or the message says why not."""
 
     exit_code = 4

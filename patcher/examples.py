@@ -52,7 +52,7 @@ MAX_FILE_BYTES = 1 << 30
 """Files are read into memory whole."""
 _PARQUET_ROWS = 256
 MAX_EXAMPLES = 1_000_000
-"""Most texts in one file: more than any fine-tuning set has. Their features take ten minutes."""
+"""Maximum number of texts in one file: more than any fine-tuning set has. Their features take ten minutes."""
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
 _HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")

@@ -26,10 +26,10 @@ _KINDS = (socket.AF_INET, socket.AF_INET6)
 class Fleet(TritonServer):
     """Several servers as one: requests go to the first live replica, changes to all live ones.
 
-    Liveness is checked once, here. A replica that does not answer is listed in ``away`` and left alone; it catches up
-    through ``patcher sync``, or from the files when it restarts. ``watch_seconds`` is how long the first replica serves
-    a new version alone before the others get it. ``options`` are passed to each ``TritonServer``. Raises InputError if
-    ``urls`` is empty or holds an invalid address.
+    Liveness is checked once, at construction. A replica that does not answer is listed in ``away`` and left alone; it
+    catches up through ``patcher sync``, or from the files when it restarts. ``watch_seconds`` is how long the first
+    replica serves a new version alone before the others get it. ``options`` are passed to each ``TritonServer``. Raises
+    InputError if ``urls`` is empty or holds an invalid address.
     """
 
     def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:

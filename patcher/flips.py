@@ -124,7 +124,7 @@ def count_flips(
     memory: Memory | None,
     evaluation: Labelled | None,
 ) -> list[Flips]:
-    """Flips on each set of inputs, the best first: it gives the bound, but the gate checks every set."""
+    """Flips on each set of inputs, best first: the first gives the bound, but the gate checks every set."""
     counted = []
     if evaluation is not None:
         found = _on_evaluation(head, fit, evaluation)

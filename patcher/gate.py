@@ -33,9 +33,10 @@ _ABOUT = 0.95
 """The advice mentions the effective sample size only if it is below this share of the number of inputs."""
 _MOST_OF_ONE = 0.25
 _FEWEST_LOST = 3
-"""A patch takes over an old label if at least this many of its inputs flip, and more than the share above.
+"""A patch takes over an old label if at least this many of its inputs flip, and more than the share ``_MOST_OF_ONE``.
 
-The total number of inputs does not matter. A label with two inputs is taken over if both flip.
+The limit ``max_flips`` replaces that share if it is larger. A label with just two inputs is taken over if both flip.
+The number of inputs of other labels does not matter.
 """
 _FEWEST_INPUTS = 10
 """Fewer inputs than this prove too little: with no flip among nine, the upper bound is still 28 %."""
