@@ -1,9 +1,10 @@
 """Add a label to a fine-tuned text classifier that Triton serves: one small head, no downtime, a bound on the harm.
 
-Each function's docstring names the errors that are its own. Beside these, whatever changes a repository raises
-InputError for arguments of another kind than expected, RepositoryError for damaged files, Busy while another patcher
-holds the lock, StorageError where nothing can be written, and with a server ServerUnreachable where none answers and
-ControlRefused where it wants another key: then the change was not made. ``patcher.errors`` shows all of them as a tree.
+Each function's docstring names its specific errors. In addition, everything that changes a repository raises
+InputError for arguments of the wrong type, RepositoryError for damaged files, Busy while another patcher holds the
+lock, and StorageError if nothing can be written; with a server, it raises ServerUnreachable if none answers, and
+ControlRefused if the server requires another key. In all these cases nothing was changed. ``patcher.errors`` shows the
+tree of errors.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.15.0"
 
-# Name -> module. Each is imported when it is first asked for, so that `import patcher` costs next to nothing.
+# Name -> module. Each is imported on first use, so that `import patcher` is nearly free.
 _HOMES = {
     "Answer": "patcher.triton.tensors",
     "Busy": "patcher.errors",

@@ -1,4 +1,4 @@
-"""Arguments of public functions, looked at where they come in: what was mixed up is said before anything is done."""
+"""Checks the arguments of public functions on entry, so that a mistake is reported before anything is done."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from patcher.errors import InputError
 __all__ = ["listed", "require"]
 
 _NUMBERS: dict[type, type] = {int: numbers.Integral, float: numbers.Real}
-"""What passes for Python's own: NumPy's, too."""
+"""Abstract number types, so that NumPy's numbers pass for Python's."""
 _Item = TypeVar("_Item")
 
 
 def require(*kinds: type | None, **given: object) -> None:
-    """InputError for an argument, given by its name, that is of none of the ``kinds``; a bool is no number."""
+    """InputError if an argument, passed by its name, has none of the types ``kinds``; a bool is not a number here."""
     for name, value in given.items():
         if not any(_is(value, kind) for kind in kinds):
             expected = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
-            # Its kind alone: the value may be a key, or long.
+            # Name only the type: the value may be a secret key, or long.
             raise InputError(f"{name}: expected {expected}, got {'None' if value is None else type(value).__name__}")
 
 
@@ -31,9 +31,9 @@ def _is(value: object, kind: type | None) -> bool:
 
 
 def listed(given: Iterable[_Item], name: str, hint: str = "") -> list[_Item]:
-    """What a list, an array or a generator holds; InputError for a string, of which each letter would count as one.
+    """The items of any iterable as a list; InputError for a string, whose characters would count as items.
 
-    ``hint`` says what else a string may have been meant for.
+    ``hint`` is appended to that error, to suggest what a string may have been meant for.
     """
     if isinstance(given, (str, bytes)):
         got = type(given).__name__

@@ -1,4 +1,4 @@
-"""Types of arrays by what they hold; for type checking alone, nothing imports them to run."""
+"""Aliases for array types, by element type; imported only for type checking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was done, by whom, with what outcome: one JSON object for each run of a verb, for logs and for the record."""
+"""The audit log: what was done, by whom and with what outcome, as one JSON object for each run of a verb."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHANGES = frozenset(
         "serve",
     ]
 )
-"""The verbs that a file of events (``$PATCHER_AUDIT_LOG``) keeps; of `doctor` it keeps those that were to repair."""
+"""The verbs whose events the audit log (``$PATCHER_AUDIT_LOG``) keeps; it also keeps those of `doctor --repair`."""
 _OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}
 _MOST_ERROR = 2000
 
@@ -48,16 +48,16 @@ def begin(verb: str) -> None:
 
 
 def note(**facts: Any) -> None:
-    """Add to the event of this run, where there is one: versions, data hash, gate, an ``outcome`` other than done."""
+    """Add facts to this run's event, if there is one: versions, data hash, gate, an ``outcome`` other than done."""
     event = _event.get()
     if event is not None:
         event.update(facts)
 
 
 def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
-    """End the event: a line on stderr if asked for, and for a change one in the file ``$PATCHER_AUDIT_LOG``.
+    """End the event: write a line to stderr if asked, and for a change a line to the file ``$PATCHER_AUDIT_LOG``.
 
-    A file that cannot be written is said on stderr: what was done stays done.
+    If the file cannot be written, there is only a warning on stderr: the change has already been made.
     """
     event = _event.get()
     _event.set(None)
@@ -85,7 +85,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     if path and (record["verb"] in CHANGES or record.get("repair")):
         data = (b"" if _ends_whole(Path(path)) else b"\n") + line.encode() + b"\n"
         try:
-            # One write to a file opened for appending: lines of several patchers do not mix.
+            # A single write to a file opened for appending, so that the lines of several patchers do not mix.
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
             try:
                 if (written := os.write(descriptor, data)) < len(data):
@@ -98,7 +98,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
 
 
 def _ends_whole(path: Path) -> bool:
-    """Whether a file ends with a whole line, if there is one: else what follows would be part of the torn line."""
+    """Whether a file is missing, empty or ends with a newline; otherwise a new line would be appended to a torn one."""
     if not path.is_file():
         return True
     try:
@@ -107,17 +107,17 @@ def _ends_whole(path: Path) -> bool:
                 return True
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-    except OSError:  # who may write and not read cannot tell: an empty line is nothing that a reader minds
+    except OSError:  # writable but not readable: a needless empty line does no harm
         return False
 
 
 def _complain(line: str) -> None:
-    if sys.stderr is not None:  # closed at the start (`2>&-`)
+    if sys.stderr is not None:  # None if it was closed at the start (`2>&-`)
         sys.stderr.write(line + "\n")
 
 
 def read_event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line of the file; None in one that holds none, such as what a full disk left of it."""
+    """The event in a line of the audit log; None if there is none, such as in a line that a full disk cut off."""
     try:
         event = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Many rows in blocks: all logits of 100,000 inputs for 5,000 labels would take gigabytes, and are soon dropped."""
+"""Splits many rows into blocks: all logits of 100,000 inputs for 5,000 labels at once would take gigabytes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A version tried on a share of the requests before it serves all of them.
+"""Trials: a version serves a share of the requests before it serves all of them.
 
-The canary is a second ensemble over the same backbone, ``NAME_canary``, with a head model of its own; what serves under
-``NAME`` is not touched. The share stands in the canary's configuration, where every client of the server can read it:
-``SplitClient`` sends the same keys to it for as long as it is there, and more of them when the share grows. Then the
-version is promoted, which is a switch as any other, or the canary is discarded.
+The canary is a second ensemble on the same backbone, ``NAME_canary``, with a head model of its own; what serves under
+``NAME`` is not touched. The share is stored in the canary's configuration, where every client of the server can read
+it. ``SplitClient`` always sends the same keys to the canary, and more keys when the share grows. In the end the version
+is promoted, which is an ordinary switch, or the canary is discarded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ _REFRESH_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the two that are compared, since it was loaded: ``mean_ms`` is what its head and queue took a request."""
+    """Statistics of one arm of the trial since it was loaded.
+
+    ``mean_ms`` is the mean time per request in the head's queue and computation, None if there was no request.
+    """
 
     model: str
     version: int
@@ -63,7 +66,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Canary:
-    """A version on trial."""
+    """A version on trial; ``arms`` are the serving version and the version on trial, if a server was asked."""
 
     classifier: str
     version: int
@@ -81,19 +84,20 @@ class Canary:
 
 
 def takes(classifier: str, key: str, percent: float) -> bool:
-    """Whether requests with ``key`` go to the canary: a hash of both, so that a key stays where it is.
+    """Whether requests with ``key`` go to the canary.
 
-    A larger share keeps the keys of a smaller one.
+    A hash of both names decides, so that a key always gets the same arm, and a larger share includes the keys of a
+    smaller one.
     """
     digest = hashlib.sha256(f"{classifier}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < percent / 100 * 2**64
 
 
 class SplitClient:
-    """Asks a classifier, and its canary for the share of the keys that the server's configuration states.
+    """Asks a classifier, or its canary for the share of the keys that the canary's configuration on the server states.
 
-    The share is read again every ``refresh_seconds``, and at once when the canary is gone. Raises as ``server`` does,
-    and InputError where there is not one key for each text.
+    The share is read again every ``refresh_seconds``, and immediately if the canary refuses a request. Raises the
+    errors of ``server``, and InputError unless there is one key for each text.
     """
 
     def __init__(self, server: TritonServer, classifier: str, *, refresh_seconds: float = _REFRESH_SECONDS) -> None:
@@ -105,7 +109,7 @@ class SplitClient:
 
     @property
     def percent(self) -> float:
-        """The share of the keys that goes to the canary now; 0 where there is none."""
+        """The percentage of the keys that goes to the canary now; 0 if there is none."""
         if time.monotonic() - self._read >= self.refresh_seconds:
             canary = self.classifier + CANARY
             try:
@@ -117,7 +121,7 @@ class SplitClient:
         return self._percent
 
     def classify(self, texts: Iterable[str], keys: Iterable[str]) -> list[Answer]:
-        """The answer to each text; ``keys``, one a text, decide who gives it (a user's or a conversation's id, say)."""
+        """The answer to each text. Its key, such as the id of a user or a conversation, decides which arm answers."""
         texts, keys = listed(texts, "texts"), listed(keys, "keys")
         if len(keys) != len(texts):
             raise InputError(f"got {len(texts)} texts and {len(keys)} keys; expected one key for each text")
@@ -129,7 +133,7 @@ class SplitClient:
             tried = self.server.classify(self.classifier + CANARY, [texts[i] for i in mine])
         except ServerRefused:
             self._read = float("-inf")
-            if self.percent:  # it is there, and refuses: that is for the caller to know
+            if self.percent:  # the canary still exists, so the refusal is a real error
                 raise
             tried = self.server.classify(self.classifier, [texts[i] for i in mine])
         answers |= dict(zip(mine, tried, strict=True))
@@ -137,23 +141,23 @@ class SplitClient:
 
 
 def begin(classifier: Classifier, version: int, percent: float, server: TritonServer | None) -> Canary:
-    """Try ``version`` on ``percent`` of the keys, or change the share of the canary that has it already.
+    """Try ``version`` on ``percent`` of the keys, or change the share if it is on trial already.
 
     Raises
     ------
     VersionError
-        where there is no such version, or it serves already.
+        if there is no such version, or it serves already.
     InputError
-        for a share that is none, or where another version is on trial.
+        if the share is not between 0 and 100 %, or another version is on trial.
     NotServed
-        when the server would not serve it; the canary is gone again, or has the share that it had.
+        if the server would not serve it; the canary was removed again, or has its previous share.
     """
     with changing(classifier, server):
         return start(classifier, classifier.head(version, published=True), percent, server)
 
 
 def start(classifier: Classifier, head: Head, percent: float, server: TritonServer | None) -> Canary:
-    """The same for a head that is on disk already; the lock must be held."""
+    """Like ``begin``, for the head of a published version; the lock must be held."""
     version = head.lineage.version
     check_share(percent)
     if version == classifier.serving():
@@ -189,7 +193,7 @@ def start(classifier: Classifier, head: Head, percent: float, server: TritonServ
 
 
 def _put_back(trial: Classifier, head: Head, before: str | None, server: TritonServer | None) -> None:
-    """End a trial that could not begin, or give the one that was there its configuration again."""
+    """Undo a failed start: remove the canary, or restore the configuration ``before`` of the one that existed."""
     if before is None:
         _remove(trial, server)
         return
@@ -198,9 +202,9 @@ def _put_back(trial: Classifier, head: Head, before: str | None, server: TritonS
 
 
 def require_free(classifier: Classifier, version: int | None = None) -> Classifier | None:
-    """InputError where another version than ``version`` is on trial; else the canary, if there is one.
+    """The canary, if there is one; InputError if a version other than ``version`` is on trial.
 
-    A classifier in a head store has none: the canary is a model that stands beside another.
+    InputError also for a classifier in a head store: trials need an ensemble of its own.
     """
     if classifier.in_store:
         raise InputError(
@@ -222,7 +226,7 @@ def _serve(trial: Classifier, head: Head, replica: TritonServer) -> None:
 
 
 def status(classifier: Classifier, server: TritonServer | None = None) -> Canary | None:
-    """The canary with both arms as the server saw them since they were loaded; None where there is none."""
+    """The canary, with the server's statistics of both arms since they were loaded; None if no version is on trial."""
     trial = on_trial(classifier)
     if trial is None:
         return None
@@ -234,9 +238,15 @@ def status(classifier: Classifier, server: TritonServer | None = None) -> Canary
 def promote(classifier: Classifier, server: TritonServer | None = None) -> Switch:
     """Make the version on trial the one that serves, and end the trial.
 
-    Raises InputError where none is on trial, or it was made without what was changed in the version that serves now;
-    NotServed when the server would not serve it: the trial then goes on. ServerError where a server did not let go of
-    the trial, which has ended: the version serves all the same.
+    Raises
+    ------
+    InputError
+        if no version is on trial, or neither it nor the version that serves descends from the other: a promotion would
+        then lose a change.
+    NotServed
+        if the server would not serve it; the trial continues.
+    ServerError
+        if the version serves and the trial has ended, but a server still holds the trial's models.
     """
     with changing(classifier, server, leaving=True):
         trial = on_trial(classifier)
@@ -251,18 +261,18 @@ def promote(classifier: Classifier, server: TritonServer | None = None) -> Switc
         except KeyboardInterrupt:
             if classifier.serving() != tried or tried == previous or classifier.journal.pending():
                 raise
-            # The version serves: to stop here would leave half a promotion, of which it is said that it was undone.
+            # The version serves already. Stopping here would leave the trial behind, yet be reported as undone.
             _remove(trial, server, served)
         return Switch(tried, previous, served=server is not None)
 
 
 def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
-    """End the trial, and return the version that was tried; it stays on disk.
+    """End the trial and return the version that was on trial, which stays on disk.
 
-    One that has ended in the files alone, as a server did not let go of it then, is ended there, too.
+    If the trial has ended in the repository but a server still holds its models, it ends on that server too.
 
-    Raises InputError where none is on trial; ServerUnreachable and ControlRefused with nothing changed; ServerError
-    where a server did not let go of it, which the same call, or ``patcher sync``, makes good.
+    Raises InputError if no version is on trial; ServerUnreachable or ControlRefused with nothing changed; ServerError
+    if a server still holds the trial's models, which another call, or ``patcher sync``, retries.
     """
     with changing(classifier, server):
         require_live(server, classifier)
@@ -279,7 +289,7 @@ def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
 
 
 def _left(classifier: Classifier, server: TritonServer | None) -> int | None:
-    """The version that a server goes on trying although the files say nothing of a trial."""
+    """The version that a server still has on trial although the repository has no canary; None if there is none."""
     model = f"{classifier.name}{CANARY}_head"
     holders = (replica for replica in present(server) if replica.is_ready(model))
     found = (pinned_versions(replica.model_config(model)) for replica in holders)
@@ -297,12 +307,12 @@ def _refuse_stale(classifier: Classifier, tried: int) -> None:
 
 
 def _descends(classifier: Classifier, version: int, ancestor: int) -> bool:
-    """Whether a version is ``ancestor`` or was made from it; the journal knows pruned and damaged ones, too."""
+    """Whether a version is ``ancestor`` or descends from it; the journal also covers pruned and damaged versions."""
     parents = {entry["version"]: entry.get("parent") for entry in classifier.journal.entries() if "parent" in entry}
     while version > ancestor:
         if version in parents:
             parent = parents[version]
-        else:  # of a patcher that wrote no journal
+        else:  # made by a patcher that wrote no journal
             parent = classifier.head(version).lineage.parent if version in classifier.versions() else None
         version = min(parent or 0, version - 1)  # no version was made from a later one
     return version == ancestor
@@ -315,14 +325,14 @@ def _none(classifier: Classifier) -> InputError:
 
 
 def _remove(trial: Classifier, server: TritonServer | None, before: str = "") -> None:
-    """First the files, so that a server that starts meanwhile knows nothing of it; then what the servers hold."""
+    """End a trial: first its files, so that a server starting meanwhile does not load it, then the servers' models."""
     with uninterrupted():
         trial.repository.remove_classifier(trial.name)
         _release(trial.name, server, before)
 
 
 def _release(name: str, server: TritonServer | None, before: str = "") -> None:
-    """Have the servers let go of a trial; ``before`` is what is to be said first where one would not."""
+    """Have all servers unload a trial; ServerError, whose message starts with ``before``, if one of them fails."""
     failed = []
     with uninterrupted():
         for replica in present(server):

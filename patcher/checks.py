@@ -1,4 +1,4 @@
-"""What doctor's findings are, and those about what runs inside Triton."""
+"""The type of doctor's findings, and its checks of what runs inside Triton."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Check", "of_programs", "of_settings", "of_upgrades"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: ``state`` is ``ok``, ``note`` (missing, and not needed for all verbs) or ``fault``."""
+    """The finding of one check; ``state`` is ``ok``, ``note`` (worth knowing, but nothing is broken) or ``fault``."""
 
     what: str
     state: str
@@ -38,7 +38,7 @@ class Check:
 
 
 def of_programs(repository: ModelRepository) -> Iterator[Check]:
-    """Whether a server of this repository runs anything but what patcher wrote into it."""
+    """Check whether a server of this repository would run anything but what patcher wrote into it."""
     try:
         found, old = list(foreign(repository)), outdated(repository)
     except PatcherError as error:
@@ -53,28 +53,28 @@ def of_programs(repository: ModelRepository) -> Iterator[Check]:
 
 
 def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
-    """Which backbones an upgrade was cut off on, or has yet to give an encoder."""
+    """Report backbones whose upgrade was interrupted, or that still lack an encoder."""
     for name in repository.backbones():
         what = f"{name}, upgrade"
-        with contextlib.suppress(PatcherError):  # of its configuration, which is told as a fault of that
+        with contextlib.suppress(PatcherError):  # an unreadable configuration is reported by another check
             backbone = repository.backbone(name)
             if interrupted(backbone):
                 if repository.storage.busy():
                     yield Check(what, "note", "in progress; another patcher is running")
-                elif interrupted(backbone):  # who was at work may have ended it
+                elif interrupted(backbone):  # asked again: the other patcher may have finished
                     yield Check(what, "fault", "interrupted; `patcher upgrade` finishes it")
             elif lacks_encoder(backbone):
                 yield Check(what, "note", "no encoder, as in exports before 0.4; `patcher upgrade` adds it")
 
 
 def of_settings(repository: ModelRepository, server: TritonServer) -> Iterator[Check]:
-    """Which models below the heads a server runs as their files were when it loaded them: before `tune`, `upgrade`."""
+    """Report models that a server still runs with the settings or program of before a `tune` or an `upgrade`."""
     for name in repository.backbones():
-        with contextlib.suppress(PatcherError):  # not loaded there, or not readable: others tell
+        with contextlib.suppress(PatcherError):  # not loaded there, or not readable: other checks report it
             backbone = repository.backbone(name)
             loaded = server.model_config(backbone.backbone_model)
             if parameter(loaded, "fingerprint", "") != backbone.fingerprint():
-                continue  # another repository's
+                continue  # the backbone of another repository
             for model in (backbone.text_model, backbone.backbone_model, *_store(backbone)):
                 changed = _changed(server.model_config(model), repository.config(model))
                 if changed:
@@ -88,9 +88,9 @@ def _store(backbone: Backbone) -> list[str]:
 
 
 def _changed(loaded: Any, there: Any) -> list[str]:
-    """What a server's configuration and that in the repository differ in, in words."""
+    """The differences between a server's configuration and the repository's, in words."""
     before, now = _settings(loaded), _settings(there)
-    if not there.instance_group:  # the server's choice
+    if not there.instance_group:  # the number is left to the server
         now["instances"] = before["instances"]
     found = []
     if before.pop(PROGRAM_HASH, "") != now.pop(PROGRAM_HASH, ""):
@@ -100,7 +100,7 @@ def _changed(loaded: Any, there: Any) -> list[str]:
 
 
 def _settings(message: Any) -> dict[str, str]:
-    """What of a parsed configuration decides how a model is run, and Triton tells as the file has it."""
+    """The settings in a parsed configuration that decide how a model runs, and that Triton reports unchanged."""
     found = {key: str(value.string_value) for key, value in message.parameters.items()}
     found["instances"] = str(sum(group.count for group in message.instance_group))
     found["max_queue_delay_microseconds"] = str(message.dynamic_batching.max_queue_delay_microseconds)

@@ -1,8 +1,9 @@
 """One classifier of a repository: its head versions, and the one that serves.
 
-A version's folder appears whole and never changes again. What serves is the version pinned in the head's
-``config.pbtxt``, replaced in one step, so that a restarted server serves what served before, whatever else lies beside
-it. A journal tells what was begun and how it ended (``patcher.journal``); numbers are never given twice.
+A version's folder appears whole and never changes again. The version that serves is the one pinned in the head's
+``config.pbtxt``. That file is replaced atomically, so a restarted server serves the same version as before, whatever
+other versions exist. A journal records every change that was begun and how it ended (``patcher.journal``). Version
+numbers are never reused.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CURES = {layout.MEMORY: "restore it from a copy, or build it anew by `patcher r
 
 
 class Classifier(Backbone):
-    """One classifier of a repository, on its backbone: its head versions and the one that serves."""
+    """One classifier of a repository, with its backbone, its head versions and the one that serves."""
 
     def __init__(self, repository: RepositoryFiles, name: str) -> None:
         stored = repository.stored_on(name)
@@ -51,25 +52,25 @@ class Classifier(Backbone):
 
     @property
     def ensemble(self) -> str:
-        """The Triton model that answers for it: its own, or that of the store."""
+        """The ensemble that answers for this classifier: its own, or the head store's."""
         return self.any_model if self.in_store else self.name
 
     @property
     def address(self) -> str:
-        """What ``TritonServer.classify`` and others take: ``NAME``, or ``ENSEMBLE/NAME`` in a store."""
+        """Its name for ``TritonServer.classify`` and the like: ``NAME``, or ``ENSEMBLE/NAME`` in a head store."""
         return f"{self.any_model}/{self.name}" if self.in_store else self.name
 
     @property
     def head_address(self) -> str:
-        """What ``TritonServer.head_logits`` takes: the head's model, or ``STORE/NAME``."""
+        """Its name for ``TritonServer.head_logits``: the head's model, or ``STORE/NAME`` in a head store."""
         return f"{self.store_model}/{self.name}" if self.in_store else self.head_model
 
     def versions(self) -> tuple[int, ...]:
-        """Head versions that are there, ascending."""
+        """All complete head versions, ascending."""
         return version_numbers(self.storage.glob(f"{self.head_model}/*/{MODEL}"))
 
     def incomplete(self) -> tuple[int, ...]:
-        """Numbers of folders with files in them and no head, ascending: what a copy leaves that was cut off."""
+        """Numbers of version folders that have files but no head, ascending: the remains of an interrupted copy."""
         folders = version_numbers(self.storage.glob(f"{self.head_model}/*/*"))
         return tuple(sorted(set(folders) - set(self.versions())))
 
@@ -82,11 +83,14 @@ class Classifier(Backbone):
         return max(pinned)
 
     def version_path(self, version: int) -> Path:
-        """Folder of a version of a repository in a folder; VersionError where there is none."""
+        """Path of a version's folder; VersionError if there is no such version.
+
+        Raises InputError if the repository is in an object store.
+        """
         return self.root / self.version_name(version)
 
     def version_name(self, version: int) -> str:
-        """Name of a version's folder below the repository; VersionError where there is none."""
+        """Name of a version's folder, relative to the repository; VersionError if there is no such version."""
         name = f"{self.head_model}/{version}"
         if not self.storage.has(f"{name}/{MODEL}"):
             there = ", ".join(map(str, self.versions())) or "none"
@@ -98,8 +102,8 @@ class Classifier(Backbone):
     def head(self, version: int | None = None, *, published: bool = False) -> Head:
         """A head version, the serving one by default.
 
-        With ``published``, for what is to be built on it or to serve, RepositoryError where its file is not the one
-        that was published: the numbers of a damaged row are numbers all the same.
+        Pass ``published=True`` for a head that will serve or be patched. It raises RepositoryError if the file is not
+        the one that was published: damaged weights are still valid numbers, so nothing else would detect them.
         """
         number = self.serving() if version is None else version
         head = self._read(number, read_head, published=published)
@@ -108,7 +112,7 @@ class Classifier(Backbone):
         return head
 
     def lineage(self, version: int) -> Lineage:
-        """Where a version comes from, without its rows: a tenth of the work."""
+        """The lineage of a version, read without its rows in a tenth of the time."""
         lineage = self._read(version, read_lineage)
         self._check(version, lineage)
         return lineage
@@ -129,7 +133,7 @@ class Classifier(Backbone):
             raise RepositoryError(f"{self._file(version)} says it is version {lineage.version}; expected {version}")
 
     def _require_width(self, what: str, got: int, cure: str) -> None:
-        """RepositoryError for what is no use with features of this backbone: somebody copied it here from another."""
+        """RepositoryError if a head or memory has another width than the backbone: it belongs to another one."""
         if got != (expected := self.width()):
             raise RepositoryError(
                 f"{what} is for {got:,} features; expected {expected:,}, as {self.backbone_model} gives; {cure}"
@@ -139,15 +143,15 @@ class Classifier(Backbone):
         return f"{self.repository.location}/{self.head_model}/{version}/{MODEL}"
 
     def head_bytes(self, version: int) -> bytes:
-        """The file of a head version as it lies there."""
+        """The stored file of a head version."""
         return self.storage.read(f"{self.version_name(version)}/{MODEL}")
 
     def memory(self, version: int | None = None, *, published: bool = False) -> Memory | None:
-        """The memory beside a head version, ``published`` as for ``head``; None where it was exported without one."""
+        """The memory beside a head version, None if it has none; ``published`` is as in ``head``."""
         number = self.serving() if version is None else version
         name = f"{self.version_name(number)}/{layout.MEMORY}"
         data = self.storage.find(name)
-        if published:  # one that is gone, too: what follows would go on without it, and nobody be told
+        if published:  # checks a missing memory too: the caller would silently continue without it
             self.require_published(number, {layout.MEMORY: data})
         if data is None:
             return None
@@ -161,11 +165,14 @@ class Classifier(Backbone):
         return memory
 
     def next_version(self) -> int:
-        """The number that the next patch gets: above all that were ever given here, withdrawn and pruned ones too."""
+        """The number of the next patch: above every number ever used here, including withdrawn and pruned versions."""
         return max((*self.versions(), *self.incomplete(), *self.journal.published()), default=0) + 1
 
     def publish(self, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
-        """Add a new version, ``data`` being its head's file; it serves when it is pinned. The lock must be held."""
+        """Add a new version, which serves once it is pinned. The lock must be held.
+
+        ``data`` is the head's file, if it was serialized already.
+        """
         version = head.lineage.version
         name = f"{self.head_model}/{version}"
         if self.storage.glob(f"{name}/*"):
@@ -175,7 +182,7 @@ class Classifier(Backbone):
         try:
             self.storage.add({name: files})
         except BaseException:
-            if self.storage.has(f"{name}/{MODEL}"):  # moved into place, and then it could not be flushed
+            if self.storage.has(f"{name}/{MODEL}"):  # moved into place, but could not be flushed to disk
                 with contextlib.suppress(StorageError):
                     self.withdraw(version)
             else:
@@ -183,7 +190,7 @@ class Classifier(Backbone):
             raise
 
     def adopt(self) -> tuple[int, ...]:
-        """Take versions into the journal that are not in it: an older patcher's. The lock must be held."""
+        """Record versions that the journal lacks (made by an older patcher), and return them. The lock must be held."""
         known = self.journal.published()
         missing = [version for version in self.versions() if version not in known]
         for version in missing:
@@ -191,19 +198,19 @@ class Classifier(Backbone):
         return tuple(missing)
 
     def files(self, version: int) -> dict[str, bytes]:
-        """The files of a version as they lie there, by name."""
+        """The stored files of a version, by name."""
         names = sorted(self.storage.glob(f"{self.version_name(version)}/*"))
         return {name.rpartition("/")[2]: self.storage.read(name) for name in names if self.storage.has(name)}
 
     def require_published(
         self, version: int, files: Mapping[str, bytes | None], recorded: Mapping[str, str] | None = None
     ) -> None:
-        """RepositoryError where one of a version's ``files`` is not the one that was published.
+        """RepositoryError if one of a version's ``files`` is missing (None) or not the one that was published.
 
-        ``recorded`` is what the journal says of it, which is read where it is not given.
+        ``recorded`` are the SHA-256 sums by file name; by default they are read from the journal.
         """
         recorded = self.journal.published().get(version) if recorded is None else recorded
-        if recorded is None:  # of a patcher that wrote no journal
+        if recorded is None:  # made by a patcher that wrote no journal
             return
         found = hashes({name: data for name, data in files.items() if data is not None})
         for name in sorted(files):
@@ -217,21 +224,20 @@ class Classifier(Backbone):
             raise RepositoryError(f"{name} of version {version} of {self.name} {said}; {_CURES.get(name, _CURE)}")
 
     def note(self, event: str, **values: Any) -> None:
-        """An entry in the journal that a disk which takes none must not stop: the next change repeats what it says."""
+        """Append to the journal, ignoring a StorageError: if the entry is missing, the next change records the same."""
         with contextlib.suppress(StorageError):
             self.journal.append(event, **values)
 
     def pin(self, version: int) -> None:
-        """Make ``version`` the one that serves, in one step; a server learns of it at its next load."""
+        """Make ``version`` the one that serves, atomically; servers notice at their next load. Needs the lock."""
         with self.pinned(version):
             pass
 
     @contextlib.contextmanager
     def pinned(self, version: int) -> Iterator[None]:
-        """Pin ``version`` for good if the body ends well; else what was pinned before is back.
+        """Pin ``version``; if the body fails, the previous pin is restored. The lock must be held.
 
-        The way back is prepared before the first step, so that it works on a disk that is full, too. The lock must be
-        held.
+        The rollback is prepared before anything changes, so that it works even on a full disk.
         """
         self.version_name(version)
         name = f"{self.head_model}/{CONFIG}"
@@ -244,7 +250,7 @@ class Classifier(Backbone):
                 try:
                     replacement.make()
                     yield
-                    end.enter_context(uninterrupted())  # from here on it has ended well
+                    end.enter_context(uninterrupted())  # the body has succeeded: no interrupt may undo it now
                 except BaseException:
                     with uninterrupted():
                         replacement.undo()
@@ -253,27 +259,27 @@ class Classifier(Backbone):
             self.note("done", serving=version)
 
     def withdraw(self, version: int) -> None:
-        """Take a version away that never served; the serving one is refused. The lock must be held."""
+        """Delete a version that never served; VersionError for the serving one. The lock must be held."""
         if version == self.serving():
             raise VersionError(f"version {version} of {self.name} serves; roll back before it is withdrawn")
         if not self.storage.in_one_step:
-            # A kill in between leaves a part: the next command knows from this what to finish. And whoever lost the
-            # lock cannot write this entry, and so takes nothing away.
+            # If the deletion is interrupted, this entry tells the next command what to finish. A process that has lost
+            # the lock cannot write it, and so deletes nothing.
             self.journal.append("withdrawn", versions=[version])
         self._take_away([version])
         self.note("undone", serving=self.serving())
 
     def prune(self, versions: Sequence[int]) -> None:
-        """Take old versions away for good, the serving one never; the lock must be held."""
+        """Delete old versions for good; VersionError for the serving one. The lock must be held."""
         if self.serving() in versions:
             raise VersionError(f"version {self.serving()} of {self.name} serves; it is never pruned")
-        # First the entry: killed in between, it says what is to go, and the next change finishes it. Versions that were
-        # gone before their entry would be missed, as are those that somebody lost.
+        # The entry comes first: if the deletion is interrupted, the next change finishes it. Versions deleted without
+        # an entry would be reported as missing, like files that were lost.
         self.journal.append("pruned", versions=list(versions))
         self._take_away(versions)
 
     def half_gone(self) -> list[int]:
-        """Versions that are there still although the journal says that they were taken away: somebody was killed."""
+        """Versions that still exist although the journal records them as deleted: the deletion was interrupted."""
         gone = self.journal.pruned() | self.journal.withdrawn()
         return sorted(gone & set(self.versions()) - {self.serving()})
 
@@ -291,17 +297,17 @@ def add_classifier(
     in_store: bool = False,
     share: float | None = None,
 ) -> Classifier:
-    """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
+    """Add a classifier on an existing backbone, with ``head`` as its first version; the lock must be held.
 
-    ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own;
-    ``share`` makes it the canary of another, for that many per cent of the requests.
+    With ``in_store``, the backbone's head store answers for it instead of an ensemble and a head model of its own. With
+    ``share``, it is the canary of another classifier, for that percentage of the requests.
 
     Raises
     ------
     InputError
-        where the name is taken, or there is no head store.
+        if the name is taken, or there is no head store.
     RepositoryError
-        where the head is another backbone's, or patched versions are left of a classifier that was here.
+        if the head was made for another backbone, or patched versions of an earlier classifier of that name remain.
     """
     repository.refuse_existing(name)
     if len(repository.versions_of(name)) > 1:
@@ -326,11 +332,11 @@ def add_classifier(
             if in_store
             else layout.classifier_folders(name, head, memory, base.encoding(), share)
         )
-        # Of a classifier that was here before under this name, and whose folders somebody took away.
+        # The journal of an earlier classifier of this name, whose folders were deleted by hand.
         repository.storage.remove(f"{name}{JOURNAL}")
         classifier = Classifier(repository, name)
         classifier.adopt()
-    except InputError:  # what is there is somebody else's
+    except InputError:  # a folder of that name is not patcher's: leave it alone
         raise
     except BaseException:
         with uninterrupted(), contextlib.suppress(StorageError):
@@ -340,7 +346,7 @@ def add_classifier(
 
 
 def _backbone_of(repository: RepositoryFiles, name: str) -> str:
-    """Name of the backbone whose encoder (before 0.4.0: whose tokenizer) is the first step of a classifier."""
+    """Name of the backbone whose encoder (before 0.4.0: tokenizer) is the first step of the classifier's ensemble."""
     steps = repository.config(name).ensemble_scheduling.step
     first = str(steps[0].model_name) if len(steps) > 1 else ""
     backbone = first.removesuffix("_encoder").removesuffix("_tokenizer")

@@ -1,4 +1,4 @@
-"""Where the sentences of a label lie, if one mean is not enough: k-means, and what is kept of its result."""
+"""Clusters of each label's sentences, for labels that a single mean does not describe: k-means and its result."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Clusters", "half", "k_means"]
 
 _STEPS = 20
 _LEAST_SPREAD = 1e-3
-"""Smallest spread of a feature, as a share of the widest one's: anything less is rounding."""
+"""Smallest spread of a feature, relative to the largest spread: anything below it is rounding error."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """The clusters of all labels.
 
-    ``means`` float16 ``[k, width]``, ``counts`` INT64 ``[k]`` the sentences in each, ``labels`` INT64 ``[k]`` the label
-    that each belongs to.
+    ``means`` is float16 ``[k, width]``; ``counts`` INT64 ``[k]`` is the number of sentences in each cluster; ``labels``
+    INT64 ``[k]`` is the index of the label that it belongs to.
     """
 
     means: Halves
@@ -42,16 +42,16 @@ class Clusters:
 
     @property
     def flaw(self) -> str | None:
-        """What does not fit together; None where nothing is wrong."""
+        """What is inconsistent, in words; None if nothing is."""
         if self.means.ndim != 2 or not self.means.shape[:1] == self.counts.shape == self.labels.shape:  # noqa: PLR2004
             return f"clusters {self.means.shape} with counts {self.counts.shape} and labels {self.labels.shape}"
         return "a cluster without a sentence" if self.counts.min(initial=1) < 1 else None
 
     def add(self, rows: Floats, ids: Ints, spread: Doubles, most: int, rng: np.random.Generator) -> Clusters:
-        """With new clusters for the labels that rows came to: of the rows, and of the clusters that were there.
+        """The clusters after adding ``rows``, float32 ``[n, width]``, of the labels ``ids``, INT64 ``[n]``.
 
-        ``rows`` float32 ``[n, width]`` of the labels ``ids`` ``[n]``; features count in units of their
-        ``spread`` ``[width]``; a label gets at most ``most``.
+        Labels that gain rows are clustered again, from the new rows and the means of their existing clusters, into at
+        most ``most`` clusters each. Distances are measured in units of each feature's ``spread``, float64 ``[width]``.
         """
         scale = (1.0 / np.maximum(spread, max(_LEAST_SPREAD * float(spread.max()), 1e-12))).astype(np.float32)
         touched = np.unique(ids)
@@ -61,7 +61,7 @@ class Clusters:
             there, arrived = self._part(self.labels == label), rows[ids == label]
             points = np.concatenate([there.means.astype(np.float32), arrived])
             counts = np.concatenate([there.counts, np.ones(len(arrived), np.int64)])
-            # Centred, for a feature that hardly varies would else swallow all others in the squares.
+            # Centred, because a feature with a large mean and little spread would drown all others in the squares.
             near = (points - np.average(points, axis=0, weights=counts).astype(np.float32)) * scale
             owner = k_means(near, counts.astype(np.float64), min(most, len(points)), rng)
             shares = (owner == np.arange(owner.max() + 1)[:, None]) * counts
@@ -72,7 +72,7 @@ class Clusters:
 
     @classmethod
     def joined(cls, parts: Sequence[Clusters]) -> Clusters:
-        """The clusters of all parts, in their order."""
+        """The clusters of all parts, concatenated in order."""
         return cls(
             np.concatenate([part.means for part in parts]),
             np.concatenate([part.counts for part in parts]),
@@ -80,7 +80,7 @@ class Clusters:
         )
 
     def relabelled(self, goes_to: Mapping[int, int]) -> Clusters:
-        """Under other labels; those of labels that go nowhere are left out."""
+        """The clusters with label indices mapped by ``goes_to``; those of labels that are not in it are dropped."""
         kept = self._part(np.isin(self.labels, list(goes_to)))
         return Clusters(kept.means, kept.counts, np.array([goes_to[i] for i in kept.labels.tolist()], np.int64))
 
@@ -89,10 +89,10 @@ class Clusters:
 
 
 def k_means(points: Floats, weights: Doubles, count: int, rng: np.random.Generator) -> Ints:
-    """Which of at most ``count`` clusters each point belongs to, INT64 ``[n]``, numbered from 0 without a gap.
+    """Assign each point to one of at most ``count`` clusters: INT64 ``[n]``, numbered from 0 without gaps.
 
-    ``points`` float32 ``[n, d]``, ``weights`` float64 ``[n]``, above 0. Lloyd's iteration from a k-means++ start
-    (Arthur and Vassilvitskii 2007).
+    ``points`` is float32 ``[n, d]``; ``weights``, float64 ``[n]``, are positive. Uses Lloyd's iteration with k-means++
+    seeding (Arthur and Vassilvitskii 2007).
     """
     if count <= 1 or len(points) <= 1:
         return np.zeros(len(points), np.int64)
@@ -109,7 +109,11 @@ def k_means(points: Floats, weights: Doubles, count: int, rng: np.random.Generat
 
 
 def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generator) -> list[int]:
-    """Positions of points far from each other: each with a chance by its squared distance to those before it."""
+    """Indices of the initial centres (k-means++).
+
+    Each is drawn with a probability proportional to a point's weight times its squared distance to the nearest centre
+    drawn before.
+    """
     chosen = [int(rng.choice(len(points), p=weights / weights.sum()))]
     gaps = _squared(points, points[chosen])[:, 0]
     while len(chosen) < count and (chances := weights * gaps).sum() > 0:
@@ -119,11 +123,11 @@ def _start(points: Floats, weights: Doubles, count: int, rng: np.random.Generato
 
 
 def half(rows: Floats | Doubles) -> Halves:
-    """Features as they are stored, float16; InputError for larger ones than that can hold.
+    """Convert features to float16, as they are stored; InputError if they overflow.
 
-    Sound features are far smaller: a mean of hidden states of root mean square 1 is at most the root of the width, and
-    the input of a classifier is the output of a normalisation or a tanh. Clipped, larger features would be those of
-    another text, and counts made on them would say nothing about the labels.
+    Sound features are far smaller: a mean of hidden states with root mean square 1 is at most the square root of the
+    width, and the input of a classifier comes from a normalisation or a tanh. Larger features are not clipped, because
+    clipped ones would be those of another text, and flips counted on them would be meaningless.
     """
     with np.errstate(over="ignore"):
         stored = np.asarray(rows).astype(np.float16)
@@ -136,7 +140,7 @@ def half(rows: Floats | Doubles) -> Halves:
 
 
 def _squared(points: Floats, centres: Floats) -> Doubles:
-    """Squared distances, float64 ``[n, k]``."""
+    """Squared distances of all points to all centres, float64 ``[n, k]``."""
     lengths = (points * points).sum(axis=1)[:, None] + (centres * centres).sum(axis=1)
     gaps: Doubles = np.maximum(lengths - 2.0 * points @ centres.T, 0.0).astype(np.float64)
     return gaps

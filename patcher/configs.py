@@ -1,4 +1,4 @@
-"""What the configurations of a backbone's, a classifier's and a head store's models say."""
+"""The Triton configurations of the models of a backbone, a classifier and a head store."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ __all__ = [
 ]
 
 PADDING_SLACK = 12
-"""Tokens of padding that texts of different lengths may cost to share a batch (the encoder's own default)."""
-# MiniLM on two cores: 8 texts of 10 tokens and one of 20 gain by sharing a batch, with one of 64 they lose.
+"""Tokens of padding accepted to put texts of different lengths into one batch (the encoder's own default)."""
+# In pairs of tokens, as attention counts them. MiniLM on two cores: 8 texts of 10 tokens gain by sharing a batch with
+# one text of 20 tokens, and lose by sharing it with one of 64.
 _PAIR_SLACK = 10_000
 
-# Other values of these two were not measured.
+# No other values of the next two were measured.
 _GPU_SLACK = 512
 _GPU_WARMUP = ((1, 8), (MAX_BATCH_SIZE, 128))
 
-# CUDA graphs of MiniLM on an H200: 0.2 to 0.8 of a call's time up to 64 x 32, 0.9 at 64 x 64, no gain at 64 x 128.
+# MiniLM on an H200: with CUDA graphs a call takes 0.2 to 0.8 of its time without them for batches of up to 64 x 32
+# tokens, 0.9 at 64 x 64, and the same at 64 x 128.
 GRAPHS = "cuda_graphs"
-"""The parameter that names the shapes of calls that a GPU gets as CUDA graphs."""
+"""The parameter that names the batch shapes that a GPU runs as CUDA graphs."""
 _GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _GRAPH_LENGTHS = (8, 16, 24, 32, 48, 64)
 
 SLACK = "padding_slack"
-"""The parameter that says how much padding texts of different lengths may cost."""
+"""The parameter that limits the padding accepted to put texts of different lengths into one batch."""
 PROGRAM_HASH = "program"
-"""The parameter that names the program beside the configuration, so that a server tells which one it started with."""
+"""The parameter with the hash of the model's program, which shows what program a server has loaded."""
 _POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
@@ -81,14 +83,14 @@ def _tokens(names: Sequence[str]) -> tuple[Tensor, ...]:
 
 
 def tokenizer_config(name: str, token_inputs: Sequence[str]) -> ModelConfig:
-    """Text to the token tensors that the backbone takes, for those who want to see them; no ensemble asks it."""
+    """Text to the token tensors that the backbone takes. For inspection only: no ensemble uses it."""
     return ModelConfig(
         name,
         (_TEXT,),
         _tokens(token_inputs),
         backend="python",
         instances=1,
-        kind="CPU",  # without it a server with GPUs starts one for each of them
+        kind="CPU",  # otherwise a server starts one instance for each of its GPUs
         dynamic_batching=True,
     )
 
@@ -103,11 +105,11 @@ def encoder_config(
     unpadded: bool = False,
     graphs: str = "",
 ) -> ModelConfig:
-    """Text to features FP32 ``[width]``, by way of the model ``backbone``.
+    """Text to features FP32 ``[width]``; the encoder tokenizes and calls the model ``backbone``.
 
-    Texts gather in front of it while the backbone works on those before them. For a backbone on a ``gpu`` they share
-    lengths freely: there a batch more costs far more than padding does, and most are padded to a shape that the setting
-    ``graphs`` names. A backbone that is ``unpadded`` has padding in its attention alone.
+    Texts queue up, and so form batches, while the backbone is busy. On a ``gpu``, texts of different lengths share a
+    batch freely: one more batch costs far more than padding, and most batches are padded anyway, to a shape that the
+    setting ``graphs`` names. In an ``unpadded`` backbone, padding costs time in attention only.
     """
     gpu = _is_gpu(device)
     parameters = {_BACKBONE: backbone, "token_inputs": ",".join(token_inputs)}
@@ -141,9 +143,9 @@ def backbone_config(
 ) -> ModelConfig:
     """Token tensors to features FP32 ``[width]``; ``fingerprint`` is the SHA-256 of ``model.onnx``.
 
-    ``device`` ``gpu`` insists on one, where ``cpu`` leaves the choice to the server; ``tensorrt`` may then be
-    the precision of that provider, which builds an engine for each new range of shapes. ``longest`` is the tokens
-    beyond which a text is cut, ``graphs`` the setting of the shapes that it runs as CUDA graphs.
+    ``device`` ``gpu`` requires a GPU, whereas ``cpu`` leaves the choice to the server. On ``gpu``, ``tensorrt`` may
+    name a precision; ONNX Runtime's TensorRT provider then builds an engine for each new range of shapes. ``longest``
+    is the number of tokens to which texts are truncated, ``graphs`` the setting of the shapes to run as CUDA graphs.
     """
     gpu = _is_gpu(device)
     if tensorrt not in ("", "FP16", "FP32") or (tensorrt and not gpu):
@@ -153,12 +155,12 @@ def backbone_config(
         _tokens(token_inputs),
         (_features(width),),
         backend="onnxruntime",
-        # One session with a thread for each core of whatever machine it is: Triton's default of two such sessions has
-        # them fight, and while one works, a batch forms in front of it. `patcher tune` tries others.
+        # One session, with a thread for each core of the machine. Triton's default of two such sessions would make them
+        # compete for the cores; and while a single one is busy, a batch forms. `patcher tune` tries other numbers.
         instances=1,
         kind="GPU" if gpu else "",
         tensorrt=tensorrt,
-        # A GPU's first call loads its kernels, and TensorRT's builds an engine for the range of shapes that it saw.
+        # On a GPU the first call loads the kernels, and TensorRT builds an engine for the range of shapes seen so far.
         warmup=tuple((batch, min(length, longest)) for batch, length in _GPU_WARMUP) if gpu else (),
         dynamic_batching=True,
         parameters={"fingerprint": fingerprint} | ({GRAPHS: graphs} if graphs else {}),
@@ -166,22 +168,23 @@ def backbone_config(
 
 
 def encoders(*, gpu: bool, graphs: str) -> int:
-    """Encoders before a backbone on this device, by CUDA graphs where ``graphs`` names any.
+    """Number of encoder instances for a backbone; ``graphs`` is the setting of its CUDA graphs, empty for none.
 
-    MiniLM on an H200: without graphs one encoder tokenizes while another waits, and 4 and 8 gave 0.87 and 0.53 of the
-    throughput of 2 (32 texts at once). With graphs one gave no less than two, and 1.4 times with one text at once.
+    Measured with MiniLM on an H200. Without graphs, one encoder tokenizes while another waits for the backbone; 4 and 8
+    instances gave 0.87 and 0.53 of the throughput of 2 (at 32 concurrent texts). With graphs, one instance gave at
+    least the throughput of two, and 1.4 times as much with one text at a time.
     """
     return 2 if gpu and not graphs else 1
 
 
 def graphed(longest: int) -> str:
-    """The setting of the shapes that a GPU gets as CUDA graphs, of texts of up to ``longest`` tokens."""
+    """The setting that names the shapes for CUDA graphs, for texts of up to ``longest`` tokens; may be empty."""
     lengths = [length for length in _GRAPH_LENGTHS if length <= longest]
     return f"{','.join(map(str, _GRAPH_BATCHES))} x {','.join(map(str, lengths))}" if lengths else ""
 
 
 def head_config(name: str, width: int, version: int) -> ModelConfig:
-    """Features to the answer; serves exactly ``version``, which is how a choice survives a restart."""
+    """Features to the answer; pins ``version``, so that the choice survives a restart."""
     return ModelConfig(
         name,
         (_features(width),),
@@ -189,17 +192,17 @@ def head_config(name: str, width: int, version: int) -> ModelConfig:
         backend="onnxruntime",
         versions=(version,),
         instances=1,
-        kind="CPU",  # a thousandth of the backbone's work, and strings, which no GPU knows
+        kind="CPU",  # a thousandth of the backbone's work, and strings, which a GPU cannot handle
         dynamic_batching=True,
-        # One core is plenty for a few small matrix products, and more threads would fight the backbone's for theirs.
+        # One thread is enough for a few small matrix products; more would compete with the backbone's for cores.
         parameters={"intra_op_thread_count": "1"},
     )
 
 
 def store_config(name: str, width: int, backbone: str) -> ModelConfig:
-    """Features and a classifier's name to its answer: one process for all heads of a backbone that are stored.
+    """Features and a classifier's name to its answer: one process serves all stored heads of ``backbone``.
 
-    Its model.py lies beside it; ``backbone`` names the one whose heads it serves.
+    The store's program, ``model.py``, is a file beside this configuration.
     """
     return ModelConfig(
         name,
@@ -214,7 +217,7 @@ def store_config(name: str, width: int, backbone: str) -> ModelConfig:
 
 
 def any_config(name: str, encoding: Sequence[Step], store: str) -> ModelConfig:
-    """The ensemble text, classifier -> label, score, logits, head_version, in_scope of a store's classifiers."""
+    """A head store's ensemble text, classifier -> label, score, logits, head_version, in_scope."""
     answer = {tensor.name: tensor.name for tensor in _ANSWER}
     taken = {"features": "features", "classifier": "classifier"}
     return ModelConfig(name, (_TEXT, _CLASSIFIER), _ANSWER, steps=(*encoding, Step(store, taken, answer)))
@@ -229,7 +232,7 @@ def features_config(name: str, encoder: str, width: int) -> ModelConfig:
 def classifier_config(name: str, encoding: Sequence[Step], head: str, share: float | None = None) -> ModelConfig:
     """The ensemble text -> label, score, logits, head_version, in_scope; ``encoding`` are the steps to the features.
 
-    A canary's states the ``share`` of the requests, in per cent, that is meant for it.
+    ``share`` is for canaries: the percentage of the requests that clients should send to it.
     """
     parameters = {} if share is None else {_SHARE: f"{share:g}"}
     answer = {tensor.name: tensor.name for tensor in _ANSWER}
@@ -238,24 +241,24 @@ def classifier_config(name: str, encoding: Sequence[Step], head: str, share: flo
 
 
 def asked_by(message: Any) -> str:
-    """The model that a parsed encoder's configuration says it asks; empty for any other model."""
+    """The backbone model that an encoder calls, from its parsed configuration; empty for any other model."""
     return parameter(message, _BACKBONE, "")
 
 
 def share_of(message: Any) -> float:
-    """The share of the requests, in per cent, that a canary's parsed configuration states."""
+    """The percentage of the requests that a canary's parsed configuration states; 0 if none."""
     return float(parameter(message, _SHARE, "0"))
 
 
 def with_program(text: str, program: bytes) -> str:
-    """The same configuration naming the ``program`` beside it, by its SHA-256."""
+    """The configuration with the hash of ``program`` in it: the first 12 hex digits of its SHA-256."""
     message = parse(text)
     message.parameters[PROGRAM_HASH].string_value = hashlib.sha256(program).hexdigest()[:12]
     return to_text(message)
 
 
 def with_share(text: str, percent: float) -> str:
-    """The same configuration with another share."""
+    """The configuration of a canary with another share of the requests."""
     message = parse(text)
     message.parameters[_SHARE].string_value = f"{percent:g}"
     return to_text(message)

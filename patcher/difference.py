@@ -1,4 +1,4 @@
-"""What changed between two versions of a classifier: labels, rows, and the answers to labelled texts."""
+"""Compares two versions of a classifier: labels, rows, and the answers to labelled texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Difference", "Flip", "diff"]
 
 @dataclass(frozen=True)
 class Flip:
-    """A text whose answer changed from right to wrong, or from wrong to right."""
+    """A text with its label, whose answer changed from right to wrong or from wrong to right."""
 
     text: str
     label: str
@@ -37,7 +37,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed between two versions; the last fields only where a labelled file was given."""
+    """The differences between two versions; the fields from ``examples`` on are set only if texts are given."""
 
     a: int
     b: int
@@ -50,10 +50,10 @@ class Difference:
     flips: tuple[Flip, ...] | None = None
     gains: tuple[Flip, ...] | None = None
     unknown: int = 0
-    """Texts with a label that neither version has: no answer to them is right."""
+    """Number of texts with a label that neither version has, so that no answer to them is right."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; lists of flips as objects."""
+        """All fields, with flips as objects."""
         return dataclasses.asdict(self)
 
 
@@ -64,15 +64,17 @@ def diff(
     examples: ExamplesLike | None = None,
     features: NDArray[np.float32] | None = None,
 ) -> Difference:
-    """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
+    """Compare version ``a`` with version ``b``, and their answers to ``examples``, if given.
 
-    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises VersionError
-    where one of the two is not there, LabelError where neither has any label of the examples.
+    ``features``, float32 ``[n, width]``, are those of the examples, if they are known already. A label that was only
+    renamed between the two versions counts as the same, under its name in ``b``. Raises VersionError if a version does
+    not exist, LabelError if neither version has any label of the examples.
     """
     require(int, a=a, b=b)
     classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
-    # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
+    # A rename may take the name of a label of ``a`` that is gone in ``b``. The name then stands for the renamed label;
+    # the old one gets a name of its own.
     names = _renames(classifier, before, after)
     taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
     now = {**names, **taken}
@@ -115,7 +117,11 @@ def _flip(text: str, right: frozenset[str], before: frozenset[str], after: froze
 
 
 def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str]:
-    """Names in ``before`` that are other names in ``after``, where one of them is an ancestor of the other."""
+    """Labels that were renamed: names in ``before`` to names in ``after``.
+
+    Follows the lineage if one version is an ancestor of the other. If versions between them were pruned, equal rows
+    tell which labels were renamed. Empty for unrelated versions.
+    """
     a, b = before.lineage.version, after.lineage.version
     if a > b:
         return {new: old for old, new in _renames(classifier, after, before).items()}
@@ -123,13 +129,13 @@ def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str
     while version > a:
         try:
             lineage = classifier.lineage(version)
-        except VersionError:  # pruned, with what it renamed
+        except VersionError:  # pruned, and its record of renamed labels with it
             return _same_rows(before, after)
         steps.append(lineage)
         version = lineage.parent or 0
     if version != a:
         return {}
-    # What came after it, or left on the way, had no other name in ``before``, whatever became of its own.
+    # Follow only labels of ``before``, until they are removed: a label that was added later had no name there.
     names = {label: label for label in before.labels}
     for step in reversed(steps):
         renamed = dict(step.renamed)
@@ -138,7 +144,7 @@ def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str
 
 
 def _same_rows(before: Head, after: Head) -> dict[str, str]:
-    """Names in ``before`` that ``after`` does not have, and the name there of the label with the very same row."""
+    """Labels of ``before`` that ``after`` lacks, each with the label in ``after`` that has the identical row."""
     old, rows = before.rows_hash(), after.rows_hash()
     new = {row: label for label, row in rows.items() if label not in old}
     return {label: new[row] for label, row in old.items() if label not in rows and row in new}

@@ -1,4 +1,4 @@
-"""What is installed, what the repository holds, what the server says, and whether they agree."""
+"""``patcher doctor``: checks the installation, the repository and its servers, and whether they agree."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _OPTIONAL = {
 
 
 def diagnose(location: Path | str, server: TritonServer | None, url: str, *, expected: bool = False) -> Iterator[Check]:
-    """Look at everything, the cheap things first; yields each finding as it is made.
+    """Check everything, the cheap things first, and yield each finding as it is made.
 
-    ``server`` is None where nobody answered at ``url``, which is a fault where a server is ``expected`` there.
+    ``server`` is None if no server answered at ``url``, which is a fault if a server is ``expected`` there.
     """
     yield from _installation()
     try:
@@ -69,7 +69,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     for name in names:
         try:
             yield from _on_disk(repository, name, seen)
-        except Exception as error:  # noqa: BLE001  what is so odd that nothing here expected it is a finding, too
+        except Exception as error:  # noqa: BLE001  an unexpected error is a finding, too
             yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
         found = f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
@@ -87,9 +87,11 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
 
 
 def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]:
-    """Finish or undo what was interrupted, begin a journal that cannot be read anew, have servers serve what is pinned.
+    """Repair each classifier, and yield what was done.
 
-    Damaged versions are not touched: nobody but you knows another copy of them.
+    Finishes or undoes an interrupted change, moves an unreadable journal aside for a new one, writes off missing
+    versions, and has the servers serve what is pinned. Damaged versions are left alone: only the user may have another
+    copy.
     """
     repository = ModelRepository(location)
     for name in repository.classifiers():
@@ -137,7 +139,7 @@ def _package(name: str, missing: str, why: str) -> Check:
 
 
 def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator[Check]:
-    """What lies there of one classifier; a backbone that is in ``seen`` is not looked at again."""
+    """Check one classifier's files; a backbone that is in ``seen`` was checked before."""
     try:
         classifier = repository.classifier(name)
         serving, versions = classifier.serving(), classifier.versions()
@@ -146,7 +148,7 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
     except PatcherError as error:
         yield Check(name, "fault", str(error))
         return
-    published = _published(classifier)  # after the versions: each is then in it
+    published = _published(classifier)  # read after the versions, so that it covers each of them
     found = [check for version in versions if (check := _version(classifier, version, serving, published))]
     yield from found
     faults = [check for check in found if check.state == "fault"]
@@ -169,11 +171,11 @@ def _on_disk(repository: ModelRepository, name: str, seen: set[str]) -> Iterator
 def _journal(classifier: Classifier) -> Check:
     what = f"{classifier.name}, journal"
     try:
-        there = set(classifier.versions())  # first: one that is published meanwhile is then in the journal as well
+        there = set(classifier.versions())  # read before the journal, which then covers each of them
         unfinished, published = _unfinished(classifier), classifier.journal.published()
         if unfinished and classifier.storage.busy():
             return Check(what, "note", f"in progress: {unfinished}; another patcher is running")
-        unfinished = unfinished and _unfinished(classifier)  # who was at work may have ended it
+        unfinished = unfinished and _unfinished(classifier)  # the other patcher may have finished meanwhile
     except PatcherError as error:
         return Check(what, "fault", str(error))
     if unfinished:
@@ -190,7 +192,7 @@ def _journal(classifier: Classifier) -> Check:
 
 
 def _unfinished(classifier: Classifier) -> str:
-    """The change that was begun and has not ended, in words; empty where there is none."""
+    """The change that was begun and has not ended, in words; empty if there is none."""
     if pending := classifier.journal.pending():
         return str(pending)
     half_gone = classifier.half_gone()
@@ -198,12 +200,12 @@ def _unfinished(classifier: Classifier) -> str:
 
 
 def _gone(classifier: Classifier) -> list[int]:
-    """Versions that served once, are not on disk, and were not pruned."""
+    """Versions that once served, were not pruned, and yet are not on disk."""
     return sorted(classifier.journal.served() - set(classifier.versions()) - classifier.journal.pruned())
 
 
 def _published(classifier: Classifier) -> dict[int, dict[str, str]]:
-    """What the journal says of every version; nothing where it cannot be read, which is a finding of its own."""
+    """The journal's record of every version; empty if the journal cannot be read, which is a finding of its own."""
     try:
         return classifier.journal.published()
     except PatcherError:
@@ -213,7 +215,7 @@ def _published(classifier: Classifier) -> dict[int, dict[str, str]]:
 def _version(
     classifier: Classifier, version: int, serving: int, published: Mapping[int, Mapping[str, str]]
 ) -> Check | None:
-    """What is wrong with a version, or what the memory of the one that serves does not know."""
+    """A fault of a version, or a note on labels that the memory of the serving version does not cover; else None."""
     what = f"{classifier.name}, version {version}"
     try:
         if version in published:
@@ -228,7 +230,7 @@ def _version(
         if version not in classifier.versions():  # pruned meanwhile
             return None
         return Check(what, "fault", str(error))
-    # Patches build on this one alone: what the others lack harms nobody.
+    # Patches build on the serving version only, so the memories of the others do not matter.
     forgotten = unremembered(head.labels, memory) if version == serving else ""
     return Check(what, "note", forgotten) if forgotten else None
 
@@ -274,12 +276,12 @@ def _local_answer(classifier: Classifier) -> Check:
 
 
 def _on_server(repository: ModelRepository, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
-    """What one server says of each classifier; one that hangs meanwhile is not asked for the next ones, too."""
+    """Check one server against each classifier; if the server stops answering, skip the remaining checks."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
         try:
             server.check_control()
-        except ControlRefused as error:  # who only asks need not have the key
+        except ControlRefused as error:  # only a note: a user who only classifies does not need the key
             yield Check("server", "note", f"no version can be loaded there from here: {error}")
         yield from of_settings(repository, server)
         held = held_in_stores(repository, _with_models(repository, names), server)
@@ -292,7 +294,7 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
 
 
 def _with_models(repository: ModelRepository, names: Sequence[str]) -> list[str]:
-    """The classifiers with a model of their own, trials apart."""
+    """The classifiers with a head model of their own, without canaries."""
     stored = {path.partition("_head/")[0] for path in repository.storage.glob(f"*_head/{STORE}")}
     return [name for name in names if name not in stored and not name.endswith(CANARY)]
 
@@ -304,13 +306,16 @@ def _left(
     server: TritonServer,
     held: Mapping[Backbone, Collection[str]],
 ) -> Iterator[Check]:
-    """What a server still runs of a trial that has ended, or of a dropped classifier whose name is another's by now."""
+    """Models that a server still runs although they belong to an ended trial, or to a dropped classifier.
+
+    The dropped classifier had the same name, but was served the other way (head store or ensemble).
+    """
     if name + CANARY not in names and server.is_ready(f"{name}{CANARY}_head"):
         found = f"its trial has ended, but {server.url} still runs it; `patcher sync` ends it there too"
         yield Check(f"{name}{CANARY}, served", "fault", found)
     try:
         stored = repository.stored_on(name) is not None
-    except RepositoryError:  # of files, which were looked at before
+    except RepositoryError:  # reported by the checks of the files
         return
     if stored and server.is_ready(f"{name}_head"):
         found = f"{server.url} answers it from a model that the repository no longer has; `patcher sync` ends that"
@@ -323,11 +328,12 @@ def _left(
 def _dropped(
     repository: ModelRepository, server: TritonServer, held: Mapping[Backbone, Collection[str]]
 ) -> Iterator[Check]:
-    """What a server answers for on a backbone of the repository that is no classifier of it, nor is its name another's.
+    """Dropped classifiers that a server still answers for, on a backbone of this repository.
 
-    Other people's models are told by what they are made of, and by the backbone below them.
+    To be reported, a model must consist of a classifier's parts, on a backbone that this repository holds. This leaves
+    out models that patcher did not make.
     """
-    there = set(repository.classifiers())  # looked at last: one that was made meanwhile is no dropped one
+    there = set(repository.classifiers())  # read again: a classifier made meanwhile was not dropped
     models = {each.name for each in server.statistics()}
     heads = [name for name in models if f"{name}_head" in models and name.removesuffix(CANARY) not in there]
     found = [(name, _below(repository, name, server)) for name in heads]
@@ -340,7 +346,7 @@ def _dropped(
 
 
 def _below(repository: ModelRepository, model: str, server: TritonServer) -> Backbone | None:
-    """The backbone from whose encoder a server's model leads to a head of its name, as classifiers do, else None."""
+    """The backbone of a server's model, if its steps are those of a classifier: encoder to head. Else None."""
     steps = [step.model_name for step in server.model_config(model).ensemble_scheduling.step]
     if len(steps) < 2 or steps[-1] != f"{model}_head":  # noqa: PLR2004  an encoder and a head
         return None
@@ -349,7 +355,7 @@ def _below(repository: ModelRepository, model: str, server: TritonServer) -> Bac
 
 
 def _serves(backbone: Backbone, server: TritonServer) -> bool:
-    """Whether a server has loaded this very backbone, and not only one of its name."""
+    """Whether a server has loaded this backbone, judged by its fingerprint and not only by its name."""
     try:
         found = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value
     except ServerRefused:
@@ -358,7 +364,7 @@ def _serves(backbone: Backbone, server: TritonServer) -> bool:
 
 
 def _served(repository: ModelRepository, name: str, server: TritonServer) -> Check:
-    """Whether a classifier is answered for as its files say; ServerUnreachable where the server itself went silent."""
+    """Whether a server answers from the version that the files pin; ServerUnreachable if it stopped answering."""
     what = f"{name}, served"
     try:
         classifier = repository.classifier(name)

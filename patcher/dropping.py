@@ -1,4 +1,4 @@
-"""The end of a classifier: off the servers and out of the repository; the backbone stays for the others."""
+"""Drops a classifier from the servers and the repository; its backbone stays for the others."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["drop_classifier", "forget_other", "take_out"]
 
 
 def drop_classifier(repository: ModelRepository, name: str, server: TritonServer | None = None) -> tuple[int, ...]:
-    """Take a classifier off the servers and delete it with all its versions, which are returned; its backbone stays.
+    """Unload a classifier from the servers and delete it with all its versions, which are returned; its backbone stays.
 
-    One that was interrupted is finished by the next call: then there are only remains, on disk or on a server.
+    If the call is interrupted, call it again to remove what remains on disk or on a server.
 
     Raises
     ------
     InputError
-        where there is none of that name, or a version of it is on trial.
+        if there is no such classifier, or a version of it is on trial.
     ServerError
-        where a server does not answer, or would not let go of a classifier with an ensemble of its own: then the files
-        are as they were. A head store forgets a classifier when its files are gone, so that there the files are deleted
-        although a store would not hear of it.
+        if a server does not answer, or would not unload a classifier with an ensemble of its own; the files are then
+        unchanged. A head store forgets a classifier only once its files are gone: if a store cannot be told to, the
+        files have been deleted already.
     """
     require(ModelRepository, repository=repository)
     require(str, name=name)
@@ -54,19 +54,19 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         versions = repository.versions_of(name)
         if classifier is not None and not classifier.in_store:
             require_free(classifier)
-        # Also of a trial that ended without a server hearing of it.
+        # Includes a trial that has ended in the repository but is still loaded on a server.
         held = [_unload(model, server) for model in (name, name + CANARY)]
         there = repository.has_remains(name)
         if there:
             repository.remove_classifier(name)
         forgotten = _forget(repository, name, server)
         if not (any(held) or there or forgotten):
-            repository.classifier(name)  # which says what there is instead
+            repository.classifier(name)  # raises an error that lists the existing classifiers
     return versions
 
 
 def take_out(classifier: Classifier, server: TritonServer | None) -> None:
-    """The way back of what no server came to serve; what a server never had it cannot forget, and says so."""
+    """Remove a new classifier that no server came to serve; ignores errors of servers that never loaded it."""
     classifier.repository.remove_classifier(classifier.name)
     with contextlib.suppress(ServerError):
         _unload(classifier.name, server)
@@ -75,9 +75,10 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
 
 
 def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
-    """End one of the same name that was dropped without a server hearing of it, where it was served the other way.
+    """Make the servers forget a dropped classifier of the same name that was served the other way.
 
-    ServerError where a server would not let go of it.
+    That is, from an ensemble if this one is in a head store, and the reverse. A server may still hold it if the drop
+    did not reach it. Raises ServerError if a server would not let go of it.
     """
     name = classifier.name
     if classifier.in_store:
@@ -87,13 +88,13 @@ def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
 
 
 def _unload(name: str, server: TritonServer | None) -> bool:
-    """Have the servers let go of a classifier; whether one held it."""
+    """Have the servers unload a classifier's ensemble and head; returns whether a server had loaded them."""
     held = [let_go(name, replica) for replica in present(server)]
     return any(held)
 
 
 def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> bool:
-    """Have the head stores look for files that are gone; whether one answered for them."""
+    """Have the head stores forget a classifier whose files are gone; returns whether a store still answered for it."""
     try:
         return _each(server, lambda replica: forget(repository, name, replica))
     except ServerError as error:
@@ -104,7 +105,7 @@ def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None)
 
 
 def _each(server: TritonServer | None, do: Callable[[TritonServer], bool]) -> bool:
-    """Do something on every replica, and say whether one had it; what is wrong with one is said when all were asked."""
+    """Call ``do`` on every replica, then raise one error for all that failed; returns whether any returned True."""
     found, failed = False, []
     for replica in present(server):
         try:

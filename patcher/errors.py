@@ -1,30 +1,30 @@
-"""Everything that can go wrong, as one tree.
+"""The errors of patcher, as one tree, with their exit codes.
 
 PatcherError                 1  failed, nothing changed
 ├── InputError               2  wrong usage or bad input, nothing changed
 │   ├── ExamplesError           a labelled file or a text that cannot be used
-│   ├── LabelError              a label that exists already, or that is not there
-│   ├── VersionError            a head version that is not there
+│   ├── LabelError              a label that exists already, or that does not exist
+│   ├── VersionError            a head version that does not exist
 │   ├── RepositoryError         not a model repository of ours, damaged, or of a newer format
 │   └── CheckpointError         a checkpoint that cannot be read or must not be trusted
 │       └── SplitError          a model that cannot be split into backbone and head
 ├── ExportError              1  the export started and could not be finished
 │   └── ParityError             what was exported does not answer as the checkpoint does
-│       └── PrecisionError      a backbone in fewer bits loses more than its precision may
+│       └── PrecisionError      a backbone of reduced precision loses more than the limit for it
 ├── ServerError              1  the server answered with an error
-│   ├── ServerUnreachable       nobody answers, or not in time
-│   │   ├── TlsError            somebody answers, but the connection cannot be secured as asked
-│   │   └── WrongPort           a server answers, but by HTTP
-│   └── ServerRefused           the server understood and said no (an unknown model)
-│       └── ControlRefused      it takes no model control at all, or not with this key
+│   ├── ServerUnreachable       no server answers, or not in time
+│   │   ├── TlsError            something answers, but without the TLS (or the plain connection) that was asked for
+│   │   └── WrongPort           a server answers, but on its HTTP port
+│   └── ServerRefused           the server understood the request and refused it (such as an unknown model)
+│       └── ControlRefused      it accepts no model control, or not with this key
 ├── ToolError                1  a program or library that is needed is missing or failed
-├── StorageError             1  the disk, or the object store, would not take what was to be written
-│   └── LockLost                another patcher took over meanwhile, and this one writes nothing any more
+├── StorageError             1  the disk or the object store refused a write
+│   └── LockLost                another patcher took over the lock, and this one can no longer write
 ├── Busy                     1  another patcher holds the repository's lock
 ├── GateRefused              3  the gate refused the patch, nothing published
 └── NotServed                4  published, but the server would not serve it; the previous version is back
 
-Messages say what was got, what was expected, and the next command to try.
+Messages say what was given, what was expected, and which command to try next.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ __all__ = [
 
 
 def as_sentence(error: object) -> str:
-    """A message with a mark at its end, for another sentence to follow."""
+    """An error's message with a full stop at its end, so that another sentence can follow."""
     message = str(error)
     return message if message.endswith((".", "?", "!")) else f"{message}."
 
 
 class PatcherError(Exception):
-    """Anything this program reports to its user; ``exit_code`` is what the command line ends with."""
+    """Base of all errors that are reported to the user; ``exit_code`` is the command line's exit status."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
         super().__init__(redacted(message))
         self.report = dict(report or {})
-        """What scripts need beside the message; `--json` prints it."""
+        """Details for scripts, in addition to the message; `--json` prints them."""
 
 
 class InputError(PatcherError):
@@ -92,11 +92,11 @@ class ExamplesError(InputError):
 
 
 class LabelError(InputError):
-    """A label that exists already, or that is not there."""
+    """A label that exists already, or that does not exist."""
 
 
 class VersionError(InputError):
-    """A head version that is not there."""
+    """A head version that does not exist."""
 
 
 class RepositoryError(InputError):
@@ -112,7 +112,7 @@ class SplitError(CheckpointError):
 
 
 class ExportError(PatcherError):
-    """The export started and could not be finished; the repository is as it was."""
+    """The export started and could not be finished; the repository is unchanged."""
 
 
 class ParityError(ExportError):
@@ -120,7 +120,7 @@ class ParityError(ExportError):
 
 
 class PrecisionError(ParityError):
-    """A backbone in fewer bits loses more than its precision may; ``report`` holds what was measured."""
+    """A backbone of reduced precision loses more than the limit for it; ``report`` holds what was measured."""
 
 
 class ServerError(PatcherError):
@@ -128,11 +128,11 @@ class ServerError(PatcherError):
 
 
 class ServerUnreachable(ServerError):
-    """Nobody answers at the server's address, or not in time."""
+    """No server answers at the address, or not in time."""
 
 
 class TlsError(ServerUnreachable):
-    """Somebody answers there, but not with the TLS (or the lack of it) that was asked for."""
+    """Something answers there, but without the TLS (or the plain connection) that was asked for."""
 
 
 class WrongPort(ServerUnreachable):
@@ -144,7 +144,7 @@ class ServerRefused(ServerError):
 
 
 class ControlRefused(ServerRefused):
-    """The server takes no model control at all, or not with the key that it got; that says nothing of any model."""
+    """The server accepts no model control, or not with the given key; this says nothing about any model."""
 
 
 class ToolError(PatcherError):
@@ -152,11 +152,11 @@ class ToolError(PatcherError):
 
 
 class StorageError(PatcherError):
-    """The disk, or the object store, would not take what was to be written; what was there is untouched."""
+    """The disk or the object store refused a write; what was there before is untouched."""
 
 
 class LockLost(StorageError):
-    """Another patcher took the lock over, or changed what was to be written; what it wrote is untouched."""
+    """Another patcher took over the lock, or changed the file that was to be written; its changes are untouched."""
 
 
 class Busy(PatcherError):
@@ -170,6 +170,6 @@ class GateRefused(PatcherError):
 
 
 class NotServed(PatcherError):
-    """The new version was published, but the server would not serve it; the previous one was put back."""
+    """Published, but the server would not serve it. The previous version is back, or the message says why not."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""How well a head answers a labelled file: accuracy, F1, confusions. Pure: features and labels in, figures out."""
+"""Evaluates a head on labelled texts: accuracy, F1, confusions. Pure: features and labels in, figures out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Evaluation", "LabelScore", "answers", "evaluate_head", "expected_set
 
 @dataclass(frozen=True)
 class LabelScore:
-    """Precision, recall and F1 of one label, each in 0..1 (0 where undefined), over ``support`` texts that have it."""
+    """Precision, recall and F1 of one label, each in 0..1 (0 if undefined); ``support`` is the number of its texts."""
 
     precision: float
     recall: float
@@ -37,8 +37,9 @@ class LabelScore:
 class Evaluation:
     """Figures of one head version on one labelled file.
 
-    ``accuracy`` is the share of texts answered right (for multi-label: with exactly the right set of labels),
-    ``macro_f1`` the mean F1 over the labels that occur, ``unknown`` the labels of the file that the head lacks.
+    ``accuracy`` is the share of texts answered right (for multi-label: with exactly the right set of labels);
+    ``macro_f1`` is the mean F1 over the labels that occur in the file. ``confusions`` lists missed label, answered
+    label and count, most frequent first. ``unknown`` are the labels of the file that the head lacks.
     """
 
     version: int
@@ -50,7 +51,7 @@ class Evaluation:
     unknown: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As the contract has it."""
+        """The figures for JSON, under the field names that scripts rely on."""
         return {
             "version": self.version,
             "examples": self.examples,
@@ -63,9 +64,9 @@ class Evaluation:
 
 
 def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[str]) -> Evaluation:
-    """Compare the head's answers with ``labels``; a label that the head lacks counts as answered wrong.
+    """Compare the head's answers with ``labels``; texts of a label that the head lacks count as answered wrong.
 
-    Raises LabelError where the file has no label in common with the head, which is never meant.
+    Raises LabelError if the head has none of the labels, which is certainly a mistake.
     """
     expected, answered = expected_sets(head, labels), answers(head, features)
     occurring = sorted(frozenset().union(*expected))
@@ -90,7 +91,7 @@ def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[st
 
 
 def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], of: str) -> tuple[str, ...]:
-    """The labels of a file that are not ``known``; LabelError where none of them is, which is never meant."""
+    """The labels of a file that are not ``known``; LabelError if none is known, which is certainly a mistake."""
     occurring = sorted(frozenset().union(*expected))
     unknown = tuple(label for label in occurring if label not in known)
     if len(unknown) == len(occurring):
@@ -102,7 +103,7 @@ def unknown_labels(expected: Sequence[frozenset[str]], known: Collection[str], o
 
 
 def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
-    """What the head answers: the best label, or for multi-label every label whose probability is above one half."""
+    """The head's answers: the best label, or for multi-label every label with a probability above one half."""
     if head.exclusive:
         return [frozenset([head.labels[i]]) for i in head.best(features)[0].tolist()]
     logits = (head.logits(features[block]) for block in blocks(len(features)))
@@ -110,7 +111,7 @@ def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
 
 
 def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:
-    """The labels of each text as a set; ``a|b`` is two for a multi-label head."""
+    """The labels of each text as a set; for a multi-label head, ``a|b`` is two labels."""
     return [frozenset([label] if head.exclusive else split_labels(label)) for label in labels]
 
 

@@ -1,7 +1,7 @@
 """Labelled files: CSV, TSV, JSON lines, Parquet and plain text lines, read strictly.
 
-A wrong example becomes a wrong row in production, so nothing is guessed and nothing dropped: a line that cannot be
-used ends the reading with its number.
+A wrong example becomes a wrong row in production, so the readers neither guess nor drop anything: a line that cannot be
+used is an error, which names its number.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ __all__ = [
 ]
 
 TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "message", "content", "sentece")
-"""The last one is a misspelling that is about; no message asks for it."""
+"""The last name is a misspelling that occurs in published data sets; error messages do not offer it."""
 LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
 MAX_FILE_BYTES = 1 << 30
-"""A file is read whole."""
+"""Files are read into memory whole."""
 _PARQUET_ROWS = 256
 MAX_EXAMPLES = 1_000_000
-"""Texts of one file: more than any fine-tuning set, and ten minutes of features."""
+"""Maximum number of texts in one file: more than any fine-tuning set has. Their features take ten minutes."""
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
 _HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")
@@ -62,9 +62,10 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels (None where the file has no label column), and where each came from.
+    """Texts with their labels (None if the file has no label column), and their source and line numbers for messages.
 
-    Raises ExamplesError, with the place, for a text or a label that cannot be used, and for numbers that differ.
+    Raises ExamplesError for a text or label that cannot be used, naming its place, and if ``labels`` or ``lines`` do
+    not have one entry for each text.
     """
 
     texts: tuple[str, ...]
@@ -72,7 +73,7 @@ class Examples:
     source: str = "examples"
     lines: tuple[int, ...] = ()
     unread: tuple[str, ...] = ()
-    """Columns of the file that are neither its texts nor its labels."""
+    """Names of the file's columns other than those of texts and labels."""
 
     def __post_init__(self) -> None:
         texts = listed(self.texts, "texts")
@@ -83,17 +84,17 @@ class Examples:
         for name, check, rows in (("texts", check_text, texts), ("labels", check_label, labels)):
             if rows is not None:
                 checked = tuple(check(each, self.where(row)) for row, each in enumerate(rows))
-                object.__setattr__(self, name, checked)  # which a frozen one's own assignments do not
+                object.__setattr__(self, name, checked)  # the dataclass is frozen
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def where(self, index: int) -> str:
-        """``file, line 7`` for messages."""
+        """The place of a text for messages: ``file, line 7``."""
         return f"{self.source}, line {self.lines[index]}" if self.lines else f"{self.source}, text {index + 1}"
 
     def part(self, rows: Sequence[int]) -> Examples:
-        """Some of them, from the same file."""
+        """The examples at positions ``rows``."""
         texts = tuple(self.texts[row] for row in rows)
         labels = None if self.labels is None else tuple(self.labels[row] for row in rows)
         return dataclasses.replace(
@@ -101,7 +102,10 @@ class Examples:
         )
 
     def once(self, *, several: bool = False) -> Examples:
-        """Each text once, the same words being the same text: under its first label, or with ``several`` under all."""
+        """The examples without duplicates; texts with the same words are duplicates.
+
+        Each text keeps its first label, or with ``several`` (multi-label) the labels of all its duplicates.
+        """
         places: dict[str, list[int]] = {}
         for row, text in enumerate(self.texts):
             places.setdefault(plain_words(text), []).append(row)
@@ -112,9 +116,10 @@ class Examples:
         return dataclasses.replace(kept, labels=tuple("|".join(dict.fromkeys(each)) for each in parts))
 
     def once_a_label(self, *, several: bool = False) -> Examples:
-        """Each label's texts once, the same words being the same text.
+        """The examples without duplicates inside a label; texts with the same words are duplicates.
 
-        A text that comes again tells nothing new of its label. Of two labels of one text neither is known to be wrong.
+        A text that occurs under two labels stays under both, because neither is known to be wrong. With ``several``
+        (multi-label) it is kept once, with all its labels.
         """
         if several:
             return self.once(several=True)
@@ -122,14 +127,14 @@ class Examples:
         return self.part(sorted({pair: row for row, pair in reversed([*enumerate(pairs)])}.values()))
 
     def labelled(self) -> tuple[str, ...]:
-        """The labels; ExamplesError where the file has none."""
+        """The labels; ExamplesError if the file has no label column."""
         if self.labels is None:
             expected = ", ".join(LABEL_COLUMNS)
             raise ExamplesError(f"{self.source} has no label column; expected one named {expected}")
         return self.labels
 
     def by_label(self, *, several: bool = False) -> dict[str, list[str]]:
-        """Texts of each label, labels in the order of their first appearance; ``several`` reads ``a|b`` as two."""
+        """The texts of each label, labels in order of first appearance; ``several`` splits ``a|b`` into two labels."""
         groups: dict[str, list[str]] = {}
         for text, written in zip(self.texts, self.labelled(), strict=True):
             for label in split_labels(written) if several else (written,):
@@ -142,7 +147,7 @@ class Examples:
 
 
 def data_hash(texts: Sequence[str], labels: Sequence[str]) -> str:
-    """SHA-256 over texts and labels in order; lengths go in, so that no two data sets share their bytes."""
+    """SHA-256 over texts and labels in order, each with its length, so that no two data sets hash the same bytes."""
     digest = hashlib.sha256()
     for text, label in zip(texts, labels, strict=True):
         for part in (text.encode(), label.encode()):
@@ -151,7 +156,7 @@ def data_hash(texts: Sequence[str], labels: Sequence[str]) -> str:
 
 
 def check_text(text: object, where: str) -> str:
-    """The text itself if a classifier can take it, else ExamplesError that names ``where`` it stood."""
+    """Return the text if a classifier can take it; otherwise raise ExamplesError that names its place ``where``."""
     if not isinstance(text, str):
         raise ExamplesError(f"{where}: expected a text, got {type(text).__name__} {text!r:.60}")
     if not text.strip():
@@ -168,7 +173,7 @@ def check_text(text: object, where: str) -> str:
 
 
 def check_label(label: object, where: str) -> str:
-    """The label itself if it can be one, else ExamplesError that names ``where`` it stood."""
+    """Return the label, as a string, if it is valid; otherwise raise ExamplesError that names its place ``where``."""
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ExamplesError(f"{where}: expected a label, got {type(label).__name__} {label!r:.60}")
     label = str(label)
@@ -182,9 +187,9 @@ def check_label(label: object, where: str) -> str:
 
 
 def as_examples(given: ExamplesLike, name: str) -> Examples:
-    """Examples, or the labelled file at a path; ``name`` is the argument that they came in.
+    """Return examples as they are, or read the labelled file at a path; ``name`` is the argument's name for messages.
 
-    Raises ExamplesError where there are none, and as ``read_examples`` does.
+    Raises ExamplesError if there are no examples, and the errors of ``read_examples``.
     """
     require(Examples, str, os.PathLike, **{name: given})
     examples = given if isinstance(given, Examples) else read_examples(given)
@@ -194,13 +199,13 @@ def as_examples(given: ExamplesLike, name: str) -> Examples:
 
 
 def read_examples(path: str | os.PathLike[str]) -> Examples:
-    """Read a labelled file; its ending says how (.csv .tsv .jsonl .parquet, .txt with one text a line).
+    """Read a labelled file in the format of its extension: .csv, .tsv, .jsonl, .parquet, or .txt with a text per line.
 
     Raises
     ------
     ExamplesError
-        with the line, for whatever cannot be used: no such file, no text column, a misspelt label column, an unfinished
-        quote, a row too short, an empty text, a NUL byte, bytes that are not UTF-8.
+        for anything that cannot be used, with its line: a missing file, no text column, a misspelt label column, an
+        unclosed quote, a row with missing fields, an empty text, a NUL byte, bytes that are not UTF-8.
     ToolError
         for Parquet without pyarrow.
     """
@@ -236,7 +241,7 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
 
 
 Record = tuple[int, Any, Any, tuple[str, ...]]
-"""Line, text, label, and the names of the columns that are neither."""
+"""Line number, text, label (None without a label column), and the names of the other columns."""
 
 
 def _check_size(path: Path) -> None:
@@ -270,7 +275,7 @@ def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[str, str | None, tuple[str, ...]]:
-    """The columns of the texts and of the labels, and all others."""
+    """The names of the text column, of the label column (or None), and of all other columns."""
     text = _column(names, TEXT_COLUMNS)
     if text is None:
         found = listing((repr(name[:60]) for name in names), 8)
@@ -285,7 +290,7 @@ def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[s
 
 
 def _refuse_misspelt(names: Sequence[str], where: Path | str) -> None:
-    # A label column that is not known for one would leave its texts without labels: all would be taken for one label's.
+    # If a label column went unrecognized, its texts would have no labels, and all would be taken for one label's.
     for name in names:
         written = name.strip().lower()
         near = difflib.get_close_matches(written, LABEL_COLUMNS, 1, 0.8)
@@ -294,7 +299,7 @@ def _refuse_misspelt(names: Sequence[str], where: Path | str) -> None:
 
 
 def _header_hint(names: Sequence[str], delimiter: str) -> str:
-    """What may be wrong with a first line that names no text column."""
+    """A hint on what may be wrong with a header that names no text column; empty if nothing is apparent."""
     for other, called in _DELIMITERS.items():
         parts = [part for name in names for part in name.split(other)]
         if other != delimiter and len(parts) > len(names) and _column(parts, TEXT_COLUMNS):
@@ -368,13 +373,13 @@ def _lines(content: str, path: Path) -> Iterator[Record]:
     first = content.split("\n", 1)[0]
     for delimiter, ending in ((",", ".csv"), (";", ".csv"), ("\t", ".tsv")):
         names = [name.strip() for name in first.split(delimiter)]
-        # A sentence may begin with "Question, ..." too, but a header is single words.
+        # A sentence may also begin with "Question, ...", but the names in a header are single words.
         if len(names) > 1 and not any(" " in name for name in names) and _column(names, TEXT_COLUMNS):
             raise ExamplesError(
                 f"{path} looks like a table: its first line {first.strip()!r:.60} is a header, but each line of a "
                 f".txt is one text; rename it to end in {ending}"
             )
-    # Not splitlines: it also splits at form feeds and the like, which no editor counts as lines.
+    # Not splitlines, which also splits at form feeds and the like, unlike an editor's line count.
     for line, text in enumerate(content.split("\n"), 1):
         if text.strip():
             yield line, text.rstrip("\r"), None, ()
@@ -396,10 +401,10 @@ def _parquet(path: Path) -> Iterator[Record]:
                 )
             line, size = 0, 0
             wanted = [name for name in (text, label) if name is not None]
-            # Row by row, for a file of a few KB may say one text a million times.
+            # Row by row, because a file of a few KB may decompress to one text a million times.
             for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
                 names = batch.column(label) if label is not None else itertools.repeat(pa.scalar(None))
-                for value, name in zip(batch.column(text), names):  # noqa: B905  one of them may go on for ever
+                for value, name in zip(batch.column(text), names):  # noqa: B905  one of them may be infinite
                     line, text_of, label_of = line + 1, value.as_py(), _joined(name.as_py())
                     size += len(text_of) if isinstance(text_of, (str, bytes)) else 0
                     if size > MAX_FILE_BYTES:

@@ -1,4 +1,4 @@
-"""A map of labels: remembered inputs in the plane in which their labels differ most. Pure: arrays in, arrays out."""
+"""A 2D map of remembered inputs that separates their labels best. Pure: arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ __all__ = ["FeatureMap", "feature_map"]
 class FeatureMap:
     """Inputs in a plane.
 
-    ``labels`` are those shown, the ``asked`` ones first, then their neighbours, the nearest first; ``points`` float32
-    ``[n, 2]``, one unit the spread of inputs inside a label; ``ids`` INT64 ``[n]``, positions in ``labels``.
+    ``labels`` are the labels shown: first the ``asked`` requested ones, then their neighbours, nearest first.
+    ``points``, float32 ``[n, 2]``, are in units of the spread of inputs inside a label; ``ids``, INT64 ``[n]``, index
+    ``labels``.
     """
 
     labels: tuple[str, ...]
@@ -35,10 +36,10 @@ class FeatureMap:
 
 
 def feature_map(memory: Memory, labels: Sequence[str], neighbours: int = 5) -> FeatureMap | None:
-    """The remembered inputs of some labels and of those nearest to them; None where the memory keeps none of them.
+    """Map the remembered inputs of ``labels`` and of their nearest neighbours; None if the memory has no such inputs.
 
-    The plane is that of the two directions in which the labels' means differ most, in features in which the spread
-    inside labels is the same everywhere (linear discriminants, Rao 1948).
+    The axes are the two directions in which the label means differ most, in whitened features: those in which the
+    spread inside labels is the same in every direction (linear discriminants, Rao 1948).
     """
     mine = [memory.labels.index(label) for label in labels if label in memory.labels]
     if not mine or not np.isin(memory.sample_labels, mine).any():
@@ -51,7 +52,7 @@ def feature_map(memory: Memory, labels: Sequence[str], neighbours: int = 5) -> F
     held = np.flatnonzero(np.isin(memory.sample_labels, shown))
     center = means[shown].mean(axis=0)
     axes = np.linalg.svd(means[shown] - center, full_matrices=False)[2][:2]
-    points = np.zeros((len(held), 2), np.float32)  # one label alone differs in no direction, two differ in one
+    points = np.zeros((len(held), 2), np.float32)  # a single label has no axis, two labels have one
     points[:, : len(axes)] = (white.of(memory.sample[held].astype(np.float32)) - center) @ axes.T
     place = {old: new for new, old in enumerate(shown)}
     ids = np.array([place[old] for old in memory.sample_labels[held].tolist()], np.int64)

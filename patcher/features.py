@@ -1,4 +1,4 @@
-"""Features of texts: asked of the running server where there is one, computed here from the same files where not."""
+"""Features of texts, from the running server if there is one, else computed here from the same files."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def extract_features(
     server: TritonServer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Features FP32 ``[n, width]`` of ``texts`` by a backbone (a classifier's, too): through ``server``, or else here.
+    """Features FP32 ``[n, width]`` of ``texts``, through ``server`` if given, else computed in this process.
+
+    ``backbone`` may also be a classifier on it.
 
     Raises
     ------
     ServerError
-        when the server holds another backbone than the repository: features of one say nothing to the head of the
-        other.
+        if the server's backbone is not the repository's: its features would mean nothing to the head.
     RepositoryError
-        when features come out that are not finite numbers.
+        if the backbone returns features that are not finite.
     """
     if server is None:
         features = Encoder(backbone.backbone_path, backbone.tokenizer_path).encode(texts, progress)
@@ -48,7 +49,10 @@ def extract_features(
 
 
 def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:
-    """ServerError where the server's backbone is not the repository's; what no ensemble brought of it is loaded."""
+    """ServerError unless the server's backbone is the repository's.
+
+    Loads the backbone and its features ensemble if the server has not loaded them yet.
+    """
     ours = backbone.fingerprint()
     _load_missing(backbone, backbone.backbone_model, server)
     theirs = server.model_config(backbone.backbone_model).parameters["fingerprint"].string_value

@@ -1,13 +1,13 @@
-"""The files of a model repository: its lock, its configurations, and whole models that come and go.
+"""The files of a model repository: its lock, its configurations, and adding and removing whole models.
 
-Three rules keep it whole, whatever is interrupted:
+Three rules keep the repository consistent, whatever is interrupted:
 
 - a version folder appears whole and never changes again;
-- what serves is the version pinned in the head's ``config.pbtxt``, replaced in one step, so that a restarted server
-  serves what served before, whatever else lies beside it;
+- the version that serves is the one pinned in the head's ``config.pbtxt``; that file is replaced atomically, so a
+  restarted server serves the same version as before, whatever other versions exist;
 - only the holder of the lock writes, and a dead process holds no lock.
 
-How that is done in a folder and in an object store is ``patcher.storage``'s.
+``patcher.storage`` implements them for folders and for object stores.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "FORMAT_SINCE", "RepositoryFiles", "enclosing", "format_file", "require_folder"]
 
 FORMAT = 2
-"""Number of the layout on disk; a repository with a larger one was written by a newer version of this project.
+"""Version of the repository's layout; a larger number means that a newer patcher wrote it.
 
-1: tokenizer, backbone and head are the steps of an ensemble. 2: an encoder may stand for the first two.
+1: the steps of an ensemble are tokenizer, backbone and head. 2: an encoder may replace the first two.
 """
 FORMAT_SINCE = "0.4"
-"""The first version that reads it."""
+"""The first version of patcher that reads ``FORMAT``."""
 
 
 def require_folder(location: str | os.PathLike[str]) -> None:
-    """InputError unless the repository is a folder: a head store reads heads from it that Triton would not fetch."""
+    """InputError unless the repository is a folder: a head store reads its heads there itself, not through Triton."""
     if is_url(location):
         raise InputError(
             f"{location} is not a folder: a head store reads its heads from one, and cannot be served from an "
@@ -49,14 +49,14 @@ def require_folder(location: str | os.PathLike[str]) -> None:
 
 
 def format_file() -> bytes:
-    """What this version writes into a repository's ``patcher.json``."""
+    """The ``patcher.json`` of a repository in this version's format."""
     return (json.dumps({"format": FORMAT}) + "\n").encode()
 
 
 class RepositoryFiles:
-    """A folder, or a place in an object store (``s3://BUCKET/PATH``), that Triton serves and this project writes.
+    """A model repository: a folder, or a prefix in an object store (``s3://BUCKET/PATH``).
 
-    Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
+    Raises RepositoryError if ``location`` is not a repository of patcher, or if a newer version wrote it.
     """
 
     def __init__(self, location: str | os.PathLike[str], *, storage: Storage | None = None) -> None:
@@ -77,7 +77,7 @@ class RepositoryFiles:
 
     @property
     def root(self) -> Path:
-        """The folder; InputError where the repository lies in an object store."""
+        """The folder; InputError if the repository is in an object store."""
         return self.storage.root
 
     def _check_format(self) -> None:
@@ -102,15 +102,17 @@ class RepositoryFiles:
 
     @contextlib.contextmanager
     def lock(self, timeout: float = 60.0) -> Iterator[None]:
-        """Hold the repository's lock; Busy when nobody who holds it has finished anything for ``timeout`` seconds.
+        """Hold the repository's lock; Busy if the lock does not change hands for ``timeout`` seconds.
 
         In a folder it is a kernel lock (flock) on an open file, so it is released when the process that holds it ends,
         however it ends. On NFS it works across machines if the mount has a working lock service. With ``nolock`` or
         ``local_lock`` it only separates the processes of one machine, and machines must be kept from working at the
         same time by other means: a version number is still never used twice, but the later of two pins wins.
-        In an object store it is an object that its holder keeps refreshing. If it stops, another process takes the
-        lock over, and the former holder can no longer write anything.
-        The lock is not reentrant: `add_label` and its like take it themselves, so do not call them while holding it.
+
+        In an object store it is a lease: an object that its holder keeps refreshing. If the holder stops, another
+        process takes the lock over, and the former holder can no longer write anything.
+
+        The lock is not reentrant: `add_label` and the like take it themselves, so do not call them while holding it.
         """
         with self.storage.lock(timeout) as lost:
             if not self.storage.in_one_step:
@@ -121,13 +123,16 @@ class RepositoryFiles:
             yield
 
     def _fence(self, name: str, holder: str) -> None:
-        """Make sure that ``holder``, who lost the lock and may not know it, can no longer pin or record anything."""
+        """Make sure that ``holder``, which lost the lock and may not know it, can no longer pin or record anything.
+
+        Its writes are compare-and-swap on the configuration and the journal, so changing both makes them fail.
+        """
         self.storage.amend(f"{name}_head/{CONFIG}", lambda data: data + self.storage.stamp().encode())
         Journal(self.storage, f"{name}{JOURNAL}").insist("lock taken over", holder=holder)
 
     def _sweep(self, classifiers: Sequence[str]) -> None:
-        """Remove what is left of versions whose upload or removal was interrupted."""
-        # One listing for all: there may be thousands of heads, and each listing goes through the names of all objects.
+        """Remove the remains of versions whose upload or removal was interrupted."""
+        # One listing for all heads: there may be thousands, and every listing goes through the names of all objects.
         by_head: dict[str, list[str]] = {}
         for path in self.storage.glob("*_head/*/*"):
             by_head.setdefault(path.split("/")[0], []).append(path)
@@ -147,9 +152,9 @@ class RepositoryFiles:
         return tuple(sorted(filter(is_classifier_name, own)))
 
     def stored_on(self, name: str) -> str | None:
-        """The backbone whose store serves the classifier ``name``; None for one with an ensemble of its own.
+        """The backbone whose head store serves the classifier ``name``; None if it has an ensemble of its own.
 
-        Raises InputError where the repository lies where no head store can read its heads.
+        Raises InputError for a stored classifier in an object store, where no head store can read its head.
         """
         mark = self.storage.find(f"{name}_head/{STORE}")
         if mark is None:
@@ -158,7 +163,7 @@ class RepositoryFiles:
         return mark.decode("utf-8", "replace").strip()
 
     def require_folder(self) -> None:
-        """InputError where the repository is no folder, which a head store needs."""
+        """InputError unless the repository is a folder, which a head store needs."""
         require_folder(self.location)
 
     def backbones(self) -> tuple[str, ...]:
@@ -171,45 +176,45 @@ class RepositoryFiles:
         return tuple(name for name in self.backbones() if self.has_store(name))
 
     def has_store(self, backbone: str) -> bool:
-        """Whether a backbone has a complete head store (its ensemble is moved in last)."""
+        """Whether a backbone has a complete head store (its ensemble is added last)."""
         return self.storage.has(f"{backbone}_any/{CONFIG}")
 
     def remove_backbone(self, name: str) -> None:
-        """Remove a backbone's models again, for an export that failed after they were added."""
+        """Remove a backbone's models, after an export that failed once they were added."""
         self.storage.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
 
     def remove_classifier(self, name: str) -> None:
-        """Remove a classifier's models again, but not its backbone."""
+        """Remove a classifier's models and its journal, but not its backbone."""
         self.storage.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
 
     def has_remains(self, name: str) -> bool:
-        """Whether there is anything of a classifier, whole or half deleted: a head, or the journal, which goes last.
+        """Whether any part of a classifier exists, even half deleted: a head, or the journal, which is deleted last.
 
-        A folder ``name`` alone may be somebody else's model.
+        A folder ``name`` alone does not count: it may be a model that patcher did not create.
         """
         return any(self.storage.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}"))
 
     def versions_of(self, name: str) -> tuple[int, ...]:
-        """Head versions under a name, whether or not the classifier is whole."""
+        """Head versions under a name, even if the classifier is incomplete."""
         return version_numbers(self.storage.glob(f"{name}_head/*/{MODEL}"))
 
     def versions_by_name(self) -> dict[str, tuple[int, ...]]:
-        """Head versions under every name, looked for at once."""
+        """Head versions under every name, found with one listing."""
         paths: dict[str, list[str]] = {}
         for path in self.storage.glob(f"*_head/*/{MODEL}"):
             paths.setdefault(path.split("/")[0].removesuffix("_head"), []).append(path)
         return {name: version_numbers(found) for name, found in paths.items()}
 
     def has_backbone(self, name: str) -> bool:
-        """Whether a complete backbone of that name is there (its features ensemble is moved in last)."""
+        """Whether there is a complete backbone of that name (its features ensemble is added last)."""
         return self.storage.has(f"{name}_features/{CONFIG}")
 
     def config(self, model: str) -> Any:
-        """A model's ``config.pbtxt`` as a parsed message."""
+        """A model's ``config.pbtxt``, parsed into a protobuf message."""
         return model_config.parse(self.config_text(model), f"{self.location}/{model}/{CONFIG}")
 
     def config_text(self, model: str) -> str:
-        """A model's ``config.pbtxt`` as it lies there; RepositoryError where it cannot be read or is not UTF-8."""
+        """The text of a model's ``config.pbtxt``; RepositoryError if it cannot be read or is not UTF-8."""
         name = f"{model}/{CONFIG}"
         try:
             return self.storage.read(name).decode()
@@ -217,13 +222,13 @@ class RepositoryFiles:
             raise RepositoryError(f"{self.location}/{name} is not UTF-8 text: {error.reason}") from error
 
     def tokenizer_json(self, backbone: str) -> str:
-        """The tokenizer of a backbone."""
+        """A backbone's ``tokenizer.json``."""
         return self.storage.read(f"{backbone}_tokenizer/1/tokenizer.json").decode()
 
     def write_configs(self, configs: Mapping[str, str]) -> None:
         """Replace the ``config.pbtxt`` of some models, all or none of them; the lock must be held."""
         for model in configs:
-            self.storage.read(f"{model}/{CONFIG}")  # one that is not there is named
+            self.storage.read(f"{model}/{CONFIG}")  # the error names a model that does not exist
         with contextlib.ExitStack() as stack:
             changes = [
                 stack.enter_context(self.storage.replacing(f"{model}/{CONFIG}", text.encode()))
@@ -237,14 +242,14 @@ class RepositoryFiles:
                 raise
 
     def refuse_existing(self, name: str) -> None:
-        """InputError where ``name`` is taken."""
+        """InputError if ``name`` is taken."""
         if self.storage.has(f"{name}/{CONFIG}") or self.storage.has(f"{name}_head/{STORE}"):
             there = name in self.classifiers()
             cure = f"delete it with `patcher drop-classifier {name}`" if there else "remove its folders"
             raise InputError(f"{name} is in {self.location} already; choose another name, or {cure} first")
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Add models, replacing leftovers of an interrupted export but nothing that belongs to somebody else."""
+        """Add models. Leftovers of an interrupted export are replaced; InputError for a model that is not patcher's."""
         for name, files in folders.items():
             there = self.storage.glob(f"{name}/*", f"{name}/*/*")
             if there and not self._is_ours(name, files):
@@ -258,7 +263,7 @@ class RepositoryFiles:
         """Whether an existing model has the inputs and outputs of the one that is to replace it."""
         found, ours = self.storage.find(f"{name}/{CONFIG}"), files.get(CONFIG)
         if found is None or not isinstance(ours, bytes):
-            # In a folder a model of ours appears with all its files; an upload that was cut off may lack any.
+            # In a folder, our models appear with all their files; an interrupted upload may lack any of them.
             return is_url(str(self.location))
         try:
             there, new = (model_config.parse(data.decode(), name) for data in (found, ours))
@@ -271,9 +276,9 @@ class RepositoryFiles:
 
     @contextlib.contextmanager
     def renewed_format(self) -> Iterator[None]:
-        """Record that the repository holds models of this version; where the body fails, all is as before.
+        """Set the repository's format to this version's; if the body fails, restore it. The lock must be held.
 
-        Older patchers do not know what an encoder is. The lock must be held.
+        The new number keeps older patchers, which do not know encoders, from using the repository.
         """
         before = self.format
         if before >= FORMAT:
@@ -291,7 +296,7 @@ class RepositoryFiles:
 
 
 def _undo(changes: Sequence[Replacement]) -> None:
-    """Take all of them back, the last one first; StorageError says of each why it could not be."""
+    """Undo all changes, last one first; then StorageError reports every undo that failed."""
     failed: list[StorageError] = []
     with uninterrupted():
         for change in reversed(changes):
@@ -307,9 +312,12 @@ def _undo(changes: Sequence[Replacement]) -> None:
 
 
 def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """Which repository a place lies in, however deep, and which of its classifiers it may be one of; None for none."""
+    """The repository that contains ``location``, at any depth; None if there is none.
+
+    Returned with the name of the classifier that ``location`` lies in, which is empty if it lies in none.
+    """
     for parent, name in _parents(location):
-        with contextlib.suppress(PatcherError):  # what stands in a folder that cannot be read is no help
+        with contextlib.suppress(PatcherError):  # skip a folder that cannot be read
             storage = open_storage(parent)
             if storage.find(FORMAT_FILE) is not None:
                 return parent, name if holds(storage, name) else ""
@@ -317,7 +325,7 @@ def enclosing(location: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def _parents(location: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """What a place lies in, from the inside out, each with the name of what leads there."""
+    """The parents of ``location``, innermost first, each with the name of the child that leads to ``location``."""
     if not is_url(location):
         path = Path(os.path.abspath(location))  # noqa: PTH100  of `..` the parent would be `.`; links stay as given
         yield from ((str(each.parent), each.name) for each in (path, *path.parents[:-1]))
@@ -329,7 +337,7 @@ def _parents(location: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
 
 
 def _around(location: Path | str) -> str:
-    """What to say instead of a place that lies in a repository; nothing where it lies in none."""
+    """Advice that names the repository around ``location``; empty if there is none."""
     found = enclosing(location)
     if found is None:
         return ""

@@ -1,4 +1,4 @@
-"""Several servers of one repository: who is there, in which order they take a new version, how the first is watched."""
+"""Several servers of one repository: which of them answer, the order of a rollout, and the watch over its first one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _KINDS = (socket.AF_INET, socket.AF_INET6)
 
 
 class Fleet(TritonServer):
-    """Several servers as one: questions go to the first that lives, changes to all that do.
+    """Several servers as one: requests go to the first live replica, changes to all live ones.
 
-    A replica that does not answer is away: it is named in ``away``, left alone, and learns of the change by
-    ``patcher sync``, or from the files when it starts again. ``watch_seconds`` is how long the first replica serves a
-    new version alone before the others get it; ``options`` are those of ``TritonServer`` for each of them. Raises
-    InputError without an address, or for one that is none.
+    Liveness is checked once, at construction. A replica that does not answer is listed in ``away`` and left alone; it
+    catches up through ``patcher sync``, or from the files when it restarts. ``watch_seconds`` is how long the first
+    replica serves a new version alone before the others get it. ``options`` are passed to each ``TritonServer``. Raises
+    InputError if ``urls`` is empty or holds an invalid address.
     """
 
     def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
@@ -42,7 +42,7 @@ class Fleet(TritonServer):
         try:
             with ThreadPoolExecutor(len(self.members)) as pool:
                 alive = list(pool.map(TritonServer.is_live, self.members))
-        except BaseException:  # one that speaks another protocol, say
+        except BaseException:  # for example, a server that speaks another protocol
             for member in self.members:
                 member.close()
             raise
@@ -60,20 +60,20 @@ class Fleet(TritonServer):
         super().close()
 
     def load(self, model: str) -> None:
-        """Have every replica that is there load ``model``."""
+        """Have every live replica load ``model``."""
         self._all(lambda replica: replica.load(model))
         self._configs.clear()
 
     def unload(self, model: str) -> None:
-        """Have every replica that is there stop serving ``model``."""
+        """Have every live replica unload ``model``."""
         self._all(lambda replica: replica.unload(model))
 
     def check_control(self) -> None:
-        """ControlRefused where one of them would load and unload no model for us."""
+        """ControlRefused if a live replica would not accept model control from this client."""
         self._all(lambda replica: replica.check_control())
 
     def refresh(self, store: str, classifier: str, width: int) -> None:
-        """Have the head store of every replica that is there serve the version that the files pin."""
+        """Have the head store of every live replica serve the version of ``classifier`` that the files pin."""
         self._all(lambda replica: replica.refresh(store, classifier, width))
 
     def _all(self, do: Callable[[TritonServer], object]) -> None:
@@ -81,29 +81,29 @@ class Fleet(TritonServer):
 
 
 def addresses(given: str) -> tuple[str, ...]:
-    """The servers that ``--url`` names: separated by commas, or a name that resolves to several addresses."""
+    """The servers that ``--url`` names: a comma-separated list; a name may resolve to several addresses."""
     found: list[str] = []
     for url in split(given):
-        # One that is a single machine is asked by its name, which is what a certificate of its own is made out to.
+        # A single machine keeps its name, because its TLS certificate is issued for the name.
         several = resolved(url)
         found += several if len(several) > 1 else [url]
     return tuple(dict.fromkeys(found)) or (given,)
 
 
 def split(given: str) -> list[str]:
-    """The servers in a list with commas, each as it is named there."""
+    """The entries of a comma-separated list of servers."""
     return [part.strip() for part in given.split(",") if part.strip()]
 
 
 def resolved(url: str) -> list[str]:
-    """HOST:PORT of every machine behind a name, sorted; the address itself where it cannot be resolved now.
+    """HOST:PORT of every machine behind a name, sorted; ``url`` itself if the name cannot be resolved now.
 
-    A machine may have an IPv4 address and one of IPv6: only those of one kind are taken, the one with more of them.
+    A machine may have both an IPv4 and an IPv6 address. To count it once, only the more numerous kind is used.
     """
     host, _, port = url.rpartition(":")
     try:
         known = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError, OverflowError):  # nobody of that name: the call itself will say so
+    except (OSError, ValueError, OverflowError):  # the connection attempt will report it
         return [url]
     older, newer = ({str(entry[4][0]) for entry in known if entry[0] == kind} for kind in _KINDS)
     if len(newer) > len(older):
@@ -112,20 +112,20 @@ def resolved(url: str) -> list[str]:
 
 
 def members(server: TritonServer | None) -> tuple[TritonServer, ...]:
-    """Every replica behind ``server``, whether it is there or not."""
+    """Every replica behind ``server``, live or not."""
     if server is None:
         return ()
     return server.members if isinstance(server, Fleet) else (server,)
 
 
 def present(server: TritonServer | None) -> tuple[TritonServer, ...]:
-    """The replicas that were there when the fleet was looked at; one server alone counts as present."""
+    """The replicas that were live when the fleet was created; a single server counts as live."""
     away = server.away if isinstance(server, Fleet) else ()
     return tuple(each for each in members(server) if each.url not in away)
 
 
 def waves(replicas: Sequence[TritonServer]) -> list[tuple[TritonServer, ...]]:
-    """One replica first, then two, four, and so on."""
+    """The replicas in groups for a rollout: first one, then two, four, and so on."""
     found, start, size = [], 0, 1
     while start < len(replicas):
         found.append(tuple(replicas[start : start + size]))
@@ -134,9 +134,10 @@ def waves(replicas: Sequence[TritonServer]) -> list[tuple[TritonServer, ...]]:
 
 
 def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], object]) -> None:
-    """Do it on all replicas at once; every one is tried, then one error is raised that tells of all that failed.
+    """Call ``do`` on all replicas concurrently, then raise one error that reports every failure.
 
-    Where all failed with the same kind of ServerError, it is of that kind.
+    The error has the common type of the failures if they all are of one ServerError type, else it is a ServerError.
+    With a single replica, its error is raised as it is. An exception other than PatcherError takes precedence.
     """
     if len(replicas) == 1:
         do(replicas[0])
@@ -159,10 +160,10 @@ def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], object])
 
 
 def watch(classifier: Classifier, replica: TritonServer, seconds: float) -> None:
-    """ServerError when ``replica`` stops being ready, or the classifier's head fails requests, within ``seconds``.
+    """Watch a replica for ``seconds``; ServerError if it stops being ready or the classifier's head fails requests.
 
-    A text that was refused never reached the head: a client's fault does not end a rollout. What a head store fails may
-    be of any of its classifiers, so there it is the probes that tell.
+    A text that is refused never reaches the head, so that a client's mistake does not abort a rollout. A head store
+    counts failures of all its classifiers together, so there only readiness is watched, and a probe checks the answers.
     """
     ensemble, head = classifier.ensemble, None if classifier.in_store else classifier.head_model
     before = _failures(head, replica)

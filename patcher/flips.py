@@ -1,4 +1,4 @@
-"""How many inputs of old labels a fit takes away, and what such a count says about all inputs like them."""
+"""Counts how many inputs of old labels flip under a fit, and bounds the rate for all inputs like them."""
 
 from __future__ import annotations
 
@@ -26,29 +26,28 @@ __all__ = ["CONFIDENCE", "Flips", "count_flips", "fewest_inputs", "logits_after"
 CONFIDENCE = 0.95
 _ROUNDED = 1e-9
 _UNCOUNTABLE = 2**62
-"""More inputs than any number holds: a share so small is as good as 0."""
+"""Stops the search for a sample size: a share that would need this many inputs is as good as 0."""
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Inputs that were answered correctly before a patch and no longer are.
+    """The flips of a patch: inputs that were answered correctly before it and no longer are.
 
     Parameters
     ----------
     source, size, count
-        ``count`` of ``size`` inputs, those of ``source``: ``eval``, ``replay`` or ``features`` of the memory.
-        Nothing was counted where it is ``draws`` or ``none``.
+        ``count`` of the ``size`` inputs from ``source`` flip: ``eval``, ``replay`` or ``features`` of the memory.
+        Nothing was counted if the source is ``draws`` or ``none``.
     losing, sizes
-        Flips by old label, most first, and the number of inputs of each label that has any.
+        Number of flips by old label, in descending order, and number of inputs by label.
     rate
-        Share of the inputs that flip, each label weighed by its share of the data; None where nothing was counted.
+        Share of the inputs that flip, each label weighted by its share of the data; None if nothing was counted.
     effective
-        The number of inputs of equal weight that would tell as much: ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling,
-        1965).
+        Effective sample size, ``(sum w)^2 / sum w^2`` (Kish, Survey Sampling, 1965).
     thresholds
-        Number of rows whose threshold was set on these very inputs.
+        Number of new rows whose threshold was set on these same inputs; 1 if none was.
     refitted
-        Whether these very inputs took part in a refit of the old rows; then the bound does not hold for fresh inputs.
+        Whether these same inputs took part in a refit of the old rows. If so, the bound does not hold for fresh inputs.
     """
 
     source: str
@@ -63,11 +62,11 @@ class Flips:
 
     @property
     def bound(self) -> float | None:
-        """The rate's one-sided upper bound at 95 % confidence; None where nothing was counted.
+        """One-sided upper bound of the rate at 95 % confidence; None if nothing was counted.
 
-        Clopper-Pearson's, for the effective numbers of flips and inputs (Korn & Graubard, Survey Methodology, 1998).
-        One row that is set just short of its next flip is no worse than a row that was set without these inputs. With
-        several such rows, one flip is added for each but the first, as each stops just short of a flip of its own.
+        The Clopper-Pearson bound for the effective numbers of flips and inputs (Korn & Graubard, Survey Methodology,
+        1998). A threshold set on these inputs stops just short of a flip. A single such row needs no correction: it is
+        no worse than a row set without these inputs. For each further one, one flip is added.
         """
         if self.source not in ("eval", "replay", "features"):
             return None
@@ -77,20 +76,20 @@ class Flips:
 
     @property
     def equal(self) -> int:
-        """``effective``, as whole inputs."""
+        """``effective``, rounded down to a whole number of inputs."""
         return math.floor(self.effective + _ROUNDED)
 
     @property
     def weighed(self) -> bool:
-        """Whether labels have unequal shares."""
+        """Whether the inputs have unequal weights."""
         return self.effective < self.size * (1.0 - _ROUNDED)
 
 
 def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
     """One-sided Clopper-Pearson upper bound of a rate, from ``flips`` seen in ``size`` independent inputs.
 
-    The rate at which so few flips, or fewer, would be seen with probability ``1 - confidence``; found by bisection on
-    the binomial distribution. With no flips it is ``1 - (1 - confidence) ** (1 / size)``, about ``3 / size``.
+    This is the rate at which ``flips`` or fewer would be seen with probability ``1 - confidence``, found by bisection
+    on the binomial distribution. With no flips it is ``1 - (1 - confidence) ** (1 / size)``, about ``3 / size``.
     """
     if size <= 0 or flips >= size:
         return 1.0
@@ -105,9 +104,9 @@ def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:
 
 
 def fewest_inputs(most: float, thresholds: int = 1) -> int:
-    """How many inputs of equal weight, none of which flips, give a bound of at most ``most``, a share above 0.
+    """The smallest number of equally weighted inputs that give a bound of at most ``most`` (> 0) if none flips.
 
-    ``thresholds`` as of ``Flips``: with more of them, more inputs are needed.
+    ``thresholds`` is that of ``Flips``: more thresholds need more inputs.
     """
     enough = 1
     while enough < _UNCOUNTABLE and upper_bound(thresholds - 1, enough) > most:
@@ -125,7 +124,7 @@ def count_flips(
     memory: Memory | None,
     evaluation: Labelled | None,
 ) -> list[Flips]:
-    """Flips on the best inputs, which give the bound, and then on all others: none may hide what another shows."""
+    """Flips on each set of inputs, best first: the first gives the bound, but the gate checks every set."""
     counted = []
     if evaluation is not None:
         found = _on_evaluation(head, fit, evaluation)
@@ -155,7 +154,7 @@ def _counted(inputs: OldInputs, lost: Ints, head: Head, thresholds: int = 1) -> 
 
 
 def _in_full(found: Flips, head: Head, fit: Fit, memory: Memory | None) -> Flips:
-    """With many labels only a few inputs of each are looked at; for labels that lose some, count all there are."""
+    """With many labels, the count samples the memory's inputs. For labels that lose some, recount on all of theirs."""
     inputs = old_inputs(memory, None, head, only=found.losing) if found.losing else None
     if inputs is None or memory is None or len(memory.sample) <= found.size or not head.exclusive:
         return found
@@ -181,7 +180,10 @@ def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
 
 
 def _sentences(data: Labelled, labels: int) -> tuple[Floats, Bools]:
-    """Each sentence once, float32 ``[t, width]``, with its labels ``[t, labels]``, from a row for each of them."""
+    """Merge adjacent rows of the same text: features float32 ``[t, width]``, and which labels each has ``[t, labels]``.
+
+    Multi-label data has one row for each label of a text.
+    """
     features, ids = data
     first = np.ones(len(ids), np.bool_)
     first[1:] = (features[1:] != features[:-1]).any(axis=1)
@@ -191,13 +193,13 @@ def _sentences(data: Labelled, labels: int) -> tuple[Floats, Bools]:
 
 
 def _flipped(inputs: OldInputs, head: Head, fit: Fit) -> Ints:
-    """Places of the inputs that were answered rightly and are no longer."""
+    """Indices of the inputs that flip; for a multi-label head, of the inputs that a new label claims."""
     rival = (inputs.features @ fit.weight.T + fit.bias).max(axis=1)
     if (
         not head.exclusive
-    ):  # no label displaces another here: a new one that shows up where it does not belong is the harm
+    ):  # multi-label: no label displaces another, so the harm is a new label on an input it does not belong to
         return np.flatnonzero(rival > 0)
-    # Where no old row changes, an input that its own label holds against every new row is lost to none of them: few
+    # If the old rows are unchanged, an input whose own logit is at least every new one cannot flip. Only the few others
     # need the logits of all labels.
     near = np.arange(len(inputs)) if fit.old_rows is not None else np.flatnonzero(rival > inputs.own)
     lost = np.empty(len(near), np.bool_)
@@ -211,7 +213,7 @@ def _flipped(inputs: OldInputs, head: Head, fit: Fit) -> Ints:
 
 
 def logits_after(rows: Floats, before: Floats, fit: Fit, head: Head) -> Floats:
-    """Logits of the old labels and the new ones, float32 ``[n, C + K]``; ``before`` are the head's as it was."""
+    """Logits of the old labels and then the new ones, float32 ``[n, C + K]``; ``before`` are the unpatched head's."""
     if fit.old_rows is None:
         return np.concatenate([before, rows @ fit.weight.T + fit.bias], axis=1)
     after: Floats = fit.apply(head).logits(rows)

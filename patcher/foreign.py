@@ -1,7 +1,7 @@
-"""What in a repository would run code that patcher did not write, once a server loads it.
+"""Finds everything in a repository that would make a server run code that patcher did not write.
 
-Triton runs far more than the ``model.py`` of a model: a library, a stub or an environment beside it, whatever file its
-configuration names, any module that takes the place of one that ``model.py`` imports.
+Triton runs far more than a model's ``model.py``: a library, a stub or an environment beside it, any file that its
+configuration names, and any module that shadows one that ``model.py`` imports.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["UNKNOWN", "foreign", "is_earlier", "outdated"]
 
 UNKNOWN = "if a newer patcher wrote it, update this one; otherwise `patcher upgrade --force` replaces it"
-"""What to do about a program that neither this patcher nor an earlier one wrote: nothing in it tells whose it is."""
+"""Advice on a program that neither this patcher nor an earlier one wrote. Nothing in it tells who did."""
 _COMPILED = re.compile(r"1/__pycache__/model\.[^/]*\.pyc")
-"""What a server started by other means writes where it may; `patcher serve` and the container keep Python from it."""
+"""Byte code that Python writes if the server was not started by `patcher serve` or in the container."""
 _PREPARED = re.compile(rf"1/{re.escape(STAGING)}[^/]*/\.model\.py\.new")
-"""What an upgrade leaves that is killed while it replaces a program; no server reads it."""
+"""The remains of an upgrade that was killed while replacing a program; no server reads them."""
 _STUB = "triton_python_backend_stub"
 _CODE = frozenset([".py", ".pyc", ".pyo", ".pth", ".so", ".dll", ".dylib"])
 _ARCHIVES = frozenset([".tar", ".gz", ".tgz", ".bz2", ".xz", ".zip", ".whl", ".egg"])
 _DEEPEST = 8
 _RUNTIMES = ("python", "onnxruntime", "")
-"""Backends of a backbone's models, of a head, and of an ensemble, which has none."""
+"""Backends: of the models with a program; of the backbone and the heads; of ensembles, which have none."""
 _EARLIER = frozenset(
     [
         "04cbe8b51be3490d330a77c1659cf0c5f8a36d13637cf1633972ab7306f140a6",
@@ -58,14 +58,14 @@ _EARLIER = frozenset(
         "efe18c17cd3be5bbacd8ac7b82384791e767fdd18f45a00da781e3600d4f9429",
     ]
 )
-"""SHA-256 of every ``model.py`` that a version of patcher wrote into repositories, this one's among them."""
+"""SHA-256 of every ``model.py`` that any version of patcher, this one included, wrote into repositories."""
 
 
 def foreign(repository: RepositoryFiles) -> Iterator[tuple[str, str]]:
-    """Each model and what in it is not patcher's, or would have a server run something else than what patcher wrote."""
+    """Yield a model and a finding for everything that makes a server run anything but what patcher wrote."""
     roles = _roles(repository)
     files: dict[str, list[str]] = {}
-    # In one call, which on an object store is one listing.
+    # A single call, which is one listing on an object store.
     for path in repository.storage.glob(*("/".join("*" * depth) for depth in range(2, _DEEPEST + 1))):
         model, _, name = path.partition("/")
         files.setdefault(model, []).append(name)
@@ -87,7 +87,7 @@ def foreign(repository: RepositoryFiles) -> Iterator[tuple[str, str]]:
 
 
 def outdated(repository: RepositoryFiles) -> list[str]:
-    """Models with the program of an earlier version, which `patcher upgrade` renews."""
+    """Models whose program is an earlier version's, which `patcher upgrade` replaces."""
     found = []
     for model in sorted(_roles(repository)):
         known, data = _programs(model), repository.storage.find(f"{model}/{PROGRAM}") if _programs(model) else None
@@ -97,12 +97,12 @@ def outdated(repository: RepositoryFiles) -> list[str]:
 
 
 def is_earlier(program: bytes) -> bool:
-    """Whether a program is one that an earlier version wrote, or this one."""
+    """Whether this version of patcher, or an earlier one, wrote a program."""
     return hashlib.sha256(program).hexdigest() in _EARLIER
 
 
 def _roles(repository: RepositoryFiles) -> dict[str, str]:
-    """The models that patcher wrote by name, with the backend that each has to have."""
+    """Names of the models that patcher writes, each with the backend that it must have."""
     python, onnxruntime, ensemble = _RUNTIMES
     roles: dict[str, str] = {}
     for backbone in repository.backbones():
@@ -115,7 +115,7 @@ def _roles(repository: RepositoryFiles) -> dict[str, str]:
 
 
 def _programs(model: str) -> bytes | None:
-    """What this version has as a model's program; None for a model that has none."""
+    """The current version's program for a model; None for a model that has none."""
     for role in ("_tokenizer", "_encoder", "_heads"):
         if model.endswith(role):
             return programs(BackboneNames(model.removesuffix(role)))[model]
@@ -123,7 +123,7 @@ def _programs(model: str) -> bytes | None:
 
 
 def _file(repository: RepositoryFiles, path: str, name: str, program: bytes | None) -> str:
-    """What is wrong with a file of a model, or an empty text."""
+    """What is wrong with a file of a model; empty if nothing is."""
     if name == PROGRAM and program is not None:
         data = repository.storage.find(path)
         if data is None or data == program or is_earlier(data):
@@ -144,8 +144,8 @@ def _file(repository: RepositoryFiles, path: str, name: str, program: bytes | No
 
 
 def _configuration(message: Any, backend: str, ours: dict[str, str]) -> list[str]:
-    """What in a parsed configuration has a server run something else."""
-    given = message.backend or message.platform.partition("_")[0]  # as of old: onnxruntime_onnx
+    """Settings in a parsed configuration that make a server run something else than what patcher wrote."""
+    given = message.backend or message.platform.partition("_")[0]  # the older form: onnxruntime_onnx
     expected = backend or "ensemble"
     found = [] if given == expected else [f"backend {message.backend or message.platform!r}; expected {expected!r}"]
     if message.runtime:
@@ -161,7 +161,7 @@ def _configuration(message: Any, backend: str, ours: dict[str, str]) -> list[str
 
 
 def _loaded(message: Any) -> Iterator[str]:
-    """What else a parsed configuration has a server load or read."""
+    """Settings in a parsed configuration that make a server load or read further files."""
     for name in message.model_operations.op_library_filename:
         yield f"it has the server load the library {name!r}; expected none"
     for agent in message.model_repository_agents.agents:

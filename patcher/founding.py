@@ -1,4 +1,4 @@
-"""A new classifier on a backbone that is there: features, fit, judgement on held-out texts, version 1 live."""
+"""A new classifier on an existing backbone: features, fit, evaluation on held-out texts, publication of version 1."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
 __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
 
 _WEAK_RECALL = 0.75
-"""Labels that are found less often than this among the held-out texts are named."""
+"""The report names the labels whose recall on the held-out texts is below this."""
 
 
 @dataclass(frozen=True)
 class FoundingSettings:
     """How a new classifier is made.
 
-    ``in_store`` leaves its answers to the backbone's head store, which holds many classifiers in one process, instead
-    of giving it an ensemble and a head model of its own. ``min_accuracy`` is the share of held-out texts that must be
-    answered right; ``force`` publishes in spite of that and is recorded. ``per_label`` real features a label are kept
-    in the memory; 0 keeps statistics alone.
+    With ``in_store``, the backbone's head store answers for it, which holds many classifiers in one process; otherwise
+    it gets an ensemble and a head model of its own. ``min_accuracy`` is the share of held-out texts that must be
+    answered right; ``force`` publishes even below it, which is recorded. ``dry_run`` publishes nothing. The memory
+    keeps the features of up to ``per_label`` texts of each label; 0 keeps only statistics.
     """
 
     in_store: bool = False
@@ -80,7 +80,7 @@ class FoundingSettings:
 
 @dataclass(frozen=True)
 class WeakLabel:
-    """A label that few of its held-out texts get, and what they get instead most often."""
+    """A label with low recall on its ``support`` held-out texts, and the wrong answer they most often get."""
 
     label: str
     recall: float
@@ -90,7 +90,7 @@ class WeakLabel:
 
 @dataclass
 class NewClassifierReport:
-    """What was made, and how right it is on texts that were held out of the fit it was judged by."""
+    """The classifier that was made, and its accuracy: of a trial fit, on the texts held out of it."""
 
     classifier: str
     backbone: str
@@ -104,7 +104,7 @@ class NewClassifierReport:
     gate: str
     weak: tuple[WeakLabel, ...]
     repeated: int = 0
-    """Texts that were left out, as another of their label has the same words."""
+    """Number of texts that were left out as duplicates of another text of their label."""
     version: int = 1
     published: bool = False
     served: bool = False
@@ -114,13 +114,13 @@ class NewClassifierReport:
 
     @property
     def sentence(self) -> str:
-        """The judgement in words."""
+        """The gate's verdict in one sentence."""
         right = f"{percent(self.evaluation.accuracy, 1)} of {self.held_out} held-out texts answered right"
         word = "Passed" if self.gate == "passed" else "Refused"
         return f"{word}: {right}, macro F1 {percent(self.evaluation.macro_f1, 1)}."
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the figures of every label."""
+        """The report for JSON, with the figures of every label."""
         return {
             **{name: getattr(self, name) for name in ("classifier", "backbone", "in_store", "address", "version")},
             **{name: getattr(self, name) for name in ("labels", "examples", "repeated", "held_out")},
@@ -145,32 +145,35 @@ def new_classifier(
     settings: FoundingSettings = FoundingSettings(),
     progress: Callable[[int], None] | None = None,
 ) -> NewClassifierReport:
-    """Make a classifier of labelled texts on a backbone that is there: no fine-tuning, and no torch.
+    """Make a classifier from labelled texts on an existing backbone, without fine-tuning and without torch.
 
-    Rows on all frozen features are fitted to all texts (multinomial logistic regression); the judgement comes from a
-    fit without a fifth of each label's texts, answered by those. It then is a classifier like any other: ``add_label``,
+    Its rows are fitted to the frozen features of all texts (multinomial logistic regression). It is evaluated by a
+    trial fit without a fifth of each label's texts, on these texts, which also choose the penalty. With more than
+    20,000 texts, the trial uses a sample of that size. The result is a classifier like any other: ``add_label``,
     ``rollback`` and the rest work on it.
 
     Parameters
     ----------
     examples
-        Texts, each with one label: two labels at least, and two texts of each; or the path of a file with them.
+        Texts with one label each, or the path of a file with them: at least two labels, and two texts of each.
     backbone
-        Its name; the only one of the repository by default.
+        The backbone's name; by default the only one of the repository.
     server
-        The server that serves ``repository``; None publishes without touching one, with features computed here.
+        The server that serves ``repository``. With None, the features are computed in this process, and the classifier
+        is published without loading it anywhere.
 
     Raises
     ------
     InputError, LabelError, ExamplesError
-        for a name that is taken, an unknown backbone, too few labels or texts, and for ``in_store`` on an object store.
+        for a name that is taken, an unknown backbone, too few labels or texts, or ``in_store`` on an object store.
     GateRefused
-        when too few of the held-out texts are answered right; nothing was published.
+        if too few of the held-out texts are answered right; nothing was published.
     NotServed
-        when the server would not serve it; the classifier is taken out of the repository again.
+        if the server would not serve it; the classifier was removed from the repository again.
     ServerError
-        when no server answers, with nothing changed; and when a dropped classifier of that name cannot be ended that
-        is served the other way: then the new one serves, and ``report`` says that it is published.
+        if no server answers, with nothing changed. Also if the new classifier serves, but an earlier one of that name,
+        which was dropped and served the other way (head store or ensemble), could not be unloaded; ``report`` then says
+        that the new one is published.
     """
     require(ModelRepository, repository=repository)
     require(TritonServer, None, server=server)
@@ -181,7 +184,7 @@ def new_classifier(
     base = repository.backbone(backbone)
     repository.refuse_existing(check_name(name))
     given = as_examples(examples, "examples")
-    examples = given.once_a_label()  # a repeated text would be judged by a fit that saw it
+    examples = given.once_a_label()  # the trial fit must not have seen the texts that it is evaluated on
     labels, ids = _checked(examples)
     with watch("features"):
         features = extract_features(base, examples.texts, server, progress)
@@ -210,7 +213,7 @@ def _memory(
 
 
 def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The labels in order of appearance, and which each text has, INT64 ``[n]``."""
+    """The labels in order of appearance, and the index of each text's label, INT64 ``[n]``."""
     written = examples.labelled()
     counts = Counter(written)
     if len(counts) < 2:  # noqa: PLR2004  a choice
@@ -236,7 +239,7 @@ def _judged(
     made: SoftmaxFit,
     settings: FoundingSettings,
 ) -> NewClassifierReport:
-    """What the held-out texts say."""
+    """The report, with the trial fit evaluated on the held-out texts."""
     trial = Head.from_linear(labels, made.trial_weight, made.trial_bias, features.shape[1], base.fingerprint())
     expected = [labels[place] for place in ids[made.held_out]]
     found = evaluate_head(trial, features[made.held_out], expected)
@@ -257,7 +260,7 @@ def _judged(
 
 
 def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
-    """The labels that are found too seldom, the worst first."""
+    """The labels with low recall, the worst first."""
     instead: dict[str, str] = {}
     for label, answered, _ in found.confusions:  # the most frequent first
         instead.setdefault(label, answered)
@@ -319,7 +322,7 @@ def _publish(
     settings: FoundingSettings,
     server: TritonServer | None,
 ) -> None:
-    """Publish it and have it served, or with ``dry_run`` see that it could be; the report then says so."""
+    """Validate the head, then publish and serve it unless ``dry_run``; updates the report."""
     data = write_head(head)
     validate(data, head)
     report.head_bytes, report.memory_bytes = len(data), memory.size
@@ -336,15 +339,15 @@ def _publish(
 def publish_new(
     base: Backbone, name: str, head: Head, memory: Memory | None, server: TritonServer | None, *, in_store: bool = False
 ) -> Classifier:
-    """Version 1 of the classifier ``name`` into the repository and onto the server, or neither.
+    """Publish version 1 of the classifier ``name`` and have the server serve it, or change nothing.
 
-    Raises NotServed where the server would not serve it; then it is taken out of the repository again. ServerError
-    where it serves, and one of its name that was dropped does so, too.
+    Raises NotServed if the server would not serve it; it was then removed from the repository again. Raises ServerError
+    if it serves, but an earlier classifier of that name, which was dropped, may still be served, too.
     """
     repository = base.repository
     require_live(server)
     with repository.lock(), contextlib.ExitStack() as undo:
-        repository.refuse_existing(name)  # another patcher may have been quicker
+        repository.refuse_existing(name)  # checked again: another patcher may have added it before we got the lock
         if in_store and not repository.has_store(base.backbone_name):
             base.add_store()
             undo.callback(_take_out_store, base, server)
@@ -362,7 +365,7 @@ def publish_new(
         undo.pop_all()
         try:
             forget_other(classifier, server)
-        except ServerError as error:  # no fault of the new one, which serves
+        except ServerError as error:  # the new classifier serves all the same
             raise ServerError(
                 f"version 1 of {name} serves, but an earlier {name} may still be answered for, too, by "
                 f"{as_sentence(error)} `patcher sync --classifier {name}` ends that",

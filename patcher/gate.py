@@ -1,4 +1,4 @@
-"""The check that a patch has to pass: what it would break, what it would find, and how sure that is, in words."""
+"""The gate that a patch has to pass: what it would break, what it would find, and how certain both figures are."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ __all__ = ["Verdict", "judge", "unremembered"]
 FEW = 5
 _GOOD_RECALL = 0.9
 _ABOUT = 0.95
-"""Weights that leave this share of the inputs' number are not worth a word."""
+"""The advice mentions the effective sample size only if it is below this share of the number of inputs."""
 _MOST_OF_ONE = 0.25
 _FEWEST_LOST = 3
-"""A label that loses so many, and more than such a share of its own, is taken over, however many others there are."""
+"""A patch takes over an old label if at least this many of its inputs flip, and more than the share ``_MOST_OF_ONE``.
+
+The limit ``max_flips`` replaces that share if it is larger. A label with just two inputs is taken over if both flip.
+The number of inputs of other labels does not matter.
+"""
 _FEWEST_INPUTS = 10
-"""With none of fewer lost, a quarter of all may be."""
+"""Fewer inputs than this prove too little: with no flip among nine, the upper bound is still 28 %."""
 _WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
 
 
@@ -46,27 +50,28 @@ class Verdict:
     Parameters
     ----------
     passed, sentence
-        The verdict, and in one sentence.
+        Whether the patch passed, and the verdict in one sentence.
     reasons, advice
-        Why it was refused, and what would help.
+        Why the patch was refused (empty if it passed), and what would improve it.
     calibration, calibration_size
-        On what flips were counted: ``eval``, ``replay``, ``features`` of the memory, ``draws`` from its Gaussians (no
-        guarantee), or ``none``; and on how many inputs.
+        The inputs on which flips were counted, and their number: ``eval``, ``replay``, ``features`` of the memory,
+        ``draws`` from its Gaussians (nothing counted, no guarantee), or ``none``.
     flipped, flips, flips_upper_bound, bound
-        How many of those flip, the rate of it (None where nothing could be counted), its one-sided upper bound at 95 %
-        confidence (None where there is none), and in words what the bound means.
+        The number of those inputs that flip; their weighted rate (None if nothing could be counted); its one-sided
+        upper bound at 95 % confidence (None if there is no bound); and what the bound means, in words.
     refitted
-        Whether the inputs took part in a refit of the old rows: the bound then understates what fresh ones do.
+        Whether the inputs took part in a refit of the old rows. If so, the bound is too low for fresh inputs.
     estimated_recall
-        For each new label the share of its examples that a fit without them finds; None where there is but one.
+        For each new label, the share of its inputs in the evaluation file that are found. Without such inputs, the
+        share of its examples that a fit without them finds; None if there is only one example.
     confused_with
-        For each new label the old one that took most of the examples it lost, or None.
+        For each new label, the label that took most of the inputs it missed, or None.
     losing
-        Flips by old label, most first.
+        Number of flips by old label, in descending order.
     duplicates
         Examples that repeat an earlier one.
     known
-        Examples that belong to an old label with confidence.
+        Examples that the old head already assigns to an old label with confidence.
     too_few
         New labels with fewer than five examples.
     """
@@ -91,7 +96,7 @@ class Verdict:
 
     @property
     def harm(self) -> str:
-        """The flips in a few words; ``bound`` explains them."""
+        """A short summary of the flips; ``bound`` is the full explanation."""
         if self.flips_upper_bound is None:
             return self.bound
         counted = f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}"
@@ -100,7 +105,7 @@ class Verdict:
         return f"{counted}; at most {percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain values for JSON."""
+        """All fields as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -123,18 +128,19 @@ def judge(
     Parameters
     ----------
     head, fit, examples, memory
-        The head as it was, the new rows, the features they were fitted on, and the memory of the old labels.
+        The head before the patch, the new rows, the features they were fitted on (float32 ``[n, width]`` for each new
+        label), and the memory of the old labels.
     evaluation
-        Labelled sentences, of the old labels followed by the new ones: what the bound on flips is taken from, instead
-        of the real inputs that the fit had.
+        Labelled fresh inputs; ids index the old labels followed by the new ones. If given, the bound on flips comes
+        from these instead of the inputs that the fit had, and so does the recall of new labels that occur in them.
     texts
-        The examples in words, for naming them; numbers are used without.
+        The texts of the examples, used to name them in the verdict; without it they are numbered.
     repeated
-        Pairs of examples with the same words, of which the second is none of ``examples``.
+        Duplicates that were removed before the fit: the second example of each pair is not in ``examples``.
     left_out
-        How many texts of a file, by the option that named it, have the words of another and are not counted.
+        For each option that names a file, how many of the file's texts were left out as duplicates.
     weights
-        How many inputs each example of a label stands for, float64 ``[n]``, where they stand for unequal numbers.
+        For each new label, how many inputs each of its examples stands for, float64 ``[n]``; equal if missing.
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
     recall, lost_to = _recall(fit, head, evaluation, weights or {})
@@ -174,7 +180,7 @@ def _screened(
     texts: Mapping[str, Sequence[str]] | None,
     repeated: Sequence[Repeat],
 ) -> tuple[list[Repeat], list[Known]]:
-    """The examples that repeat another, behind those that were seen to, and those that an old label knows already."""
+    """``repeated`` followed by the examples found to repeat another; and the examples that an old label knows."""
     duplicates = [*repeated]
     known: list[Known] = []
     for label, rows in examples.items():
@@ -212,7 +218,7 @@ def _recall(
 
 
 def _found(rows: Floats, position: int, fit: Fit, head: Head) -> tuple[Ints, Bools]:
-    """The best label of each input of a new one, INT64 ``[n]``, and whether the new one is found ``[n]``."""
+    """For inputs of the new label at ``position``: the best label, INT64 ``[n]``, and whether that label is found."""
     best, hit = np.empty(len(rows), np.int64), np.empty(len(rows), np.bool_)
     for block in blocks(len(rows)):
         logits = logits_after(rows[block], head.logits(rows[block]), fit, head)
@@ -312,9 +318,10 @@ def _advice(
 
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
-    """Which labels of a head no flips can be counted of, in words; empty where there are none, or no memory at all.
+    """A sentence that names the labels whose flips cannot be counted, because the memory has no features of them.
 
-    Nothing is said of a memory that was to keep statistics alone.
+    Empty if there are none, or no memory. A memory without any features (statistics only) counts as covering all its
+    labels.
     """
     if memory is None:
         return ""
@@ -333,7 +340,7 @@ def _uncounted(missing: Sequence[str], labels: int) -> str:
 
 
 def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str, ...]:
-    """What the count of flips cannot see."""
+    """Advice on what the count of flips cannot show: labels without inputs, and too few inputs for the limit."""
     there = {label for flips in counted for label, size in flips.sizes.items() if size}
     said = [_uncounted([label for label in head.labels if label not in there], len(head.labels))] if there else []
     flips = counted[0]
@@ -349,7 +356,7 @@ def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str
 
 
 def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
-    """What is to be said of texts that were not counted, and of names."""
+    """Advice on texts that were left out as duplicates, and on new labels whose names resemble another."""
     for file, count in left_out.items():
         yield f"{plural(count, 'text')} of {file} left out as duplicates (the same words count once)"
     for label, other in alike(fit.labels, head.labels):
