@@ -62,7 +62,7 @@ class BackboneNames:
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if a classifier or backbone may have it, as a folder and a Triton model; else raise InputError."""
+    """Return ``name`` if a new classifier or backbone may have it (as a folder and a Triton model), else InputError."""
     require(str, name=name)
     if not _NAME.fullmatch(name):
         raise InputError(
