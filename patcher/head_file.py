@@ -40,7 +40,7 @@ _METADATA_KEY = "patcher"
 _MOST_WIDTH = 1 << 20
 _MOST_VERSION = 2**63 - 1
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters and bidirectional overrides. Other unprintable ones are allowed: published heads may have them."""
+"""Control and bidirectional formatting characters. Other unprintable ones are allowed: older heads may contain them."""
 _PLAIN_OPS = frozenset([
     "Add", "ArgMax", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "Identity",
     "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "ReduceLogSumExp", "ReduceMax", "ReduceMin",

@@ -137,7 +137,7 @@ class Journal:
         self.storage.append(self.name, sum(len(line) + 1 for line in lines), _line(lines, event, values))
 
     def insist(self, event: str, **values: Any) -> None:
-        """Append an entry even if a process that lost the lock is writing; that process can then write no more."""
+        """Append an entry even if a process that lost the lock is writing; afterwards that process cannot write."""
         self.storage.amend(self.name, lambda data: data + _line(_split(data), event, values))
 
     def set_aside(self) -> str:

@@ -76,8 +76,8 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
 
     The pin decides. A version that was pinned is loaded and verified; if that fails, the previous version is pinned
     again. A version that was not pinned is withdrawn, since nobody was told that it serves. A server that does not
-    answer, or accepts no model control, tells nothing about the version: its ServerUnreachable or ControlRefused is
-    raised and the change stays pending. Without a server, only the files are repaired.
+    answer, or accepts no model control, proves nothing about the version: ServerUnreachable or ControlRefused is then
+    raised, and the change stays pending. Without a server, only the files are repaired.
     """
     if half_gone := classifier.half_gone():
         classifier.prune(half_gone)

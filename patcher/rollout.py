@@ -287,7 +287,7 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
                     watch(classifier, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
-    except BaseException as error:  # noqa: BLE001 - raised again, or what became of it
+    except BaseException as error:  # noqa: BLE001 - _come_back raises it again, or a NotServed
         with uninterrupted():
             _come_back(classifier, version, previous, asked, error)
     return Switch(version, previous, served=server is not None)

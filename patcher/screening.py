@@ -25,9 +25,9 @@ __all__ = ["Known", "Repeat", "alike", "known_already", "repeats"]
 _SURE = 0.9
 _SAME_TEXT = 0.9
 _MOST_COMPARED = 500
-"""Near-duplicates are searched among so many examples of a label: comparing all pairs is slow."""
+"""The number of a label's examples searched for near-duplicates: comparing all pairs is slow."""
 _ENDS = 250
-"""Longer texts are compared by so many characters at each end: the time grows with the square of the length."""
+"""Long texts are compared by this many characters at each end: the time grows with the square of the length."""
 
 
 class Repeat(NamedTuple):

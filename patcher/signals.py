@@ -37,7 +37,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[[_Handler], _Handler]) -> Iterator[None]:
-    """Replace signal handlers in the body; does nothing outside of the main thread, which alone receives signals."""
+    """Replace signal handlers for the body; a no-op outside of the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
