@@ -1,4 +1,4 @@
-"""The head: last linear layer, patched rows, labels and lineage, as numbers. Its file is written by ``head_file``."""
+"""The head in memory: last linear layer, patched rows, labels and lineage. ``head_file`` reads and writes its file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["MULTI_LABEL", "SINGLE_LABEL", "TOP_K", "Head", "Lineage", "refuse_jo
 SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
 TOP_K = 5
-"""At most so many labels come back as strings, best first."""
+"""The maximum number of labels that an answer returns as strings, best first."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a head version comes from: kept in the file itself, so that no second place can contradict it."""
+    """Where a head version comes from. It is kept in the head's own file, so that no other record can contradict it."""
 
     version: int
     backbone: str
@@ -46,7 +46,7 @@ class Lineage:
     data_hash: str = ""
     """SHA-256 over the texts and labels that the version was made from."""
     gate: str = "none"
-    """``passed``, ``forced``, or ``none`` where no gate applies (export, rename)."""
+    """``passed``, ``forced``, or ``none`` if no gate applies (export, rename)."""
     author: str = ""
     tool_version: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -63,17 +63,17 @@ class Head:
         C label names in the order of the logits.
     base_weight, base_bias
         The fine-tuned layer, FP32 ``[C0, split]`` and ``[C0]``. Rows of removed labels stay here unused, so that the
-        Gemm, and with it every remaining logit, stays the same bits.
+        Gemm, and with it every remaining logit, stays bit-for-bit the same.
     patch_weight, patch_bias
         Rows patched in since, on all features, FP32 ``[K, width]`` and ``[K]``.
     order
         INT64 ``[C]``: logit ``j`` is column ``order[j]`` of ``[base | patch]``.
     split, width
-        Where the classifier features end, and how many features there are in all.
+        The first ``split`` of ``width`` features are the classifier features.
     problem
         ``single_label`` (softmax) or ``multi_label`` (sigmoid).
     scope
-        Scores "none of these labels"; None scores with the largest probability, uncalibrated.
+        The out-of-scope scorer; with None the score is the largest probability, uncalibrated.
     """
 
     labels: tuple[str, ...]
@@ -135,7 +135,7 @@ class Head:
         scope: Scope | None = None,
         **lineage: Any,
     ) -> Head:
-        """Version 1: a fine-tuned layer, ``weight`` FP32 ``[C, split]`` and ``bias`` FP32 ``[C]``."""
+        """Version 1, from a fine-tuned layer: ``weight`` FP32 ``[C, split]`` and ``bias`` FP32 ``[C]``."""
         return cls(
             labels=tuple(labels),
             base_weight=np.ascontiguousarray(weight, np.float32),
@@ -152,18 +152,18 @@ class Head:
 
     @property
     def exclusive(self) -> bool:
-        """Whether labels exclude each other (softmax), so that the best one is the answer; else each is by itself."""
+        """Whether exactly one label is the answer (softmax); otherwise each label is decided on its own (sigmoid)."""
         return self.problem == SINGLE_LABEL
 
     def logits(self, features: Floats) -> Floats:
-        """FP32 ``[n, C]`` from features FP32 ``[n, width]``, in numpy (the served figures come from ONNX Runtime)."""
+        """Logits FP32 ``[n, C]`` of features FP32 ``[n, width]``, in numpy; served logits come from ONNX Runtime."""
         base = features[:, : self.split] @ self.base_weight.T + self.base_bias
         patch = features @ self.patch_weight.T + self.patch_bias
         logits: Floats = np.concatenate([base, patch], axis=1)[:, self.order]
         return logits
 
     def best(self, features: Floats) -> tuple[Ints, Floats]:
-        """Position of the best label, INT64 ``[n]``, and its logit, FP32 ``[n]``, of features FP32 ``[n, width]``."""
+        """Position INT64 ``[n]`` and logit FP32 ``[n]`` of the best label for features FP32 ``[n, width]``."""
         place, logit = np.empty(len(features), np.int64), np.empty(len(features), np.float32)
         for block in blocks(len(features)):
             logits = self.logits(features[block])
@@ -171,14 +171,14 @@ class Head:
         return place, logit
 
     def rounding(self, features: Floats) -> Floats:
-        """How far the logits of another runtime may lie from those of `logits`, FP32 ``[n, C]``."""
+        """How far another runtime's logits may differ from those of `logits` by rounding, FP32 ``[n, C]``."""
         base = rounding(features[:, : self.split], self.base_weight, self.base_bias)
         patch = rounding(features, self.patch_weight, self.patch_bias)
         allowed: Floats = np.concatenate([base, patch], axis=1)[:, self.order]
         return allowed
 
     def index(self, label: str) -> int:
-        """Position of a label; LabelError names the nearest labels where it is not there."""
+        """Position of a label; raises LabelError, which suggests similar labels, if the head has no such label."""
         try:
             return self.labels.index(label)
         except ValueError:
@@ -189,7 +189,7 @@ class Head:
             raise LabelError(f"no label {label!r} among the {len(self.labels)} of this head{hint}") from None
 
     def base_hash(self) -> str:
-        """SHA-256 of the fine-tuned rows: equal in every version, as a refit writes its rows beside them."""
+        """SHA-256 of the fine-tuned rows. It is the same in every version: even a refit keeps them, unused."""
         return hashlib.sha256(self.base_weight.tobytes() + self.base_bias.tobytes()).hexdigest()
 
     def rows_hash(self) -> dict[str, str]:
@@ -202,7 +202,7 @@ class Head:
         }
 
     def with_rows(self, labels: Sequence[str], weight: Floats, bias: Floats) -> Head:
-        """The same head with more labels, their rows FP32 ``[k, width]`` and ``[k]`` behind the ones there are."""
+        """The same head with more labels; their rows, FP32 ``[k, width]`` and ``[k]``, are appended."""
         rows = len(self.base_weight) + len(self.patch_weight)
         return dataclasses.replace(
             self,
@@ -213,7 +213,7 @@ class Head:
         )
 
     def refitted(self, weight: Floats, bias: Floats) -> Head:
-        """The same labels with other rows, FP32 ``[C, width]`` and ``[C]``; the fine-tuned ones stay unused."""
+        """The same labels with new rows, FP32 ``[C, width]`` and ``[C]``; the fine-tuned rows stay, unused."""
         rows = len(self.base_weight)
         return dataclasses.replace(
             self,
@@ -223,7 +223,7 @@ class Head:
         )
 
     def without(self, label: str) -> Head:
-        """The same head without a label; a patched row goes, a fine-tuned one stays in the file unused."""
+        """The same head without a label; a patched row is deleted, a fine-tuned row stays in the file, unused."""
         position = self.index(label)
         row = int(self.order[position])
         order = np.delete(self.order, position)
@@ -246,6 +246,6 @@ class Head:
 
 
 def refuse_joined(head: Head, label: str) -> None:
-    """LabelError for a new label that the files of a multi-label classifier would read as two."""
+    """Raise LabelError for a new label with ``|``, which separates labels in the files of a multi-label classifier."""
     if not head.exclusive and "|" in label:
         raise LabelError(f"{label!r}: '|' parts the labels of a text in the files of a multi-label classifier")

@@ -1,12 +1,12 @@
-"""The head's form as one ONNX file.
+"""Write a head as one ONNX file, and read it back.
 
-The graph keeps three promises:
+The graph guarantees three things:
 
-- the fine-tuned rows are one Gemm on the classifier features, whatever was patched in since, so their logits are the
-  same bits in every version;
-- the label axis is truly dynamic (a Slice whose end is computed at run time), so that versions with different label
-  counts are served under one ``config.pbtxt`` with ``dims: [-1]``;
-- the label strings are constants of the graph, so that label, logits and version of one answer come from one file.
+- The fine-tuned rows are one Gemm on the classifier features, whatever was patched in since, so their logits are
+  bit-for-bit the same in every version.
+- The label axis is truly dynamic (a Slice whose end is computed at run time), so that versions with different label
+  counts can be served under one ``config.pbtxt`` with ``dims: [-1]``.
+- The label strings are constants of the graph, so that label, logits and version of an answer come from one file.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["read_head", "read_lineage", "write_head"]
 
-# 17 is the newest opset that ORT knows completely since 1.12, and IR 8 belongs to it: every Triton of the last years
-# loads such a file.
+# Opset 17 is the newest that ONNX Runtime 1.12 fully supports, and IR version 8 belongs to it: every Triton release of
+# recent years loads such a file.
 _OPSET = 17
 _IR_VERSION = 8
 _METADATA_KEY = "patcher"
 _MOST_WIDTH = 1 << 20
 _MOST_VERSION = 2**63 - 1
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters and what reverses text. Others that do not print stay, for versions may have them."""
+"""Control and bidirectional formatting characters. Other unprintable ones are allowed: older heads may contain them."""
 _PLAIN_OPS = frozenset([
     "Add", "ArgMax", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "Identity",
     "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "ReduceLogSumExp", "ReduceMax", "ReduceMin",
@@ -50,7 +50,7 @@ _PLAIN_OPS = frozenset([
 
 
 def write_head(head: Head) -> bytes:
-    """The head as an ONNX file; the same head gives the same bytes."""
+    """Serialize a head as an ONNX file; equal heads give equal bytes."""
     import onnx
 
     model = _model(head)
@@ -60,7 +60,7 @@ def write_head(head: Head) -> bytes:
 
 
 def read_head(data: bytes) -> Head:
-    """Read a head back; RepositoryError where the bytes are not one of ours."""
+    """Read a head from its file; RepositoryError if the bytes are not a head that patcher wrote."""
     model = _parse(data)
     metadata = _metadata(model)
     arrays = _arrays(model)
@@ -84,7 +84,7 @@ def read_head(data: bytes) -> Head:
 
 
 def read_lineage(data: bytes) -> Lineage:
-    """The lineage of a head alone, none of whose arrays is looked at; RepositoryError as ``read_head`` raises it."""
+    """Read only the lineage of a head and none of its arrays; RepositoryError as for ``read_head``."""
     try:
         return _lineage(_metadata(_parse(data))["lineage"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
@@ -116,7 +116,7 @@ def _lineage(values: dict[str, Any]) -> Lineage:
 
 
 def _check_details(details: Any) -> None:
-    """ValueError for details of other types than those that reports and exports read."""
+    """Raise ValueError for details whose types reports and exports cannot read."""
     if not isinstance(details, dict):
         raise ValueError("a lineage whose details are not an object")  # noqa: TRY004  one handler for all
     numbers = [details.get("flips"), details.get("flips_upper_bound")]
@@ -132,7 +132,7 @@ def _check_details(details: Any) -> None:
 
 
 def _check_labels(labels: Sequence[Any]) -> None:
-    """ValueError for labels that would move a terminal's cursor, or turn its text around."""
+    """Raise ValueError for labels that could move a terminal's cursor or reverse its text."""
     for label in labels:
         if isinstance(label, str) and (found := _UNFIT.search(label)):
             raise ValueError(f"the label {label!r:.80} holds {found[0]!r}, which does not print")
@@ -158,7 +158,7 @@ def _metadata(model: onnx.ModelProto) -> dict[str, Any]:
             raise ValueError("its metadata is not an object")  # noqa: TRY004  one handler below for all
         if not all(isinstance(metadata[name], int) for name in ("split", "width")):
             raise ValueError("split and width must be whole numbers")
-        if metadata["width"] > _MOST_WIDTH:  # before anything is made for so many
+        if metadata["width"] > _MOST_WIDTH:  # before anything of this size is allocated
             raise ValueError(f"a width of {metadata['width']:,}")
         return dict(metadata)
     except (KeyError, ValueError, RecursionError) as error:
@@ -217,7 +217,7 @@ def _model(head: Head) -> onnx.ModelProto:
 
 
 def _logits_graph(head: Head) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """From ``features`` to ``logits``, the fine-tuned rows in a Gemm of their own; with all the head's constants."""
+    """Nodes from ``features`` to ``logits``, with a separate Gemm for the fine-tuned rows, and all constants."""
     from onnx import TensorProto, helper, numpy_helper
 
     node = helper.make_node
@@ -253,7 +253,7 @@ def _logits_graph(head: Head) -> tuple[list[onnx.NodeProto], list[onnx.TensorPro
         ]
         raw = "raw_logits"
     nodes += [
-        # A Slice clamps its end, so max(batch, labels) keeps all of `order`, while no shape inference can know that.
+        # Slice clamps its end, so max(batch, labels) keeps all of `order`, but shape inference cannot know that.
         node("Shape", ["features"], ["batch"], start=0, end=1),
         node("Max", ["batch", "count"], ["end"]),
         node("Slice", ["order", "zero", "end"], ["columns"]),
@@ -263,7 +263,7 @@ def _logits_graph(head: Head) -> tuple[list[onnx.NodeProto], list[onnx.TensorPro
 
 
 def _answer_nodes(head: Head) -> list[onnx.NodeProto]:
-    """From ``logits`` to the best labels with their scores, and which version says so."""
+    """Nodes from ``logits`` to the best labels, their scores and the head version."""
     from onnx import helper
 
     node = helper.make_node

@@ -1,8 +1,9 @@
-"""The journal of a classifier: what was begun and how it ended, with the hash of every file that was ever published.
+"""The journal of a classifier: which changes began and how they ended, and the hash of every file ever published.
 
-One JSON object a line, appended and flushed before what it announces is done; each names the SHA-256 of the line
-before it, so that a line changed or taken out later shows. It answers three questions: was a patch interrupted, and
-where; which version numbers were ever given away; is a version's file still the one that was published.
+It is a write-ahead log with one JSON object per line, appended and flushed before the change that it announces. Each
+line contains the SHA-256 of the line before it, so that a line that is later changed or removed is detected. It answers
+three questions: whether a patch was interrupted, and where; which version numbers were ever used; and whether a
+version's file is still the one that was published.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _BEGINS = ("publish", "switch", "back")
 class Pending:
     """A change that was begun and neither finished nor undone.
 
-    ``published`` is the version that it wrote, or was about to write; ``switched`` the versions before and after a pin
-    that was replaced, or about to be; ``back`` says that the way back had begun.
+    ``published`` is the version that it wrote or was about to write. ``switched`` holds the pinned versions before and
+    after, if the pin was replaced or about to be. ``back`` says that undoing had begun.
     """
 
     published: int | None
@@ -46,16 +47,16 @@ class Pending:
 
 
 class Journal:
-    """The journal ``name``, which need not be there yet; only the holder of the lock appends."""
+    """The journal in the file ``name``, which need not exist yet. Only the holder of the lock may append."""
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage, self.name = storage, name
-        # A change reads the journal some ten times, and a long life makes it long: what was read is not read again.
+        # One change reads the journal about ten times, and it only grows: lines once parsed are not parsed again.
         self._read: tuple[list[bytes], list[dict[str, Any]]] = ([], [])
 
     @property
     def path(self) -> Path:
-        """Where it lies; InputError for a repository that is no folder."""
+        """Path of the journal's file; InputError if the repository is not a folder."""
         return self.storage.root / self.name
 
     @property
@@ -63,9 +64,9 @@ class Journal:
         return f"{self.storage.location}/{self.name}"
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every entry, oldest first; what a killed process left of a last line does not count.
+        """All entries, oldest first; an incomplete last line, left by a killed process, is ignored.
 
-        Raises RepositoryError where an entry cannot be read, or does not follow from the one before it.
+        Raises RepositoryError if an entry cannot be read or does not contain the hash of the one before it.
         """
         lines, (known, found) = self._lines(), self._read
         if lines[: len(known)] != known:
@@ -111,11 +112,11 @@ class Journal:
         )
 
     def withdrawn(self) -> frozenset[int]:
-        """Versions that were about to be taken away because they never served."""
+        """Versions recorded for removal because they never served."""
         return frozenset(v for entry in self.entries() if entry["event"] == "withdrawn" for v in entry["versions"])
 
     def published(self) -> dict[int, dict[str, str]]:
-        """SHA-256 of each file of each version that was ever published, by version and file name."""
+        """SHA-256 of each file of every version ever published, by version and file name."""
         return {
             entry["version"]: dict(entry["files"])
             for entry in self.entries()
@@ -123,24 +124,24 @@ class Journal:
         }
 
     def served(self) -> frozenset[int]:
-        """Versions that served until another took their place."""
+        """Versions that served until another replaced them."""
         return frozenset(entry["from"] for entry in self.entries() if entry["event"] == "switch")
 
     def pruned(self) -> frozenset[int]:
-        """Versions that were taken off the disk because they were old."""
+        """Versions recorded for removal because they were old."""
         return frozenset(v for entry in self.entries() if entry["event"] == "pruned" for v in entry["versions"])
 
     def append(self, event: str, **values: Any) -> None:
-        """Add an entry, on disk when this returns; StorageError, with nothing added, where the disk takes none."""
+        """Append an entry durably; StorageError, with nothing appended, if it cannot be written."""
         lines = self._lines()
         self.storage.append(self.name, sum(len(line) + 1 for line in lines), _line(lines, event, values))
 
     def insist(self, event: str, **values: Any) -> None:
-        """Add an entry although somebody may be writing who lost the lock: from then on he cannot any more."""
+        """Append an entry even if a process that lost the lock is writing; afterwards that process cannot write."""
         self.storage.amend(self.name, lambda data: data + _line(_split(data), event, values))
 
     def set_aside(self) -> str:
-        """Rename a journal that cannot be read any more, and return its name now."""
+        """Rename a journal that can no longer be read, and return its new name."""
         number = 1
         while self.storage.has(aside := f"{self.name}.damaged-{number}"):
             number += 1

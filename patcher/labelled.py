@@ -1,4 +1,4 @@
-"""Labelled texts in numbers: which labels each has."""
+"""The labels of texts as positions in a list of labels."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["flat_ids", "places_of"]
 
 
 def places_of(examples: Examples, index: Callable[[str], int], *, several: bool) -> list[list[int]]:
-    """The place of each text's label, or labels where a text can have ``several``.
+    """The position of each text's label, or of its labels if a text can have ``several``.
 
-    ``index`` tells a label's place, or raises an error of ours: that error, with the line, is raised here, too.
+    ``index`` returns the position of a label or raises a PatcherError, which is raised again with the line prepended.
     """
     places = []
     for row, written in enumerate(examples.labelled()):
@@ -36,6 +36,6 @@ def places_of(examples: Examples, index: Callable[[str], int], *, several: bool)
 
 
 def flat_ids(ids: LabelIds) -> tuple[Ints, Ints]:
-    """One pair a text and label: places in the texts and of the labels, INT64 each."""
+    """One pair for each text and label: positions of the texts and of the labels, both INT64 ``[pairs]``."""
     rows = np.repeat(np.arange(len(ids)), np.array([len(each) for each in ids], np.int64))
     return rows, np.array([label for each in ids for label in each], np.int64)

@@ -1,4 +1,4 @@
-"""New labels from a few examples: features, fit, gate, and the next head version live."""
+"""Add new labels from a few examples: compute features, fit, pass the gate, roll out the next head version."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = ["PatchReport", "add_label", "add_labels"]
 
 @dataclass(eq=False)
 class PatchReport:
-    """What a patch did, and what it is expected to cost."""
+    """What a patch did, and the flips and recall to expect from it."""
 
     classifier: str
     labels_added: tuple[str, ...]
@@ -62,7 +62,7 @@ class PatchReport:
     published: bool = False
     served: bool = False
     canary: float | None = None
-    """Share of the requests, in per cent, that the version is tried on; None where it serves all."""
+    """Percentage of the requests that the version is tried on; None if it serves them all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
 
@@ -72,7 +72,7 @@ class PatchReport:
         return f"<PatchReport of {self.classifier}: version {self.version}, {added}, gate {self.gate}, {published}>"
 
     def to_json(self) -> dict[str, Any]:
-        """As the contract has it, with what the gate found."""
+        """The report as a JSON object, with the gate's verdict."""
         return {
             "classifier": self.classifier,
             "labels_added": list(self.labels_added),
@@ -96,7 +96,7 @@ class PatchReport:
 
     @property
     def estimated_recall(self) -> float | None:
-        """Of the label that is found least; None where nothing could be estimated."""
+        """The lowest estimated recall of any new label; None if none could be estimated."""
         return min((r for r in self.verdict.estimated_recall.values() if r is not None), default=None)
 
 
@@ -111,7 +111,7 @@ def add_label(
     evaluation: ExamplesLike | None = None,
     settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
-    """Add one label; ``add_labels`` tells the rest."""
+    """Add one label; see ``add_labels``."""
     return add_labels(
         repository,
         {label: texts},
@@ -140,27 +140,28 @@ def add_labels(
     Parameters
     ----------
     repository
-        Where the classifier is, or the classifier itself.
+        The repository that holds the classifier, or the classifier itself.
     examples
-        Texts of each new label; of ``Examples`` with labels, those that have this one.
+        The texts of each new label. From ``Examples`` with labels, only the texts of that label are used.
     server
-        The server that serves ``repository``; None publishes without touching one, with features computed here.
+        The server that serves ``repository``. With None the features are computed in this process and the version is
+        published without telling any server.
     replay, evaluation
-        Labelled old data, or the path of a file: ``replay`` takes part in the fit, ``evaluation`` only counts flips, on
-        texts that are neither examples nor replayed.
+        Labelled old data, or the path of a file. ``replay`` takes part in the fit; ``evaluation`` is only used to count
+        flips and recall, on texts that are neither examples nor replayed.
     skip_known
-        Leave labels alone that the head has already, instead of refusing them.
+        Skip labels that the head already has, instead of refusing them.
     progress
-        Called with the number of texts whose features are computed so far, of all that are given.
+        Called with the number of texts whose features have been computed so far, over all arguments.
 
     Raises
     ------
     LabelError, ExamplesError
-        for a label that exists, an empty text, and the like.
+        For a label that exists, an empty text, and the like.
     GateRefused
-        when the patch would cost more than ``settings`` allow; nothing was published.
+        If the patch exceeds the limits in ``settings``; nothing was published.
     NotServed
-        when the server would not serve the new version; the previous one is back.
+        If the server would not serve the new version; the previous one serves again.
     """
     require(TritonServer, None, server=server)
     require(PatchSettings, settings=settings)
@@ -172,7 +173,7 @@ def add_labels(
     replay = None if replay is None else as_examples(replay, "replay")
     evaluation = None if evaluation is None else as_examples(evaluation, "evaluation")
     require_live(server)
-    # Features depend on the backbone alone, which never changes: the lock is held for the rest only.
+    # Features depend only on the backbone, which never changes, so they are computed before the lock is taken.
     with watch("features"):
         extractor = _Extractor(target, server, progress)
         features = _features(head, texts, replay, evaluation, extractor, use_name=settings.use_name)
@@ -197,10 +198,10 @@ def _patched(
     *,
     skip_known: bool,
 ) -> tuple[Patch, PatchReport]:
-    """The patch of what serves now, and what there is to report of it."""
+    """The patch of the serving version, and its report."""
     with watch("read"):
         parent, memory = _read(target, on_trial=settings.canary is not None)
-        # Another patcher may have added some of them meanwhile.
+        # Another patcher may have added some of the labels in the meantime.
         texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
         given = _given(parent, texts, features, repeated)
     patch = make_patch(parent, memory, given, settings, watch)
@@ -225,7 +226,7 @@ def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, 
 def _publish(
     target: Classifier, patch: Patch, report: PatchReport, settings: PatchSettings, server: TritonServer | None
 ) -> None:
-    """Publish a patch and have it served, or with ``dry_run`` see that it could be; the report then says so."""
+    """Publish a patch and have it served, and update the report; with ``dry_run`` only validate the head's file."""
     data = write_head(patch.head)
     report.head_bytes = len(data)
     if settings.dry_run:
@@ -249,7 +250,10 @@ def _served(target: Classifier, patch: Patch, data: bytes, canary: float | None,
 
 
 def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:
-    """The head that serves and what is remembered, where both are of this backbone and no other trial is in the way."""
+    """The serving head and its memory; RepositoryError if it was made for another backbone.
+
+    With ``on_trial``, also require that no other version is on trial.
+    """
     head = classifier.head(published=True)
     if head.lineage.backbone != classifier.fingerprint():
         raise RepositoryError(
@@ -262,7 +266,7 @@ def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | Non
 
 
 class _Data(NamedTuple):
-    """Labelled texts, each once, and their features, float32 ``[n, width]``; so many more there were ``repeated``."""
+    """Distinct labelled texts, their features float32 ``[n, width]``, and the number of ``repeated`` texts dropped."""
 
     examples: Examples
     features: Floats
@@ -270,7 +274,10 @@ class _Data(NamedTuple):
 
 
 class _Features(NamedTuple):
-    """Of each new label's examples, float32 ``[n, width]``, of the names that are words ``[width]``, of old data."""
+    """Features of the examples, float32 ``[n, width]`` per new label, of label names ``[width]``, and of old data.
+
+    Only label names that consist of words have features.
+    """
 
     examples: dict[str, Floats]
     names: dict[str, Floats]
@@ -326,13 +333,13 @@ def _data(
     new: Sequence[str] = (),
     shown: Sequence[str] = (),
 ) -> _Data | None:
-    """Old data without texts that the fit is ``shown``: what it says of those is worth nothing.
+    """Features of old data, without the texts in ``shown``: on texts that the fit has seen, a count proves nothing.
 
-    A text that comes again tells nothing new, and would make what is counted on it look surer.
+    Repeated texts are dropped as well: they add no information, but would make a count on them look more certain.
     """
     if examples is None:
         return None
-    label_ids(head, examples, new)  # before the work, and before a repeated text can hide a label that is none
+    label_ids(head, examples, new)  # checks all labels, before the work and before a text with a bad label is dropped
     seen = {plain_words(text) for text in shown}
     unseen = examples.part([row for row, text in enumerate(examples.texts) if plain_words(text) not in seen])
     if not unseen.texts:
@@ -342,7 +349,7 @@ def _data(
 
 
 def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features, repeated: Sequence[Repeat]) -> Given:
-    """What a patch of ``parent`` by some ``texts`` is made from."""
+    """The input of a patch that adds the labels in ``texts`` to ``parent``."""
     return Given(
         {label: features.examples[label] for label in texts},
         texts,
@@ -359,7 +366,7 @@ def _given(parent: Head, texts: Mapping[str, Sequence[str]], features: _Features
 
 
 def _labelled(head: Head, data: _Data | None, new: Sequence[str] = ()) -> Labelled | None:
-    """Old data by the head's labels and the ``new`` ones behind them; texts of any other label are refused."""
+    """Old data with label ids: the head's labels, then the ``new`` ones; LabelError for any other label."""
     if data is None:
         return None
     rows, ids = label_ids(head, data.examples, new)

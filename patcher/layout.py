@@ -1,4 +1,4 @@
-"""The folders that a backbone, a head store and a classifier are made of: names and bytes, before they are written."""
+"""The folders of a backbone, a head store and a classifier, as file names and contents, before they are written."""
 
 from __future__ import annotations
 
@@ -52,27 +52,27 @@ MEMORY = "memory.safetensors"
 
 @dataclass(frozen=True)
 class BackboneFiles:
-    """What an export hands over: the ONNX file of the backbone, and the tokenizer before it."""
+    """What an export hands over: the ONNX file of the backbone, and its tokenizer."""
 
     model: Path
     fingerprint: str
     """SHA-256 of the file."""
     tokenizer_json: str
-    """A Rust tokenizer with padding and truncation switched on."""
+    """The ``tokenizer.json`` of a Rust tokenizer, with padding and truncation switched on."""
     token_inputs: tuple[str, ...]
     width: int
     device: str = "cpu"
-    """``gpu`` places the backbone there, and all else on the CPU; ``cpu`` leaves it to Triton."""
+    """``gpu`` runs the backbone on a GPU and everything else on the CPU; ``cpu`` leaves the placement to Triton."""
     tensorrt: str = ""
-    """Precision in which TensorRT runs the backbone on a GPU; empty leaves it to CUDA."""
+    """Precision in which TensorRT runs the backbone on a GPU; empty uses CUDA instead."""
     unpadded: bool = False
-    """Whether the file computes nothing for padding but attention."""
+    """Whether the graph skips padding everywhere but in attention."""
     fused: bool = False
-    """Whether it is written in operators that each have a kernel on a GPU."""
+    """Whether the graph uses fused operators that each have a GPU kernel."""
 
 
 def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
-    """A backbone with its encoder, tokenizer and features ensemble, the ensemble last."""
+    """The folders of a backbone with its encoder, tokenizer and features ensemble; the ensemble comes last."""
     longest = json.loads(files.tokenizer_json)["truncation"]["max_length"]
     graphs = graphed(longest) if files.fused else ""
     configs = (
@@ -108,13 +108,13 @@ def backbone_folders(names: BackboneNames, files: BackboneFiles) -> Folders:
 
 
 def encoder_folder(names: BackboneNames, config: str, tokenizer_json: str) -> Folders:
-    """An encoder alone, under its ``config``."""
+    """The folder of an encoder alone, with the given ``config``."""
     files = _text_files(tokenizer_json)
     return {names.encoder_model: {**files, CONFIG: with_program(config, _source("tokenizer")).encode()}}
 
 
 def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) -> Folders:
-    """A backbone's head store and the ensemble above it, ``encoding`` being the steps to the ``width`` features."""
+    """The folders of a backbone's head store and its ensemble; ``encoding`` are the steps to the ``width`` features."""
     configs = (
         store_config(names.store_model, width, names.backbone_name),
         any_config(names.any_model, encoding, names.store_model),
@@ -123,7 +123,7 @@ def store_folders(names: BackboneNames, width: int, encoding: Sequence[Step]) ->
 
 
 def stored_folders(name: str, head: Head, memory: Memory | None, backbone: str) -> Folders:
-    """A classifier that the head store of ``backbone`` answers for: its head with the first version."""
+    """The folder of a classifier in the head store of ``backbone``: its head with the first version."""
     files = {STORE: f"{backbone}\n".encode(), **_first_version(head, memory)}
     return _with_configs({f"{name}_head": files}, [_head_config(name, head)])
 
@@ -131,7 +131,7 @@ def stored_folders(name: str, head: Head, memory: Memory | None, backbone: str) 
 def classifier_folders(
     name: str, head: Head, memory: Memory | None, encoding: Sequence[Step], share: float | None
 ) -> Folders:
-    """A classifier's head with its first version, and the ensemble above it; a canary states its ``share``."""
+    """The folders of a classifier's head with its first version, and of its ensemble; a canary states its ``share``."""
     ensemble = classifier_config(name, encoding, f"{name}_head", share)
     return _with_configs({f"{name}_head": _first_version(head, memory)}, [_head_config(name, head), ensemble])
 
@@ -145,7 +145,7 @@ def _first_version(head: Head, memory: Memory | None) -> dict[str, bytes | Path]
 
 
 def programs(names: BackboneNames) -> dict[str, bytes]:
-    """What runs inside Triton for a backbone, by model, whether it has that model or not."""
+    """The Python programs that run inside Triton for a backbone, by model, including models that it may not have."""
     encoding = _source("tokenizer")
     return {names.tokenizer_model: encoding, names.encoder_model: encoding, names.store_model: _source("heads")}
 
@@ -155,7 +155,7 @@ def _with_configs(contents: Folders, configs: Sequence[model_config.ModelConfig]
 
 
 def _config_files(config: model_config.ModelConfig, contents: Folders) -> dict[str, bytes | Path]:
-    # An object store has no empty folders, and an ensemble without its version folder does not load.
+    # An ensemble does not load without a version folder, and an object store has no empty folders.
     keep: dict[str, bytes | Path] = {"1/.keep": b""} if config.steps else {}
     text, program = model_config.render(config), contents.get(config.name, {}).get(PROGRAM)
     return {**keep, CONFIG: (with_program(text, program) if isinstance(program, bytes) else text).encode()}
@@ -170,5 +170,5 @@ def _source(model: str) -> bytes:
 
 
 def version_files(head: Head, memory: Memory | None, data: bytes | None = None) -> dict[str, bytes]:
-    """The files of a version; the head comes last, since it makes the version one. ``data`` is its file, if written."""
+    """The files of a version. The head is last: a version exists once it does. ``data`` is its file, if written."""
     return ({} if memory is None else {MEMORY: write_memory(memory)}) | {MODEL: data or write_head(head)}

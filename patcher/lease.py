@@ -1,9 +1,10 @@
-"""The lock of a repository in an object store: an object that its holder keeps fresh.
+"""The lock of a repository in an object store: a lease, an object that its holder keeps renewing.
 
-A kernel's lock goes with its process; an object stays. So its holder writes it anew every few seconds, and one that has
-not been written for longer (by the store's own clock), or whose holder was a process of this machine that is gone, is
-taken over. A holder that was only slow may wake up after that: every write of a patcher is conditional on what it read,
-and who takes over changes what the other one's writes are conditional on (``ModelRepository.lock``).
+A kernel lock ends with its process; an object stays. So the holder rewrites the object every few seconds. The lease is
+taken over if it has not been renewed for ``LAPSE_SECONDS`` (by the store's own clock), or if its holder was a process
+of this machine that has ended. A holder that was only slow may wake up after that and must not write: every write of a
+patcher is conditional on what it read (compare-and-swap), and taking over changes the objects that the former holder's
+writes are conditional on (``ModelRepository.lock``).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["Lease"]
 
 LAPSE_SECONDS = 30.0
-"""A lock that was not written for so long belongs to nobody."""
+"""A lease that was not renewed for this long has expired."""
 _BEAT_SECONDS = 5.0
 _SURE_SECONDS = 25.0
-"""For so long after a write the holder need not fear that it was taken over."""
+"""For this long after a renewal the holder can be sure that nobody has taken the lease over."""
 _LOOK_SECONDS = 0.25
 REQUEST_SECONDS = 5.0
-"""For so long one request for the lock may go unanswered: who waits longer could not keep it anyway."""
+"""Timeout of one request for the lock: a holder whose requests take longer could not keep the lease anyway."""
 
 
 class Lease:
@@ -51,16 +52,17 @@ class Lease:
         self._beating: threading.Thread | None = None
 
     def acquire(self, timeout: float, progress: Callable[[], Any]) -> str:
-        """Take the lock; who held it and never gave it back, else nothing.
+        """Take the lock; return who held it before without releasing it, or an empty string.
 
-        Raises Busy when it is held and ``progress`` has been the same for ``timeout`` seconds.
+        Raises Busy if somebody else holds it, and neither the holder nor ``progress()`` has changed for ``timeout``
+        seconds.
         """
         seen, deadline = None, time.monotonic() + timeout
         while True:
             found = self._bucket.get(self._name)
             holder = None if found is None else _holder(found.data)
             if found is None or holder is None or _lapsed(found.age, holder):
-                # Another one that looks at the same time loses this race, and waits.
+                # Of several that try at the same time, the conditional write lets one win; the others wait.
                 with contextlib.suppress(LockLost):
                     self._write(_me(), found.tag if found else None)
                     self._prove_conditions()
@@ -68,7 +70,7 @@ class Lease:
                     self._beating.start()
                     return "" if holder is None else f"{holder.get('who')} on {holder.get('host')}"
             if (now := (holder and holder.get("token"), progress())) != seen:
-                # A queue of patchers that get on is no reason to give up.
+                # As long as the patchers ahead make progress, keep waiting.
                 seen, deadline = now, time.monotonic() + timeout
             elif time.monotonic() >= deadline:
                 who = f"{holder.get('who')} on {holder.get('host')}" if holder else "others"
@@ -76,16 +78,16 @@ class Lease:
                     f"another patcher ({who}) has been working on {self._bucket.url} for {timeout:.0f} s; try again "
                     "when it is done"
                 )
-            time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  so that those who wait do not march in step
+            time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  jitter against polling in lockstep
 
     def held(self) -> bool:
-        """Whether somebody holds the lock at this moment."""
+        """Whether anybody holds the lock at this moment."""
         found = self._bucket.get(self._name)
         holder = None if found is None else _holder(found.data)
         return found is not None and holder is not None and not _lapsed(found.age, holder)
 
     def _prove_conditions(self) -> None:
-        """StorageError for a store that writes whatever the condition: nothing here would hold there."""
+        """Raise StorageError for a store that ignores write conditions: no lock would hold there."""
         for wrong in (None, '"no-tag-of-anything"'):
             try:
                 self._bucket.put(self._name, b'{"holder": null}', wrong)
@@ -98,7 +100,7 @@ class Lease:
             )
 
     def check(self) -> None:
-        """LockLost where others may think by now that the holder is gone."""
+        """Raise LockLost if the last renewal is so old that others may soon take the lease over."""
         if time.monotonic() - self._fresh > _SURE_SECONDS:
             raise LockLost(
                 f"the lock of {self._bucket.url} could not be kept: the object store did not answer for "
@@ -106,7 +108,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the lock back; where the store does not answer, or it is another's by now, it lapses by itself."""
+        """Release the lock. If the store does not answer, the lease expires; another holder's lease is left alone."""
         self._done.set()
         if self._beating is not None:
             self._beating.join(REQUEST_SECONDS)
@@ -122,11 +124,11 @@ class Lease:
             except LockLost:
                 self._fresh = 0.0
                 return
-            except PatcherError:  # the next beat may get through; check() knows how long it has been
+            except PatcherError:  # the next renewal may succeed; check() knows how old the last one is
                 continue
 
     def _write(self, holder: dict[str, Any] | None, tag: str | None) -> None:
-        # Never deleted, and no two contents alike: so its ETag says for certain whether it is the one that was read.
+        # The object is never deleted and no two contents are equal, so its ETag identifies exactly what was read.
         with self._writing:
             self._beats += 1
             started = time.monotonic()
@@ -135,7 +137,7 @@ class Lease:
             try:
                 self._tag = self._bucket.put(self._name, data, tag)
             except LockLost:
-                # A beat whose answer was lost on its way has changed it, too.
+                # Perhaps the object changed through our own renewal, whose response was lost.
                 found = self._bucket.get(self._name)
                 if found is None or _by(found.data) != self._token:
                     raise
@@ -144,7 +146,7 @@ class Lease:
 
 
 def _by(data: bytes) -> str | None:
-    """Whose write it is."""
+    """The token of the process that wrote the object, or None."""
     try:
         return str(json.loads(data)["by"])
     except (ValueError, KeyError, TypeError):
@@ -154,7 +156,7 @@ def _by(data: bytes) -> str | None:
 def _holder(data: bytes) -> dict[str, Any] | None:
     try:
         holder = json.loads(data)["holder"]
-    except (ValueError, KeyError, TypeError):  # nothing that a patcher wrote; it has no meaning, and no holder
+    except (ValueError, KeyError, TypeError):  # not written by a patcher, so there is no holder
         return None
     return holder if isinstance(holder, dict) else None
 
@@ -168,13 +170,13 @@ def _me() -> dict[str, Any]:
 
 
 def _gone(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this very machine, and is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     pid = holder.get("pid")
     return holder.get("machine") == _machine() and isinstance(pid, int) and holder.get("start") != _start(pid)
 
 
 def _machine() -> str:
-    # This boot of this machine, and the container that process numbers belong to.
+    # Identifies this boot of this machine and the PID namespace (container) that process ids belong to.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
@@ -184,7 +186,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _start(pid: int) -> str:
-    """When a process began, in the kernel's ticks, so that a number given again is not taken for it; empty: none."""
+    """A process's start time in kernel ticks, which tells it from a later one with the same id; empty if it ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

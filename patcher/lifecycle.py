@@ -1,4 +1,4 @@
-"""The versions of a classifier after they are published: history, accuracy, the way back."""
+"""Operations on published versions of a classifier: history, evaluation, rollback, sync, pruning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["Entry", "entry", "evaluate", "history", "prune", "rollback", "sync"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One version in the lineage."""
+    """One version in a classifier's history."""
 
     lineage: Lineage
     labels: int
@@ -46,7 +46,7 @@ class Entry:
         return ", ".join([*added, *removed, *renamed])
 
     def to_json(self) -> dict[str, Any]:
-        """As the contract has it, with what else is known."""
+        """The entry as a JSON object, with the rest of the lineage."""
         record = dataclasses.asdict(self.lineage)
         return {
             "version": record.pop("version"),
@@ -64,35 +64,35 @@ class Entry:
 
 
 def history(classifier: ClassifierLike) -> list[Entry]:
-    """Every version on disk, oldest first."""
+    """Every version in the repository, oldest first."""
     classifier = one_classifier(classifier)
     serving, found = classifier.serving(), []
     for version in classifier.versions():
-        with contextlib.suppress(VersionError):  # pruned meanwhile
+        with contextlib.suppress(VersionError):  # pruned in the meantime
             found.append(entry(classifier, version, serving))
     return found
 
 
 def entry(classifier: Classifier, version: int, serving: int) -> Entry:
-    """One version on disk, and whether it is the one that serves."""
+    """The entry of one version; one whose head cannot be read gets the method ``damaged``."""
     try:
         head = classifier.head(version)
     except RepositoryError:
-        classifier.version_name(version)  # one that was pruned while it was read is not damaged
+        classifier.version_name(version)  # VersionError if it was pruned while being read: then it is not damaged
         # One damaged file must not hide the history of all others; `patcher doctor` says what is wrong with it.
         return Entry(Lineage(version, backbone="", method="damaged"), 0, version == serving)
     return Entry(head.lineage, len(head.labels), version == serving)
 
 
 def rollback(classifier: ClassifierLike, to: int | None = None, server: TritonServer | None = None) -> Switch:
-    """Make version ``to`` serve again, the serving one's parent by default.
+    """Make version ``to`` serve again, by default the parent of the serving version.
 
     Raises
     ------
     VersionError
-        where there is no such version, or the serving one has no parent.
+        If there is no such version, or the serving one has no parent.
     NotServed
-        when the server would not serve it; the version that served before is put back.
+        If the server would not serve it; the version that served before serves again.
     """
     require(int, None, to=to)
     require(TritonServer, None, server=server)
@@ -102,10 +102,10 @@ def rollback(classifier: ClassifierLike, to: int | None = None, server: TritonSe
 
 
 def sync(classifier: ClassifierLike, server: TritonServer) -> dict[str, str]:
-    """Have every replica behind ``server`` serve what the files pin; what became of each, by address.
+    """Make every replica behind ``server`` serve the version that the files pin; return the result by address.
 
-    ``agreed`` had it already, ``caught up`` was made to, ``away`` was not there when the fleet was made, ``failed: …``
-    does not answer, or would not.
+    ``agreed``: the replica already served it. ``caught up``: it does now. ``away``: it did not answer when the fleet
+    was created. ``failed: …``: it does not answer now, or would not serve the version.
     """
     require(TritonServer, server=server)
     classifier = one_classifier(classifier)
@@ -114,10 +114,10 @@ def sync(classifier: ClassifierLike, server: TritonServer) -> dict[str, str]:
 
 
 def prune(classifier: ClassifierLike, keep: int) -> tuple[int, ...]:
-    """Take all versions but the newest ``keep`` off the disk, and return which those were.
+    """Delete all versions but the newest ``keep``, and return the deleted ones.
 
-    The serving version, its parent and one on trial stay, whatever their age. Numbers of pruned versions are not given
-    again. Raises InputError where ``keep`` is below 1.
+    The serving version, its parent and a version on trial stay, whatever their age. Numbers of pruned versions are
+    never reused. Raises InputError if ``keep`` is below 1.
     """
     require(int, keep=keep)
     if keep < 1:
@@ -140,10 +140,10 @@ def evaluate(
     version: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Accuracy, F1 and confusions of a version (the serving one by default) on labelled texts, computed here.
+    """Accuracy, F1 and confusions of a version (by default the serving one) on labelled texts, without a server.
 
-    Raises ExamplesError where the file has no labels, LabelError where none of them is the head's, VersionError where
-    there is no such version.
+    Raises ExamplesError if the texts have no labels, LabelError if the head has none of these labels, and VersionError
+    if there is no such version.
     """
     require(int, None, version=version)
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")

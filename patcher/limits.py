@@ -1,4 +1,4 @@
-"""What the gates allow where the caller says nothing else; without numpy, so that ``--help`` can tell it at once."""
+"""The gates' default limits. This module does not import numpy, so that ``--help`` can show them without delay."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MIN_ACCURACY = 0.5
 
 
 def check_limit(name: str, value: float) -> None:
-    """InputError for a limit that is no share from 0 to 1."""
+    """Raise InputError unless ``value`` is a share from 0 to 1."""
     require(float, **{name: value})
-    if not 0 <= value <= 1:  # NaN, which no comparison stops, is refused here too
+    if not 0 <= value <= 1:  # written so that NaN, for which every comparison is false, is refused too
         raise InputError(f"{name} is {value}; expected a share from 0 to 1")
 
 
 def check_share(percent: float) -> None:
-    """InputError for a share of the requests that is none, NaN included."""
+    """Raise InputError unless ``percent`` lies between 0 and 100, both excluded; NaN is refused too."""
     require(float, percent=percent)
     if not 0 < percent < 100:  # noqa: PLR2004  per cent
         raise InputError(f"got {percent:g} %; expected a share of the requests between 0 and 100 %")

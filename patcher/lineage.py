@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["CHECKPOINT", "next_lineage"]
 
 CHECKPOINT = "checkpoint"
-"""The detail that says what a classifier was exported from; each version hands it on, as the first may be pruned."""
+"""The lineage detail that names the exported checkpoint; each version copies it, as the first may be pruned."""
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
-    """Lineage of the version after ``parent``: numbers, time, author and tool, and ``what`` was done."""
+    """Lineage of the version after ``parent``: numbers, time, author and tool version, plus the fields in ``what``.
+
+    Also adds the change to the audit event of this run.
+    """
     version = classifier.next_version()
     facts = {name: value for name, value in what.items() if name != "details"}
     origin = {name: value for name, value in parent.lineage.details.items() if name == CHECKPOINT}

@@ -1,6 +1,6 @@
-"""How fast a classifier answers under load: NVIDIA's perf_analyzer over gRPC, with real texts.
+"""Measure how fast a classifier answers under load, with NVIDIA's perf_analyzer over gRPC and real texts.
 
-perf_analyzer measures throughput and latencies as a client sees them; where the time goes within the ensemble comes
+perf_analyzer measures throughput and latencies as a client sees them. How the time is spent within the ensemble comes
 from the server's own counters, read before and after each level of load.
 """
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["load_test", "parse_loads"]
 
 _WINDOWS = 3
-"""Windows that perf_analyzer measures at each level; what it reports is their mean."""
+"""Windows that perf_analyzer measures at each level; it reports their mean."""
 _TRIES = 3
 _MOST_TEXTS = 20_000
 _MOST_LEVELS = 100
 
 
 def parse_loads(concurrency: str | None = None, request_rate: str | None = None) -> list[Load]:
-    """The levels that ``START``, ``START:END`` or ``START:END:STEP`` asks for, read as perf_analyzer reads it.
+    """The levels of load for ``START``, ``START:END`` or ``START:END:STEP``, interpreted as by perf_analyzer.
 
-    END is included where a step meets it: ``1:16:4`` is 1, 5, 9, 13. Raises InputError for anything else, for numbers
-    that are not positive, and for a concurrency that is not whole.
+    END is included if a step reaches it: ``1:16:4`` is 1, 5, 9, 13. Raises InputError for anything else, for numbers
+    that are not positive, for a concurrency that is not whole, and for more than 100 levels.
     """
     loads = []
     if concurrency is not None:
@@ -82,21 +82,22 @@ def load_test(
     progress: Callable[[str], None] | None = None,
     inputs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> list[Measurement]:
-    """Measure every model under every load, one text a request, the models taking turns.
+    """Measure every model under every load with one text per request; the models take turns.
 
-    ``texts`` are sent over and over, in order; ``window`` is the length in seconds of each of the three windows of
-    a measurement. ``rounds`` repeats all of it. ``progress`` hears what is measured next. A model may be
-    ``NAME@HOST:PORT`` (gRPC): then another server is asked for it; ``ENSEMBLE/NAME`` is a classifier
-    in a head store. ``inputs`` holds rows of perf_analyzer's input file for models that do not take texts.
+    ``texts`` are sent in order, over and over. ``window`` is the length in seconds of each of the three windows of a
+    measurement. ``rounds`` is how often each load is measured. ``progress`` is called with what is measured next.
+
+    A model given as ``NAME@HOST:PORT`` (gRPC) is measured on that server instead; ``ENSEMBLE/NAME`` is a classifier in
+    a head store. ``inputs`` holds, by model, rows of perf_analyzer's input file for models that do not take texts.
 
     Raises
     ------
     InputError
-        without texts, or with one that is not valid Unicode.
+        Without texts, with a text that is not valid Unicode, or if a model is named twice.
     ToolError
-        where perf_analyzer is missing or does not do its work.
+        If perf_analyzer is missing or does not work.
     ServerUnreachable, ServerRefused, ServerError
-        where nobody answers, a model is not served, or a request failed.
+        If no server answers, a model is not served, or a request failed.
     """
     from patcher.triton.client import TritonServer
     from patcher.triton.perf_analyzer import find_perf_analyzer
@@ -128,7 +129,7 @@ def load_test(
 
 @dataclass(frozen=True)
 class _Bench:
-    """One run of perf_analyzer after the other against one server, with the files that it reads and writes."""
+    """Successive runs of perf_analyzer against one server, with the files that it reads and writes."""
 
     server: TritonServer
     analyzer: PerfAnalyzer
@@ -154,7 +155,7 @@ class _Bench:
             after = self._count(model, steps)
             if outcome.returncode == 0:
                 change = {name: _change(before[name], after[name]) for name in after}
-                # An encoder may run its backbone itself: then nobody asked that one.
+                # A step without requests is left out: an encoder may run its backbone in its own process.
                 asked = [step for step in steps if change[step]["successes"] or change[step]["failures"]]
                 times = tuple(_step_time(step, change[step]) for step in asked)
                 return Measurement(
@@ -168,7 +169,7 @@ class _Bench:
                     delayed=re.search(r"not able to keep up", outcome.stdout + outcome.stderr) is not None,
                 )
             said = outcome.stdout + outcome.stderr
-            # A window passed without an answer, or with too few to be told from noise.
+            # The window had no answers, or too few to measure: try again with a longer one.
             if not re.search(r"larger time window|increase the --measurement-interval", said) or attempt == _TRIES - 1:
                 break
             window *= 4
@@ -188,7 +189,7 @@ class _Bench:
             f"--input-data={self.folder / 'texts.json'}",
             f"--measurement-interval={round(window * 1000)}",
             f"--max-trials={_WINDOWS}",
-            # Three windows and their mean, however they differ: else an unsteady machine gives no report at all.
+            # Accept the mean of three windows, however they differ: else a noisy machine yields no report at all.
             "--stability-percentage=999",
             f"-f{self.folder / 'report.csv'}",
             *tls_arguments(self.server.tls),
@@ -224,7 +225,7 @@ def _text_rows(texts: Sequence[str], classifier: str = "") -> list[dict[str, Any
 
 
 def _children_seconds() -> float:
-    # Of processes that ended and were waited for: perf_analyzer, not a server that still runs.
+    # Counts only children that ended and were waited for: perf_analyzer, but not a server that still runs.
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -234,14 +235,14 @@ def _steps(server: TritonServer, model: str) -> tuple[str, ...]:
         raise ServerRefused(f"{server.url} does not serve {model}; `patcher doctor` says what it serves")
     found: dict[str, None] = {}
     for step in steps_of(server.model_config(model)):
-        # The backbone's time is a part of the encoder's, which asks it.
+        # An encoder that calls the backbone: the backbone is listed too, though its time is part of the encoder's.
         asked = asked_by(server.model_config(step.model))
         found |= dict.fromkeys([step.model, asked] if asked and server.is_ready(asked) else [step.model])
     return tuple(found)
 
 
 def _change(before: Sequence[ModelStatistics], after: Sequence[ModelStatistics]) -> dict[str, int]:
-    # Over all versions, since a head may be swapped meanwhile; a model loaded again counts from 0 again.
+    # Sums over all versions, since a head may be swapped in between; the counters of a reloaded model restart at 0.
     fields = ("inferences", "executions", "successes", "failures", "queue_ns", "compute_ns")
     earlier = {each.version: each for each in before}
     total = dict.fromkeys(fields, 0)

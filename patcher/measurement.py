@@ -1,4 +1,4 @@
-"""What a load test found: figures of each level of load, set side by side, as CSV and as a picture."""
+"""The results of a load test: figures for each level of load, their comparison, as CSV and as a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Load", "Measurement", "Ratio", "StepTime", "check_targets", "compare", "plot", "warnings", "write_csv"]
 
 _BUSY_CLIENT = 0.5
-"""Share of this machine's cores from which on perf_analyzer itself may be what limits the figures."""
+"""If perf_analyzer uses more than this share of this machine's cores, it may itself be the bottleneck."""
 _KEPT_UP = 0.9
 
 
@@ -27,7 +27,7 @@ _DRAWN = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class Load:
-    """A level of load: so many requests at once, or so many a second at random moments (a Poisson process)."""
+    """A level of load: a number of concurrent requests, or a rate of requests per second with Poisson arrivals."""
 
     concurrency: int | None = None
     request_rate: float | None = None
@@ -37,7 +37,7 @@ class Load:
 
     @property
     def arguments(self) -> list[str]:
-        """What perf_analyzer takes for it."""
+        """perf_analyzer's command-line arguments for this load."""
         if self.concurrency:
             return [f"--concurrency-range={self.concurrency}"]
         return [f"--request-rate-range={self.request_rate:g}", "--request-distribution=poisson"]
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Where a request's time goes in one step of the ensemble: means in microseconds over ``requests``.
+    """Queue and compute time of a request in one step of the ensemble: means in microseconds over ``requests``.
 
     ``batch`` is the mean number of texts that the step computed at once.
     """
@@ -59,7 +59,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model did under one level of load; ``throughput`` in texts a second, latencies in microseconds."""
+    """One model under one level of load; ``throughput`` in texts per second, latencies in microseconds."""
 
     model: str
     concurrency: int | None
@@ -70,15 +70,15 @@ class Measurement:
     p99_us: float
     failures: int
     steps: tuple[StepTime, ...]
-    """Those that were asked: a backbone that its encoder runs itself is none."""
+    """The steps that received requests; a backbone that runs within its encoder's process receives none."""
     client_share: float = 0.0
-    """Of this machine's cores, what perf_analyzer took for itself."""
+    """The share of this machine's CPU time that perf_analyzer itself used."""
     delayed: bool = False
-    """Whether perf_analyzer could not send as fast as it was asked to."""
+    """Whether perf_analyzer could not send requests at the requested rate."""
 
     @property
     def load(self) -> Load:
-        """The level it was measured under."""
+        """The level of load that it was measured under."""
         return Load(self.concurrency, self.request_rate)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A model's throughput over another's under one load: median, lowest and highest over the rounds."""
+    """Ratio of two models' throughputs under one load: median, lowest and highest over the rounds."""
 
     model: str
     against: str
@@ -98,13 +98,13 @@ class Ratio:
     high: float
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, the load as loadtest's figures name it."""
+        """All fields, with the load as ``concurrency`` and ``request_rate``."""
         fields = dataclasses.asdict(self)
         return {**fields.pop("load"), **fields}
 
 
 def compare(measurements: Sequence[Measurement], against: str) -> list[Ratio]:
-    """Each model's throughput over that of ``against``, round by round: the n-th of one to the n-th of the other."""
+    """Each model's throughput relative to ``against``, paired by round: its n-th measurement with the n-th of that."""
     groups: dict[tuple[str, Load], list[float]] = {}
     for each in measurements:
         groups.setdefault((each.model, each.load), []).append(each.throughput)
@@ -118,7 +118,7 @@ def compare(measurements: Sequence[Measurement], against: str) -> list[Ratio]:
 
 
 def warnings(measurements: Sequence[Measurement]) -> list[str]:
-    """What makes some figures doubtful: a client that is the bottleneck, requests that failed."""
+    """Reasons to doubt some figures: a client that is the bottleneck, a load not kept up with, failed requests."""
     said = []
     for each in measurements:
         where = f"{each.model} under {each.load}"
@@ -138,7 +138,7 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def check_targets(csv_file: Path | None, plot_file: Path | None) -> None:
-    """InputError (ToolError for a plot without matplotlib), before minutes of measuring, for what fails afterwards."""
+    """Check the output files before minutes of measuring: InputError, or ToolError for a plot without matplotlib."""
     for path in (csv_file, plot_file):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.absolute().parent}")
@@ -149,7 +149,7 @@ def check_targets(csv_file: Path | None, plot_file: Path | None) -> None:
 
 
 def _figure_type() -> Any:
-    """Matplotlib's Figure; ToolError where it is not installed."""
+    """Matplotlib's Figure class; ToolError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -158,7 +158,7 @@ def _figure_type() -> Any:
 
 
 def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
-    """One line for each measurement, a pair of columns for each step."""
+    """Write one line per measurement, with a pair of columns (queue and compute time) for each step."""
     rows = []
     for each in measurements:
         row = each.to_json()
@@ -174,9 +174,9 @@ def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """Latency (p50, p95, p99) over throughput, a line for each model, its points marked with the load.
+    """Plot latency (p50, p95, p99) over throughput: three lines per model, the points labelled with the load.
 
-    Raises ToolError where matplotlib is not installed, InputError where there is nothing to draw.
+    Raises ToolError if matplotlib is not installed, and InputError if there is nothing to draw.
     """
     if not measurements:
         raise InputError("no measurement to plot")

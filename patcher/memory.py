@@ -1,9 +1,9 @@
 """What is kept of the old labels, so that a new one can be fitted without the old data (``memory_file`` writes it).
 
-Per label a count and a sum, over all labels one second moment, and a small random sample of real features: enough for
-each label's mean, the covariance inside labels, and a calibration of the flips on real inputs. Everything that is added
-up is float64, so that a label can be taken out again to within rounding. And where real features are kept, the means of
-the clusters that each label's sentences fall into: they tell whether an input is one of these labels' at all
+The memory holds a count and a feature sum per label, one second moment over all labels, and a small random sample of
+real features per label. That is enough for each label's mean, the within-label covariance, and counting flips on real
+inputs. Sums are float64, so that a label can be removed again to within rounding. If real features are kept, so are the
+means of the clusters that each label's sentences form: they tell whether an input belongs to any of these labels at all
 (``patcher.scope``).
 """
 
@@ -49,19 +49,19 @@ class Memory:
     labels
         C label names; ``counts`` and ``sums`` follow their order, which need not be the head's.
     counts, sums
-        Sentences seen a label, INT64 ``[C]``, and the sum of their features, float64 ``[C, width]``.
+        Number of sentences per label, INT64 ``[C]``, and the sum of their features, float64 ``[C, width]``.
     second_moment
-        Sum over all sentences of ``x x'``, float64 ``[width, width]``.
+        Sum of ``x x'`` over all sentences, float64 ``[width, width]``.
     sample, sample_labels
-        Real features, float16 ``[m, width]``, and which label each belongs to, INT64 ``[m]``; m = 0: statistics only.
+        Real features, float16 ``[m, width]``, and the label of each, INT64 ``[m]``; m = 0 if only statistics are kept.
     clusters
-        What the labels' sentences fall into. None with statistics only: a cluster may be one sentence.
+        The clusters that the labels' sentences form. Empty if only statistics are kept: a cluster may be one sentence.
     split
-        Where the classifier features end.
+        Number of leading features that are the classifier features.
     per_label, seed
-        At most so many real features are kept a label, chosen at random with this seed.
+        The maximum number of real features kept per label, chosen at random with this seed.
     most_clusters
-        Of a label; ten by ``tests/benchmarks/tune_fit.py``.
+        The maximum number of clusters per label; the default of ten comes from ``tests/benchmarks/tune_fit.py``.
     """
 
     labels: tuple[str, ...]
@@ -119,7 +119,7 @@ class Memory:
         seed: int = 0,
         most_clusters: int = 10,
     ) -> Memory:
-        """Memory of labelled features.
+        """Build a memory from labelled features.
 
         Parameters
         ----------
@@ -128,16 +128,16 @@ class Memory:
         label_ids
             INT64 ``[n]``, positions in ``labels``. Labels without a sentence are left out of the memory.
         split
-            Where the classifier features end.
+            Number of leading features that are the classifier features.
         per_label
-            Real features kept a label, chosen at random; 0 keeps statistics only.
+            Maximum number of real features kept per label, chosen at random; 0 keeps statistics only.
         most_clusters
-            Clusters that a label's sentences may fall into.
+            Maximum number of clusters per label.
 
         Raises
         ------
         InputError
-            Where shapes disagree, a value is not finite, or an id points outside of ``labels``.
+            If shapes disagree, a value is not finite, or an id points outside of ``labels``.
         """
         rows = _rows(features)
         width = rows.shape[1]
@@ -163,17 +163,17 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """Bytes of everything that is kept."""
+        """Total size of the arrays in bytes."""
         return sum(int(array.nbytes) for array in self.arrays().values())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Everything that is kept, under the names that it has in the memory's file."""
+        """All arrays, under their names in the memory's file."""
         names = ("counts", "sums", "second_moment", "sample", "sample_labels")
         clusters = {f"cluster_{name}": array for name, array in vars(self.clusters).items()}
         return {name: getattr(self, name) for name in names} | clusters
 
     def features_of(self, label: str) -> Floats:
-        """The real features that are kept of a label, float32 ``[k, width]``; k = 0 for one that it does not know."""
+        """The real features kept for a label, float32 ``[k, width]``; k = 0 for an unknown label."""
         mine = self.sample_labels == (self.labels.index(label) if label in self.labels else -1)
         features: Floats = self.sample[mine].astype(np.float32)
         return features
@@ -185,25 +185,25 @@ class Memory:
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom of the covariance inside labels: sentences less labels."""
+        """Degrees of freedom of the within-label covariance: sentences minus labels, at least 1."""
         return max(1, int(self.counts.sum()) - len(self.labels))
 
     def within(self) -> Doubles:
-        """Unbiased covariance inside labels, ``(S - sum n_c mu_c mu_c') / (N - C)``, float64 ``[width, width]``."""
-        # The product of a matrix with itself is symmetric to the bit, and half the work.
+        """Unbiased within-label covariance, ``(S - sum n_c mu_c mu_c') / (N - C)``, float64 ``[width, width]``."""
+        # The product of a matrix with its own transpose is exactly symmetric, and half the work.
         roots = self.sums / np.sqrt(self.counts)[:, None]
         within: Doubles = (self.second_moment - roots.T @ roots) / self.freedom
         return within
 
     def spread(self) -> Doubles:
-        """Standard deviation of each feature inside labels, float64 ``[width]``."""
+        """Within-label standard deviation of each feature, float64 ``[width]``."""
         roots = self.sums / np.sqrt(self.counts)[:, None]
         inside = np.diag(self.second_moment) - (roots * roots).sum(axis=0)
         spread: Doubles = np.sqrt(np.maximum(inside, 0.0) / self.freedom)
         return spread
 
     def add(self, labels: Sequence[str], features: ArrayLike, label_ids: ArrayLike) -> Memory:
-        """The memory with more sentences, of labels it knows or of new ones (``label_ids`` index ``labels``)."""
+        """The memory with more sentences, of known or new labels; ``label_ids`` INT64 ``[n]`` index ``labels``."""
         rows, ids = _rows(features), np.asarray(label_ids, np.int64)
         if rows.shape[1] != self.width:
             raise InputError(f"got {rows.shape[1]} features, but this memory holds {self.width}")
@@ -222,7 +222,7 @@ class Memory:
         counts = np.concatenate([self.counts, np.zeros(len(fresh), np.int64)])
         sums = np.concatenate([self.sums, np.zeros((len(fresh), self.width))])
         counts += np.bincount(mine, minlength=len(every))
-        for block in blocks(len(rows)):  # a million rows need no second copy; the order of the sums is the same
+        for block in blocks(len(rows)):  # spares a second copy of a million rows; the order of summation is the same
             np.add.at(sums, mine[block], rows[block].astype(np.float64))
         sample, sample_labels = self._sampled(rows, mine, counts)
         grown = dataclasses.replace(
@@ -241,14 +241,14 @@ class Memory:
         return dataclasses.replace(grown, clusters=clusters)
 
     def add_groups(self, groups: Mapping[str, Floats]) -> Memory:
-        """The memory with more sentences, float32 ``[n, width]`` by label."""
+        """The memory with more sentences: features float32 ``[n, width]`` for each label."""
         if not groups:
             return self
         ids = np.repeat(np.arange(len(groups)), [len(rows) for rows in groups.values()])
         return self.add(tuple(groups), np.concatenate(list(groups.values())), ids)
 
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
-        """The memory without a label, as ``without`` has it; with all its ``features`` the subtraction is exact."""
+        """The memory without a label, as by ``without``; exact if ``features`` are those of all its sentences."""
         if features is None:
             return self.without([label])
         place, rows = self._place(label), _rows(features)
@@ -259,11 +259,11 @@ class Memory:
         return self._part(np.arange(len(self.labels)) != place, _moment(rows))
 
     def without(self, labels: Collection[str]) -> Memory:
-        """The memory without some labels; what it knows of each of the others stays as it is.
+        """The memory without some labels; what it holds about the others stays as it is.
 
-        A label's share of the second moment is subtracted to within FP16 rounding if the sample holds all its
-        sentences. Those of the other labels that leave are assumed to spread as what is then left does, which leaves
-        ``within()`` unchanged.
+        If the sample holds all sentences of a removed label, its share of the second moment is subtracted to within
+        FP16 rounding. The other removed labels are assumed to have the within-label covariance of the memory that
+        remains after that step, which leaves ``within()`` unchanged.
         """
         leaves = np.zeros(len(self.labels), np.bool_)
         leaves[[self._place(label) for label in labels]] = True
@@ -275,10 +275,10 @@ class Memory:
         return self._part(~leaves, roots.T @ roots + (counts - 1).sum() * self.within())
 
     def _whole_rows(self, whole: NDArray[np.bool_]) -> Doubles:
-        """The sample of labels that it holds all sentences of, float64 ``[n, width]``.
+        """The sampled features of the labels in ``whole``, all of whose sentences it holds, float64 ``[n, width]``.
 
-        Stored features are rounded, and subtracting them could leave no valid sum of squares: they are shifted so that
-        at least each label's mean is the exact one.
+        Stored features are rounded to FP16, and subtracting them as they are could leave an invalid second moment. So
+        they are shifted such that each label's mean is exact.
         """
         mine = whole[self.sample_labels]
         rows, ids = self.sample[mine].astype(np.float64), self.sample_labels[mine]
@@ -288,7 +288,7 @@ class Memory:
         return shifted
 
     def _part(self, stays: NDArray[np.bool_], leaving: Doubles) -> Memory:
-        """The labels that stay, ``leaving`` being the others' share of the second moment."""
+        """The memory of the labels that stay; ``leaving`` is the others' share of the second moment."""
         place = np.cumsum(stays) - 1
         mine = stays[self.sample_labels]
         return dataclasses.replace(
@@ -303,9 +303,9 @@ class Memory:
         )
 
     def keeping(self, per_label: int) -> Memory:
-        """The memory with at most ``per_label`` real features of each label; 0 keeps statistics alone.
+        """The memory with at most ``per_label`` real features of each label; 0 keeps only statistics.
 
-        Where there are to be some, a label of which it has none is one cluster, for all that is known of it.
+        Unless ``per_label`` is 0, a label without clusters gets a single one at its mean: no more is known about it.
         """
         order = np.random.default_rng([self.seed, len(self.sample)]).permutation(len(self.sample))
         order = order[np.argsort(self.sample_labels[order], kind="stable")]
@@ -332,10 +332,10 @@ class Memory:
         return dataclasses.replace(self, labels=(*self.labels[:place], new, *self.labels[place + 1 :]))
 
     def merge(self, labels: Sequence[str], into: str) -> Memory:
-        """The memory with several labels as one; the sample keeps at most ``per_label`` of their features.
+        """The memory with several labels merged into one; the sample keeps at most ``per_label`` of their features.
 
-        Each label keeps a number in proportion to its sentences, as a sample drawn from all of them would, so that
-        whatever is counted on the sample later is weighed correctly.
+        The number kept of each label is drawn as if the sample were taken from all their sentences, so that later
+        counts on the sample are weighted correctly.
         """
         places = [self._place(label) for label in dict.fromkeys(labels)]
         first = min(places)
@@ -364,11 +364,11 @@ class Memory:
             raise LabelError(f"the memory knows no label {label!r} among its {len(self.labels)}") from None
 
     def _sampled(self, rows: Floats, ids: Ints, counts: Ints) -> tuple[NDArray[np.float16], Ints]:
-        """The sample after more rows were added; every sentence of a label has the same chance of being in it."""
+        """The sample after adding ``rows``; every sentence of a label is equally likely to be in it."""
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         touched, arrivals = np.unique(ids, return_counts=True)
         untouched = ~np.isin(self.sample_labels, touched)
-        # With new labels only, keep everything by a slice: a mask would copy the whole sample.
+        # If only new labels are added, a slice keeps everything; a mask would copy the whole sample.
         rest = slice(None) if untouched.all() else untouched
         parts, owners = [self.sample[rest]], [self.sample_labels[rest]]
         order = np.argsort(ids, kind="stable")
@@ -381,7 +381,7 @@ class Memory:
         return np.concatenate(parts), np.concatenate(owners)
 
     def _chosen(self, places: Sequence[int]) -> Ints:
-        """Which of the sample to keep once the labels at ``places`` are one; every sentence has the same chance."""
+        """Sample positions to keep once the labels at ``places`` are merged; every sentence is equally likely."""
         counts = self.counts[places]
         rng = np.random.default_rng([self.seed, len(self.sample)])
         shares = rng.multivariate_hypergeometric(counts, min(self.per_label, int(counts.sum())), method="marginals")
@@ -393,7 +393,7 @@ class Memory:
 
 
 def _reservoir(held: int, seen: int, arrived: int, room: int, rng: np.random.Generator) -> Ints:
-    """Positions in [held | arrived] to keep: ``room`` of the ``seen + arrived``, each with the same chance."""
+    """Reservoir sampling: positions in [held | arrived] to keep, ``room`` of ``seen + arrived``, all equally likely."""
     if held + arrived <= room and held == seen:
         everything: Ints = np.arange(held + arrived, dtype=np.int64)
         return everything
@@ -414,7 +414,7 @@ def _rows(features: ArrayLike) -> Floats:
 
 
 def _moment(rows: Floats | Doubles) -> Doubles:
-    """Sum of ``x x'`` in float64, by blocks, so that a million rows need no second copy."""
+    """Sum of ``x x'`` in float64, computed in blocks to spare a second copy of a million rows."""
     total = np.zeros((rows.shape[1], rows.shape[1]))
     for block in blocks(len(rows), 4096):
         part = rows[block].astype(np.float64)

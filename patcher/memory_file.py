@@ -1,4 +1,4 @@
-"""The memory's form as one safetensors file."""
+"""Write a memory as one safetensors file, and read it back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["read_memory", "write_memory"]
 
 _FORMAT = 2
-"""1 knew no clusters."""
+"""Format 1 had no clusters."""
 _ARRAYS = ("counts", "sums", "second_moment", "sample", "sample_labels")
 _CLUSTERS = ("cluster_means", "cluster_counts", "cluster_labels")
 
 
 def write_memory(memory: Memory) -> bytes:
-    """The memory as one safetensors file; the same memory gives the same bytes."""
+    """Serialize a memory as a safetensors file; equal memories give equal bytes."""
     from safetensors.numpy import save
 
     about = {
@@ -44,7 +44,7 @@ def write_memory(memory: Memory) -> bytes:
 
 
 def read_memory(data: bytes) -> Memory:
-    """Read a memory back; RepositoryError where the bytes are not one of ours."""
+    """Read a memory from its file; RepositoryError if the bytes are not a memory that patcher wrote."""
     about, arrays = _read(data)
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise RepositoryError("this memory is damaged: it holds values that are not finite")
@@ -59,7 +59,7 @@ def read_memory(data: bytes) -> Memory:
 
 
 def _read(data: bytes) -> tuple[Mapping[str, Any], Arrays]:
-    """Header and arrays of a safetensors file, each of the names that its format has."""
+    """Metadata and arrays of a memory's file; RepositoryError unless the arrays are those of its format."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -81,7 +81,7 @@ def _read(data: bytes) -> tuple[Mapping[str, Any], Arrays]:
 
 
 def _clusters(arrays: Arrays) -> Clusters:
-    """Those of the file; of a format that knew none, one for each label where real features are kept."""
+    """The clusters in the file. For format 1, which had none: one for each label, if real features are kept."""
     if set(_CLUSTERS) <= set(arrays):
         return Clusters(*(arrays[name] for name in _CLUSTERS))
     counts = arrays["counts"] if len(arrays["sample"]) else arrays["counts"][:0]

@@ -1,8 +1,8 @@
-"""What Triton's own metrics do not tell, asked anew at each scrape: the head version that each replica answers from.
+"""A Prometheus exporter for what Triton's own metrics lack, above all the head version each replica answers from.
 
-Requests, latencies, queues and failures of every step are in Triton's own ``/metrics``, on each replica. Here is what a
-probe of each replica, the repository and the audit log say. Counters come from the audit log, which only grows, so that
-several exporters, or one started again, tell the same.
+Requests, latencies, queues and failures of every step are in Triton's own ``/metrics`` on each replica. This exporter
+adds what a probe of each replica, the repository and the audit log say, read anew at each scrape. Counters come from
+the audit log, which only grows, so that several exporters, or a restarted one, report the same values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Targets:
-    """What to look at: servers by address (several with commas; a name means every replica behind it), and the rest."""
+    """What to monitor.
+
+    ``urls`` are servers by address, several separated by commas; a host name stands for every replica behind it.
+    ``texts`` is a sample whose scores are reported.
+    """
 
     urls: tuple[str, ...]
     classifiers: tuple[str, ...]
@@ -51,10 +55,14 @@ class Targets:
     texts: tuple[str, ...] = ()
     tls: ClientTls | None = None
     every: bool = False
-    """Look at classifiers that come to the repository later, too."""
+    """Whether to include classifiers that are added to the repository later."""
 
     def names(self) -> tuple[str, ...]:
-        """The classifiers to ask for now: one that was dropped since is no fault, a repository that is away is one."""
+        """The classifiers to probe now.
+
+        Those dropped from the repository are left out. If it lists none at all, it is probably unavailable: then all
+        named ones are probed, so that the fault shows.
+        """
         here = self.repository.classifiers() if self.repository is not None else ()
         if not here:
             return self.classifiers
@@ -63,7 +71,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one replica answered for one classifier; all but ``up`` is None where it did not."""
+    """What one replica answered for one classifier; without an answer ``up`` is False and the rest None or empty."""
 
     replica: str
     classifier: str
@@ -76,7 +84,7 @@ class Probe:
 
 
 def probe_replica(server: TritonServer, classifier: str, address: str, texts: Sequence[str]) -> Probe:
-    """Ask one replica: its version, its number of labels, how long an answer takes, and what it says of ``texts``."""
+    """Probe one replica: its version, number of labels, response time in seconds, and the scores of ``texts``."""
     try:
         start = time.perf_counter()
         (answer,) = server.classify(address, [probe_text()])
@@ -99,7 +107,7 @@ def _probes(targets: Targets, classifiers: Sequence[tuple[str, Classifier | None
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(server) for server in _servers(targets)]
         pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE))
-        # One that hangs is waited for once, and not for each of its classifiers: a scrape has ten seconds.
+        # A replica that hangs costs one timeout here instead of one for each classifier: a scrape has ten seconds.
         alive = [server for server, lives in zip(servers, pool.map(_lives, servers), strict=True) if lives]
 
         def ask(server: TritonServer, name: str, address: str) -> Probe:
@@ -111,14 +119,14 @@ def _probes(targets: Targets, classifiers: Sequence[tuple[str, Classifier | None
 
 
 def _servers(targets: Targets) -> Iterator[TritonServer]:
-    """Every replica, with one connection for all that is asked of it."""
+    """A client for every replica; one connection serves all its probes."""
     for url in dict.fromkeys(split(",".join(targets.urls))):
         for replica in resolved(url):
             yield TritonServer(replica, timeout=_TIMEOUT, tls=_named(targets.tls, url))
 
 
 def _named(tls: ClientTls | None, url: str) -> ClientTls | None:
-    """Replicas are reached by address, while their certificate is made out to the name."""
+    """TLS settings that expect the host name in ``url``: replicas are reached by address, but certified by name."""
     if tls is None or tls.server_name is not None:
         return tls
     return dataclasses.replace(tls, server_name=url.rpartition(":")[0].strip("[]"))
@@ -132,7 +140,7 @@ def _lives(server: TritonServer) -> bool:
 
 
 def _classifiers(targets: Targets) -> list[tuple[str, Classifier | None]]:
-    """The classifiers to ask for now; None for one whose files cannot be read, which hides no other."""
+    """The classifiers to probe now; None for one whose files cannot be read, which must not hide the others."""
     return [(name, _readable(targets.repository, name)) for name in targets.names()]
 
 
@@ -149,7 +157,7 @@ class _Collector:
         self._changes = _Changes(targets.audit_log)
 
     def describe(self) -> list[Any]:
-        # Nothing is asked of the servers when the collector is registered.
+        # Without this, registering the collector would already probe the servers.
         return []
 
     def collect(self) -> Iterator[Any]:
@@ -199,19 +207,19 @@ def _repository_metrics(classifiers: Sequence[tuple[str, Classifier | None]]) ->
     found = [classifier for _, classifier in classifiers if classifier]
     versions: dict[str, tuple[int, ...]] = {}
     with contextlib.suppress(PatcherError):
-        # Once for all where there are several: in an object store each look is a request.
+        # With several classifiers, list all versions at once: in an object store each listing is a request.
         several = len(found) > 1
         versions = found[0].repository.versions_by_name() if several else {each.name: each.versions() for each in found}
     for each in found:
         with contextlib.suppress(PatcherError):
             pinned.add_metric([each.name], each.serving())
-            if each.name in versions:  # it may have been dropped since
+            if each.name in versions:  # it may have been dropped in the meantime
                 count.add_metric([each.name], len(versions[each.name]))
     yield from (pinned, count)
 
 
 class _Changes:
-    """The audit log counted; what was counted is not read again, unless the file was cut or is another one by now."""
+    """Counts of the audit log's events; lines are read once, unless the file was truncated or replaced."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -219,13 +227,13 @@ class _Changes:
         self._forget()
 
     def _forget(self) -> None:
-        # The last line that was counted tells whether it is still the same file.
+        # The last counted line tells whether it is still the same file.
         self._end, self._last = 0, b""
         self._runs: Counter[tuple[str, str, str]] = Counter()
         self._forced: Counter[str] = Counter()
 
     def metrics(self) -> Iterator[Any]:
-        """Both counters, of all that is in the file by now; empty without one."""
+        """Both counters, over everything in the file so far; empty if there is no file."""
         from prometheus_client.core import CounterMetricFamily
 
         runs = CounterMetricFamily(
@@ -268,10 +276,10 @@ class _Changes:
 
 
 def expose(targets: Targets, host: str, port: int) -> tuple[Any, Any]:
-    """Serve ``/metrics`` at ``host``:``port`` (0 picks one): the HTTP server and its thread.
+    """Serve ``/metrics`` at ``host``:``port`` (0 picks a free one); return the HTTP server and its thread.
 
-    Raises InputError for servers whose address is none, ToolError without prometheus-client, or where the port cannot
-    be had.
+    Raises InputError without a valid server address, and ToolError if prometheus-client is not installed or the port
+    is not available.
     """
     if not list(_servers(targets)):
         raise InputError("no server; expected HOST:PORT, or several with commas between them")

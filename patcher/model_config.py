@@ -1,8 +1,8 @@
 """Typed descriptions of Triton models, and their ``config.pbtxt``.
 
-Descriptions become protobuf messages and the messages become text: nothing here pastes strings. Every output is
-declared, because a Triton ensemble over an auto-completed model can answer "loaded" and be gone (each output of the
-backends is compared with the declaration at load).
+Descriptions become protobuf messages, and messages become text; no strings are pasted together. Every output is
+declared explicitly: the load of a Triton ensemble above an auto-completed model can be reported as successful although
+the ensemble is gone. Triton compares a backend's outputs with their declaration at load.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
 ]
 
 MAX_BATCH_SIZE = 64
-"""The largest batch that Triton forms or takes for any model of a classifier."""
+"""The largest batch that Triton forms or accepts for any model of a classifier."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: ``dtype`` in Triton's words (``FP32``, ``INT64``, ``STRING``), ``dims`` without the batch."""
+    """An input or output: ``dtype`` as in Triton (``FP32``, ``INT64``, ``STRING``), ``dims`` without the batch."""
 
     name: str
     dtype: str
@@ -48,7 +48,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an ensemble; the maps go from the step's own tensor names to the ensemble's."""
+    """One step of an ensemble; both maps lead from the step's own tensor names to the ensemble's."""
 
     model: str
     inputs: Mapping[str, str]
@@ -66,17 +66,17 @@ class ModelConfig:
     backend: str = ""
     max_batch_size: int = MAX_BATCH_SIZE
     versions: tuple[int, ...] = ()
-    """The versions to serve; empty leaves Triton's default, the latest one."""
+    """The versions to serve; empty means Triton's default, the latest one."""
     instances: int = 0
-    """Instances a device; 0 leaves the backend's default."""
+    """Instances per device; 0 means the backend's default."""
     kind: str = ""
-    """``CPU``, ``GPU``, or empty: a GPU where the server has one and the backend can use it."""
+    """``CPU``, ``GPU``, or empty: a GPU if the server has one and the backend can use it."""
     tensorrt: str = ""
-    """Precision of ONNX Runtime's TensorRT provider on a GPU (``FP16``, ``FP32``); empty does without it."""
+    """Precision of ONNX Runtime's TensorRT provider on a GPU (``FP16``, ``FP32``); empty means no TensorRT."""
     delay_us: int = 0
-    """How long a request may wait for others to share its batch."""
+    """How long, in microseconds, a request may wait for others to share its batch."""
     warmup: tuple[tuple[int, int], ...] = ()
-    """Batch and length of calls, all zeros, that the server makes before it says that the model is ready."""
+    """Batch size and length of warm-up calls with all-zero inputs, made before the model counts as ready."""
     dynamic_batching: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -91,7 +91,7 @@ def steps_of(message: Any) -> tuple[Step, ...]:
 
 
 def with_encoding(text: str, encoding: Sequence[Step]) -> str:
-    """The same ensemble with other steps before its last one."""
+    """The same ensemble with ``encoding`` in place of all steps before its last one."""
     message = parse(text)
     last = message.ensemble_scheduling.step[-1]
     steps = [*(_step(each) for each in encoding), last]
@@ -101,7 +101,7 @@ def with_encoding(text: str, encoding: Sequence[Step]) -> str:
 
 
 def is_on_gpu(message: Any) -> bool:
-    """Whether a parsed configuration insists on a GPU."""
+    """Whether a parsed configuration requires a GPU."""
     return any(group.kind == group.Kind.Value("KIND_GPU") for group in message.instance_group)
 
 
@@ -157,7 +157,7 @@ def _step(step: Step) -> Any:
 
 
 def to_text(message: Any) -> str:
-    """The text of ``config.pbtxt`` from a message."""
+    """A message as the text of a ``config.pbtxt``."""
     from google.protobuf import text_format
 
     text: str = text_format.MessageToString(message)
@@ -165,12 +165,12 @@ def to_text(message: Any) -> str:
 
 
 def render(config: ModelConfig) -> str:
-    """The text of ``config.pbtxt``."""
+    """A description as the text of a ``config.pbtxt``."""
     return to_text(_message(config))
 
 
 def parse(text: str, where: str = "config.pbtxt") -> Any:
-    """A ``config.pbtxt`` as a ``ModelConfig`` message; RepositoryError with ``where`` if it does not parse."""
+    """A ``config.pbtxt`` as a ``ModelConfig`` message; RepositoryError, which names ``where``, if it does not parse."""
     from google.protobuf import text_format
 
     try:
@@ -181,10 +181,10 @@ def parse(text: str, where: str = "config.pbtxt") -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Any:
-    """Parsing takes milliseconds, a copy some microseconds, and a change asks for the same texts again and again.
+    """Parse with a cache: parsing takes milliseconds, a copy microseconds, and a change parses the same texts often.
 
-    The metrics exporter asks for those of all classifiers in turn, one or two each, so a cache that is smaller than
-    their number would never hit.
+    The metrics exporter goes through the configurations of all classifiers, one or two each, at every scrape. A cache
+    smaller than their number would never hit.
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
@@ -193,12 +193,12 @@ def _parsed(text: str) -> Any:
 
 
 def pinned_versions(message: Any) -> tuple[int, ...]:
-    """The versions that a parsed configuration serves by number; empty where its policy is another one."""
+    """The versions that a parsed configuration pins by number; empty if it has another version policy."""
     return tuple(message.version_policy.specific.versions)
 
 
 def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") -> str:
-    """The same configuration serving ``versions``; whatever else somebody tuned in it stays."""
+    """The same configuration with ``versions`` pinned; all other settings stay as they are."""
     message = parse(text, where)
     message.version_policy.Clear()
     message.version_policy.specific.versions.extend(versions)
@@ -206,5 +206,5 @@ def with_pin(text: str, versions: Sequence[int], where: str = "config.pbtxt") ->
 
 
 def parameter(message: Any, key: str, default: str) -> str:
-    """A parameter of a parsed configuration, or ``default`` where it says none."""
+    """A parameter of a parsed configuration, or ``default`` if it is not set."""
     return str(message.parameters[key].string_value) if key in message.parameters else default

@@ -1,4 +1,4 @@
-"""What classifiers, backbones and their models are called, and the names that are kept for a repository's own files."""
+"""Names of classifiers, backbones and their models, and the names reserved for a repository's own files."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ CONFIG = "config.pbtxt"
 MODEL = "model.onnx"
 PROGRAM = "1/model.py"
 STORE = "store"
-"""A file in the head's folder of a classifier that a head store answers for: it names the backbone."""
+"""A file in the head's folder that marks a classifier in a head store; its content is the backbone's name."""
 FORMAT_FILE = "patcher.json"
 JOURNAL = ".journal"
-"""What follows a classifier's name in that of its journal."""
+"""Suffix of a journal's file name, after the classifier's name."""
 CANARY = "_canary"
-"""A classifier of this ending is another one's version on trial (``patcher.canary``)."""
+"""Suffix of a classifier that serves another one's version on trial (``patcher.canary``)."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FOLDER = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{63 + len(CANARY)}}}")
-"""Of a classifier that is there: a canary's name is longer than one that is given."""
+"""The name of an existing classifier: a canary's may be longer than one that a user may choose."""
 _ROLES = ("_head", "_features", "_tokenizer", "_encoder", "_backbone", "_heads", "_any", CANARY)
 
 
 class BackboneNames:
-    """The models of a backbone."""
+    """The names of a backbone's models."""
 
     def __init__(self, backbone: str) -> None:
         self.backbone_name = backbone
         self.tokenizer_model = f"{backbone}_tokenizer"
         self.encoder_model = f"{backbone}_encoder"
-        """Text to features; exports before 0.4.0 have none."""
+        """Computes features from texts; exports before 0.4.0 have none."""
         self.backbone_model = f"{backbone}_backbone"
         self.features_model = f"{backbone}_features"
         self.store_model = f"{backbone}_heads"
         """The one model that answers from the heads of all stored classifiers."""
         self.any_model = f"{backbone}_any"
-        """The ensemble text and classifier -> answer above it."""
+        """The ensemble above the store: text and classifier name in, answer out."""
 
 
 def check_name(name: str) -> str:
-    """The name of a classifier or backbone if it can be a folder and a Triton model, else InputError."""
+    """Return ``name`` if a new classifier or backbone may have it (as a folder and a Triton model), else InputError."""
     require(str, name=name)
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -76,12 +76,12 @@ def check_name(name: str) -> str:
 
 
 def is_classifier_name(name: str) -> bool:
-    """Whether a classifier that is there, or a canary, may have this name."""
+    """Whether an existing classifier, canaries included, may have this name."""
     return _FOLDER.fullmatch(name) is not None
 
 
 def holds(storage: Storage, name: str) -> bool:
-    """Whether ``storage`` has a classifier ``name``; it need hold no repository."""
+    """Whether ``storage`` has a classifier ``name``, be it a patcher repository or not."""
     head = f"{name}_head"
     if not is_classifier_name(name) or not storage.has(f"{head}/{CONFIG}"):
         return False

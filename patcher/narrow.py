@@ -1,8 +1,8 @@
-"""A head as one plain linear layer on the classifier features, for those who need just that.
+"""Convert a head to one plain linear layer on the classifier features, for an export as an ordinary checkpoint.
 
-Rows that were patched in use features that a fine-tuned layer does not see. Here each of them is fitted again on the
-classifier features alone, from what the memory keeps of its examples, in the order in which they were added. After a
-refit, which changed every row, all rows are fitted again, as discriminants. Such a row finds slightly fewer inputs
+Patched rows use features that a fine-tuned layer does not see. Here each of them is refitted on the classifier features
+alone, from the examples kept in the memory, in the order in which they were added. If a refit had replaced every row,
+all rows are fitted again, as linear discriminants. A row fitted like this finds slightly fewer inputs
 (``tests/benchmarks/quality.py``: the classifier's features alone).
 """
 
@@ -37,10 +37,9 @@ def narrow_memory(memory: Memory) -> Memory:
 
 
 def narrow_head(head: Head, memory: Memory | None) -> Head:
-    """The head with all its labels as fine-tuned rows, FP32 ``[C, split]``, in the order of its logits.
+    """The head with all its labels as base rows, FP32 ``[C, split]``, in the order of its logits.
 
-    Rows that were fine-tuned keep their numbers. Raises InputError where the memory keeps no features of a label that
-    was patched in.
+    Fine-tuned rows keep their values. Raises InputError if the memory has no features of a label that was patched in.
     """
     rows = len(head.base_weight)
     plain = Head.from_linear(
@@ -70,7 +69,7 @@ def _with_patched(plain: Head, labels: list[str], memory: Memory | None) -> Head
             "be fitted; expected a memory with features (`patcher remember --data FILE`)"
         )
     narrow = narrow_memory(memory)
-    if not plain.labels:  # a refit had put its own rows in the place of all that were fine-tuned
+    if not plain.labels:  # a refit had replaced all fine-tuned rows
         rows = discriminants(narrow, labels)
         return Head.from_linear(labels, rows.weight, rows.bias, plain.split, plain.lineage.backbone)
     examples = {}

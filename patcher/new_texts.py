@@ -1,4 +1,4 @@
-"""The texts of new labels before anything is made of them: fit to be used, of labels that are new, each once."""
+"""Prepare the texts of new labels: check them, refuse labels that already exist, and drop duplicates."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ __all__ = ["checked", "distinct", "new_examples", "unknown_to"]
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
-    """The texts of a file by label.
+    """The texts of a file, by label.
 
-    With ``label``: the file's texts, or where it has a label column those that it gives this label. Without: the texts
-    of every label in the column. ``several`` reads ``a|b`` as two labels, as files of multi-label classifiers have it.
+    With ``label``: all texts of the file, or, if it has a label column, those with this label (LabelError if there are
+    none). Without: the texts of every label in the column. ``several`` reads ``a|b`` as two labels, the notation in
+    files of multi-label classifiers.
     """
     if label is None:
         return examples.by_label(several=several)
@@ -44,9 +45,9 @@ def new_examples(examples: Examples, label: str | None, *, several: bool = False
 
 
 def checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[str]]:
-    """The texts of each label as lists, ``several`` as for ``new_examples``.
+    """The texts of each label as lists; ``several`` as in ``new_examples``.
 
-    Raises LabelError, ExamplesError and InputError for what no label or no text can be.
+    Raises LabelError, ExamplesError or InputError for an invalid label or text, and for missing ones.
     """
     require(Mapping, examples=examples)
     if not examples:
@@ -65,7 +66,10 @@ def checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[s
 
 
 def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip_known: bool) -> dict[str, list[str]]:
-    """The labels that the head lacks; LabelError for one that it knows, or with ``skip_known`` if it knows them all."""
+    """The texts of labels that the head lacks.
+
+    Raises LabelError for a label that it already has; with ``skip_known`` only if it has them all.
+    """
     known = [label for label in texts if label in head.labels]
     if known and not (skip_known and len(known) < len(texts)):
         raise LabelError(
@@ -78,9 +82,9 @@ def unknown_to(texts: dict[str, list[str]], head: Head, classifier: str, *, skip
 
 
 def distinct(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], tuple[Repeat, ...]]:
-    """Each label's texts without those whose words were there before, and those.
+    """Each label's texts without those that repeat the words of an earlier one, and the repeated ones.
 
-    What a fit without an example says of it would be worth nothing if the same example stayed in the fit.
+    Leave-one-out recall would be meaningless if a copy of the left-out example stayed in the fit.
     """
     kept, repeated = {}, []
     for label, group in texts.items():

@@ -1,4 +1,4 @@
-"""ONNX files from elsewhere, looked through before anything loads them.
+"""Check untrusted ONNX files before anything loads them.
 
 A file may name other files to read weights from (anywhere on the machine), ask for operators from a shared library, or
 be far larger than what it claims to be. None of that is needed here, so none of it is accepted.
@@ -21,14 +21,14 @@ __all__ = ["MAX_BACKBONE_BYTES", "MAX_HEAD_BYTES", "check_backbone_file", "parse
 MAX_HEAD_BYTES = 1 << 30
 """A head of 100,000 labels on 1,536 features takes 0.6 GB."""
 MAX_BACKBONE_BYTES = 2 << 30
-"""The most that one protobuf message, and so an ONNX file without outside weights, can hold."""
+"""The maximum size of a protobuf message, and so of an ONNX file without external weights."""
 _BUILT_IN = frozenset(["", "ai.onnx", "ai.onnx.ml", "com.microsoft"])
-"""Operators that ONNX Runtime brings itself; any other comes from a library that somebody would have to load."""
+"""Domains of operators built into ONNX Runtime; any other needs a custom operator library."""
 _DEEPEST = 16
 
 
 def check_backbone_file(path: Path) -> None:
-    """RepositoryError where the ONNX file at ``path`` is too large, reads other files or needs foreign operators."""
+    """Raise RepositoryError if the ONNX file at ``path`` is too large, reads other files or needs custom operators."""
     try:
         size = path.stat().st_size
         if size > MAX_BACKBONE_BYTES:
@@ -43,7 +43,7 @@ def check_backbone_file(path: Path) -> None:
 
 
 def parse_model(data: bytes, most_bytes: int = MAX_HEAD_BYTES) -> onnx.ModelProto:
-    """The model in ``data`` after all checks; RepositoryError with what is wrong with it."""
+    """Parse and check the model in ``data``; RepositoryError says what is wrong with it."""
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -1,6 +1,6 @@
-"""A patch: features of the examples and the head as it is in, the next head and what it would cost out.
+"""Make a patch: from features of the examples and the current head, the next head and the gate's verdict on it.
 
-No file and no server is touched here; ``labelling`` brings what is needed and publishes what comes out.
+No file and no server is touched here; ``labelling`` provides the input and publishes the result.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ __all__ = ["DEFAULTS", "Given", "Patch", "PatchSettings", "make_patch"]
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """What a patch may cost and how it is made.
+    """The limits of the gate, and how a patch is made and published.
 
-    ``max_flips`` is the share of old-label inputs that may turn from right to wrong, ``min_recall`` the share of the
-    new label's examples that must be found when each is left out of the fit; ``force`` publishes in spite of the gate
-    and is recorded in the lineage for ever; ``use_name`` takes a label's own name, where it is words, as one example
-    more; ``canary`` is a share of the requests, in per cent, on which the version is tried before it serves all.
-    ``max_flips`` and ``min_recall`` are shares from 0 to 1, ``canary`` lies between 0 and 100: InputError for others.
+    - ``max_flips``: the share, from 0 to 1, of old-label inputs that may turn from right to wrong.
+    - ``min_recall``: the share, from 0 to 1, of the new label's examples that must be found when each is left out of
+      the fit.
+    - ``force``: publish although the gate refuses; the lineage records it for good.
+    - ``dry_run``: publish nothing.
+    - ``use_name``: take a label's own name, if it consists of words, as one more example.
+    - ``canary``: the percentage of requests, between 0 and 100, on which the version is tried before it serves all.
+
+    Raises InputError for limits outside of these ranges.
     """
 
     max_flips: float = MAX_FLIPS
@@ -63,16 +67,17 @@ DEFAULTS = PatchSettings()
 
 @dataclass(frozen=True)
 class Given:
-    """What a patch is made from.
+    """The input of a patch.
 
     Parameters
     ----------
     examples, texts
-        Of each new label: features float32 ``[n, width]``, and the same in words.
+        The examples of each new label: their features float32 ``[n, width]``, and their texts.
     names
-        Features float32 ``[width]`` of the names that are words.
+        Features float32 ``[width]`` of the label names that consist of words.
     replay, evaluation
-        Labelled data, of the old labels; ``evaluation`` of the old labels followed by the new ones.
+        Labelled data. The ids in ``replay`` index the old labels, those in ``evaluation`` the old ones followed by the
+        new ones.
     repeated
         Examples that were left out because another has the same words.
     left_out
@@ -90,7 +95,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Patch:
-    """The next head (its lineage still the old one's) with its memory, and what is to be said about it.
+    """The next head (still with its parent's lineage) and its memory, with the fit and the gate's verdict.
 
     ``gate`` is ``passed``, ``forced`` or ``refused``.
     """
@@ -102,19 +107,19 @@ class Patch:
     gate: str
 
     def with_lineage(self, lineage: Lineage) -> Patch:
-        """The same with the lineage of the version that it becomes."""
+        """The same patch with the lineage of the version that it becomes."""
         return dataclasses.replace(self, head=dataclasses.replace(self.head, lineage=lineage))
 
 
 def make_patch(parent: Head, memory: Memory | None, given: Given, settings: PatchSettings, watch: Stopwatch) -> Patch:
-    """Fit new rows, judge them, and fit the out-of-scope score anew.
+    """Fit new rows, judge them, and refit the out-of-scope scorer.
 
     Raises
     ------
     LabelError, ExamplesError, InputError
-        for what the fit cannot use.
+        For input that the fit cannot use.
     RepositoryError
-        where the memory is damaged.
+        If the memory is damaged.
     """
     try:
         with watch("fit"):
@@ -154,11 +159,11 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
 def _scope(
     parent: Head, made: Fit, memory: Memory | None, grown: Memory | None, evaluation: Labelled | None
 ) -> Scope | None:
-    """Fitted anew: a new row raises every input's logsumexp, and the new label is in scope now."""
+    """The scorer, refitted because the new label is in scope now; without a memory, the parent's."""
     if grown is None:
         return parent.scope
-    # Those of the new labels alone would set the limit of all.
+    # Only old labels: otherwise an evaluation file with texts of the new labels alone would set the limit for all.
     fresh = None if evaluation is None else evaluation.features[evaluation.ids < len(parent.labels)]
-    # What no old input ever did, and the new label's do, is no measure of how far apart inputs lie.
+    # If the new examples vary in a feature that hardly varied before, the fit's whitening would overrate that feature.
     white = None if memory is None or woken(memory, grown) else made.old.whitening
     return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope), white=white)

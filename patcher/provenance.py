@@ -1,4 +1,4 @@
-"""Who acts, and when, as lineage, journal, lock and audit log all write it."""
+"""Author and time of a change, as recorded in lineage, journal, lock and audit log."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["author", "now"]
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """The current time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def author() -> str:
-    """Who runs this program, as the system names them; empty where it does not."""
+    """The system's name for the user who runs this process; empty if there is none."""
     try:
-        # A name that is no text would not go into the lineage's JSON.
+        # A name that is not valid Unicode could not be written to the lineage's JSON.
         return getpass.getuser().encode("utf-8", "replace").decode()
-    except (OSError, KeyError):  # a container's user need not have a name
+    except (OSError, KeyError):  # in a container the user need not have a name
         return ""

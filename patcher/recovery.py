@@ -1,4 +1,4 @@
-"""What a change left half done is finished or undone, and replicas that were away get what the files pin."""
+"""Finish or undo interrupted changes, and bring replicas that were away to the version that the files pin."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 __all__ = ["catch_up", "changing", "recover"]
 
 _DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
-"""What Triton says of a model whose Python process died, and of each ensemble that asks it."""
+"""Triton's error for a model whose Python process died, and for each ensemble that calls it."""
 
 
 @contextlib.contextmanager
 def changing(classifier: Classifier, server: TritonServer | None = None, *, leaving: bool = False) -> Iterator[None]:
-    """Hold the repository's lock for a change, after what an earlier one left half done is finished or undone.
+    """Hold the repository's lock for a change; an interrupted earlier change is finished or undone first.
 
-    With ``leaving`` the body goes to another version whatever serves now: that the serving one is damaged, so that no
-    server could be brought back to it, is then no reason to stop, and the body's own switch ends what is half done.
+    ``leaving`` says that the body switches to another version whatever serves now. A damaged serving version, to which
+    no server could be brought back, is then no reason to stop: the body's own switch completes the interrupted change.
 
-    Raises InputError for a version on trial, which only ``patcher.canary`` changes, and NotServed where the body is
-    interrupted and leaves something half done.
+    Raises InputError for a version on trial, which only ``patcher.canary`` may change, and NotServed if the body is
+    interrupted and leaves a change pending.
     """
     if classifier.name.endswith(CANARY):
         name = classifier.name.removesuffix(CANARY)
@@ -55,7 +55,7 @@ def changing(classifier: Classifier, server: TritonServer | None = None, *, leav
         try:
             try:
                 recover(classifier, server)
-            except (RepositoryError, VersionError):  # where it is of the journal, the next line says it again
+            except (RepositoryError, VersionError):  # if the journal is to blame, adopt() below raises it again
                 if not leaving:
                     raise
             classifier.adopt()
@@ -72,11 +72,12 @@ def changing(classifier: Classifier, server: TritonServer | None = None, *, leav
 
 
 def recover(classifier: Classifier, server: TritonServer | None = None) -> str | None:
-    """Finish or undo the change that was interrupted, and say which; None where none was. The lock must be held.
+    """Finish or undo an interrupted change and say what was done; None if there was none. The lock must be held.
 
-    The pin decides: a version that was pinned is loaded and proven (or else put back), one that was not is withdrawn,
-    for nobody was told that it serves. A server that does not answer, or takes no model control, says nothing of the
-    version: then nothing is decided. Without a server the files alone are brought in order.
+    The pin decides. A version that was pinned is loaded and verified; if that fails, the previous version is pinned
+    again. A version that was not pinned is withdrawn, since nobody was told that it serves. A server that does not
+    answer, or accepts no model control, proves nothing about the version: ServerUnreachable or ControlRefused is then
+    raised, and the change stays pending. Without a server, only the files are repaired.
     """
     if half_gone := classifier.half_gone():
         classifier.prune(half_gone)
@@ -95,7 +96,7 @@ def recover(classifier: Classifier, server: TritonServer | None = None) -> str |
             raise
         except PatcherError:
             classifier.pin(before)
-            classifier.note("switch", **{"from": before, "to": before})  # the servers have yet to learn of it
+            classifier.note("switch", **{"from": before, "to": before})  # pending until the servers serve it again
             _serve_all(classifier, before, server)
             return _undo(classifier, None)
         classifier.note("done", serving=after)
@@ -110,7 +111,7 @@ def _serve_all(classifier: Classifier, version: int, server: TritonServer | None
 
 
 def _bring(classifier: Classifier, head: Head, replica: TritonServer) -> str:
-    """Have ``replica`` serve ``head``, which is pinned: ``agreed`` where it does already, else ``caught up``."""
+    """Have ``replica`` serve ``head``, which must be pinned: ``agreed`` if it already did, else ``caught up``."""
     with contextlib.suppress(PatcherError):
         probe(classifier, head, replica)
         return "agreed"
@@ -119,13 +120,13 @@ def _bring(classifier: Classifier, head: Head, replica: TritonServer) -> str:
 
 
 def _serve_revived(classifier: Classifier, head: Head, replica: TritonServer) -> None:
-    """:func:`serve`, after models whose process died were loaded anew."""
+    """:func:`serve`, reloading models whose Python process died."""
     revived: set[str] = set()
     while True:
         try:
             return serve(classifier, head, replica)
         except ServerError as error:
-            # Triton starts no process again that died, nor does it load a model again whose files are as they were.
+            # Triton neither restarts a dead process nor reloads a model whose files have not changed.
             dead = _DEAD_STUB.search(str(error))
             if dead is None or dead[1] in revived:
                 raise
@@ -136,8 +137,8 @@ def _serve_revived(classifier: Classifier, head: Head, replica: TritonServer) ->
 
 def _undo(classifier: Classifier, published: int | None) -> str:
     serving = classifier.serving()
-    # Where a version comes in parts, one of them may still be on its way from somebody who lost the lock: then the next
-    # command takes it away.
+    # In an object store a version is several objects, and one of them may still arrive from a process that lost the
+    # lock. So the withdrawal is recorded even if nothing is there yet: the next command then removes what arrives.
     here = published in classifier.versions() or not classifier.storage.in_one_step
     trial = on_trial(classifier)
     if trial is not None and published == trial.serving():
@@ -151,11 +152,12 @@ def _undo(classifier: Classifier, published: int | None) -> str:
 
 
 def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
-    """Bring every replica to the version that the files pin; by address ``agreed``, ``caught up`` or why not.
+    """Bring every replica to the version that the files pin; the result by address.
 
-    The lock must be held. A replica that serves the right version already is asked, and otherwise left alone. The same
-    goes for a version on trial; one whose trial has ended is let go of, and so is a model that a stored classifier has
-    no more, and a head store that answers for one that is not in it any more.
+    Results are ``agreed``, ``caught up``, ``away``, or ``failed: …`` with the reason. The lock must be held. A replica
+    that already serves the right version is only probed. A version on trial is brought up the same way, and a canary
+    whose trial has ended is unloaded. An earlier classifier of the same name may have been served the other way (from
+    models of its own, or from a head store): its models are unloaded, or the store drops it.
     """
     trial = on_trial(classifier)
     found = dict.fromkeys((member.url for member in members(server)), "away")
@@ -163,7 +165,7 @@ def catch_up(classifier: Classifier, server: TritonServer) -> dict[str, str]:
         try:
             require_answer(replica)
             states = {_bring(each, each.head(), replica) for each in (classifier, trial) if each is not None}
-            # Of a trial that has ended, and of a classifier of that name that was here before, served the other way.
+            # Leftovers: the canary of an ended trial, and an earlier classifier of that name, served the other way.
             ended = ([] if trial else [classifier.name + CANARY]) + ([classifier.name] if classifier.in_store else [])
             held = [let_go(name, replica) for name in ended]
             if not classifier.in_store:

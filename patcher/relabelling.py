@@ -1,4 +1,4 @@
-"""The rest of a label's life: removed, renamed, merged, each a new head version through the same rollout."""
+"""Remove, rename and merge labels; each makes a new head version that goes through the same rollout."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from patcher.repository import ClassifierLike
 
 _FEWEST = 2
-"""Labels of a classifier, and labels to merge."""
+"""The minimum number of labels of a classifier, and of labels to merge."""
 
 __all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A published change of labels."""
+    """A published change of labels; ``verdict`` is the gate's, for a merge."""
 
     classifier: str
     version: int
@@ -59,10 +59,10 @@ class Change:
 
 
 def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | None = None) -> Change:
-    """Take a label out; its texts go to the best of the others, whose logits stay the same to the bit.
+    """Remove a label. Its texts go to the best of the other labels, whose logits stay bit-for-bit the same.
 
-    Raises LabelError where it is not there, or only two labels are left; NotServed when the server would not serve the
-    new version: the previous one is back.
+    Raises LabelError if the head has no such label, or only two labels; NotServed if the server would not serve the new
+    version: the previous one then serves again.
     """
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
@@ -75,10 +75,10 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
 
 
 def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonServer | None = None) -> Change:
-    """Give a label another name; no number changes.
+    """Rename a label; rows and scores do not change.
 
-    Raises LabelError where ``old`` is not there or ``new`` already is, ExamplesError for a name that no label can have;
-    NotServed when the server would not serve the new version: the previous one is back.
+    Raises LabelError if the head has no label ``old`` or already has ``new``; ExamplesError if ``new`` is not a valid
+    label; NotServed if the server would not serve the new version: the previous one then serves again.
     """
     check_label(new, "the new name")
     require(TritonServer, None, server=server)
@@ -103,18 +103,18 @@ def merge_labels(
     min_recall: float = MIN_RECALL,
     force: bool = False,
 ) -> Change:
-    """Make one label of several: they leave, and a row fitted on their remembered features comes in their place.
+    """Merge several labels into one: a single row, fitted on their remembered features, replaces their rows.
 
     Raises
     ------
     InputError
-        for fewer than two labels, and where there is no memory with features of all of them.
+        For fewer than two labels, or if the memory does not have features of all of them.
     LabelError
-        where one of them is not there, ``into`` is yet another label, or no other label would be left.
+        If the head lacks one of them, ``into`` is another existing label, or no other label would be left.
     GateRefused
-        where the one row would take more from the other labels, or find less of its own, than is allowed.
+        If the new row would flip more inputs of the other labels, or find less of its own, than the limits allow.
     NotServed
-        when the server would not serve the new version; the previous one is back.
+        If the server would not serve the new version; the previous one serves again.
     """
     check_label(into, "the label to merge into")
     limits = PatchSettings(max_flips, min_recall, force=force)
@@ -170,7 +170,7 @@ def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
 
 
 def _weights(memory: Memory | None, labels: Sequence[str], kept: Sequence[int]) -> NDArray[np.float64]:
-    """How many of its label's texts each of the ``kept`` features stands for, float64 ``[sum(kept)]``."""
+    """The number of its label's texts that each kept feature row stands for, float64 ``[sum(kept)]``."""
     counts = dict(zip(memory.labels, memory.counts.tolist(), strict=True)) if memory else {}
     return np.repeat([counts[label] / rows for label, rows in zip(labels, kept, strict=True)], kept)
 
@@ -197,6 +197,6 @@ def _publish(
 
 
 def _scope(parent: Head, head: Head, memory: Memory | None, method: str) -> Scope | None:
-    if memory is None or method == "rename":  # a name is no number: all scores stay as they are
+    if memory is None or method == "rename":  # a new name changes no score
         return parent.scope
     return fit_scope(memory, head, stretch=stretch_of(parent.scope))

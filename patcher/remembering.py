@@ -1,4 +1,4 @@
-"""The memory of a classifier: built from labelled data, at export or at any time after."""
+"""Build the memory of a classifier from labelled data, at export or at any later time."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ if TYPE_CHECKING:
 __all__ = ["Remembered", "build_memory", "label_ids", "remember"]
 
 FEATURES_A_LABEL = 20
-"""Real features kept of each label: enough to see a flip rate of 1 / (20 labels) with confidence."""
+"""Real features kept per label. If none of them flips, the bound on the flip rate is about 3 / (20 * labels)."""
 
 STORED_CLUSTERS = 1
-"""Of a label, for a stored head's out-of-scope score: a thousand of them share a server's memory and its caches."""
+"""Clusters per label of a head in a head store: a thousand such heads share one server's memory and CPU caches."""
 
 
 @dataclass(frozen=True)
 class Remembered(Switch):
-    """A change of the serving version to one with another memory."""
+    """A switch to a version with a rebuilt memory."""
 
     texts: int
-    """Those that the memory was built from."""
+    """Number of texts that the memory was built from."""
     repeated: int
-    """Further ones that were left out, as another of their label has the same words."""
+    """Number of texts that were left out because another text of their label has the same words."""
 
 
 def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which text has which label, one pair a text and label: places in ``examples``, and in the head's labels.
+    """One pair for each text and label: positions in ``examples`` and in the labels, both INT64 ``[pairs]``.
 
-    Labels of a patch to come, ``new``, follow those of the head. Raises LabelError, with the line, for any other.
+    The labels are the head's, followed by ``new``, those of a patch to come. Raises LabelError, which names the line,
+    for any other label.
     """
     place = {label: index for index, label in enumerate((*head.labels, *new))}
     return flat_ids(
@@ -75,12 +76,12 @@ def build_memory(
     before: Memory | None = None,
     **limits: int,
 ) -> Memory:
-    """The memory of labelled texts with features FP32 ``[n, width]``; ``per_label`` 0 keeps statistics alone.
+    """Build a memory of labelled texts with features FP32 ``[n, width]``; ``per_label`` 0 keeps only statistics.
 
-    Of labels of the head that no text has, all stays that the memory ``before`` knows. ``limits`` are further ones of
-    ``Memory.build``.
+    Labels of the head without texts keep everything that the memory ``before`` holds about them. ``limits`` are passed
+    on to ``Memory.build``.
 
-    Raises LabelError for labels that the head lacks, ExamplesError where no text has a label.
+    Raises LabelError for labels that the head lacks, and ExamplesError if no text has a label.
     """
     rows, ids = label_ids(head, examples)
     if not len(rows):
@@ -100,24 +101,24 @@ def remember(
     per_label: int = FEATURES_A_LABEL,
     progress: Callable[[int], None] | None = None,
 ) -> Remembered:
-    """Build the memory anew from ``examples`` and publish it with the next head version, whose rows are the same.
+    """Rebuild the memory from ``examples`` and publish it with a new head version that has the same rows.
 
-    A text that comes again under its label, with the same words, counts once: it is no fresh information, and a bound
-    on the harm of a patch that took it for such would look surer than it is.
+    Texts of one label with the same words count once: a repeated text adds no information, and counting it would make
+    the bound on flips look more certain than it is.
 
-    Labels that no example has stay remembered as they are, with their numbers of texts and what these had in common.
+    Labels without examples keep what the memory holds about them: statistics, and up to ``per_label`` features.
 
     Raises
     ------
     LabelError, ExamplesError
-        for labelled texts that do not fit the head.
+        If labels or texts do not fit the head.
     NotServed
-        when the server would not serve the new version; the previous one is back.
+        If the server would not serve the new version; the previous one serves again.
     """
     require(TritonServer, None, server=server)
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
     head = classifier.head()
-    label_ids(head, examples)  # before minutes go into features, and those before the lock is held
+    label_ids(head, examples)  # check the labels before spending minutes on features, and do that before locking
     once = examples.once_a_label(several=not head.exclusive)
     features = extract_features(classifier, once.texts, None, progress)
     with changing(classifier, server):
@@ -133,14 +134,14 @@ def remember(
 
 
 def _limits(classifier: Classifier, before: Memory | None) -> dict[str, int]:
-    """Clusters a label: in a head store no more than the memory before had, for one of very many is kept small."""
+    """The limit on clusters per label; in a head store that of the previous memory, since one of many must be small."""
     if not classifier.in_store:
         return {}
     return {"most_clusters": before.most_clusters if before else STORED_CLUSTERS}
 
 
 def _readable(classifier: Classifier) -> Memory | None:
-    """The memory as it was published; None also for one that is damaged or gone, and is built anew for that."""
+    """The memory as published; None if there is none, or if it is damaged or gone: rebuilding it is the remedy."""
     try:
         return classifier.memory(published=True)
     except RepositoryError:

@@ -1,4 +1,4 @@
-"""One page about a head version: what changed, what the gate said, and on labelled texts before and after."""
+"""One page about a head version: what changed, the gate's verdict, and accuracy on labelled texts before and after."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 __all__ = ["Report", "make_report", "render", "write_page"]
 
 _SHOWN = 100
-"""Flips and gains in words on the page; the counts are of all."""
+"""The maximum number of flips and of gains listed on the page; the counts include all."""
 _WIDTH, _HEIGHT, _MARGIN = 640.0, 420.0, 16.0
 _COLOURS = ("#c2255c", "#1971c2", "#2f9e44", "#e8590c", "#6741d9", "#0c8599", "#868e96", "#a0703c", "#364fc7")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a version.
+    """Everything known about a version.
 
-    ``parent`` is the version it is compared with, None where there is none on disk any more; ``difference`` what
-    changed since then; ``before`` and ``after`` how both answer the labelled texts, where some were given (``before``
-    is None, too, where the parent knows none of their labels); ``map`` the changed label among its neighbours.
+    ``parent`` is the version it is compared with, None if there is none in the repository (any more), and
+    ``difference`` is what changed since then. ``before`` and ``after`` are the evaluations of both on the labelled
+    texts, if some were given; ``before`` is also None if the parent has none of their labels. ``map`` shows the
+    features of the changed labels among their neighbours.
     """
 
     classifier: str
@@ -54,7 +55,7 @@ class Report:
     map: FeatureMap | None
 
     def to_json(self) -> dict[str, Any]:
-        """As one document; the map's points as lists."""
+        """The report as one JSON document."""
         points = self.map and {
             "labels": list(self.map.labels),
             "points": [[round(float(x), 3), round(float(y), 3)] for x, y in self.map.points],
@@ -77,14 +78,14 @@ def make_report(
     examples: Examples | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Gather what there is about ``version``, the serving one by default; ``examples`` are labelled texts.
+    """Gather the report on ``version``, by default the serving one; ``examples`` are labelled texts.
 
     Raises
     ------
     VersionError
-        where there is no such version.
+        If there is no such version.
     ExamplesError, LabelError
-        for texts without labels, or of labels that the version does not know.
+        For texts without labels, or if the version has none of their labels.
     """
     serving = classifier.serving()
     number = serving if version is None else version
@@ -96,7 +97,7 @@ def make_report(
     if parent is not None:
         difference = diff(classifier, parent, number, examples, features)
     if examples is not None and features is not None:
-        # A label that was only renamed is the same in both, as in the difference, whichever name the file has.
+        # A renamed label counts as the same label in both versions, whichever name the file uses; so does `diff`.
         names = dict(difference.renamed) if difference else {}
         labels = [names.get(label, label) for label in examples.labelled()]
         after = evaluate_head(head, features, labels)
@@ -115,7 +116,7 @@ def make_report(
 
 
 def _before(head: Head, names: Mapping[str, str], features: Floats, labels: Sequence[str]) -> Evaluation | None:
-    """How the parent answers, its labels under their new names; None for texts of labels that it lacks alone."""
+    """The parent's evaluation, with its labels under their new names; None if it has none of the texts' labels."""
     renamed = dataclasses.replace(head, labels=tuple(names.get(label, label) for label in head.labels))
     try:
         return evaluate_head(renamed, features, labels)
@@ -135,15 +136,15 @@ def _parent(classifier: Classifier, about: Entry) -> int | None:
 
 
 def render(report: Report) -> str:
-    """The page, one HTML document that asks for nothing from elsewhere.
+    """Render the page as one self-contained HTML document.
 
-    Raises ToolError where jinja2 is not installed.
+    Raises ToolError if jinja2 is not installed.
     """
     try:
         import jinja2
     except ImportError:
         raise ToolError(f"a report needs jinja2, which is not installed: {install_hint('report')}") from None
-    # Texts and labels are whatever somebody wrote: all of them are escaped.
+    # Texts and labels are untrusted, so autoescape is on.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
     template = environment.from_string(PAGE)
@@ -152,7 +153,7 @@ def render(report: Report) -> str:
 
 
 def check_target(path: Path) -> None:
-    """InputError for a path that is no page's, so that no other file is replaced by one, or has no folder."""
+    """Raise InputError if ``path`` does not end in .html, so that no other file is replaced, or its folder is missing."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"cannot write a page to {path}: expected a name that ends in .html")
     if not path.parent.is_dir():
@@ -162,9 +163,9 @@ def check_target(path: Path) -> None:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """The page as a file, whole or not at all.
+    """Write the page to a file atomically.
 
-    Raises InputError as ``check_target`` does, StorageError where the file cannot be written.
+    Raises InputError as ``check_target`` does, and StorageError if the file cannot be written.
     """
     check_target(path)
     page = render(report)
@@ -180,12 +181,12 @@ class _Change:
 
     @property
     def size(self) -> float:
-        """By how much the F1 changed."""
+        """The absolute change in F1."""
         return abs((self.after.f1 if self.after else 0.0) - (self.before.f1 if self.before else 0.0))
 
 
 def _changes(report: Report) -> list[_Change]:
-    """Labels whose figures changed, the most first."""
+    """Labels whose figures changed, largest change first."""
     if report.after is None or report.before is None:
         return []
     old, new = report.before.per_label, report.after.per_label
@@ -211,12 +212,12 @@ class _Picture:
 
 
 def _picture(shown: FeatureMap | None) -> _Picture | None:
-    """The map in the page's own units."""
+    """The map in the page's coordinates."""
     if shown is None:
         return None
     low, high = shown.points.min(axis=0), shown.points.max(axis=0)
     room = np.array([_WIDTH, _HEIGHT]) - 2 * _MARGIN
-    scale = float((room / np.maximum(high - low, 1e-6)).min())  # the same both ways: distances stay distances
+    scale = float((room / np.maximum(high - low, 1e-6)).min())  # one scale for both axes, to preserve distances
     places = _MARGIN + (room - (high - low) * scale) / 2 + (shown.points - low) * scale
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(shown.labels)}
     dots = [

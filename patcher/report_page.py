@@ -1,4 +1,4 @@
-"""The page of ``patcher report``, as a jinja2 template: no script, and nothing from elsewhere."""
+"""The page of ``patcher report``, as a jinja2 template without scripts or external resources."""
 
 from __future__ import annotations
 

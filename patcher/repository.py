@@ -1,4 +1,4 @@
-"""The model repository: which classifiers and backbones there are, and how they are added."""
+"""The model repository: find its classifiers and backbones, and add new ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NAMED_IN_ERRORS = 8
 class ModelRepository(RepositoryFiles):
     """A folder, or a place in an object store (``s3://BUCKET/PATH``), that Triton serves and this project writes.
 
-    Raises RepositoryError where ``location`` is none, or was written by a newer version of this project.
+    Raises RepositoryError if ``location`` is not a repository, or was written by a newer version of this project.
     """
 
     def __repr__(self) -> str:
@@ -42,36 +42,36 @@ class ModelRepository(RepositoryFiles):
 
     @classmethod
     def create(cls, location: str | os.PathLike[str]) -> ModelRepository:
-        """Open the repository at ``location``, making folder and format file where there are none."""
+        """Open the repository at ``location``; its folder and format file are created if they are missing."""
         storage = open_storage(location)
         storage.create(FORMAT_FILE, format_file())
         return cls(location, storage=storage)
 
     @classmethod
     def at(cls, location: str | os.PathLike[str]) -> ModelRepository | None:
-        """The repository there, None where there is none yet."""
+        """Open the repository at ``location``; None if there is none yet."""
         storage = open_storage(location)
         return None if storage.find(FORMAT_FILE) is None else cls(location, storage=storage)
 
     @classmethod
     @contextlib.contextmanager
     def making(cls, location: str | os.PathLike[str]) -> Iterator[ModelRepository]:
-        """Open or make the repository; one that was made is unmade again where the body fails."""
+        """Open or create the repository; if it was created here and the body fails, it is removed again."""
         storage = open_storage(location)
         there, new = storage.there(), storage.find(FORMAT_FILE) is None
         try:
             storage.create(FORMAT_FILE, format_file())
             yield cls(location, storage=storage)
-            storage.create(FORMAT_FILE, format_file())  # another one that failed meanwhile may have taken it away
+            storage.create(FORMAT_FILE, format_file())  # again: another process that failed may have removed it
         except BaseException:
             if new:
                 storage.abandon(FORMAT_FILE, made=not there)
             raise
 
     def classifier(self, name: str | None = None) -> Classifier:
-        """One classifier by name; without a name the only one there is, canaries apart. InputError without it."""
+        """One classifier by name; without a name the only one, not counting canaries. Else InputError."""
         require(str, None, name=name)
-        # One that is named is looked for alone: there may be thousands.
+        # A named classifier is looked up directly, without listing all: there may be thousands.
         if name is not None and holds(self.storage, name):
             return Classifier(self, name)
         names = tuple(each for each in self.classifiers() if not each.endswith(CANARY))
@@ -85,7 +85,7 @@ class ModelRepository(RepositoryFiles):
         )
 
     def backbone(self, name: str | None = None) -> Backbone:
-        """One backbone by name; without a name the only one there is. InputError without it."""
+        """One backbone by name; without a name the only one. Else InputError."""
         if name is not None and self.has_backbone(check_name(name)):
             return Backbone(self, name)
         names = self.backbones()
@@ -102,24 +102,24 @@ class ModelRepository(RepositoryFiles):
             return backbone
 
     def added_backbone(self, name: str, files: BackboneFiles) -> AbstractContextManager[Backbone]:
-        """The same, for good only if the body ends well."""
+        """Like ``add_backbone``, but as a context manager that removes the backbone again if the body fails."""
         return added_backbone(self, check_name(name), files)
 
     def add_classifier(
         self, name: str, head: Head, memory: Memory | None = None, *, backbone: str, in_store: bool = False
     ) -> Classifier:
-        """Add a classifier over a backbone that is there, with ``head`` as its first version; the lock must be held.
+        """Add a classifier on an existing backbone, with ``head`` as its first version. The lock must be held.
 
-        ``in_store`` leaves the answers to the backbone's head store instead of an ensemble and a head model of its own.
+        With ``in_store`` the backbone's head store serves it, instead of an ensemble and a head model of its own.
         """
         return add_classifier(self, check_name(name), head, memory, base=self.backbone(backbone), in_store=in_store)
 
 
 def one_classifier(given: ClassifierLike, name: str | None = None) -> Classifier:
-    """The classifier itself, or that of a repository: the one of this name, the only one without a name.
+    """The given classifier, or one of the given repository: the one called ``name``, or the only one.
 
-    Raises InputError for anything else, as :meth:`ModelRepository.classifier` does, and for a classifier of another
-    name.
+    Raises InputError as :meth:`ModelRepository.classifier` does, for a given classifier with another name than
+    ``name``, and for an argument of any other type.
     """
     require(ModelRepository, Classifier, classifier=given)
     if isinstance(given, ModelRepository):
@@ -130,7 +130,7 @@ def one_classifier(given: ClassifierLike, name: str | None = None) -> Classifier
 
 
 def _some(names: Sequence[str], wanted: str | None = None) -> str:
-    """The names, or those like ``wanted`` and a few more where there are many."""
+    """All names; if there are many, those similar to ``wanted`` and the first few."""
     if len(names) <= _NAMED_IN_ERRORS:
         return ", ".join(names)
     near = difflib.get_close_matches(wanted, names, 3) if wanted else []

@@ -1,4 +1,4 @@
-"""Publish a head version, have the server serve it, prove that it does, or put the previous one back."""
+"""Publish a head version, have the server serve it, verify that it does, and roll back if it does not."""
 
 from __future__ import annotations
 
@@ -67,30 +67,31 @@ class Switch:
     version: int
     previous: int
     served: bool
-    """Whether a server was seen answering from ``version``; False where none was asked."""
+    """Whether a server was verified to answer from ``version``; False if no server was given."""
 
 
 def probe_text() -> str:
-    """A text to ask a server for: any does, but one that a response cache has seen would not reach the models."""
+    """A text to probe a server with: random, so that no response cache can answer it in place of the models."""
     return f"is anybody there? {secrets.token_hex(4)}"
 
 
 def validate(data: bytes, head: Head) -> None:
-    """Prove in ONNX Runtime, on a few made-up features, that the file ``data`` is ``head`` before it may serve.
+    """Check in ONNX Runtime, on a few random features, that the file ``data`` computes what ``head`` does.
 
-    Raises RepositoryError where the file does not load or does not answer as the numbers say.
+    Raises RepositoryError if the file does not load or its answers differ from those of ``head``.
     """
     rows = np.random.default_rng(0).standard_normal((3, head.width)).astype(np.float32)
     check_head_file(data, head, rows)
 
 
 def probe(classifier: Classifier, head: Head, server: TritonServer) -> None:
-    """ServerError unless the ensemble is ready and answers from exactly ``head``, each instance of its models.
+    """Raise ServerError unless the ensemble is ready and answers from exactly ``head``.
 
-    A load that Triton calls OK proves little: the ensemble above the head may be gone, or the server may be reading
-    another repository. So the ensemble has to answer from the version of ``head``, with its labels; and the head model,
-    asked with features of this very server, with its logits. Those of two requests could not be compared: in INT8 a
-    text's features depend on the texts that share its batch.
+    A load that Triton reports as successful proves little: the ensemble above the head may be gone, or the server may
+    be reading another repository. So the ensemble must answer with the version and the labels of ``head``, and the head
+    model must return the logits of ``head`` for features computed by this server. The logits of the ensemble's own
+    answer cannot be checked against features from a second request: in INT8, a text's features depend on the other
+    texts in its batch. Further requests then exercise the remaining instances of the classifier's models.
     """
     if not server.is_ready(classifier.ensemble):
         raise ServerError(
@@ -134,16 +135,16 @@ def roll_out(
     server: TritonServer | None,
     data: bytes | None = None,
 ) -> Switch:
-    """Publish ``head`` and make it the one that serves; the repository's lock must be held.
+    """Publish ``head`` and make it the serving version. The repository's lock must be held.
 
-    ``data`` is its file, where that was written already.
+    ``data`` is the head's file as bytes, if it has been written already.
 
     Raises
     ------
     RepositoryError, StorageError, ServerUnreachable
-        with nothing changed.
+        Nothing was changed.
     NotServed
-        when the server would not serve it; the previous version is pinned and loaded again.
+        If the server would not serve the new version; the previous one is pinned and loaded again.
     """
     require_live(server, classifier)
     _publish(classifier, head, memory, data)
@@ -159,7 +160,7 @@ def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: by
 
 @contextlib.contextmanager
 def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
-    """Withdraw ``version`` where the body fails, unless a server refused it: what nobody asked for leaves no trace."""
+    """Withdraw ``version`` if the body fails, so that it leaves no trace; after NotServed it stays, for a retry."""
     try:
         yield
     except NotServed:
@@ -171,7 +172,7 @@ def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
 
 
 def roll_back(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
-    """Make version ``to`` serve, by default the parent of the one that serves now; the lock must be held."""
+    """Make version ``to`` serve, by default the parent of the serving version. The lock must be held."""
     serving = classifier.serving()
     if to is None:
         to = classifier.head(serving).lineage.parent
@@ -184,22 +185,22 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
 
 
 def set_aside(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
-    """Publish ``head``, with the file ``data``, beside the version that goes on serving; the lock must be held."""
+    """Publish ``head``, with the file ``data``, without changing the serving version. The lock must be held."""
     _publish(classifier, head, memory, data)
     with withdrawing(classifier, head.lineage.version):
         classifier.journal.append("done", serving=classifier.serving())
 
 
 def on_trial(classifier: Classifier) -> Classifier | None:
-    """The model beside a classifier that serves the version on trial; None where there is none."""
+    """The canary classifier that serves the version of ``classifier`` on trial; None if there is no trial."""
     name = classifier.name + CANARY
     return Classifier(classifier.repository, name) if holds(classifier.storage, name) else None
 
 
 def let_go(name: str, replica: TritonServer) -> bool:
-    """Have ``replica`` let go of a head and the ensemble above it; whether it held them.
+    """Unload a classifier's ensemble and head model from ``replica``; return whether the head was loaded.
 
-    Without a head it is no classifier: a model ``name`` alone may be somebody else's.
+    Without a head model, ``name`` is left alone: a model of that name may have nothing to do with patcher.
     """
     held = replica.is_ready(f"{name}_head")
     if held:
@@ -213,8 +214,8 @@ def held_in_stores(
 ) -> dict[Backbone, frozenset[str]]:
     """The classifiers that the head stores of ``replica`` answer for, by backbone.
 
-    One that is not ready, or whose process died, answers for nobody, and reads the files anew when it is back. A store
-    of before 0.14 tells of ``names`` alone, by a refusal for each that it does not have.
+    A store that is not ready, or whose process died, answers for none, and reads the files again when it comes back.
+    A store from before 0.14 cannot list its classifiers: it is asked for each of ``names`` and refuses those it lacks.
     """
     backbones = map(partial(Backbone, repository), repository.stores())
     return {backbone: _held(backbone, names, replica) for backbone in backbones}
@@ -238,14 +239,14 @@ def _held(backbone: Backbone, names: Sequence[str], replica: TritonServer) -> fr
 
 
 def forget(repository: RepositoryFiles, name: str, replica: TritonServer) -> bool:
-    """Have the head stores of ``replica`` forget a classifier that is in none any more; whether one answered for it."""
+    """Make the head stores of ``replica`` drop a classifier that no store holds any more; return whether any had it."""
     held = held_in_stores(repository, [name], replica)
     answering, failed = [backbone for backbone, there in held.items() if name in there], []
     for backbone in answering:
         try:
             replica.refresh(backbone.store_model, name, backbone.width())
         except ServerError as error:
-            if "no classifier" not in str(error):  # the answer that is wanted
+            if "no classifier" not in str(error):  # "no classifier" is the expected answer: the store dropped it
                 failed.append(str(error))
     if failed:
         raise ServerError("; ".join(failed))
@@ -253,10 +254,11 @@ def forget(repository: RepositoryFiles, name: str, replica: TritonServer) -> boo
 
 
 def require_live(server: TritonServer | None, classifier: Classifier | None = None) -> None:
-    """ServerUnreachable where no server answers; before anything is published, so that it costs nothing.
+    """Raise ServerUnreachable if no server answers. Called before anything is published, so that nothing is undone.
 
-    With a ``classifier`` whose versions are loaded by model control also ControlRefused, where a server takes none, or
-    wants another key for that. A head store is told of a version by a plain request.
+    If the versions of ``classifier`` are loaded through model control, this also raises ControlRefused for a server
+    that accepts no model control, or wants another key for it. A head store needs neither: it learns of a version
+    through an ordinary inference request.
     """
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
@@ -268,7 +270,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
 
 
 def require_answer(replica: TritonServer) -> None:
-    """ServerUnreachable from one that hangs: each question would wait for it, and no Ctrl-C ends the way back."""
+    """Raise ServerUnreachable if ``replica`` hangs: every request would time out, and a rollback ignores Ctrl-C."""
     if not replica.is_live():
         raise ServerUnreachable(f"{replica.url} does not answer; run `patcher sync` again when it does")
 
@@ -285,7 +287,7 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
                 if number == 0 and len(replicas) > 1 and isinstance(server, Fleet):
                     watch(classifier, wave[0], server.watch_seconds)
                     probe(classifier, head, wave[0])
-    except BaseException as error:  # noqa: BLE001 - raised again, or what became of it
+    except BaseException as error:  # noqa: BLE001 - _come_back raises it again, or a NotServed
         with uninterrupted():
             _come_back(classifier, version, previous, asked, error)
     return Switch(version, previous, served=server is not None)
@@ -295,14 +297,14 @@ def _come_back(
     classifier: Classifier, version: int, previous: int, asked: Sequence[TritonServer], error: BaseException
 ) -> NoReturn:
     if not isinstance(error, LockLost) and classifier.serving() != previous:
-        # Only where files are far away: the one that pins could be replaced, and then not any more.
+        # Only in an object store: the new pin was written, but writing the old one back failed.
         raise NotServed(
             f"version {version} of {classifier.name} was published, but something failed, and so did the rollback: "
             f"{as_sentence(error)} Version {version} may still be pinned; `patcher doctor --repair`, or the next "
             "verb that changes anything, finishes or undoes it",
             {"version": version, "parent_version": previous, "published": True, "served": False},
         ) from error
-    # Whatever it was, the files are as before; now the servers that were asked have to be, too.
+    # The files are back in their previous state; now the servers that were asked have to follow.
     if not asked or version == previous:
         classifier.note("undone", serving=previous)
         raise error
@@ -310,11 +312,11 @@ def _come_back(
 
 
 def serve(classifier: Classifier, head: Head, replica: TritonServer) -> None:
-    """Have ``replica`` serve ``head``, which is pinned, and prove that it does; ServerError where it does not."""
+    """Have ``replica`` serve ``head``, which must be pinned, and verify it; ServerError if it does not serve it."""
     if not classifier.in_store:
         replica.load(classifier.head_model)
     if not replica.is_ready(classifier.ensemble):
-        replica.load(classifier.ensemble)  # a classifier, or a store, that was made after the server started
+        replica.load(classifier.ensemble)  # the classifier, or its store, was created after the server started
     if classifier.in_store:
         replica.refresh(classifier.store_model, classifier.name, head.width)
     probe(classifier, head, replica)

@@ -1,4 +1,4 @@
-"""What single precision may do to a logit."""
+"""Bounds on the rounding error of a logit in single precision."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 __all__ = ["rounding"]
 
 _UNIT = 2.0**-21
-"""Eight times what one rounding changes a number by."""
+"""Eight times the unit roundoff of FP32, ``2 ** -24``."""
 
 
 def rounding(features: Floats, weight: Floats, bias: Floats, unit: float = _UNIT) -> Floats:
-    """How far two right ways to compute ``features @ weight.T + bias`` may lie apart, FP32 ``[n, C]``.
+    """How far two correct computations of ``features @ weight.T + bias`` may differ, FP32 ``[n, C]``.
 
-    It grows with the terms and not with their sum (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 3.1):
-    far from zero, as in a row fitted with little shrinkage, terms are large and little is left of them. ``unit`` is
-    the share of the terms: some times the unit of rounding, where the strict bound is as many times as there are
-    features; more where the features themselves were computed in two ways.
+    The difference grows with the absolute terms, not with their sum (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, 3.1), so it matters where large terms cancel, as in a row fitted with little shrinkage. ``unit``
+    is the allowed error as a share of the sum of absolute terms: a few unit roundoffs, whereas the strict bound is one
+    for each feature. It has to be larger if the features themselves were computed in two ways.
     """
     allowed: Floats = np.float32(unit) * (np.abs(features) @ np.abs(weight).T + np.abs(bias))
     return allowed

@@ -1,4 +1,4 @@
-"""ONNX files run in this process: the same files that Triton serves, without a server."""
+"""Run the ONNX files that Triton serves in this process, without a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_PADDING = 1 << 16
 
 @dataclass(frozen=True)
 class HeadAnswer:
-    """A head's outputs for n inputs: labels ``[n, k]`` best first, their scores, logits ``[n, C]``, scope ``[n]``."""
+    """A head's outputs for n inputs: labels and scores ``[n, k]``, best first; logits ``[n, C]``; in_scope ``[n]``."""
 
     labels: NDArray[np.object_]
     scores: NDArray[np.float32]
@@ -40,7 +40,7 @@ class HeadAnswer:
 
 
 def open_session(model: bytes | Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; RepositoryError where the file does not load."""
+    """An ONNX Runtime session on the CPU; RepositoryError if the file does not load. ``threads`` 0: the default."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -61,7 +61,7 @@ def open_session(model: bytes | Path, threads: int = 0) -> Any:
 
 
 def onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: they have no base class of their own, only a module."""
+    """The exceptions that ONNX Runtime raises: they have no common base class, only a common module."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
@@ -76,9 +76,9 @@ def run_head(session: Any, features: NDArray[np.float32]) -> HeadAnswer:
 
 
 def check_head_file(data: bytes, head: Head, features: NDArray[np.float32]) -> None:
-    """Prove that ``data`` is ``head``: it loads, and answers ``features`` as the numbers say.
+    """Check that the file ``data`` loads and answers ``features`` as ``head`` does, before it is published.
 
-    Raises RepositoryError with what differs; this runs before a version is published.
+    Raises RepositoryError, which says what differs.
     """
     answer = run_head(open_session(data, threads=1), features)
     expected = head.logits(features)
@@ -105,7 +105,7 @@ class Encoder:
         self._names = tuple(tensor.name for tensor in self._session.get_inputs())
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the Rust binding raises bare Exception, and nothing narrower
+        except Exception as error:  # the Rust binding raises plain Exception
             raise RepositoryError(f"cannot read the tokenizer {tokenizer}: {error}") from error
         padding = self._tokenizer.padding or {}
         longest = max(padding.get(name) or 0 for name in ("length", "pad_to_multiple_of"))
@@ -113,7 +113,7 @@ class Encoder:
             raise RepositoryError(f"{tokenizer} pads to {longest:,} tokens; expected at most {_MOST_PADDING:,}")
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
-        """Features FP32 ``[n, width]``; texts of like length share a batch. ``progress`` hears how many are done."""
+        """Features FP32 ``[n, width]`` of n texts. ``progress`` is called with the number of texts done so far."""
         from patcher.triton.tokenizer.model import MOST_PAIRS, encode
 
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

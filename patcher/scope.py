@@ -1,14 +1,19 @@
-"""How much an input looks like any of the known labels: one number, in numpy and inside the head's graph.
+"""The out-of-scope score: how much an input looks like any of the known labels, as one number.
 
-With a memory of real features it comes from the distance to the nearest mean in whitened features (Mahalanobis; Lee et
-al. 2018, arXiv 1807.03888), in the directions in which the labels' means differ: few enough to keep the head's file
-small. The means are those of the clusters that each label's sentences fall into, for a label that people word in
-several ways leaves room in between. What lies beside those directions, added, finds far topics better and near ones
-worse (``tests/benchmarks/tune_fit.py``). The score is ``1 / (1 + (distance / limit) ** 2)``: 0.5 at the limit that a
-stated share of known inputs exceeds. The remembered ones took part in the fine-tuning, and fresh ones lie further out:
-where fresh ones are given (``--eval``) the limit is theirs, else ``FINE_TUNED`` times that of the remembered ones, and
-this stretch is kept for the versions to come. Without such a memory the score is the largest probability, for which no
-limit can be given.
+It is computed here in numpy, and inside the head's graph (``scope_file``) when served.
+
+With a memory of real features, the score is based on the Mahalanobis distance to the nearest mean, that is the
+distance in whitened features (Lee et al. 2018, arXiv 1807.03888). Only the directions in which the labels' means differ
+are used, few enough to keep the head's file small. The means are those of the clusters that each label's sentences
+form, because a label that people word in several ways leaves gaps between them. Adding the distance outside of those
+directions detects distant topics better and near ones worse (``tests/benchmarks/tune_fit.py``).
+
+The score is ``1 / (1 + (d / limit) ** 2)``, where ``d`` is the squared distance, scaled by cluster. It is 0.5 at the
+limit, which a stated share of known inputs exceeds. Remembered inputs took part in the fine-tuning, and fresh ones lie
+further out. So if fresh inputs are given (``--eval``), the limit is theirs; otherwise it is that of the remembered ones
+times a stretch. An export without fresh inputs uses the stretch ``FINE_TUNED``, and each version hands its own on.
+
+Without such a memory the score is the largest probability, for which no limit can be given.
 """
 
 from __future__ import annotations
@@ -37,10 +42,11 @@ __all__ = ["Distance", "Scope", "largest_probability", "stretch_of"]
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """The geometry: ``x @ projection - center`` is compared with the clusters' ``means``; FP16 where it is only stored.
+    """Distances of ``x @ projection - center`` to the clusters' ``means``.
 
-    ``projection`` ``[width, r]``, ``center`` FP32 ``[r]``, ``means`` ``[M, r]``; ``limit`` FP32 ``[1]`` is the squared
-    distance that scores 0.5; ``scale`` FP32 ``[M]`` is what the squared distance to each mean counts for.
+    ``projection`` FP16 ``[width, r]`` and ``means`` FP16 ``[M, r]`` are stored in half precision and computed with in
+    FP32, ``center`` is FP32 ``[r]``. ``limit`` FP32 ``[1]`` is the scaled squared distance that scores 0.5. ``scale``
+    FP32 ``[M]`` is the factor applied to the squared distance to each mean.
     """
 
     projection: Halves
@@ -50,7 +56,7 @@ class Distance:
     scale: Floats
 
     def squared(self, features: Floats) -> Floats:
-        """Squared distances to the ``means`` as far as they count, FP32 ``[n, M]``."""
+        """Scaled squared distances to the ``means``, FP32 ``[n, M]``."""
         points = features @ self.projection.astype(np.float32) - self.center
         means = self.means.astype(np.float32)
         gaps: Floats = (points * points).sum(axis=1, keepdims=True) + (means * means).sum(axis=1)
@@ -59,7 +65,7 @@ class Distance:
         return gaps
 
     def nearest(self, features: Floats) -> Floats:
-        """The least of the squared distances, FP32 ``[n]``."""
+        """The smallest scaled squared distance, FP32 ``[n]``."""
         least = np.empty(len(features), np.float32)
         for block in blocks(len(features)):
             least[block] = self.squared(features[block]).min(axis=1)
@@ -68,10 +74,11 @@ class Distance:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """Scores inputs from 0 (none of these labels) to 1.
+    """Scores inputs from 0 (none of these labels) to 1 (one of these labels).
 
-    ``false_alarms`` is the share of known inputs that should score below 0.5; None where nothing calibrated that.
-    ``stretch`` is the limit of fresh inputs over that of the remembered ones, for versions with another memory too.
+    ``false_alarms`` is the share of known inputs that should score below 0.5; None if the score is not calibrated.
+    ``stretch`` is the ratio of the limit for fresh inputs to that for remembered ones; later versions reuse it with
+    their own memory.
     """
 
     problem: str
@@ -81,11 +88,11 @@ class Scope:
 
     @property
     def exclusive(self) -> bool:
-        """As of the head."""
+        """Whether exactly one label is the answer (softmax), as for the head."""
         return self.problem == "single_label"
 
     def score(self, features: Floats, logits: Floats) -> Floats:
-        """FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
+        """Scores FP32 ``[n]`` from features FP32 ``[n, width]`` and logits FP32 ``[n, C]``."""
         if self.distance is None:
             return largest_probability(logits, exclusive=self.exclusive)
         ratio = self.distance.nearest(features) / self.distance.limit
@@ -93,7 +100,7 @@ class Scope:
         return scores
 
     def settings(self) -> dict[str, Any]:
-        """What the head's metadata keeps; the arrays are in its graph."""
+        """The part kept in the head's metadata; the arrays are in its graph."""
         kind = "softmax" if self.distance is None else "distance"
         return {
             "kind": kind,
@@ -104,15 +111,15 @@ class Scope:
 
     @classmethod
     def from_arrays(cls, settings: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Scope:
-        """The scorer that ``settings`` and the graph's initializers describe; RepositoryError where they do not."""
+        """The scorer from ``settings`` and the graph's initializers; RepositoryError if they describe none."""
         try:
             distance = None
             if settings["kind"] != "softmax":
                 ones = np.ones(len(arrays["scope_means"]), np.float32)
-                known = {"scope_scale": ones} | dict(arrays)  # version 0.6 knew no scale
+                known = {"scope_scale": ones} | dict(arrays)  # version 0.6 had no scale
                 distance = Distance(*(known[f"scope_{field.name}"] for field in dataclasses.fields(Distance)))
             alarms = settings["false_alarms"]
-            stretch = float(settings.get("stretch", 1.0))  # version 0.2 knew none
+            stretch = float(settings.get("stretch", 1.0))  # version 0.2 had none
             return cls(settings["problem"], distance, None if alarms is None else float(alarms), stretch)
         except (KeyError, TypeError, ValueError) as error:
             raise RepositoryError(
@@ -121,12 +128,12 @@ class Scope:
 
 
 def stretch_of(scope: Scope | None) -> float:
-    """The stretch that the next version's scorer carries on from a head's; 1 where that has none."""
+    """The stretch that the next version's scorer inherits from ``scope``; 1 without one."""
     return 1.0 if scope is None else scope.stretch
 
 
 def largest_probability(logits: Logits, *, exclusive: bool) -> Logits:
-    """The probability of each input's best label ``[n]``, from logits ``[n, C]`` and in their precision."""
+    """The probability of each input's best label ``[n]``, from logits ``[n, C]``, in their dtype."""
     best = logits.max(axis=1, keepdims=True)
     against = np.exp(logits - best).sum(axis=1) if exclusive else 1.0 + np.exp(-best[:, 0])
     chances: Logits = (1.0 / against).astype(logits.dtype)

@@ -1,4 +1,4 @@
-"""The out-of-scope scorer as part of a head's graph (``head_file``); ``scope`` has the same in numpy."""
+"""The out-of-scope scorer as part of a head's graph (``head_file``); ``scope`` computes the same in numpy."""
 
 from __future__ import annotations
 

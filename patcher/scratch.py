@@ -1,7 +1,7 @@
-"""What is only for as long as a process lives, and does not stay for long where that was killed.
+"""Temporary folders that last as long as their process, and are cleaned up later if it was killed.
 
-A mark, a file that its process holds locked, tells: the lock is the kernel's, and goes with the last process that has
-the file open. So what the next one finds under a mark that nobody holds is nobody's, and it takes that away.
+Each has a mark, a file that its process holds locked. The kernel releases the lock when the last process that has the
+file open ends. So a folder whose mark is not locked is abandoned, and the next process removes it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MARK = ".patcher-alive"
 
 @contextlib.contextmanager
 def scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in ``parent`` (by default the system's for temporary files), gone afterwards.
+    """A new folder in ``parent`` (by default the system's temporary folder), removed afterwards.
 
-    Those of the same ``prefix`` whose process is gone are taken away first. Raises OSError where none can be made.
+    Abandoned folders with the same ``prefix`` are removed first. Raises OSError if the folder cannot be made.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     for mark in abandoned(parent.glob(f"{prefix}*/{_MARK}")):
-        if mark.parent.lstat().st_uid == os.geteuid():  # which a link to a folder of ours need not be
+        if mark.parent.lstat().st_uid == os.geteuid():  # not for another user's link to a folder of ours
             shutil.rmtree(mark.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
@@ -41,7 +41,7 @@ def scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def hold(mark: Path) -> IO[str]:
-    """Make the file ``mark``, locked from its first moment on, for as long as somebody has it open."""
+    """Create the file ``mark``; it appears already locked, and stays locked for as long as anybody has it open."""
     file = mark.with_name(f"{mark.name}.new").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -53,9 +53,9 @@ def hold(mark: Path) -> IO[str]:
 
 
 def abandoned(marks: Iterable[Path]) -> Iterator[Path]:
-    """Those of ``marks`` that are ours and that nobody holds; each is locked until the next is asked for."""
+    """Yield those of ``marks`` that belong to this user and are not locked; each is held locked until the next."""
     for mark in marks:
-        # One that somebody holds cannot be locked; and no link is followed.
+        # Locking fails if somebody holds the mark; opening fails if it is a symbolic link.
         with contextlib.suppress(OSError), os.fdopen(os.open(mark, os.O_RDWR | os.O_NOFOLLOW), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_uid == os.geteuid():

@@ -1,4 +1,4 @@
-"""Examples worth a second look: those that say what another says, and those that an old label already knows."""
+"""Examples worth a second look: near-duplicates, and those that an old label already covers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Known", "Repeat", "alike", "known_already", "repeats"]
 _SURE = 0.9
 _SAME_TEXT = 0.9
 _MOST_COMPARED = 500
-"""Examples of a label: each is compared with each, and what is near the same takes a while to tell."""
+"""The number of a label's examples searched for near-duplicates: comparing all pairs is slow."""
 _ENDS = 250
-"""Characters at the start and at the end of a text by which a longer one is compared: the time goes with the square."""
+"""Long texts are compared by this many characters at each end: the time grows with the square of the length."""
 
 
 class Repeat(NamedTuple):
-    """An example of a label that says what another one, the first, says."""
+    """An example, ``other``, that repeats an earlier one of the same label, ``first``."""
 
     label: str
     first: str
@@ -39,7 +39,7 @@ class Repeat(NamedTuple):
 
 
 class Known(NamedTuple):
-    """An example of a label that an old one knows already."""
+    """An example of a new label that the label ``old`` already covers."""
 
     label: str
     example: str
@@ -47,16 +47,20 @@ class Known(NamedTuple):
 
 
 def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
-    """Each new label that is an old one, or a new one before it, but for case, spaces, ``_`` and ``-``; with that."""
+    """Pairs of a new label and an earlier one that differ only in case, spaces, ``_`` or ``-``."""
     first: dict[str, str] = {}
-    # Normalized, as an accent may be a character of its own: both ways look the same.
+    # Unicode-normalized: an accented letter may be one character or two, which look the same.
     plain = (re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", label).casefold()) for label in (*old, *new))
     pairs = [(label, first.setdefault(words, label)) for label, words in zip((*old, *new), plain, strict=True)]
     return [(label, other) for label, other in pairs[len(old) :] if label != other]
 
 
 def repeats(label: str, names: list[str], rows: Floats) -> list[Repeat]:
-    """Each example that says what one before it said, with that one; near the same only among the first few hundred."""
+    """Each example that repeats an earlier one, with that one.
+
+    Texts are compared by their words; among the first 500, near-duplicates count too. Examples without a text
+    (``example 1``, ...) are compared by their features, float32 ``[n, width]``.
+    """
     if all(name.startswith("example ") for name in names):
         same = (
             np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
@@ -80,7 +84,7 @@ def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
         if other == text or 2.0 * min(len(text), len(other)) / (len(text) + len(other)) < _SAME_TEXT:
             continue
         matcher.set_seq1(_ends(other))
-        # The first is an upper bound of the second, and takes a hundredth of the time.
+        # quick_ratio is an upper bound on ratio, and takes a hundredth of the time.
         if matcher.quick_ratio() >= _SAME_TEXT and matcher.ratio() >= _SAME_TEXT:
             yield other
 
@@ -92,7 +96,10 @@ def _ends(text: str) -> str:
 def known_already(
     label: str, names: list[str], rows: Floats, head: Head, old: OldLabels, memory: Memory | None
 ) -> list[Known]:
-    """Each example that an old label takes with confidence, and as a typical one of its own."""
+    """Each example that the head assigns to an old label with confidence.
+
+    If the memory keeps real features, the example must also be typical of that label.
+    """
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
     sure = largest_probability(logits, exclusive=head.exclusive) >= _SURE
@@ -102,7 +109,7 @@ def known_already(
 
 
 def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
-    """Whether each row lies as near to a label's mean as most of that memory's own sentences do to theirs."""
+    """Whether each row lies as near to the mean of its ``best`` label as 90 % of remembered features to theirs."""
     place = {int(p): i for i, p in enumerate(old.places)}
     spot = np.array([place.get(int(b), -1) for b in best])
     far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)

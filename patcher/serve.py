@@ -1,4 +1,4 @@
-"""All classifiers of a repository on a server of this machine, until it is told to stop."""
+"""Serve all classifiers of a repository from this machine until told to stop."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def serve(
 ) -> int:
     """Serve every classifier of ``repository`` until SIGINT, SIGTERM or SIGHUP, then let requests in flight finish.
 
-    Returns the server's exit code; raises as :class:`EmbeddedTriton` does, and ServerError when the server ends by
-    itself, or would find no GPU for a model that insists on one.
+    Returns the server's exit code. Raises as :class:`EmbeddedTriton` does, and ServerError if the server ends by
+    itself, or if a model requires a GPU and this machine has none.
     """
     left_out = damaged(repository)
     models = served_models(repository, left_out)
@@ -116,15 +116,15 @@ def _on_the_key(server: EmbeddedTriton, *, open_control: bool) -> list[str]:
 
 
 def damaged(repository: ModelRepository) -> dict[str, RepositoryError | VersionError]:
-    """Classifiers with a model of their own that a server would fail to load, and why: it would then load none at all.
+    """Classifiers whose own head model a server would fail to load, with the error; it would then load no model at all.
 
-    Raises the error where no classifier is without one.
+    Raises the error if all classifiers are damaged.
     """
     names, found = repository.classifiers(), {}
     for name in names:
         try:
             classifier = repository.classifier(name)
-            if not classifier.in_store:  # the head store looks after that itself
+            if not classifier.in_store:  # the head store itself copes with a damaged head
                 classifier.head()
         except (RepositoryError, VersionError) as error:
             found[name] = error
@@ -134,7 +134,7 @@ def damaged(repository: ModelRepository) -> dict[str, RepositoryError | VersionE
 
 
 def require_gpu(repository: RepositoryFiles, models: Collection[str]) -> None:
-    """ServerError where one of ``models`` is to run on a GPU, and this machine has none: Triton would load nothing."""
+    """Raise ServerError if one of ``models`` requires a GPU and this machine has none: Triton would load nothing."""
     if has_gpu():
         return
     found = [model for model in models if _insists_on_gpu(repository, model)]
@@ -146,23 +146,24 @@ def require_gpu(repository: RepositoryFiles, models: Collection[str]) -> None:
 
 
 def _insists_on_gpu(repository: RepositoryFiles, model: str) -> bool:
-    with contextlib.suppress(RepositoryError):  # what is wrong with a configuration, the server says better
+    with contextlib.suppress(RepositoryError):  # the server reports a broken configuration better
         return is_on_gpu(repository.config(model))
     return False
 
 
 def advice(repository: ModelRepository, cores: int, left_out: Collection[str] = ()) -> list[str]:
-    """A line for each backbone that is left to one session over so many cores as short texts do not fill.
+    """A hint for each backbone that runs as a single session over more cores than short texts can use.
 
-    With 32 texts at once 16 cores answered 383 a second so, about as many as two (``results/gpu-h200.json``). Nothing
-    is said where there is a GPU: what runs where is then up to the server.
+    With 32 concurrent texts, a single session on 16 cores answered 383 texts/s, about as many as on two cores
+    (``tests/benchmarks/results/gpu-h200.json``). There are no hints if the machine has a GPU: the server then decides
+    which device a model runs on.
     """
     if cores < _MANY_CORES or has_gpu():
         return []
     parts = {each.backbone_model: each for each in _classifiers(repository, left_out)}
     lines = []
     for model, each in parts.items():
-        with contextlib.suppress(RepositoryError):  # what is wrong with a configuration, the server says better
+        with contextlib.suppress(RepositoryError):  # the server reports a broken configuration better
             serving = serving_of(repository.config(each.text_model), repository.config(model))
             if (serving.instances, serving.threads) == (1, 0):
                 lines.append(
@@ -173,7 +174,7 @@ def advice(repository: ModelRepository, cores: int, left_out: Collection[str] = 
 
 
 def cache_options(repository: ModelRepository, left_out: Collection[str] = ()) -> list[str]:
-    """What tritonserver takes so that models may cache answers: nothing where no configuration asks for it."""
+    """Options of tritonserver for a response cache; empty if no model's configuration enables it."""
     classifiers = _classifiers(repository, left_out)
     models = {model for each in classifiers for model in (each.text_model, each.backbone_model)}
     asked = any(repository.config(model).response_cache.enable for model in models)
@@ -181,11 +182,11 @@ def cache_options(repository: ModelRepository, left_out: Collection[str] = ()) -
 
 
 def served_models(repository: ModelRepository, left_out: Collection[str] = ()) -> list[str]:
-    """What a server is told to load for all that the repository holds, but the classifiers ``left_out``."""
+    """The models that a server has to load for everything in the repository except the classifiers ``left_out``."""
     classifiers = _classifiers(repository, left_out)
-    # An encoder asks its backbone by itself, so that no ensemble brings that one.
+    # Backbones are named explicitly: the encoder calls its backbone itself, so no ensemble loads it as a step.
     names = [name for each in classifiers for name in (each.ensemble, each.features_model, each.backbone_model)]
-    # A backbone without a classifier yet, and a store without one, are there for `patcher new-classifier`.
+    # Backbones and stores that have no classifier yet are loaded too, for `patcher new-classifier`.
     backbones = [repository.backbone(name) for name in repository.backbones()]
     names += [name for each in backbones for name in (each.features_model, each.backbone_model)]
     stores = repository.stores()

@@ -1,6 +1,6 @@
-"""How a backbone and what is before it are run: read from their ``config.pbtxt``, and written back to them.
+"""Read and write the performance settings in the ``config.pbtxt`` of a backbone and its encoder.
 
-`patcher tune` chooses it for a machine; whatever else somebody tuned in a configuration stays.
+`patcher tune` chooses them for a machine; all other settings in a configuration stay as they are.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ _THREADS, _LARGEST = "intra_op_thread_count", "largest_batch"
 
 @dataclass(frozen=True)
 class Serving:
-    """How a backbone and what is before it are run: what `patcher tune` chooses for a machine.
+    """The performance settings of a backbone and its encoder, which `patcher tune` chooses for a machine.
 
-    ``instances`` sessions of ``threads`` each (0: as many as there are cores); ``delay_us`` is how long a text may wait
-    in front of the encoder for others; ``slack`` the tokens of padding that texts of different lengths may cost
-    to share a batch (0: only equal lengths do), or with a backbone that computes none for padding, pairs of tokens in
-    its attention; ``batch`` the largest batch of the backbone. Exports before 0.4.0 have no encoder: there it is the
-    tokenizer in front of which a text waits.
+    - ``instances``: the number of sessions.
+    - ``threads``: the threads of each session; 0 means one for each core.
+    - ``delay_us``: how long, in microseconds, a text may wait in the encoder's queue for others to share its batch.
+    - ``slack``: how much padding texts of different lengths may cost to share a batch, in tokens; 0 batches only equal
+      lengths. For a backbone that skips padding, it is counted in pairs of tokens in its attention.
+    - ``batch``: the largest batch of the backbone.
+
+    Exports before 0.4.0 have no encoder: there, ``delay_us`` applies to the tokenizer's queue.
     """
 
     instances: int = 1
@@ -45,7 +48,7 @@ class Serving:
 
 
 def serving_of(encoder: Any, backbone: Any) -> Serving:
-    """What two parsed configurations say; RepositoryError where a setting is no whole number."""
+    """The settings in two parsed configurations; RepositoryError if one is not a whole number."""
     try:
         limit = max(backbone.dynamic_batching.preferred_batch_size, default=int(backbone.max_batch_size))
         return Serving(
@@ -62,7 +65,7 @@ def serving_of(encoder: Any, backbone: Any) -> Serving:
 
 
 def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, str]:
-    """Both ``config.pbtxt`` with these settings; whatever else somebody tuned in them stays."""
+    """Both ``config.pbtxt`` with these settings; all others stay as they are."""
     first, second = parse(encoder), parse(backbone)
     first.dynamic_batching.max_queue_delay_microseconds = serving.delay_us
     _set_parameter(first, SLACK, serving.slack, PADDING_SLACK)
@@ -73,7 +76,7 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
     if asked_by(first):
         _set_parameter(first, _LARGEST, serving.batch, second.max_batch_size)
     else:
-        # Triton closes a batch at the largest preferred size; max_batch_size stays, for clients' own batches.
+        # Triton closes a batch at its largest preferred size. max_batch_size stays, for batches sent by clients.
         del second.dynamic_batching.preferred_batch_size[:]
         if serving.batch < second.max_batch_size:
             second.dynamic_batching.preferred_batch_size.append(serving.batch)
@@ -81,7 +84,10 @@ def with_serving(encoder: str, backbone: str, serving: Serving) -> tuple[str, st
 
 
 def with_encoders(encoder: str, backbone: str) -> str:
-    """An encoder's ``config.pbtxt`` with no fewer instances than the backbone's: each asks, or runs, one at a time."""
+    """An encoder's ``config.pbtxt`` with at least as many instances as its backbone's.
+
+    Each encoder instance calls, or runs, one session of the backbone at a time.
+    """
     first, second = parse(encoder), parse(backbone)
     there = sum(group.count for group in first.instance_group)
     _set_encoders(first, second, max(there, serving_of(first, second).instances))
@@ -100,11 +106,11 @@ def _set_instances(message: Any, count: int) -> None:
 
 
 def with_response_cache(text: str, *, enable: bool) -> str:
-    """The same configuration with Triton's response cache on or off, for what gives features.
+    """The same configuration with Triton's response cache on or off, for models that return features.
 
-    Only an encoder or a backbone may have it: its answer depends on its input alone, and its file never changes. Heads
-    and the ensembles above them do change, and the key of a cached ensemble answer does not know which head gave it:
-    RepositoryError for them.
+    Only an encoder or a backbone may be cached: its answer depends on its input alone, and its file never changes.
+    Heads and the ensembles above them do change, and the cache key of an ensemble's answer does not include the head
+    version. RepositoryError for those.
     """
     message = parse(text)
     if message.ensemble_scheduling.step or [output.name for output in message.output] != ["features"]:

@@ -1,4 +1,4 @@
-"""What ends a run: signals as Ctrl-C, and what must not be cut off in the middle by them."""
+"""Handle termination signals like Ctrl-C, and protect steps that they must not interrupt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["interruptible", "uninterrupted"]
 
 _TOLD = (signal.SIGTERM, signal.SIGHUP)
-"""`docker stop`, systemd or a timeout; the terminal, or the connection to it, that is gone."""
+"""SIGTERM comes from `docker stop`, systemd or a timeout; SIGHUP from a closed terminal or a lost connection."""
 _Handler = Any
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP interrupt the body as Ctrl-C does, so that what was begun is undone.
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt in the body, as Ctrl-C does, so that unfinished work is undone.
 
-    One that is ignored stays so: `nohup` means it. A container's first process would not even end by SIGTERM.
+    A signal that is ignored stays ignored: `nohup` relies on it. Without a handler, the first process of a container
+    would not even end on SIGTERM.
     """
     with _handled(_TOLD, lambda now: now if now == signal.SIG_IGN else signal.default_int_handler):
         yield
@@ -29,14 +30,14 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore all of them in the body: it is the way back, or the last step of what succeeded."""
+    """Ignore these signals and Ctrl-C in the body, for a rollback or for the last step of a successful change."""
     with _handled((signal.SIGINT, *_TOLD), lambda _: signal.SIG_IGN):
         yield
 
 
 @contextlib.contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[[_Handler], _Handler]) -> Iterator[None]:
-    """Other handlers in the body; in another thread than the main one signals never arrive anyway."""
+    """Replace signal handlers for the body; a no-op outside of the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

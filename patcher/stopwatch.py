@@ -21,7 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time what is done inside."""
+        """Time the body."""
         started = time.perf_counter()
         try:
             yield

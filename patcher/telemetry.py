@@ -1,4 +1,4 @@
-"""ONNX Runtime is kept from telling of what it runs."""
+"""Turn off the telemetry of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["turn_off"]
 
 
 def turn_off() -> None:
-    """Have an onnxruntime that is imported after this, here or in a process started from here, send no telemetry.
+    """Turn off telemetry in an onnxruntime imported later, in this process or in processes that it starts.
 
-    Its packages for Linux tell Microsoft of each process and each model since 1.29 (``PosixTelemetry``). Whoever set
-    the variable meant it.
+    Since 1.29 its Linux packages report each process and each model to Microsoft (``PosixTelemetry``). A variable that
+    the user has set is left alone.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

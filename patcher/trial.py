@@ -1,4 +1,4 @@
-"""A backbone and its tokenizer tried in a process of its own: foreign files may run for ever or take all memory."""
+"""Try a backbone and its tokenizer in a separate process: untrusted files may run forever or exhaust the memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["try_backbone"]
 
 _SECONDS = 120.0
-# With -I, for the folder here may be the repository, which could bring a numpy.py. Of memory as much as there is; if
-# that is too much, it is this process that the kernel ends.
+# Run with -I (isolated), because the current folder may be the repository, which could contain a numpy.py. The process
+# may use up to the physical memory; if that is too much, its oom_score_adj makes the kernel kill this process first.
 _CODE = """
 import json, os, resource, sys
 from pathlib import Path
@@ -38,7 +38,10 @@ except PatcherError as error:
 
 
 def try_backbone(backbone: Backbone, text: str) -> None:
-    """RepositoryError where a backbone's files give no features of ``text`` in time and in the memory that there is."""
+    """Raise RepositoryError if a backbone's files do not yield features of ``text`` within the time and memory limits.
+
+    The limits are 120 seconds and the machine's physical memory.
+    """
     files = [os.fspath(backbone.backbone_path), os.fspath(backbone.tokenizer_path)]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     given = json.dumps([sys.path, *files, text, memory])

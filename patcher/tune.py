@@ -1,8 +1,8 @@
 """Find the serving settings that are fastest on this machine, by trying them.
 
-A server runs over a copy of what it needs of the repository. One setting after the other is varied, a candidate and the
-best so far are measured in turns, and a candidate has to win clearly: on a busy machine a figure alone says little.
-Only the end result touches the repository.
+A server runs on a copy of the parts of the repository that it needs. Settings are varied one after the other. Each
+candidate is measured alternately with the best so far and has to win clearly, since on a busy machine a single figure
+says little. Only the final result is written to the repository.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 __all__ = ["Trial", "Tuning", "candidates", "tune"]
 
 _WIN = 1.03
-"""What a candidate's throughput must be over the best one's: less than that is noise, and not worth a change."""
+"""The ratio to the best throughput that a candidate must reach: less is noise, and not worth a change."""
 _TURNS = 2
 _WINDOW = 0.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, and its throughput over that of the best before it; None where the server would not load it."""
+    """A candidate and the ratio of its throughput to the best before it; None if the server would not load it."""
 
     serving: Serving
     ratio: float | None
@@ -53,9 +53,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried, and what won; ``gain`` is the winner's throughput over that of what was there before.
+    """What was tried, and what won.
 
-    ``written`` is whether a configuration changed, be it by the response cache alone.
+    ``gain`` is the ratio of the winner's throughput to that of the previous settings. ``written`` says whether any
+    configuration was changed, even if only its response cache.
     """
 
     before: Serving
@@ -73,9 +74,9 @@ class Tuning:
 
 
 def candidates(best: Serving, cores: int) -> Generator[tuple[str, list[Serving]], Serving, None]:
-    """What to vary, the most telling first: sessions and their threads, then waiting, padding and batches.
+    """Groups of candidates by what they vary: sessions and threads first, which matter most, then delay, slack, batch.
 
-    A generator: each group is built upon the ``best`` that was sent in after the one before.
+    This is a generator: each group is based on the ``best`` sent in after the previous one.
     """
     counts = [count for count in (1, 2, 4, 8) if count <= cores]
     layouts = [(1, 0), *((count, cores // count) for count in counts if count > 1), (1, max(cores - 1, 1))]
@@ -100,17 +101,17 @@ def tune(
     response_cache: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Tuning:
-    """Begin no trial after ``seconds`` of trying, and write the best to the repository, where they are better.
+    """Find the best settings, and write them to the repository if they beat the previous ones and ``write`` is set.
 
-    ``response_cache`` switches Triton's cache for the features on or off, None leaves it; it is off while settings are
-    tried, since texts that come again would be answered from it.
+    No trial begins after ``seconds`` of trying. ``response_cache`` switches Triton's cache for the features on or off;
+    None leaves it as it is. During the trials it is off, since repeated texts would be answered from it.
 
     Raises
     ------
     InputError
-        for a budget or a concurrency that is not positive, and without texts.
+        For a budget or a concurrency that is not positive, and without texts.
     ToolError, ServerError
-        where no server or perf_analyzer is installed, or the server does not serve the classifier as it is.
+        If no server or perf_analyzer is installed, or the server cannot serve the classifier as it is.
     """
     if seconds <= 0 or concurrency < 1 or not texts:
         raise InputError(f"{seconds:g} s at concurrency {concurrency} with {len(texts)} texts; expected more than none")
@@ -119,7 +120,7 @@ def tune(
     require_gpu(classifier.repository, [classifier.backbone_model])
     started = time.monotonic()
     if write:
-        with classifier.repository.lock():  # where nothing can be written, that is said before all the work
+        with classifier.repository.lock():  # if the repository is not writable, fail before all the work
             pass
     with scratch("patcher-tune-") as folder:
         root = folder / "model_repository"
@@ -131,7 +132,7 @@ def tune(
             EmbeddedTriton(
                 root,
                 [copy.ensemble, copy.backbone_model],
-                admin_key=secrets.token_hex(32),  # for nobody else to find
+                admin_key=secrets.token_hex(32),  # a key that no other process can look up
                 log_file=folder / "triton.log",
             ) as triton,
             triton.client() as server,
@@ -152,10 +153,10 @@ def tune(
 
 
 def _copied(classifier: Classifier, root: Path) -> Classifier:
-    """The classifier in a copy of its repository, with no head but its own that serves, and without memories."""
+    """The classifier in a copy of its repository that holds only its serving head version, and no memories."""
     classifier.storage.copy_to(root, without=["*_head/[0-9]*"])
     copy = ModelRepository(root).classifier(classifier.name)
-    # The one that the copy pins: here it may be another by now.
+    # The version that the copy pins: the original's pin may have changed in the meantime.
     version = copy.serving()
     folder = root / copy.head_model / str(version)
     folder.mkdir()
@@ -164,7 +165,7 @@ def _copied(classifier: Classifier, root: Path) -> Classifier:
 
 
 def _configs(classifier: Classifier, serving: Serving | None, response_cache: bool | None = None) -> dict[str, str]:
-    """Those of encoder and backbone that change; None leaves what is there."""
+    """The configurations of encoder and backbone that change, as text by model; None leaves a setting as it is."""
     models = (classifier.text_model, classifier.backbone_model)
     encoder, backbone = before = tuple(map(classifier.repository.config_text, models))
     if serving is not None:
@@ -179,7 +180,7 @@ def _configs(classifier: Classifier, serving: Serving | None, response_cache: bo
 
 @dataclass
 class _Search:
-    """Settings put on the copy's server and measured there."""
+    """The search: applies settings to the server of the copy, and measures them."""
 
     classifier: Classifier
     server: TritonServer
@@ -189,7 +190,7 @@ class _Search:
     loaded: Serving | None = None
 
     def run(self, seconds: float) -> tuple[Serving, Serving, list[Trial]]:
-        """What the repository says, the best found within so many seconds, and all that was tried."""
+        """The repository's settings, the best found within ``seconds``, and all trials."""
         repository = self.classifier.repository
         models = (self.classifier.text_model, self.classifier.backbone_model)
         before = best = self.loaded = serving_of(*(repository.config(model) for model in models))
@@ -223,24 +224,24 @@ class _Search:
             return None
 
     def versus(self, candidate: Serving, best: Serving) -> tuple[float, float]:
-        """The candidate's throughput over that of the best in alternating turns (median), and itself."""
+        """Medians over alternating turns: the ratio of the candidate's throughput to the best's, and its throughput."""
         ratios, rates = [], []
         for turn in range(_TURNS):
-            pair = (candidate, best) if turn % 2 else (best, candidate)  # so that each is loaded once a turn
+            pair = (candidate, best) if turn % 2 else (best, candidate)  # the loaded one goes first, to save a reload
             found = {serving: self.measure(serving) for serving in pair}
             ratios.append(found[candidate] / found[best])
             rates.append(found[candidate])
         return statistics.median(ratios), statistics.median(rates)
 
     def measure(self, serving: Serving) -> float:
-        """Texts a second under these settings."""
+        """Throughput in texts per second under these settings."""
         if serving != self.loaded:
-            self.loaded = None  # until all is up: a setting that does not load takes the encoder down
+            self.loaded = None  # until everything is loaded: settings that fail to load leave the encoder unloaded
             changed = _configs(self.classifier, serving)
             for model, text in changed.items():
                 (self.classifier.root / model / "config.pbtxt").write_text(text, encoding="utf-8")
-            # An encoder may run its backbone by the backbone's settings: even where its own are the same, it has to
-            # start anew.
+            # An encoder may run its backbone itself, with the backbone's settings. So it has to be restarted even if
+            # its own configuration did not change.
             self.server.unload(self.classifier.text_model)
             for model in changed:
                 self.server.load(model)

@@ -1,4 +1,4 @@
-"""An export of an earlier version gets what exports of this version have; heads, versions and lineage stay."""
+"""Upgrade an export of an earlier version to what this version exports; heads, versions and lineage stay."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["interrupted", "is_quantized", "lacks_encoder", "planned", "upgrade"]
 
 
 def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
-    """Have a backbone's texts encoded as this version does it.
+    """Upgrade how a backbone's texts are encoded to what this version does; return the models that changed.
 
-    Programs of earlier versions that run inside Triton are renewed, and exports before 0.4.0 get an encoder in front of
-    the backbone, under the settings that their tokenizer had. Returns the models that changed. A server takes them when
-    it is started again. Cut off at any moment, what is there still serves, and the next call goes on from it.
+    Programs of earlier versions that run inside Triton are replaced, and exports before 0.4.0 get an encoder in front
+    of the backbone, with the settings that their tokenizer had. A running server has to be restarted to use them. If
+    this is interrupted at any moment, the repository can still be served, and the next call continues.
 
     Raises RepositoryError, with nothing changed, for a program that this version does not know; ``force`` replaces it.
     """
@@ -39,14 +39,14 @@ def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
             deep = repository.config_text(backbone.backbone_model)
             configs[backbone.encoder_model] = with_encoders(configs[backbone.encoder_model], deep)
         repository.write_configs({model: with_program(text, outdated[model]) for model, text in configs.items()})
-        backbone.renew(outdated)  # last: it tells whether all of this is done
+        backbone.renew(outdated)  # after the configurations: a renewed program marks the model as done
         if lacks_encoder(backbone):
             _add_encoder(backbone)
     return changed
 
 
 def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
-    """The models that an upgrade would change, nothing being changed; raises as it does."""
+    """The models that an upgrade would change, without changing them; raises as ``upgrade`` does."""
     outdated = backbone.outdated()
     if not force:
         _refuse_unknown(backbone, outdated)
@@ -62,22 +62,22 @@ def lacks_encoder(backbone: Backbone) -> bool:
 
 
 def is_quantized(backbone: Backbone) -> bool:
-    """Whether a backbone is in INT8, as the names of its graph's operators tell."""
+    """Whether a backbone is in INT8, judged by the operators in its graph."""
     return b"MatMulInteger" in read_bytes(backbone.backbone_path)
 
 
 def interrupted(backbone: Backbone) -> bool:
-    """Whether an upgrade has begun and not ended; while another patcher is running it may be at it."""
+    """Whether an upgrade has begun and not ended; another patcher may be running it at this moment."""
     storage = backbone.storage
     if lacks_encoder(backbone) and storage.has(f"{backbone.encoder_model}/{CONFIG}"):
         return True
-    # An object store has no such folders.
+    # An object store has no staging folders.
     staged = (*(f"{model}/1/{STAGING}*/*" for model in programs(backbone)), f"{STAGING}*/{backbone.encoder_model}/*")
     return storage.in_one_step and bool(storage.glob(*staged))
 
 
 def _refuse_unknown(backbone: Backbone, outdated: Iterable[str]) -> None:
-    """RepositoryError where one of the programs to be replaced may be a newer version's."""
+    """Raise RepositoryError if a program to be replaced is of no known version: it may be a newer version's."""
     storage = backbone.storage
     unknown = [path for model in outdated if not is_earlier(storage.read(path := f"{model}/{PROGRAM}"))]
     if unknown:
@@ -87,7 +87,7 @@ def _refuse_unknown(backbone: Backbone, outdated: Iterable[str]) -> None:
 
 
 def _add_encoder(backbone: Backbone) -> None:
-    """Put an encoder in front of the backbone, and in the place of tokenizer and backbone wherever they were asked."""
+    """Add an encoder in front of the backbone; it replaces the steps tokenizer and backbone in all ensembles."""
     repository = backbone.repository
     before, deep = map(repository.config_text, (backbone.tokenizer_model, backbone.backbone_model))
     serving = serving_of(model_config.parse(before), model_config.parse(deep))
@@ -95,7 +95,7 @@ def _add_encoder(backbone: Backbone) -> None:
     encoder = encoder_config(
         backbone.encoder_model, backbone.token_inputs(), backbone.backbone_model, backbone.width(), device
     )
-    _, deep = with_serving(before, deep, Serving())  # the largest batch moves, too
+    _, deep = with_serving(before, deep, Serving())  # reset the backbone's settings: the largest batch moves, too
     text, deep = with_serving(model_config.render(encoder), deep, serving)
     if model_config.parse(deep).response_cache.enable:
         deep = with_response_cache(deep, enable=False)
@@ -106,13 +106,13 @@ def _add_encoder(backbone: Backbone) -> None:
     changed = {backbone.backbone_model: deep}
     for ensemble in _above(backbone):
         changed[ensemble] = model_config.with_encoding(repository.config_text(ensemble), features.steps)
-    # Last: it tells whether all of this is done.
+    # Last, because it marks the upgrade as done.
     changed[backbone.features_model] = model_config.render(features)
     repository.write_configs(changed)
 
 
 def _above(backbone: Backbone) -> list[str]:
-    """The ensembles that go on from the backbone's features to an answer."""
+    """The ensembles that compute answers from the backbone's features."""
     repository = backbone.repository
     names = [name for name in repository.classifiers() if repository.stored_on(name) is None]
     above = [name for name in names if Classifier(repository, name).backbone_name == backbone.backbone_name]

@@ -1,4 +1,4 @@
-"""What messages have in common: how shares, counts and lists are written, and what is left out of them."""
+"""Formatting for messages: shares, counts and lists, and the redaction of logins."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats", "versions_are"]
 
 _LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
-"""What stands before a host: who a URL logs in as."""
+"""The login in front of a URL's host."""
 _PIECE = re.compile(r"[^\s'\"?#]+")
-"""As far as a URL goes before its query. A key may hold a slash, so all of it up to the last ``@`` is the login."""
+"""A URL up to its query. A key may contain a slash, so everything up to the last ``@`` counts as the login."""
 
 NAMED = 5
-"""This many names tell what is meant; a message with all of a thousand would not be read."""
+"""The number of names that a message lists; nobody would read a thousand."""
 
 
 def plural(count: int, noun: str) -> str:
@@ -25,12 +25,12 @@ def plural(count: int, noun: str) -> str:
 
 
 def install_hint(extra: str = "") -> str:
-    """How to install an extra of ``pyproject.toml``, or patcher itself: neither is in a package index."""
+    """How to install an extra of ``pyproject.toml``, or patcher itself; patcher is in no package index."""
     return f"pip install '.{f'[{extra}]' if extra else ''}' in the folder of patcher's clone"
 
 
 def listing(names: Iterable[str], most: int = NAMED) -> str:
-    """The first names, with commas, and ``…`` behind them where there are more."""
+    """The first ``most`` names, separated by commas, and ``…`` if there are more."""
     names = tuple(names)
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
@@ -41,7 +41,7 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 
 def repeats(count: int) -> str:
-    """What is said of texts of which another of their label has the same words."""
+    """The message about texts that were left out because another text of their label has the same words."""
     return f"{plural(count, 'text')} left out as duplicates (the same words of the same label count once)"
 
 
@@ -52,11 +52,11 @@ def versions_are(versions: Sequence[int]) -> str:
 
 
 def redacted(message: str) -> str:
-    """A message without the passwords and keys of the URLs in it, for terminals, logs and the audit."""
+    """A message without the logins (passwords, keys) in its URLs, for terminals, logs and the audit log."""
     return _PIECE.sub(_without_login, _LOGIN.sub("…@", message)) if "@" in message else message
 
 
 def _without_login(piece: re.Match[str]) -> str:
-    # No pattern does this in linear time, and messages may quote long texts.
+    # Not a regular expression: none does this in linear time, and messages may quote long texts.
     before, slashes, login = piece[0].partition("://")
     return f"{before}{slashes}…{login[login.rfind('@') :]}" if before and "@" in login else piece[0]
