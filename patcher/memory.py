@@ -252,6 +252,8 @@ class Memory:
         if features is None:
             return self.without([label])
         place, rows = self._place(label), _rows(features)
+        if rows.shape[1] != self.width:
+            raise InputError(f"got {rows.shape[1]} features, but this memory holds {self.width}")
         if len(rows) != self.counts[place]:
             raise InputError(
                 f"{label!r} joined with {self.counts[place]} sentences, but features of {len(rows)} were given"

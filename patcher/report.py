@@ -153,7 +153,7 @@ def render(report: Report) -> str:
 
 
 def check_target(path: Path) -> None:
-    """Raise InputError if ``path`` does not end in .html, so that no other file is replaced, or its folder is missing."""
+    """Raise InputError if ``path`` does not end in .html (another file might be replaced), or has no folder."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"cannot write a page to {path}: expected a name that ends in .html")
     if not path.parent.is_dir():

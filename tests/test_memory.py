@@ -208,6 +208,8 @@ def test_wrong_names_are_refused() -> None:
     memory = some_memory()
     with pytest.raises(LabelError, match="no label 'sell'"):
         memory.remove("sell")
+    with pytest.raises(InputError, match="got 5 features, but this memory holds 6"):
+        memory.remove("buy", np.zeros((3, 5), np.float32))
     with pytest.raises(LabelError, match="'call' already"):
         memory.rename("buy", "call")
     with pytest.raises(LabelError, match="'call' already"):

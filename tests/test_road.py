@@ -66,6 +66,8 @@ def test_a_label_from_the_shell_and_back(patcher, live, tmp_path):
     classifier, _ = live
     question = tiny.sentences("payday", 30, seed=7)[-1]
     (before,) = json.loads(patcher("classify", question, "--json")[1])
+    code, _, err = patcher("classify", question, "--classifier", "typo")
+    assert (code, "no classifier 'typo' in" in err) == (2, True), err
     assert before["label"] != "payday"
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
     code, out, err = patcher("add-label", "--examples", file, "--json")

@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import table
+from patcher.errors import ServerRefused
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,12 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
     else:
         texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
     with options.server() as server:
-        answers = server.classify(options.address, texts, logits=False)
+        try:
+            answers = server.classify(options.address, texts, logits=False)
+        except ServerRefused:
+            if not server.is_ready(options.address):
+                options.require_held()  # a name that is in neither place is a mistake
+            raise
     if options.json:
         options.emit([_document(answer) for answer in answers])
         return

@@ -19,7 +19,7 @@ import click
 
 from patcher import audit
 from patcher.cli.output import tell
-from patcher.errors import InputError
+from patcher.errors import InputError, RepositoryError
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 
 if TYPE_CHECKING:
@@ -97,6 +97,13 @@ class CommonOptions:
         # Only a folder has a head store, so that elsewhere a name is an address, and nothing need be read.
         here = not is_url(self.repo) and holds(open_storage(self.repo), name)
         return self.classifier.address if here else name
+
+    def require_held(self) -> None:
+        """InputError if ``--classifier`` names no classifier of the repository; nothing if there is no repository."""
+        if self.classifier_name is None or "/" in self.classifier_name:
+            return
+        with contextlib.suppress(RepositoryError):
+            self.repository.classifier(self.classifier_name)
 
     def server(self) -> TritonServer:
         """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
