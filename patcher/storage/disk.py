@@ -125,7 +125,7 @@ class Disk:
         shutil.copytree(self.root, folder, ignore=ignored)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give a file new content by one rename."""
+        """Replace a file's content by one rename."""
         if not (self.root / name).exists():
             with self._staging(_parent(name)) as staging:
                 replace(self.root / name, data, staging, newer_than=self._newest(name))
@@ -297,7 +297,7 @@ class Disk:
         """A temporary folder on the repository's own file system, removed afterwards.
 
         If a killed process leaves it behind inside a model's folder, no server minds. At the root, it would stop a
-        server that loads everything it finds, so only adding whole models stages there.
+        server that loads everything it finds, so that is done only to add or take away whole models.
         """
         with storage_errors(self.root):
             path = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.root / folder))

@@ -134,7 +134,7 @@ class ObjectStore:
                 self.bucket.download(name, folder / name)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write an object anew, on the condition that it is the one that was read."""
+        """Overwrite an object on the condition that it is still the one that was read."""
         self._put(name, data, self._get(name)[0])
 
     @contextlib.contextmanager
