@@ -1,4 +1,4 @@
-"""The command line: parses, calls the API, renders, sets the exit code; nothing else."""
+"""The command line: it only parses arguments, calls the API, renders results and sets the exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BUG", "main"]
 
 BUG = "This is a bug in patcher; set PATCHER_DEBUG=1 for the traceback"
 
-# Section -> verb -> module, command and one line of help: a verb's imports are paid by that verb alone, so that
+# Section -> verb -> module:command and one line of help. A verb's module is imported only when that verb runs, so that
 # `--help` answers at once.
 _SECTIONS = {
     "Getting started": {
@@ -71,12 +71,15 @@ _VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in 
 
 @dataclass
 class _Run:
-    """What has to be known of a run however it ends, bad usage included."""
+    """What must be known about a run even if it fails because of wrong usage."""
 
     as_json: bool
 
     def foresee(self, verb: str, command: click.Command, rest: list[str]) -> None:
-        """Read the flags as the verb does, for which ``--text "--dry-run"`` is a text, and mind no other mistake."""
+        """Read the flags in advance, as the verb will, but ignoring any mistake.
+
+        The verb's own parser is needed because ``--text "--dry-run"``, for example, is a text and not a flag.
+        """
         lenient: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
         given = command.make_context(verb, list(rest), **lenient).params
         self.as_json = bool(given.get("as_json", self.as_json))
@@ -112,7 +115,7 @@ class _Verbs(click.Group):
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # Not through the commands themselves, which would import them all.
+        # Not from the commands themselves, since that would import all of them.
         width = max(map(len, _VERBS))
         for section, verbs in _SECTIONS.items():
             with formatter.section(section):
@@ -141,15 +144,15 @@ def _patcher() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; a traceback shows only with ``PATCHER_DEBUG=1``."""
+    """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``."""
     given = sys.argv[1:] if arguments is None else arguments
-    # numpy's BLAS threads turn on the spot for 25 ms after each product, on cores that a server beside us may need.
+    # numpy's BLAS threads busy-wait for 25 ms after each product, on cores that a server on this machine may need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     audit.begin("")
     with interruptible():
         code, error = _run(arguments, _Run("--json" in given))
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
-    with uninterrupted():  # what was done or undone is on record, whenever Ctrl-C comes
+    with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
         audit.finish(code, error, to_stderr=verbose)
     return code
 

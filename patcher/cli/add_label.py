@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from patcher.labelling import PatchReport
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
-"""Those of ``patcher.fit``, which is not imported for a list of words; a test holds the two equal."""
+"""A copy of ``patcher.fit.METHODS``, which would be slow to import just for this; a test keeps the two equal."""
 
 
 @click.command("add-label")
@@ -87,12 +87,12 @@ def add_label_command(
 ) -> None:
     """Add LABEL to the classifier from a few examples, live.
 
-    Fits the new row, measures the harm, publishes the next head version, has the server load it, and verifies that the
+    Fits the new row, counts the flips, publishes the next head version, makes the server load it, and verifies that the
     server answers from it. If anything fails, the previous version is restored.
 
     Without LABEL, adds every label in the file's label column that the head lacks, in one patch. By default the rows of
     old labels do not change: only inputs that the new label takes over get another answer, and the gate bounds how many
-    do. The methods ridge, lda and anchored change old rows, too; of fresh inputs, only --eval then bounds the flips.
+    do. The methods ridge, lda and anchored change old rows, too; then only --eval bounds the flips of fresh inputs.
 
     \b
     patcher add-label card_lost --examples examples.csv
@@ -108,7 +108,7 @@ def add_label_command(
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = options.classifier
     total = sum(map(len, (*examples.values(), *(each.texts for each in old if each))))
-    # A dry run changes nothing, so it need not insist on a server: local files give the same features.
+    # A dry run changes nothing, so it needs no server: features computed from the local files are the same.
     with options.server_unless(no_load or dry_run) as server:
         report = add_labels(
             options.repository,
@@ -133,7 +133,7 @@ def add_label_command(
 def _examples(
     file: Path | None, texts: tuple[str, ...], label: str | None, options: CommonOptions
 ) -> dict[str, list[str]]:
-    """The examples by label, all of them ``label``'s where it is given; warns of columns that are not read."""
+    """The examples by label, all of them for ``label`` if that is given; warns about columns that are not read."""
     from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS, read_examples
     from patcher.new_texts import new_examples
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonOptions) -> None:
     """Classify each TEXT on the server: the best labels with their scores, and the head version that answered.
 
-    An empty text is refused, as a mistake; a client that sends one gets an answer.
+    An empty text is refused as a mistake, although the server answers clients that send one.
 
     \b
     patcher classify "my card is gone" "where is my parcel"

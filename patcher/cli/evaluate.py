@@ -40,7 +40,7 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
     )
     if result.unknown:
         options.say(f"labels that this version lacks, counted as wrong: {', '.join(result.unknown)}")
-    there = [item for item in result.per_label.items() if item[1].support]  # of the others the file says nothing
+    there = [item for item in result.per_label.items() if item[1].support]  # the file has no texts of the others
     lowest = sorted(there, key=lambda item: item[1].f1)[:worst]
     rows = [(label, percent(s.precision, 1), percent(s.recall, 1), percent(s.f1, 1), s.support) for label, s in lowest]
     if rows:

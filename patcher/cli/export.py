@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from export.report import ExportReport
 
 _CONTRADICTED = 0.5
-"""Share of the training texts answered as labelled, below which they may be another model's."""
+"""If less than this share of the training texts is answered as labelled, they may belong to another model."""
 
 
 @click.command("export")
@@ -89,7 +89,7 @@ def export_command(
 ) -> None:
     """Turn MODEL, a fine-tuned checkpoint (folder or hub id), into a Triton model repository.
 
-    hf://ID always means the hub, for ids that look like the name of a folder here.
+    hf://ID always means the hub, even if a local folder has the name ID.
 
     The backbone is exported once; the head becomes version 1. Nothing is written unless the exported files give the
     same answers as the checkpoint.
@@ -139,7 +139,7 @@ def _show(report: ExportReport, train: Path | None) -> None:
 
 
 def _warn(report: ExportReport, train: Path | None) -> None:
-    """Warn of what later patches will miss."""
+    """Warn about data that later patches will lack or that looks wrong."""
     from patcher.gate import unremembered
 
     classifier = report.repository.classifier(report.classifier)

@@ -21,7 +21,7 @@ _TEXTS = (
     "can you tell me what I have to do when my order has not come and nobody answers the phone",
     "what is the balance of my account",
 )
-"""Short and long, where no --input brings the real ones."""
+"""Short and long texts to send if --input does not provide real ones."""
 
 
 @click.command("loadtest")

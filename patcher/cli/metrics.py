@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def metrics_command(
     host: str, port: int, more: tuple[str, ...], texts: Path | None, audit_log: Path | None, options: CommonOptions
 ) -> None:
-    """Export metrics for Prometheus that Triton itself does not have, until Ctrl-C.
+    """Export metrics for Prometheus that Triton itself does not provide, until Ctrl-C.
 
     Asks every replica behind --url which head version it answers from and how many labels that has, and counts patches,
     rollbacks and refusals in the audit log.
@@ -51,7 +51,7 @@ def metrics_command(
     except RepositoryError:
         if options.classifier_name is None:
             raise
-        repository = None  # the servers' repository need not be here
+        repository = None  # the servers' repository need not be on this machine
     names = (options.classifier_name,) if options.classifier_name else options.repository.classifiers()
     sample = read_examples(texts).texts[:200] if texts else ()
     every = options.classifier_name is None

@@ -67,7 +67,7 @@ def new_classifier_command(
     """Make the classifier NAME from labelled texts, on an existing backbone.
 
     Fits the rows of all labels on the backbone's frozen features, measures them on held-out texts, publishes version 1,
-    has the server load it, and verifies that the server answers from it. Nothing is fine-tuned.
+    makes the server load it, and verifies that the server answers from it. Nothing is fine-tuned.
 
     With --in-store, one process holds the heads of all such classifiers; clients call the ensemble BACKBONE_any with
     `text` and `classifier`, and `canary` is not available. `to-transformers` works on exported classifiers only; every
@@ -87,7 +87,7 @@ def new_classifier_command(
         in_store, min_accuracy, force, dry_run, per_label=FEATURES_A_LABEL if kind == "features" else 0
     )
     examples = read_examples(train)
-    # A dry run changes nothing, so it need not insist on a server: local files give the same features.
+    # A dry run changes nothing, so it needs no server: features computed from the local files are the same.
     with options.server_unless(no_load or dry_run) as server:
         report = new_classifier(
             options.repository,

@@ -1,4 +1,4 @@
-"""The options that verbs share, and what they resolve to."""
+"""The options that several verbs share, and the objects that they resolve to."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Where the repository and the server are, and how to speak to the user."""
+    """Where the repository and the server are, and how to print to the user."""
 
     repo: Path | str
     classifier_name: str | None
@@ -68,7 +68,7 @@ class CommonOptions:
     key_file: Path | None
     watch: float
     tls_files: tuple[Path | None, Path | None, Path | None] = (None, None, None)
-    """The authority, and the client's own certificate and key."""
+    """The CA, and the client's own certificate and key."""
     tls_server_name: str | None = None
 
     @cached_property
@@ -80,21 +80,21 @@ class CommonOptions:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The classifier named, or the only one; from here on the event of this run says which."""
+        """The named classifier, or the only one; also recorded in the audit event of this run."""
         found = self.repository.classifier(self.classifier_name)
         audit.note(classifier=found.name)
         return found
 
     @property
     def address(self) -> str:
-        """What the server is asked for; a name that no repository here holds is taken as it is given."""
+        """The classifier's address on the server; a name that the repository does not contain is used as it is."""
         from patcher.names import holds
         from patcher.storage import is_url, open_storage
 
         name = self.classifier_name
         if name is None:
             return self.classifier.address
-        # Only a folder has a head store, so that elsewhere a name is an address, and nothing need be read.
+        # Only a repository in a folder has head stores: elsewhere the name is the address, and nothing need be read.
         here = not is_url(self.repo) and holds(open_storage(self.repo), name)
         return self.classifier.address if here else name
 
@@ -106,7 +106,7 @@ class CommonOptions:
             self.repository.classifier(self.classifier_name)
 
     def server(self) -> TritonServer:
-        """The server at ``--url``, or the several there; whether one alone answers shows at the first call."""
+        """The server at ``--url``, or a fleet of several. A single one is not contacted before the first call."""
         from patcher.fleet import Fleet, addresses
         from patcher.triton.client import TritonServer
 
@@ -114,7 +114,7 @@ class CommonOptions:
         if len(urls) == 1:
             return TritonServer(urls[0], admin_key=key, tls=tls)
         if tls and tls.server_name is None and "," not in self.url:
-            # The addresses behind one name are connected to by number; their certificate is for the name.
+            # Several addresses behind one DNS name are contacted by IP address; their certificate is for the name.
             tls = dataclasses.replace(tls, server_name=self.url.rpartition(":")[0])
         fleet = Fleet(urls, watch_seconds=self.watch, admin_key=key, tls=tls)
         if fleet.away and len(fleet.away) < len(urls):
@@ -123,12 +123,12 @@ class CommonOptions:
         return fleet
 
     def server_unless(self, no_load: bool) -> AbstractContextManager[TritonServer | None]:
-        """The server, or none where a verb is to do without."""
+        """The server, or None if the verb is to work without one."""
         return contextlib.nullcontext() if no_load else self.server()
 
     @property
     def tls(self) -> ClientTls | None:
-        """TLS as the options ask for it; None where they do not."""
+        """TLS as set by the options; None if they do not ask for it."""
         from patcher.triton.tls import ClientTls
 
         ca, certificate, key = self.tls_files
@@ -143,14 +143,14 @@ class CommonOptions:
         return ClientTls(ca, certificate, key, self.tls_server_name)
 
     def say(self, text: str = "") -> None:
-        """People's words: stdout, or stderr where stdout belongs to ``--json``."""
+        """Print text for people: to stdout, or to stderr with ``--json``."""
         tell(text, err=self.json)
 
     def emit(self, document: Any) -> None:
-        """The one JSON document of ``--json``."""
+        """Print the one JSON document of ``--json``; does nothing without that option."""
         if self.json:
             text = json.dumps(document, ensure_ascii=False, indent=2)
-            # What would not be printed as it is, is written out as JSON does that.
+            # Characters that are not printable become JSON escapes.
             tell("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
     def progress(self, total: int) -> Callable[[int], None]:
@@ -176,7 +176,7 @@ def refuse_overwriting(output: Path | None, *inputs: Path | None) -> None:
 
 
 def read_key(path: Path | None) -> str | None:
-    """The administrator's key: from ``--admin-key-file``, else from ``$PATCHER_ADMIN_KEY``, else None."""
+    """The admin key: from ``--admin-key-file``, else from ``$PATCHER_ADMIN_KEY``, else None."""
     if path is None:
         return os.environ.get("PATCHER_ADMIN_KEY") or None
     try:
@@ -190,14 +190,14 @@ def read_key(path: Path | None) -> str | None:
 
 
 def warn_if_open(path: Path) -> None:
-    """Say on stderr that others can read a file with a secret."""
+    """Warn on stderr if others can access a file that holds a secret; read access for the group is accepted."""
     with contextlib.suppress(OSError):
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
             tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
 
 
 class _Location(click.Path):
-    """A folder, or a URL that must not be taken for a path."""
+    """A folder, or a URL, which must not be converted to a path."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from patcher.storage import is_url
@@ -207,7 +207,7 @@ class _Location(click.Path):
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 SHARE = click.FloatRange(0, 100, min_open=True, max_open=True)
-"""Percentage of the requests that a version on trial gets."""
+"""Percentage of the requests that go to a version on trial."""
 
 version_option = click.option("--version", type=click.IntRange(1), help="Head version; by default the one that serves.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Fit and judge only; publish nothing.")
@@ -263,10 +263,10 @@ repo_option = click.option(
     help="Model repository: a folder, or s3://BUCKET/PATH  [env: TRITON_MODEL_REPO]",
 )
 Group = Literal["classifier", "server", "control", "rollout"]
-"""Common options that some verbs have no use for: those of the classifier to work on, of asking a server, of changing
-what it serves, and of doing that on several in turn."""
+"""Groups of common options that not every verb uses: the classifier to work on, contacting a server, changing what it
+serves, and rolling that out to several servers one after another."""
 
-# Group (None: for every verb), names, and the rest that click is told.
+# Group (None: every verb uses it), names, and further arguments for click.
 _OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
     (
         "classifier",
@@ -352,10 +352,10 @@ _OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
 
 
 def common_options(*shown: Group) -> Callable[[Command], Command]:
-    """Give a command ``--repo``, the options of ``_OPTIONS`` and, from them, an ``options`` argument.
+    """Give a command ``--repo``, the options in ``_OPTIONS`` and, built from them, an ``options`` argument.
 
-    Every verb takes all of them, so that a script may pass the same ones to each. Its help shows those of the groups
-    that it has a use for.
+    Every verb accepts all of them, so that a script can pass the same ones to each. Its help shows only those in the
+    groups ``shown``, which are the ones it uses.
     """
     return functools.partial(_with_options, shown=shown)
 

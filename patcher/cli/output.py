@@ -1,4 +1,4 @@
-"""What people read: tables, short figures, what to install."""
+"""Output for people: tables, short figures, what to install."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["changed_answers", "not_installed", "seconds", "table", "tell"]
 
 
 def tell(text: str = "", *, err: bool = False) -> None:
-    """Print; what was done stays done when nobody can read of it (`| head` has gone, the disk is full)."""
+    """Print a line. A failure to write (`| head` has ended, the disk is full) is ignored: the work itself is done."""
     stream = sys.stderr if err else sys.stdout
-    if stream is None:  # started with it closed (`>&-`), as some daemons are
+    if stream is None:  # the process was started with the stream closed (`>&-`), as some daemons are
         return
     text = _printable(text)
     try:
         stream.write(text.encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
         stream.flush()
     except OSError:
-        # Python would fail once more when it flushes at exit.
+        # Otherwise Python would fail again when it flushes the stream at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _printable(text: str, kept: str = "\n") -> str:
-    """The text with all that would move a terminal's cursor, colour it or turn it around written out, as ``\\x1b``."""
+    """Escape characters that would move a terminal's cursor or change colour or text direction, as in ``\\x1b``."""
     if text.isprintable():
         return text
-    # Joiners are part of words in several languages, and of what they look like; surrogates the encoding replaces.
+    # In several languages, joiners are part of words and affect how they look. Surrogates are replaced on encoding.
     kept += "\t\u200c\u200d\xa0\u3000"
     return "".join(
         each
@@ -46,13 +46,13 @@ def _printable(text: str, kept: str = "\n") -> str:
 
 
 def not_installed(verb: str, error: ModuleNotFoundError) -> ToolError:
-    """What to say where an export's packages cannot be imported; transformers names none that it misses itself."""
+    """The error if the packages for exports cannot be imported; transformers does not name those that it lacks."""
     what = f"{error.name}, which is not installed" if error.name else f"packages that do not load ({error})"
     return ToolError(f"`patcher {verb}` needs {what}: {install_hint('export')}")
 
 
 def changed_answers(difference: Difference, then: str) -> Iterator[str]:
-    """Lines on how the answers to labelled texts differ, ``then`` being where the other version answers."""
+    """Lines on how the answers to labelled texts differ; ``then`` names the other version, as in "now"."""
     if difference.flips is None or difference.gains is None:
         return
     lost, gained = len(difference.flips), len(difference.gains)

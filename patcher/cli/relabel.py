@@ -61,7 +61,7 @@ def merge_labels_command(
     no_load: bool,
     options: CommonOptions,
 ) -> None:
-    """Merge several LABELS into one, whose row is fitted on what the memory keeps of them.
+    """Merge several LABELS into one, whose row is fitted on what the memory keeps about them.
 
     \b
     patcher merge-labels card_lost card_stolen --into card_gone

@@ -28,10 +28,10 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     """Build a classifier's memory from labelled data; later patches are fitted and judged with it.
 
     Publishes the next head version with the same rows and labels. `patcher export --train FILE` does this at export.
-    Labels that FILE has no text of stay remembered as they are.
+    The memory of labels that do not occur in FILE does not change.
 
-    Unless `export --eval` has set which texts count as out of scope, the texts of FILE are assumed to be those that the
-    model was fine-tuned on, and fresh texts to lie twice as far away.
+    Unless `export --eval` has set which texts count as out of scope, FILE is assumed to contain the texts that the
+    model was fine-tuned on, and fresh texts are assumed to lie twice as far away.
     """
     from patcher.examples import read_examples
     from patcher.gate import unremembered

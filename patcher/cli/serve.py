@@ -114,10 +114,11 @@ def serve_command(
 ) -> None:
     """Run a Triton server for the repository's classifiers on this machine, until Ctrl-C, SIGTERM or SIGHUP.
 
-    Model control is explicit: what serves changes only when a verb (or you) asks for it. Listens on loopback unless
-    told otherwise; listening elsewhere requires an admin key, and should use TLS. On loopback without one, a key is
-    made for this run and kept in a file that only you can read, while the server runs. Your verbs on this machine find
-    it by themselves, as do those of root; for all others, `patcher serve` says where it is.
+    Model control is explicit: what is served changes only when a verb (or you) asks for it. By default the server
+    listens on loopback; listening elsewhere requires an admin key, and should use TLS. On loopback without a given key,
+    one is generated for this run and kept in a file that only you can read, while the server runs. Your patcher
+    commands on this machine, and those of root, find it by themselves; for other clients, `patcher serve` prints where
+    it is.
     """
     from patcher.repository import ModelRepository
     from patcher.serve import serve

@@ -38,8 +38,8 @@ def to_transformers_command(
 ) -> None:
     """Write the checkpoint to FOLDER with the labels and rows of the head, to fine-tune further or use without Triton.
 
-    A checkpoint has one plain layer on the classifier features. Fine-tuned rows are written back unchanged; patched
-    rows use more features than that layer has, so they are refitted without them, from what the memory keeps.
+    A checkpoint has one linear layer on the classifier features. Fine-tuned rows are written back unchanged. Patched
+    rows use more features than that layer has, so they are refitted on the classifier features, from the memory.
 
     \b
     patcher to-transformers my-bert-with-new-labels

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, options: CommonOptions) -> None:
     """Update an export made by an earlier version, so that it encodes texts the way this version does.
 
-    That is in batches of similar length, and on a CPU without a round trip to another process. Replaces the programs of
-    each backbone that run inside Triton; exports from before 0.4.0 get an encoder, which is entered in the
-    configurations of all classifiers on the backbone. The backbone, heads, versions, memory and lineage do not change.
-    A running server uses the new programs after a restart.
+    That is in batches of similar length, and on a CPU without a round trip to another process. Replaces each backbone's
+    programs that run inside Triton; exports from before 0.4.0 get an encoder, which is entered in the configurations of
+    all classifiers on the backbone. The backbone, heads, versions, memory and lineage do not change. A running server
+    uses the new programs after a restart.
 
-    Run it last, once every server and every patcher that uses the repository is new: it may raise the repository's
-    format, and then older patchers refuse it, and so does `patcher serve` of an older version at its next start. The
-    way back is a copy of the repository made before.
+    Upgrade every server and every patcher that uses the repository first, and run this last: it may raise the
+    repository's format. Older patchers then refuse the repository, and so does an older `patcher serve` at its next
+    start. To be able to go back, copy the repository beforehand.
     """
     from patcher.files import FORMAT
     from patcher.upgrade import is_quantized, lacks_encoder, planned, upgrade
 
     backbones = _backbones(options, backbone_name)
-    # What refuses one of them leaves all as they are.
+    # Planned for all backbones first: if one is refused, none is changed.
     changed = [model for backbone in backbones for model in planned(backbone, force=force)]
     before = options.repository.format
     encoders = [backbone for backbone in backbones if lacks_encoder(backbone)]
@@ -72,7 +72,7 @@ def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, optio
 
 
 def _raised(number: int, dry_run: bool) -> str:
-    """What to say of a format that others may not know."""
+    """The notice that older patchers cannot read the repository's new format."""
     from patcher.files import FORMAT_SINCE
 
     if dry_run:
@@ -81,7 +81,7 @@ def _raised(number: int, dry_run: bool) -> str:
 
 
 def _backbones(options: CommonOptions, name: str | None) -> list[Backbone]:
-    """The backbone of that name, or else that of ``--classifier``, or else all that there are."""
+    """The backbone called ``name``, or else that of ``--classifier``, or else all backbones."""
     repository = options.repository
     if name is None and options.classifier_name is not None:
         name = options.classifier.backbone_name

@@ -65,7 +65,7 @@ def history_command(options: CommonOptions) -> None:
 
 
 def _shortened(text: str, width: int = 80) -> str:
-    """One long label would make all lines of a table as long; --json has it whole."""
+    """Shorten a text, since one long label would widen the whole table; --json has it in full."""
     return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
@@ -159,7 +159,7 @@ def sync_command(options: CommonOptions) -> int:
     from patcher.names import CANARY
 
     names = options.repository.classifiers() if options.classifier_name is None else ()
-    own = [name for name in names if not name.endswith(CANARY)]  # a trial is brought in step with its classifier
+    own = [name for name in names if not name.endswith(CANARY)]  # a trial is synchronised along with its classifier
     classifiers = [options.repository.classifier(name) for name in own] or [options.classifier]
     with options.server() as server:
         found = [(each.name, url, state) for each in classifiers for url, state in sync(each, server).items()]

@@ -1,4 +1,4 @@
-"""Rows for new labels from a few examples: one small interface, several fits behind it."""
+"""Fit rows for new labels to a few examples: one small interface to several methods."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Counted", "Fit", "HeldOut", "fit"]
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
-"""``auto`` is ``offset-logistic``, which leaves every old row as it is and lost the fewest old inputs where measured.
+"""``auto`` means ``offset-logistic``: it leaves every old row unchanged and lost the fewest old inputs when measured.
 
-``ridge`` and ``lda`` first refit the old rows from the memory, ``anchored`` refits all rows on replayed inputs.
+``ridge`` and ``lda`` first refit the old rows from the memory; ``anchored`` refits all rows on replayed inputs.
 """
 
 
@@ -47,14 +47,17 @@ def fit(
     max_flips: float = MAX_FLIPS,
     settings: Settings = SETTINGS,
 ) -> Fit:
-    """Fit rows for new labels to ``examples``: features of each, float32 ``[n, width]``.
+    """Fit rows for new labels to ``examples``: features per label, float32 ``[n, width]``.
 
-    Without a ``memory`` they are fitted against the old rows alone, and nothing bounds the flips. ``names``, features
-    float32 ``[width]`` of labels that are words, count as one example more in the fit and in nothing else; one that
-    lies nearer to another label is left out. Of ``replay``, real old data, and of the memory's sample at most
-    ``max_flips`` may move to the new labels, all together; where there is no memory, one is made of ``replay``.
+    ``names`` holds the features, float32 ``[width]``, of label names that are words. In the fit, and only there, a name
+    counts as one more example; a name that lies clearly nearer to another label is left out.
 
-    Raises LabelError, ExamplesError or InputError for labels that exist, features that do not fit, an unknown method.
+    ``replay`` is real old data. At most ``max_flips`` of it, and at most ``max_flips`` of the memory's sample, may flip
+    to the new labels taken together. Without a ``memory``, one is built from ``replay``; with neither, the rows are
+    fitted against the old rows alone, and nothing bounds the flips.
+
+    Raises LabelError for a label that exists or is empty, ExamplesError for missing or malformed features, and
+    InputError for an unknown method or one that does not apply to this head and this data.
     """
     if method not in METHODS:
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
@@ -80,10 +83,10 @@ def fit(
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of the new labels, behind those of all old ones where a method changes them.
+    """Rows of the new labels, preceded by those of all old labels if the method changes them.
 
-    ``held_out`` are the new logits of each label's examples in a fit without them, ``taken`` the places of the inputs
-    that a fit without them takes; ``way`` is anchored's.
+    ``held_out``: per new label, the new logits of its examples, each from a fit without that example. ``taken``:
+    positions of the old inputs that flip in a fit without them. ``way``: how far ``anchored`` moved, from 0 to 1.
     """
 
     rows: Rows
@@ -96,13 +99,16 @@ _NOTHING = np.zeros(0, np.int64)
 
 
 def _of(new: Mapping[str, NewRow], rows: Rows | None = None) -> _Found:
-    """New rows, or ``rows`` of all labels: then inputs were looked at under other rows than those that stay."""
+    """Wrap new rows, or ``rows`` of all labels.
+
+    In the latter case ``taken`` is empty: the fit looked at the inputs under rows other than the final ones.
+    """
     taken = np.unique(np.concatenate([row.taken for row in new.values()])) if rows is None else _NOTHING
     return _Found(rows or rows_of(new), {label: row.held_out for label, row in new.items()}, taken)
 
 
 def _rows(method: str, shown: Mapping[str, Floats], task: Task) -> _Found:
-    """What a method makes of all that it is shown of each new label, its name included."""
+    """Run a method on everything it is shown of each new label: the examples and, if used, the label's name."""
     if method == "offset-logistic":
         return _of(offset_rows(shown, task))
     if not task.head.exclusive:
@@ -138,13 +144,17 @@ def _anchored(shown: Mapping[str, Floats], task: Task) -> _Found:
 
 
 def _counted(method: str, found: _Found, task: Task, *, remembered: bool) -> tuple[Counted, ...]:
-    """The inputs to count flips on; those of a memory that was made of the replayed ones are these once more."""
+    """The inputs to count flips on.
+
+    Unless a memory was given (``remembered``), the memory's sample is left out: it was built from the replayed inputs
+    and would count them twice.
+    """
     if task.inputs is None:
         return ()
     first, others = task.inputs.apart()
     own = len(first)
     parts = [Counted(first, found.taken[found.taken < own]), Counted(others, found.taken[found.taken >= own] - own)]
-    if method == "anchored":  # the new rows were looked at, and then all rows changed
+    if method == "anchored":  # ``taken`` describes the rows before this method changed all of them
         parts = [Counted(first.part(held_back(first.ids)), _NOTHING), Counted(others, _NOTHING)]
     return tuple(part for part in parts[: 2 if remembered else 1] if len(part.inputs))
 
@@ -166,7 +176,7 @@ def _checked(examples: Mapping[str, Floats], head: Head) -> dict[str, Floats]:
 
 
 def _belongs(label: str, name: Floats, examples: Mapping[str, Floats], task: Task) -> bool:
-    """Whether a name lies about as near to its label's examples as to any other label: else it says something else."""
+    """Whether a label's name lies about as near to its examples as to any other label; if not, it is misleading."""
     if label not in examples:
         return False
     old = task.old
@@ -195,7 +205,7 @@ def _why(method: str, found: _Found, task: Task, count: int, *, named: bool) -> 
 
 
 def _held_out(examples: Mapping[str, Floats], found: _Found, head: Head) -> dict[str, HeldOut]:
-    """Margins of the held-out examples against the finished rows of all other labels."""
+    """Margins of the held-out examples against the final rows of all other labels."""
     count = len(examples)
     held = {}
     for position, (label, features) in enumerate(examples.items()):
@@ -206,6 +216,6 @@ def _held_out(examples: Mapping[str, Floats], found: _Found, head: Head) -> dict
         best = logits.max(axis=1) if head.exclusive else np.zeros(len(logits), np.float32)
         names = (*head.labels, *(other for other in examples if other != label))
         rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist())
-        # Behind the examples may stand the name, which says nothing of how inputs fare.
+        # The examples may be followed by the label's name, which says nothing about how real inputs fare.
         held[label] = HeldOut((found.held_out[label][: len(features)] - best).astype(np.float32), rivals)
     return held

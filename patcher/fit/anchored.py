@@ -1,7 +1,8 @@
-"""A refit of all rows on old data and new examples, held near the rows there are, and stopped where it would harm.
+"""Refit all rows on old data and new examples, anchored to the current rows and stopped before it does harm.
 
-Softmax cross-entropy with a penalty on the way from the old rows (an anchor), then as far along it as the held-out
-part of the old data allows (weight interpolation against negative flips: Zhu et al. 2023, arXiv 2301.10546).
+The refit minimises softmax cross-entropy plus a penalty on the squared distance from the old rows (the anchor). The
+final rows are then interpolated between old and refitted ones, as far as a held-out part of the old data allows (weight
+interpolation against negative flips: Zhu et al. 2023, arXiv 2301.10546).
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ _WAY = np.linspace(0.0, 1.0, 11)
 
 @dataclass(frozen=True)
 class Anchored:
-    """All rows, old and new, and the share of the way from the old ones to the refitted ones that was gone."""
+    """All rows, old and new, and how far they moved: ``way`` is 0 at the old rows and 1 at the refitted ones."""
 
     rows: Rows
     way: float
 
 
 def held_back(ids: Ints) -> Ints:
-    """Places of the replayed inputs that a refit does not see, INT64: a fifth of each label's, by their ``ids``.
+    """Positions of the replayed inputs that the refit does not see, INT64: a fifth of each label's inputs.
 
-    On them the length of the way is chosen, and flips are counted. Labels with a single input share that fifth.
+    ``ids`` are the labels of all replayed inputs. The held-back ones serve to choose the interpolation and to count
+    flips. Labels with a single input are pooled, and a fifth of the pool is held back.
     """
     single = np.bincount(ids)[ids] == 1
     apart = hold_out(np.where(single, ids.max(initial=-1) + 1, ids))[1]
@@ -47,11 +49,10 @@ def held_back(ids: Ints) -> Ints:
 
 
 def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, inputs: OldInputs) -> Anchored:
-    """Refit on replayed ``inputs`` from ``start``: the head's rows, then rows of the new labels by another method.
+    """Refit on replayed ``inputs``, starting from ``start``: the head's rows, then another method's new rows.
 
-    Every label weighs the same in the loss, however many of its inputs were replayed. Of the steps along the way that
-    flip at most ``max_flips`` of the held-back inputs, the one that answers most of them rightly is taken, the shortest
-    of equals.
+    Every label has the same weight in the loss, however many of its inputs were replayed. Among the interpolation steps
+    that flip at most ``max_flips`` of the held-back inputs, the most accurate one on them wins; on a tie, the shortest.
     """
     white = task.old.whitening
     unseen = held_back(inputs.ids)
@@ -79,7 +80,7 @@ def anchored_rows(examples: Mapping[str, Floats], start: Rows, task: Task, input
 
 
 def _refit(points: Floats, ids: Ints, weights: Doubles, began: Doubles, anchor: float) -> Doubles:
-    """Rows, bias last, float64 ``[C, r + 1]``, at the least weighted log loss plus the anchor's penalty."""
+    """The rows, bias last, float64 ``[C, r + 1]``, that minimise the weighted log loss plus the anchor's penalty."""
     shape = began.shape
     places = np.arange(len(ids))
     share = weights.astype(np.float32)[:, None]

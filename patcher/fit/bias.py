@@ -1,8 +1,9 @@
-"""How far a new row reaches: the bias at which the errors on both sides are fewest, within the budget of flips.
+"""Choose a new row's bias: the fewest errors on both sides, within the flip budget.
 
-A fit on a few examples finds a good direction; its bias is a guess. Two samples tell more: the examples, each scored
-by a fit that did not see it, say how many inputs of the new label would be missed, and real features of old labels how
-many of theirs would be taken. Both are few, so each counts as a small cloud (a kernel estimate) rather than a point.
+A fit on a few examples finds a good direction, but its bias is a guess. Two samples calibrate it. The examples, each
+scored by a fit that did not see it, tell how many inputs of the new label would be missed; real features of old labels
+tell how many of theirs would be taken. Both samples are small, so each point counts as a small cloud (a kernel
+estimate).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ __all__ = ["Calibration", "best_shift", "normal_below"]
 
 _STEPS = 240
 _FEWEST = 3
-"""With fewer held-out examples, nothing is known about their spread."""
+"""With fewer held-out examples, their spread cannot be estimated."""
 _TAKEN_UNSEEN = 0.05
-"""How many labels' worth of old inputs may be lost, by estimate, if there are too few examples to weigh it against."""
+"""Estimated loss of old inputs, in labels' worth, that is accepted if the examples are too few to weigh it against."""
 _FOUND_UNSEEN = 0.85
 """Share of the held-out examples that must still be found if nothing is known about old inputs."""
 
@@ -34,9 +35,9 @@ _FOUND_UNSEEN = 0.85
 class Calibration:
     """Old inputs as a new row sees them.
 
-    ``margins`` float64 ``[m]``: best old logit less the new one, of the ``m`` inputs nearest to it; ``spreads``
-    ``[m]``: standard deviation of that margin inside the input's label; ``worth``: labels that each input stands for
-    (labels over inputs); ``cap``: the largest shift within the budget of flips.
+    ``margins`` float64 ``[m]``: best old logit minus the new logit, of the ``m`` inputs nearest to the row;
+    ``spreads`` ``[m]``: standard deviation of that margin within the input's label; ``worth``: how much of a label each
+    input stands for (number of labels over number of inputs); ``cap``: the largest shift within the flip budget.
     """
 
     margins: Doubles
@@ -54,10 +55,10 @@ class Calibration:
 def best_shift(held_out: Doubles, old: Calibration | None, settings: Settings) -> float:
     """What to add to the bias of a row.
 
-    Minimises the share of the new label's inputs that would be missed plus, at the price in ``settings``, the old
-    inputs that would be taken, counted in labels' worth of inputs: the errors there are when every label is asked for
-    equally often. ``held_out`` float64 ``[n]`` are the margins of the examples, each in a fit without it. Without
-    ``old`` the bias goes down as far as the examples let it.
+    Minimises the share of the new label's inputs that would be missed plus ``settings.taken_weight`` times the old
+    inputs that would be taken, in labels' worth of inputs: the errors to expect if all labels are equally frequent.
+    ``held_out`` float64 ``[n]`` are the margins of the examples, each from a fit without it. Without ``old``, the bias
+    is lowered as far as the examples allow.
     """
     if len(held_out) < _FEWEST:
         if old is None:
@@ -75,7 +76,7 @@ def best_shift(held_out: Doubles, old: Calibration | None, settings: Settings) -
 
 
 def normal_below(scores: Doubles) -> Doubles:
-    """The normal distribution's share below each score, to 1e-7 (Abramowitz & Stegun 7.1.26); numpy has none."""
+    """The standard normal CDF, accurate to 1e-7 (Abramowitz & Stegun 7.1.26); numpy does not provide one."""
     size = np.abs(scores) / np.sqrt(2.0)
     step = 1.0 / (1.0 + 0.3275911 * size)
     factors = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)

@@ -1,10 +1,11 @@
-"""Refits of the old rows in closed form, from the memory's statistics alone: ridge regression and discriminants.
+"""Closed-form refits of the old rows from the memory's statistics: ridge regression and linear discriminants.
 
-Both change every row, so that old answers may change in either direction; the default method changes none. What they
-gain is that the old labels, too, see all features. Ridge is the regression of one-hot labels on the features (RanPAC,
-arXiv 2307.02251, without its random projection); discriminant analysis is that of Gaussians with one covariance
-(streaming LDA, arXiv 1909.01520). A label of few examples is told better by an offset-logistic row, so those get one,
-against the refitted rows of the others: the new labels, and the ones that earlier patches brought.
+Unlike the default method, both change every row, so old answers may change in either direction. In return, the old
+labels use all features, too. Ridge regresses one-hot labels on the features (RanPAC, arXiv 2307.02251, without its
+random projection). Discriminant analysis assumes Gaussians with a shared covariance (streaming LDA, arXiv 1909.01520).
+
+For a label with few examples an offset-logistic row is more accurate. The new labels and the labels with few examples
+that earlier patches added therefore get such a row, fitted against the refitted rows of the others.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ __all__ = ["closed_rows", "discriminants", "lda_rows", "ridge_rows"]
 
 _LEAST_SCALE, _FLAT = 0.05, 1e-4
 _LOOKED_AT = 1000
-"""Real inputs on which rows are scaled and compared: more of them would tell the same."""
+"""Number of real inputs on which rows are scaled and compared; more would not change the result."""
 _OTHER = 0.1
-"""Rows are the same where this share of their logits' variance at most is not common to both.
+"""Two sets of rows count as the same if at most this share of their logits' variance is not common to both.
 
-Measured: 0.5 to 0.7 between fine-tuned rows and refitted ones; with each patch after a refit 0.001 more among a
-hundred labels, 0.06 among eight.
+Measured: 0.5 to 0.7 between fine-tuned and refitted rows. Each patch after a refit adds 0.001 with a hundred labels and
+0.06 with eight.
 """
 _FEW = 0.5
-"""A label has few examples that has less than this share of what the median label has."""
+"""A label has few examples if it has less than this share of the median label's."""
 
 
 def closed_rows(
     method: str, examples: Mapping[str, Floats], task: Task, memory: Memory
 ) -> tuple[Rows, dict[str, NewRow]]:
-    """Rows of the new labels, behind those of all old ones where they change, and more about those of the new ones.
+    """Rows of the new labels, preceded by those of all old labels if these change, and details of the new rows.
 
-    ``examples`` float32 ``[n, width]`` by new label, ``method`` ``ridge`` or ``lda``; ``memory`` is the task's and
-    knows all labels of the head.
+    ``examples`` are float32 ``[n, width]`` by new label; ``method`` is ``ridge`` or ``lda``; ``memory`` is the task's
+    and must know all labels of the head.
     """
     head, settings = task.head, task.settings
     place = {label: i for i, label in enumerate(memory.labels)}
@@ -78,7 +79,7 @@ def closed_rows(
 
 
 def discriminants(memory: Memory, labels: Sequence[str], settings: Settings = SETTINGS) -> Rows:
-    """Rows for labels of which nothing is known but a memory, which knows them all: ``lda_rows``, as logits."""
+    """Rows from ``lda_rows``, scaled to logits, for labels without a head; the memory must know all of them."""
     weight = np.zeros((len(labels), memory.width), np.float32)
     nothing = Head.from_linear(labels, weight, weight[:, 0], memory.width, "")
     places = np.array([memory.labels.index(label) for label in labels], np.int64)
@@ -87,9 +88,9 @@ def discriminants(memory: Memory, labels: Sequence[str], settings: Settings = SE
 
 
 def _are_there(found: Found, kept: Ints, task: Task) -> bool:
-    """Whether the head's own rows say about the same, but for their scale, as they do once it was refitted.
+    """Whether the head's rows already give the logits that a refit would give, up to their scale.
 
-    To refit it again would only flip a few answers to and fro, so then its rows stay.
+    If they do, the rows stay: another refit would only flip a few answers back and forth.
     """
     features = _some(task.inputs, task.old)[0]
     weight, bias = found[0][kept].astype(np.float32), found[1][kept].astype(np.float32)
@@ -100,7 +101,7 @@ def _are_there(found: Found, kept: Ints, task: Task) -> bool:
 
 
 def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Floats]:
-    """Features of the labels that have few examples and whose memory holds them all."""
+    """Features of the labels that have few examples, all of which are in the memory's sample."""
     least = _FEW * float(np.median(memory.counts[places]))
     found = {}
     for label, place in zip(head.labels, places.tolist(), strict=True):
@@ -110,7 +111,7 @@ def _few(head: Head, memory: Memory, places: Ints) -> dict[str, Floats]:
 
 
 def _of(task: Task, kept: Ints, rows: Rows) -> Task:
-    """The task where the head knows some of its labels only, by other ``rows``."""
+    """The same task with a head that has only the labels at ``kept``, with other ``rows``."""
     head, old, inputs = task.head, task.old, task.inputs
     head = dataclasses.replace(head, labels=tuple(head.labels[i] for i in kept), order=head.order[kept])
     head = head.refitted(rows.weight, rows.bias)
@@ -125,10 +126,10 @@ def _of(task: Task, kept: Ints, rows: Rows) -> Task:
 
 
 def _some(inputs: OldInputs | None, old: OldLabels) -> tuple[Floats, Ints]:
-    """Features and ids of some real inputs, or else the labels' means."""
+    """Features and label positions of some real inputs, or of the labels' means if there are none."""
     if inputs is None:
         return old.means.astype(np.float32), old.places
-    # Drawn at random: of labels written in turn, each so many-th input may be of one label alone.
+    # Drawn at random: if labels alternate in the data, every k-th input may belong to the same label.
     some = np.sort(np.random.default_rng(0).permutation(len(inputs))[:_LOOKED_AT])
     return inputs.features[some], inputs.ids[some]
 
@@ -136,11 +137,11 @@ def _some(inputs: OldInputs | None, old: OldLabels) -> tuple[Floats, Ints]:
 def ridge_rows(memory: Memory, places: Ints, old: OldLabels, settings: Settings) -> Found:
     """Ridge regression of one-hot labels.
 
-    Features are standardised and the constant is not penalised. ``places`` INT64 ``[C]`` are the head's labels in the
-    memory. Returns rows float64 ``[C, width]`` and biases ``[C]``.
+    Features are standardised and the intercept is not penalised. ``places`` INT64 ``[C]`` are the positions of the
+    head's labels in the memory. Returns rows float64 ``[C, width]`` and biases ``[C]``.
 
-    A label of few inputs would be forgotten beside the others: it counts as if it had as many as the median, all with
-    its mean and the common spread.
+    A label with few inputs would be drowned out by the others. It is topped up to the median count with virtual inputs
+    that have its mean and the shared within-label covariance.
     """
     counts = memory.counts[places].astype(np.float64)
     added = np.maximum(float(np.median(counts)) - counts, 0.0)
@@ -149,7 +150,7 @@ def ridge_rows(memory: Memory, places: Ints, old: OldLabels, settings: Settings)
     spread = np.sqrt(np.maximum(np.diag(memory.second_moment) / total - center**2, 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
     width = len(center)
-    # Of inputs less their centre, so that the constant is at right angles to them.
+    # Of centred inputs, so that they are orthogonal to the intercept.
     gram = (memory.second_moment - total * np.outer(center, center)) / np.outer(spread, spread)
     means = (memory.sums[places] / counts[:, None] - center) / spread
     targets = np.column_stack([means, np.ones(len(places))]) * (counts + added)[:, None]
@@ -167,23 +168,23 @@ def ridge_rows(memory: Memory, places: Ints, old: OldLabels, settings: Settings)
 
 
 def lda_rows(memory: Memory, places: Ints, old: OldLabels, settings: Settings) -> Found:
-    """Linear discriminants with equal priors, in the covariance that the default method whitens by.
+    """Linear discriminants with equal priors, under the covariance that the default method whitens by.
 
-    Arguments and results as of ``ridge_rows``. The mean of ``n`` inputs lies further out than the label's own, in
-    expectation by the trace of its covariance over ``n`` (squared), which would cost a label of few inputs most: the
-    biases make up for it. Those are spread wider than labels that the backbone saw, as ``positive_variance`` tells.
+    Arguments and results are those of ``ridge_rows``. The squared norm of a mean of ``n`` inputs exceeds that of the
+    true mean by ``trace(covariance) / n`` in expectation, which would cost labels with few inputs most; the biases
+    correct for it. Such labels spread wider than those that the backbone saw, by ``settings.positive_variance``.
     """
     white = old.whitening
     within = memory.within().astype(np.float32)
     spread = settings.positive_variance * float((white.points * (within @ white.points)).sum())
-    means = old.points  # of the labels of the head, which the memory knows all
+    means = old.points  # of all labels of the head: the memory knows every one
     rows = means @ white.points.T
     biases = -0.5 * ((means * means).sum(axis=1) - spread / memory.counts[places])
     return rows, biases - rows @ white.center
 
 
 def _scaled(found: Found, old: OldLabels, inputs: OldInputs | None) -> tuple[Floats, Floats]:
-    """Rows as logits: brought to the scale that fits the real inputs best, or else the labels' means."""
+    """Scale rows so that they give logits: the scale that best fits some real inputs, or else the labels' means."""
     weight, bias = found
     features, ids = _some(inputs, old)
     scale = _scale(features.astype(np.float64) @ weight.T + bias, ids)
@@ -191,7 +192,7 @@ def _scaled(found: Found, old: OldLabels, inputs: OldInputs | None) -> tuple[Flo
 
 
 def _scale(logits: Doubles, ids: Ints) -> float:
-    """The factor with the least log loss (temperature scaling, Guo et al. 2017, arXiv 1706.04599), convex in it."""
+    """The factor of least log loss, a convex problem (temperature scaling, Guo et al. 2017, arXiv 1706.04599)."""
     own = logits[np.arange(len(ids)), ids]
 
     def loss(scale: Doubles) -> tuple[float, Doubles]:
@@ -200,5 +201,5 @@ def _scale(logits: Doubles, ids: Ints) -> float:
         expected = (np.exp(scaled - total[:, None]) * logits).sum(axis=1)
         return float((total - scale * own).mean()), np.array([(expected - own).mean()])
 
-    # Without a floor, logits that tell nothing of the labels would turn them round.
+    # Without a floor, uninformative logits could get a negative scale, which would reverse the ranking of the labels.
     return max(float(minimise(loss, np.ones(1), tolerance=_FLAT)[0]), _LEAST_SCALE)

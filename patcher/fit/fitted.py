@@ -1,4 +1,4 @@
-"""What comes out of a fit: new rows, and what was seen of old inputs and of the examples on the way."""
+"""The result of a fit: new rows, and what the fit learned about old inputs and about the examples."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["Counted", "Fit", "HeldOut"]
 class HeldOut:
     """How each example of a new label fares in a fit that did not see it.
 
-    ``margins`` float32 ``[n]``: the new logit less the best other one (above 0: the example is found; NaN where it is
-    the only one); ``rivals``: the label with that best other logit.
+    ``margins`` float32 ``[n]``: the new logit minus the best other logit, or minus 0 in a multi-label head (above 0:
+    the example is found; NaN if the label has only one example); ``rivals``: the labels with the best other logit.
     """
 
     margins: Floats
@@ -30,7 +30,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Counted:
-    """Real inputs, and the places INT64 ``[m]`` of those that took part in the fit, and that one without them takes."""
+    """Real inputs, and positions INT64 ``[m]`` of those that the fit used and that flip in a fit without them."""
 
     inputs: OldInputs
     taken: Ints
@@ -38,25 +38,25 @@ class Counted:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """New rows, and what became of the old ones.
+    """New rows, and what happened to the old ones.
 
     Parameters
     ----------
     labels, weight, bias
         The new labels and their rows, float32 ``[K, width]`` and ``[K]``.
     method, why
-        The fit that was used, and one sentence on why.
+        The method that was used, and one sentence on what it did.
     source
-        What the bias was set on: ``features`` of the memory, ``replay``, ``draws`` of a model, or ``none``.
+        What the bias was calibrated on: ``features`` of the memory, ``replay``, ``draws`` from a model, or ``none``.
     old
         What the rows were fitted against.
     held_out
-        For each new label, its examples as a fit sees them that did not have them.
+        For each new label, how its examples fare in a fit without them.
     old_rows
-        New rows of the old labels; None where they are unchanged, as in the default method.
+        New rows of the old labels; None if they are unchanged, as with the default method.
     counted
-        Real inputs of old labels on which the harm can be counted, the best first: those that took no part in a refit
-        of their rows.
+        Real inputs of old labels to count flips on, the most reliable first; inputs on which the old rows were refitted
+        are left out.
     """
 
     labels: tuple[str, ...]
@@ -71,7 +71,7 @@ class Fit:
     counted: tuple[Counted, ...] = field(default=(), repr=False)
 
     def apply(self, head: Head) -> Head:
-        """The head with the new rows behind the old ones; lineage and scope are the caller's business."""
+        """The head with the new rows appended; setting lineage and scope is up to the caller."""
         if self.old_rows is not None:
             head = head.refitted(self.old_rows.weight, self.old_rows.bias)
         return head.with_rows(self.labels, self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""Which inputs take no part in a fit, so that it can be judged on them."""
+"""Choose the inputs that are held out of a fit, so that it can be evaluated on them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHARE = 0.2
 
 
 def hold_out(ids: Ints, share: float = _SHARE, most: int | None = None, seed: int = 0) -> tuple[Ints, Ints]:
-    """Positions of inputs to fit and of inputs held out, a share of each label's; at most ``most`` together.
+    """Positions of the inputs to fit and of those held out, a ``share`` of each label's; about ``most`` in total.
 
-    Drawn at random, since files are often written label by label or in turn. Of a label with two or more inputs at
-    least one is on each side.
+    The split is random, since files are often sorted by label or alternate between labels. A label with two or more
+    inputs has at least one on each side, even if the total then exceeds ``most``.
     """
     rng = np.random.default_rng(seed)
     counts = np.bincount(ids)

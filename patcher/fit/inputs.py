@@ -1,4 +1,4 @@
-"""Real inputs of old labels: what a new row is calibrated on, and what its harm is counted on."""
+"""Real inputs of old labels, on which a new row is calibrated and its flips are counted."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "own_logits"]
 
 _MOST = 20_000
-"""Most inputs looked at: if none of this many is taken, at most 0.015 % are, and thousands of labels stay fast."""
+"""Most inputs of a memory that are looked at, which keeps thousands of labels fast.
+
+If none of this many flips, at most 0.015 % do (rule of three, 95 % confidence).
+"""
 
 
 class Labelled(NamedTuple):
     """Labelled data: features float32 ``[n, width]``, and the positions INT64 ``[n]`` of their labels.
 
-    A text with several labels has one row for each of them, one after the other.
+    A text with several labels has one row per label, in consecutive rows.
     """
 
     features: Floats
@@ -39,10 +42,10 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Nearest:
-    """The inputs that are nearest to being taken by a new row.
+    """The inputs that come closest to being taken by a new row.
 
-    ``places`` INT64 ``[m]`` in the inputs; ``margins`` float64 ``[m]``, how far the new logit is from winning;
-    ``right``, whether the input is answered correctly without the new row.
+    ``places`` INT64 ``[m]`` are positions in the inputs; ``margins`` float64 ``[m]`` tell by how much the new logit
+    falls short of winning; ``right`` tells whether the input is answered correctly without the new row.
     """
 
     places: Ints
@@ -52,11 +55,11 @@ class Nearest:
 
 @dataclass(frozen=True)
 class OldInputs:
-    """Features float32 ``[n, width]``, their label's position in the head ``[n]``, and its logit ``[n]``.
+    """Features float32 ``[n, width]``, the position of each input's label in the head ``[n]``, and its logit ``[n]``.
 
-    ``weights`` float64 ``[n]``, 1 on average: how many inputs each stands for, where labels have unequal shares of
-    them. ``source`` is ``eval``, ``replay`` or ``features`` (of the memory). The last ``others`` of them were added to
-    those; the budget of flips applies to each of the two parts.
+    ``weights`` float64 ``[n]``, 1 on average, tell how many inputs each one stands for if labels were sampled at
+    different rates. ``source`` is ``eval``, ``replay`` or ``features`` (of the memory). The last ``others`` inputs come
+    from a second source and were appended; the flip budget applies to each of the two parts separately.
     """
 
     features: Floats
@@ -70,7 +73,7 @@ class OldInputs:
         return len(self.ids)
 
     def beside(self, other: OldInputs | None) -> OldInputs:
-        """These inputs followed by others, with the source of these."""
+        """These inputs followed by ``other`` ones; the source stays that of these."""
         if other is None:
             return self
         features, ids = np.concatenate([self.features, other.features]), np.concatenate([self.ids, other.ids])
@@ -78,33 +81,33 @@ class OldInputs:
         return OldInputs(features, ids, own, weights, self.source, len(other))
 
     def part(self, places: Ints) -> OldInputs:
-        """Some of them."""
+        """The inputs at ``places``."""
         others = int((places >= len(self) - self.others).sum())
         own, weights = self.own[places], self.weights[places]
         return OldInputs(self.features[places], self.ids[places], own, weights, self.source, others)
 
     def apart(self) -> tuple[OldInputs, OldInputs]:
-        """The inputs themselves, and those of the memory that were added to them; either part may be empty."""
+        """The inputs themselves, and those appended to them from the memory; either part may be empty."""
         own = len(self) - self.others
         mine, theirs = self.part(np.arange(own)), self.part(np.arange(own, len(self)))
         return mine, dataclasses.replace(theirs, source="features", others=0)
 
     def groups(self, places: Ints) -> list[tuple[float, Bools]]:
-        """For each part that the budget applies to: its inputs' total weight, and which of ``places`` belong to it."""
+        """For each part with its own flip budget: its inputs' total weight, and which of ``places`` belong to it."""
         own = len(self) - self.others
         parts = ((self.weights[:own], places < own), (self.weights[own:], places >= own))
         return [(float(weights.sum()), mine) for weights, mine in parts if len(weights)]
 
     def without(self, features: Floats) -> OldInputs | None:
-        """Those whose features, as a memory stores them, are not among ``features``; None if no input is left."""
+        """The inputs whose features, rounded to FP16 as in a memory, are not in ``features``; None if none are left."""
         left = np.flatnonzero(~np.isin(_bytes(half(self.features)), _bytes(half(features))))
         return self.part(left) if len(left) else None
 
     def nearest(self, weight: Floats, bias: np.float32, head: Head, count: int, also: Ints | None = None) -> Nearest:
-        """The ``count`` inputs with the least margin to a new row, float32 ``[width]``, and those at ``also``.
+        """The ``count`` inputs nearest to being taken by a new row, float32 ``[width]``, plus those at ``also``.
 
-        An input's own logit is at most its best one, so only a few inputs need all logits: with thousands of labels,
-        that is the difference between a second and a minute.
+        Inputs are ranked by the logit of their own label minus the new one, a lower bound on the margin. Only those
+        selected need the logits of all labels: with thousands of labels, a second instead of a minute.
         """
         new = self.features @ weight + bias
         places = _least(self.own - new if head.exclusive else -new, count)
@@ -123,10 +126,10 @@ def old_inputs(
     source: str = "replay",
     only: Collection[str] | None = None,
 ) -> OldInputs | None:
-    """The real inputs there are: ``replay``, of labels of the head, else the memory's sample, else None.
+    """Real inputs of the head's labels: ``replay`` if given, else the memory's sample, else None.
 
-    A text of several labels, which either has once for each, counts once. ``only`` takes all that the memory's sample
-    holds of some labels, where else there may be more than are looked at.
+    In a multi-label head, a text that is listed once per label counts once. With ``only``, the memory's sample is
+    restricted to those labels but not thinned out, as it otherwise is if it holds more inputs than are looked at.
     """
     if replay is not None:
         features, ids = np.asarray(replay.features, np.float32), np.asarray(replay.ids, np.int64)
@@ -147,7 +150,10 @@ def old_inputs(
 
 
 def _weights(memory: Memory, labels: Ints) -> Doubles:
-    """How many inputs each of a label's stands for, 1 on average: of every label about as many were kept."""
+    """How many inputs each sampled one stands for, 1 on average.
+
+    The sample holds about the same number of every label, however many inputs that label had.
+    """
     kept = np.bincount(labels, minlength=len(memory.labels))
     each = memory.counts[labels] / kept[labels]
     weights: Doubles = each * (len(labels) / each.sum()) if len(labels) else each
@@ -155,13 +161,13 @@ def _weights(memory: Memory, labels: Ints) -> Doubles:
 
 
 def _bytes(rows: NDArray[np.float16]) -> NDArray[np.void]:
-    """Each row as one value, so that equal ones can be found."""
+    """Each row as a single value, so that equal rows can be found."""
     rows = np.ascontiguousarray(rows)
     return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
 
 
 def own_logits(features: Floats, ids: Ints, head: Head) -> Floats:
-    """Each input's logit of its own label; by blocks, for the rows of all inputs together may be large."""
+    """The logit of each input's own label, in blocks: gathering the rows of all inputs at once may need much memory."""
     weight, bias = full_rows(head)
     own = np.empty(len(ids), np.float32)
     for block in blocks(len(ids)):
@@ -170,6 +176,6 @@ def own_logits(features: Floats, ids: Ints, head: Head) -> Floats:
 
 
 def _least(values: Floats, count: int) -> Ints:
-    """Places of the smallest values, in order."""
+    """Positions of the ``count`` smallest values, in ascending order of value."""
     places = np.arange(len(values)) if count >= len(values) else np.argpartition(values, count)[:count]
     return places[np.argsort(values[places], kind="stable")].astype(np.int64)

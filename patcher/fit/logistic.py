@@ -1,8 +1,8 @@
-"""Offset-logistic rows for new labels: every old row keeps its bits.
+"""Offset-logistic rows for new labels: every old row stays bit-identical.
 
-Each label is fitted twice: against the means of the old labels (Gaussian clouds), then also against the real old
-inputs that the first row came nearest to, against the other new labels' examples, and with each tenth of its own
-examples left out in turn, which sets the bias and tells how well the label will be found.
+Each label is fitted twice: first against the means of the old labels (Gaussian clouds), then also against the real old
+inputs that the first row came nearest to and against the other new labels' examples. The second fit is cross-validated:
+repeating it without each tenth of the label's own examples sets the bias and tells how well the label will be found.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 __all__ = ["NewRow", "offset_rows", "rows_of"]
 
 _CALIBRATED_ON = 600
-"""Real inputs nearest to a new row; those behind them are out of its reach."""
+"""A row's bias is calibrated on this many of the nearest real inputs; those further away are out of its reach."""
 _PARTS = 5
-"""In so many parts are the real negatives left out of the fit, to see how inputs fare that it did not see."""
+"""Number of folds in which real negatives are left out of the fit, to see how inputs fare that it did not see."""
 _ROUNDED = 1e-9
-"""Of a budget: sums of weights are right to about so much."""
+"""Relative tolerance when comparing with a budget: rounding in sums of weights."""
 _DRAWN_WIDER = 1.25
-"""Without real inputs: labels have longer tails than their Gaussians."""
+"""Factor on standard deviations if there are no real inputs: labels have longer tails than their Gaussians."""
 
 
 @dataclass(frozen=True)
 class NewRow:
-    """A row on all features, float32 ``[width]``, and the new logit of each example in a fit without it ``[n]``.
+    """A row on all features, float32 ``[width]``, and the new logit of each example from a fit without it ``[n]``.
 
-    ``taken`` INT64 ``[m]``: places of the old inputs, among those that took part, that a fit without them would take.
+    ``taken`` INT64 ``[m]``: positions of the old inputs that the fit used and that would flip in a fit without them.
     """
 
     weight: Floats
@@ -64,12 +64,12 @@ def rows_of(new: Mapping[str, NewRow]) -> Rows:
 
 @dataclass(frozen=True)
 class _Scene(Task):
-    """A task in whitened features: old labels that the examples may be mistaken for take part by their ``means``."""
+    """A task in whitened features; ``means`` stand for the old labels that the examples may be confused with."""
 
     means: Cloud
 
     def cloud(self, features: Floats, weights: Doubles) -> Cloud:
-        """Inputs as clouds: what they offer the old labels is what a new row has to beat."""
+        """Inputs as clouds, whose offset, the logsumexp of the old logits, is what a new row has to beat."""
         points = self.old.whitening.of(features)
         spread = np.full(len(points), self.settings.positive_variance)
         if not self.head.exclusive:
@@ -80,7 +80,7 @@ class _Scene(Task):
         return Cloud(points, offsets, slopes, spread, weights)
 
     def raised(self, cloud: Cloud, rows: Sequence[Doubles]) -> Cloud:
-        """The cloud where other new rows, bias last, have to be beaten as well."""
+        """The cloud with its offsets raised, so that other new ``rows``, bias last, have to be beaten as well."""
         if not rows or not self.head.exclusive:
             return cloud
         weight, bias = np.stack(rows)[:, :-1], np.stack(rows)[:, -1]
@@ -91,14 +91,14 @@ class _Scene(Task):
         return dataclasses.replace(cloud, offsets=offsets, slopes=slopes)
 
     def hard(self, row: Doubles) -> Ints:
-        """Places of the real old inputs that a row comes nearest to."""
+        """Positions of the real old inputs that a row comes nearest to."""
         if self.inputs is None or not self.settings.hard:
             return np.zeros(0, np.int64)
         row_of = self.old.whitening.row(row[:-1], float(row[-1]))
         return self.inputs.nearest(*row_of, self.head, self.settings.hard).places
 
     def negatives(self, places: Ints) -> list[Cloud]:
-        """Real old inputs as what a row is fitted against; none where there are none."""
+        """The real old inputs at ``places`` as negatives for a row; an empty list if there are none."""
         if self.inputs is None or not len(places):
             return []
         cloud = self.cloud(self.inputs.features[places], np.full(len(places), self.settings.hard_weight))
@@ -106,14 +106,14 @@ class _Scene(Task):
         return [dataclasses.replace(cloud, slopes=slopes, variance=np.ones(len(slopes)))]
 
     def answers(self, places: Ints) -> tuple[Doubles, Bools]:
-        """What a new logit has to beat at some real old inputs, and whether they are answered rightly as things are."""
+        """What a new logit has to beat at some real old inputs, and whether the current head answers them correctly."""
         if self.inputs is None or not self.head.exclusive:
             return np.zeros(len(places)), np.ones(len(places), np.bool_)
         best, logit = self.head.best(self.inputs.features[places])
         return logit.astype(np.float64), best == self.inputs.ids[places]
 
     def slopes_of(self, ids: Ints) -> Doubles:
-        """Whitened rows of the labels at some positions of the head; a sigmoid competes with none."""
+        """Whitened rows of the labels at positions ``ids`` of the head; zeros with sigmoids, which do not compete."""
         found, back = np.unique(ids, return_inverse=True)
         rows = self.old.weight[found] if self.head.exclusive else np.zeros((len(found), self.head.width))
         slopes: Doubles = self.old.whitening.slopes(rows)[back]
@@ -122,17 +122,17 @@ class _Scene(Task):
     def calibration(
         self, row: Doubles, weight: Floats, bias: np.float32, budget: float, unseen: _Unseen
     ) -> Calibration | None:
-        """Old inputs as a row sees them; the means of the labels stand in where no inputs are kept."""
+        """Old inputs as a row sees them; if no inputs are kept, the labels' means stand in for them."""
         if self.inputs is None:
             margins = self.means.offsets - self.means.points @ row[:-1] - row[-1]
             spreads = _DRAWN_WIDER * np.linalg.norm(row[:-1] - self.means.slopes, axis=1)
             return Calibration(margins, spreads, 1.0, np.inf)
         count = max(_CALIBRATED_ON, 2 * int(budget * len(self.inputs)) + 1)
         near = self.inputs.nearest(weight, bias, self.head, count, unseen.places)
-        # The row's logits are FP32: what is closer than their rounding may be on either side once they are computed.
+        # Logits are FP32: an input closer than their rounding error may end up on either side when served.
         near_features = self.inputs.features[near.places]
         close = float(rounding(near_features, weight[None], np.array([bias], np.float32)).max())
-        # An input that took part in the fit lies further from the row than others like it would.
+        # An input that the fit used lies further from the row than unseen inputs like it would.
         margins = near.margins.copy()
         seen = np.searchsorted(near.places, unseen.places) if len(unseen.places) else unseen.places
         margins[seen] = np.minimum(margins[seen], unseen.margins)
@@ -145,21 +145,21 @@ class _Scene(Task):
             if may < len(right):
                 cap = min(cap, float(margins[right[may]]) - 2.0 * close)
             elif len(near.places) < len(self.inputs):
-                cap = min(cap, float(near.margins.max()))  # nothing is known of those behind
+                cap = min(cap, float(near.margins.max()))  # nothing is known about inputs beyond these
         spreads = np.linalg.norm(row[:-1] - self.slopes_of(self.inputs.ids[near.places]), axis=1)
         return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)
 
 
 @dataclass(frozen=True)
 class _Unseen:
-    """Old inputs that took part in a fit, as fits without them see them: ``places`` ascending, and ``margins``."""
+    """Old inputs that a fit used, with their ``margins`` in fits without them; ``places`` are ascending."""
 
     places: Ints
     margins: Doubles
 
 
 def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]:
-    """Rows for new labels, with ``examples`` float32 ``[n, width]`` each, that leave every old row as it is."""
+    """Rows for new labels with ``examples`` float32 ``[n, width]`` each; every old row stays as it is."""
     old, settings = task.old, task.settings
     scene = _scene(examples, task)
     clouds = {label: scene.cloud(rows, np.full(len(rows), 1.0 / len(rows))) for label, rows in examples.items()}
@@ -198,7 +198,7 @@ def _scene(examples: Mapping[str, Floats], task: Task) -> _Scene:
 
 
 def _near(examples: Floats, task: Task) -> Ints:
-    """Old labels that the examples may be mistaken for."""
+    """The known old labels that the examples may be confused with, as positions in ``task.old.means``."""
     old, settings = task.old, task.settings
     if len(old.means) <= settings.near_floor:
         return np.arange(len(old.means))
@@ -210,7 +210,7 @@ def _near(examples: Floats, task: Task) -> Ints:
 
 
 def _rivals(clouds: Mapping[str, Cloud], rough: Mapping[str, Doubles], settings: Settings) -> dict[str, list[str]]:
-    """Other new labels that the examples of each may be mistaken for."""
+    """For each new label, the other new labels that its examples may be confused with."""
     labels = list(clouds)
     if len(labels) <= settings.near_floor:
         return {label: [other for other in labels if other != label] for label in labels}
@@ -226,10 +226,10 @@ def _rivals(clouds: Mapping[str, Cloud], rough: Mapping[str, Doubles], settings:
 
 
 def _prior(examples: Floats, task: Task) -> Doubles:
-    """Where the penalty pulls a row, in whitened features: to nothing, or to the row that a rule would give.
+    """The row that the penalty pulls towards, in whitened features: zero, or one given by a rule.
 
-    ``imprint`` (arXiv 1712.07136) is the examples' mean as long as an average old row, ``lda`` their whitened mean,
-    calibrated by what it takes to bring the old labels' means to the length of their rows.
+    ``imprint`` (arXiv 1712.07136) is the examples' mean, scaled to the average length of an old row. ``lda`` is their
+    whitened mean, scaled by the ratio of the average lengths of the old labels' rows and means.
     """
     head, old, white = task.head, task.old, task.old.whitening
     if task.settings.prior == "zero":
@@ -254,9 +254,10 @@ def _solve(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) ->
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A row in whitened features, bias last, and new logits in fits that did not see what they are the logits of.
+    """A row in whitened features, bias last, and cross-validated new logits: each input's from a fit without it.
 
-    ``held_out`` float64 ``[n]`` of the examples, NaN where there is but one; ``unseen`` ``[m]`` of the real negatives.
+    ``held_out`` float64 ``[n]`` are those of the examples, NaN if there is only one; ``unseen`` ``[m]`` those of the
+    real negatives.
     """
 
     row: Doubles
@@ -265,7 +266,7 @@ class _Fitted:
 
 
 def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real: int, settings: Settings) -> _Fitted:
-    """Fit a row from a ``rough`` one; the first ``real`` of the clouds ``outside`` are real negatives."""
+    """Fit a row, starting from a ``rough`` one; the first ``real`` points of ``outside`` are real negatives."""
     axes = span(join(outside, inside), prior)
     inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
     loss = RowLoss(inside, outside, settings.penalty, prior)
@@ -288,7 +289,7 @@ def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real:
 
 
 def _best(features: Floats, others: Sequence[Doubles], task: Task) -> Doubles:
-    """What the examples have to beat: the best old logit or other new one; 0 for sigmoids."""
+    """What the examples have to beat: the best old logit or other new logit, whichever is larger; 0 for sigmoids."""
     if not task.head.exclusive:
         return np.zeros(len(features))
     best: Doubles = task.head.best(features)[1].astype(np.float64)

@@ -1,4 +1,4 @@
-"""A small L-BFGS for smooth convex functions: a quarter of a second less at start-up than importing scipy's."""
+"""A small L-BFGS for smooth convex functions; importing scipy's would add a quarter of a second to start-up."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def minimise(
     steps: int = 300,
     inverse: Doubles | None = None,
 ) -> Doubles:
-    """Where a convex function is least, float64 ``[n]``.
+    """The minimiser of a convex function, float64 ``[n]``.
 
-    ``function`` returns value and gradient; ``inverse`` float64 ``[n, n]``, if known, approximates the inverse of the
-    second derivative, which saves half of the steps. Stops where the largest slope is below ``tolerance``, where no
-    step goes down any more, or after ``steps`` (Nocedal & Wright, Numerical Optimization, algorithms 7.4 and 7.5).
+    ``function`` returns value and gradient; ``inverse`` float64 ``[n, n]``, if known, approximates the inverse Hessian,
+    which halves the number of steps. Stops when every component of the gradient is below ``tolerance``, when the line
+    search finds no descent, or after ``steps`` (Nocedal & Wright, Numerical Optimization, algorithms 7.4 and 7.5).
     """
     point, (value, slope) = start, function(start)
     moves: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=_KEPT)
@@ -79,7 +79,7 @@ def _walk(
     descent: float,
     size: float,
 ) -> tuple[Doubles, float, Doubles] | None:
-    """The first step along a direction that goes down enough; None where none does."""
+    """Backtracking line search: the first step with sufficient decrease (Armijo), or None if there is none."""
     for _ in range(30):
         step = size * direction
         new_value, new_slope = function(point + step)

@@ -1,4 +1,4 @@
-"""The old labels as a Gaussian mixture, in coordinates in which the spread inside labels is the unit ball."""
+"""The old labels as a Gaussian mixture with one shared covariance, in coordinates that whiten it."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ __all__ = [
 
 
 _LEAST_PIVOT = 0.5
-"""A covariance plus a ridge has no pivot below the ridge; a pivot below this share of it means it was no covariance."""
+"""A covariance plus a ridge has no pivot below the ridge; one below this share of it means it was no covariance."""
 _COARSE = 2.0**-8
-"""Smallest spread that a feature is given, as a share of its mean: four times the spacing of FP16 numbers."""
+"""Floor of a feature's standard deviation, relative to its mean: four times the relative spacing of FP16 numbers."""
 _WIDER = 4.0
-"""Growth in variance; a few examples cannot widen a feature by as much if many old inputs made use of it."""
+"""Growth in variance from which on a feature counts as woken.
+
+A few examples cannot widen a feature this much if many old inputs made use of it.
+"""
 _SMALL = 96
 """Up to this size, LAPACK's own routines are just as fast."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Features in which the spread inside labels is the same in every direction.
+    """A linear map to features in which the spread within labels is the same in every direction.
 
-    ``(x - center) @ points`` whitens features, ``w @ rows`` the rows that act on them, so that the product of the two
-    is ``w (x - center)``. ``center`` float64 ``[width]``, ``points`` and ``rows`` float32 ``[width, r]``: single
-    precision takes half the time, and the ridge keeps the condition of what is factored below some thousands.
+    ``(x - center) @ points`` whitens features and ``w @ rows`` the rows that act on them, so that the product of the
+    two is ``w (x - center)``. ``center`` is float64 ``[width]``; ``points`` and ``rows`` are float32 ``[width, r]``.
+    Single precision takes half the time and suffices: the ridge keeps the condition number of the factored matrix below
+    a few thousand.
     """
 
     center: Doubles
@@ -59,12 +63,12 @@ class Whitening:
         return ((features - self.center).astype(np.float32) @ self.points).astype(np.float64)
 
     def row(self, weight: Doubles, bias: float) -> tuple[Floats, np.float32]:
-        """A row on whitened features as one on the features themselves."""
+        """Convert a row on whitened features to one on the original features."""
         raw: Floats = self.points @ weight.astype(np.float32)
         return raw, np.float32(bias - raw @ self.center)
 
     def slopes(self, weight: Floats | Doubles) -> Doubles:
-        """Rows ``[n, width]`` on the features as rows on whitened ones, float64 ``[n, r]``."""
+        """Convert rows ``[n, width]`` on the original features to rows on whitened ones, float64 ``[n, r]``."""
         return (weight.astype(np.float32) @ self.rows).astype(np.float64)
 
 
@@ -76,16 +80,16 @@ class Rows:
     bias: Floats
 
     def first(self, count: int) -> Rows:
-        """The first rows; with a negative count all but the last ones."""
+        """The first ``count`` rows; with a negative count, all but the last ones, as in a slice."""
         return Rows(self.weight[:count], self.bias[:count])
 
 
 @dataclass(frozen=True)
 class OldLabels:
-    """The old labels of a head, as far as they are known.
+    """What is known about the old labels of a head.
 
-    ``means`` float64 ``[M, width]`` are those of the labels at ``places`` INT64 ``[M]`` in the head; ``weight`` and
-    ``bias`` are all the head's rows on all features, float64 ``[C, width]`` and ``[C]``.
+    ``means`` float64 ``[M, width]`` belong to the labels at positions ``places`` INT64 ``[M]`` in the head; ``weight``
+    and ``bias`` are all the head's rows on all features, float64 ``[C, width]`` and ``[C]``.
     """
 
     whitening: Whitening
@@ -117,9 +121,9 @@ def full_rows(head: Head) -> tuple[Floats, Floats]:
 
 
 def from_memory(memory: Memory, head: Head, settings: Settings = SETTINGS, white: Whitening | None = None) -> OldLabels:
-    """Old labels from a memory; labels of the head that the memory lacks are met only through their rows.
+    """Old labels from a memory; labels of the head that the memory lacks take part only through their rows.
 
-    ``white`` spares the whitening where one is known of a memory that had a few inputs less.
+    Pass ``white`` to reuse a whitening, such as that of the same memory with a few inputs less.
     """
     place = {label: i for i, label in enumerate(memory.labels)}
     known = [(i, place[label]) for i, label in enumerate(head.labels) if label in place]
@@ -132,10 +136,10 @@ def from_memory(memory: Memory, head: Head, settings: Settings = SETTINGS, white
 
 
 def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
-    """Whitening by the covariance inside labels, widened as ``Settings`` tells.
+    """Whitening by the within-label covariance, widened as described in ``Settings``.
 
-    Both covariances are the second moment less products of means: one pass over it, where each by itself would cost
-    more time than what is done with them.
+    The within-label and the total covariance are both the second moment minus products of means, so their weighted sum
+    takes one pass over that matrix. Computing each by itself would take longer than all that follows.
     """
     total, freedom = memory.counts.sum(), memory.freedom
     center = memory.sums.sum(axis=0) / total
@@ -148,7 +152,10 @@ def whitening(memory: Memory, settings: Settings = SETTINGS) -> Whitening:
 
 
 def woken(before: Memory, after: Memory) -> bool:
-    """Whether a feature spreads far wider in a memory than in the one before it, where it hardly ever varied."""
+    """Whether some feature's variance is more than ``_WIDER`` times as large in memory ``after`` as in ``before``.
+
+    Then the old inputs hardly used that feature, and the new ones do.
+    """
     then, now = (
         memory.second_moment.diagonal() / memory.counts.sum() - (memory.sums.sum(axis=0) / memory.counts.sum()) ** 2
         for memory in (before, after)
@@ -157,12 +164,12 @@ def woken(before: Memory, after: Memory) -> bool:
 
 
 def from_rows(head: Head, examples: Floats, settings: Settings = SETTINGS) -> OldLabels:
-    """Old labels from the head's rows alone, where nothing else is known.
+    """Old labels from the head's rows alone, if nothing else is known.
 
     A trained row points at its label's mean (neural collapse, Papyan et al. 2020; on CLINC150 the cosine is 0.9), so
-    the mean is taken to lie along the centred row, as far from the centre as the examples lie. Inside labels nothing
-    is left but the ridge. The rows say nothing about features they do not look at, so new rows stay on the classifier
-    features.
+    the mean is assumed to lie along the centred row, as far out as the examples lie on average. The within-label
+    covariance is unknown and taken as zero: only what ``Settings`` widens it by is left. The rows say nothing about
+    features that they do not use, so new rows are confined to the classifier features.
     """
     weight, bias = (array.astype(np.float64) for array in full_rows(head))
     split = head.split
@@ -180,10 +187,11 @@ def from_rows(head: Head, examples: Floats, settings: Settings = SETTINGS) -> Ol
 
 
 def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, settings: Settings) -> Whitening:
-    """Whitening by a covariance of features of some ``variance``, with a ridge on them; ``wide`` is used up."""
+    """Whitening by the covariance ``wide`` plus a ridge, both in units of ``variance``; overwrites ``wide``."""
     spread = np.sqrt(np.maximum(variance, 0.0))
     spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
-    # Else what tells examples from remembered inputs best would be how FP16 rounds a feature that hardly varies.
+    # Without this floor, the FP16 rounding of a feature that hardly varies would separate examples from remembered
+    # inputs best.
     spread = np.maximum(spread, _COARSE * np.abs(center))
     wide /= spread[:, None]
     wide /= spread
@@ -203,10 +211,10 @@ def _widened(center: Doubles, wide: Doubles, variance: Doubles, split: int, sett
 
 
 def _mended(matrix: Doubles, least: float) -> tuple[Floats, Floats]:
-    """A root of the nearest covariance to what is none any more, and its inverse; no value of it is below ``least``.
+    """A square root of the covariance nearest to ``matrix``, and its inverse; no eigenvalue is below ``least``.
 
-    A label that was taken out again by its mean alone, or by features as they are stored, leaves less than no spread in
-    some directions, where there were few sentences.
+    ``matrix`` need not be positive definite: if a label was subtracted again by its mean alone, or by its features as
+    stored, the variance in some directions may be negative where there were few sentences.
     """
     values, axes = np.linalg.eigh(matrix)
     roots = np.sqrt(np.maximum(values, least))
@@ -214,9 +222,10 @@ def _mended(matrix: Doubles, least: float) -> tuple[Floats, Floats]:
 
 
 def _factors(matrix: Doubles) -> tuple[Floats, Floats]:
-    """The Cholesky factor of a covariance, and the factor's inverse, float32; LinAlgError where it is none.
+    """The Cholesky factor of a covariance, and the factor's inverse, float32; LinAlgError if it is not one.
 
-    By halves, so that nearly all of it is products of matrices: no scipy, and half the time of LAPACK's two routines.
+    Recursion by halves turns nearly all of the work into matrix products: no scipy, and half the time of LAPACK's two
+    routines.
     """
     lower, inverse = matrix.astype(np.float32), np.zeros(matrix.shape, np.float32)
     _halve(lower, inverse)
@@ -224,7 +233,7 @@ def _factors(matrix: Doubles) -> tuple[Floats, Floats]:
 
 
 def _halve(lower: Floats, inverse: Floats) -> None:
-    """Turn a covariance into its factor, and zeros into that one's inverse, in place."""
+    """Turn the covariance in ``lower`` into its factor, and the zeros in ``inverse`` into the factor's inverse."""
     half = len(lower) // 2
     if len(lower) <= _SMALL:
         lower[:] = np.linalg.cholesky(lower)

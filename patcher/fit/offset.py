@@ -1,9 +1,9 @@
-"""The loss of an offset-logistic row, and where it is least.
+"""The loss of an offset-logistic row, and its minimisation.
 
 With the old logits fixed, softmax cross-entropy over one more label is a binary logistic regression with an offset,
-``p(new | h) = sigmoid(w.h + b - logsumexp(old logits(h)))``. Instead of drawing negatives from the old labels'
-Gaussians their expectation is taken: the margin of a Gaussian is a Gaussian, and ``E softplus`` of one is a short sum
-(Gauss-Hermite). So a fit is deterministic, and costs two products with the label means a step.
+``p(new | h) = sigmoid(w.h + b - logsumexp(old logits(h)))``. Negatives are not sampled from the old labels' Gaussians;
+the loss is its expectation over them. The margin of a Gaussian is itself Gaussian, and ``E softplus`` of it is a short
+sum (Gauss-Hermite quadrature). So a fit is deterministic, and each step costs two products with the label means.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NODES = np.array([-3.7504397177257425, -2.3667594107345415, -1.1544053947399682
 _WEIGHTS = np.array([5.482688559722184e-4, 3.0757123967586498e-2, 0.24012317860501273, 0.4571428571428572,
                      0.24012317860501273, 3.0757123967586498e-2, 5.482688559722184e-4])  # fmt: skip
 _CLOSE = 1e-4
-"""Slope at which the minimum counts as reached: the row's logits are then right to about a hundredth."""
+"""Gradient at which the minimum counts as reached: the row's logits are then accurate to about a hundredth."""
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """Gaussians that a row has to lie above or below.
+    """Gaussians on which a row's logit should exceed an offset, or stay below it.
 
-    ``points`` float64 ``[m, r]`` are their centres, ``offsets`` ``[m]`` what the row has to beat there, ``slopes``
-    ``[m, r]`` how the offset changes with the features, ``variance`` and ``weight`` ``[m]``.
+    ``points`` float64 ``[m, r]`` are their centres, ``offsets`` ``[m]`` the logit that the row has to beat there,
+    ``slopes`` ``[m, r]`` the gradient of the offset in the features; ``variance`` and ``weight`` are ``[m]``.
     """
 
     points: Doubles
@@ -44,12 +44,12 @@ class Cloud:
     weight: Doubles
 
     def part(self, places: Ints, weight: float | None = None) -> Cloud:
-        """Some of the Gaussians; with a ``weight`` each has that one."""
+        """The Gaussians at ``places``; ``weight``, if given, replaces the weight of each."""
         weights = self.weight[places] if weight is None else np.full(len(places), weight)
         return Cloud(self.points[places], self.offsets[places], self.slopes[places], self.variance[places], weights)
 
     def spread_by(self, variance: float) -> Cloud:
-        """The same Gaussians, all of one variance."""
+        """The same Gaussians, all with one variance."""
         return replace(self, variance=np.full(len(self.variance), variance))
 
     def turned(self, axes: Doubles) -> Cloud:
@@ -64,10 +64,10 @@ def join(*clouds: Cloud) -> Cloud:
 
 
 def span(cloud: Cloud, prior: Doubles) -> Doubles:
-    """An orthonormal basis, float64 ``[r, s]``, of all that a cloud and a prior ``[r]`` can pull a row towards.
+    """An orthonormal basis, float64 ``[r, s]``, of the subspace in which the best row lies.
 
-    The loss depends on the row through products with points and slopes and through its length, so the best row lies
-    in their span (the representer theorem): most often a quarter of the features.
+    The loss depends on the row only through its products with the points, slopes and prior ``[r]`` and through its
+    length, so the best row lies in their span (representer theorem). Usually ``s`` is about a quarter of ``r``.
     """
     arms = np.concatenate([cloud.points, cloud.slopes, prior[None]] if prior.any() else [cloud.points, cloud.slopes])
     if len(arms) >= arms.shape[1]:
@@ -79,10 +79,10 @@ def span(cloud: Cloud, prior: Doubles) -> Doubles:
 
 
 class RowLoss:
-    """What a row costs that has to lie above the cloud ``inside`` and below ``outside``.
+    """The loss of a row that should score above the cloud ``inside`` and below the cloud ``outside``.
 
-    The expected log loss plus half the ``penalty`` times the row's squared distance to ``prior`` ``[r]``, as a function
-    of the row and, last, its bias: float64 ``[r + 1]``.
+    It is the expected log loss plus half the ``penalty`` times the row's squared distance to ``prior`` ``[r]``, as a
+    function of the row followed by its bias: float64 ``[r + 1]``.
     """
 
     def __init__(self, inside: Cloud, outside: Cloud, penalty: float, prior: Doubles) -> None:
@@ -94,7 +94,7 @@ class RowLoss:
         self._penalty, self._prior = penalty, prior
 
     def __call__(self, values: Doubles) -> tuple[float, Doubles]:
-        """The loss and its slope."""
+        """The loss and its gradient."""
         cloud, row = self._cloud, values[:-1]
         spread, margins, small, chance = self._outcomes(values)
         cost = (np.maximum(margins, 0.0) + np.log1p(small)) @ _WEIGHTS
@@ -106,17 +106,20 @@ class RowLoss:
         return value, np.append(slope, pull.sum())
 
     def curvature(self, values: Doubles) -> Doubles:
-        """Approximate second derivative of the loss, float64 ``[r + 1, r + 1]``: spreads are taken for constant."""
+        """Approximate Hessian of the loss, float64 ``[r + 1, r + 1]``, which treats the spreads as constant."""
         spread, _, _, chance = self._outcomes(values)
         weight = ((chance * (1.0 - chance)) @ _WEIGHTS) * self._cloud.weight
         points = np.column_stack([self._cloud.points, np.ones(len(weight))])
         curvature: Doubles = points.T @ (points * weight[:, None])
         curvature[np.diag_indices(len(curvature) - 1)] += self._penalty + self._push(chance, spread).sum()
-        curvature[-1, -1] += 1e-9  # where every chance is 0 or 1 the bias does not matter
+        curvature[-1, -1] += 1e-9  # if every chance is 0 or 1, the bias has no effect and the matrix would be singular
         return curvature
 
     def _outcomes(self, values: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-        """Spread of each Gaussian's margin, the margin at the nodes, ``exp(-|margin|)``, and the chance of a loss."""
+        """Spread of each Gaussian's margin, the margins at the nodes, ``exp(-|margin|)``, and the chance of an error.
+
+        A margin is positive on the wrong side of the offset.
+        """
         cloud, row, bias = self._cloud, values[:-1], values[-1]
         products = self._both @ row
         square, count = float(row @ row), len(self._signs)
@@ -133,5 +136,5 @@ class RowLoss:
 
 
 def fit_row(loss: RowLoss, start: Doubles, inverse: Doubles | None = None) -> Doubles:
-    """The row and, last, the bias, float64 ``[r + 1]``, at the least loss; ``inverse`` is that of a ``curvature``."""
+    """The row followed by its bias, float64 ``[r + 1]``, of least loss; ``inverse`` is that of a ``curvature``."""
     return minimise(loss, start, tolerance=_CLOSE, inverse=inverse)

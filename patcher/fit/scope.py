@@ -1,4 +1,4 @@
-"""The out-of-scope score of a head, fitted to what the memory keeps of its labels (``patcher.scope`` computes it)."""
+"""Fit the out-of-scope score of a head to the memory of its labels (``patcher.scope`` computes the score)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["FINE_TUNED", "fit_scope"]
 
 _RANK = 128
-"""Directions kept; for 135 labels and 768 features, they and the clusters take half a megabyte of the head's file."""
+"""Number of directions kept; for 135 labels and 768 features, they and the clusters add half a megabyte to the head."""
 
 _FEWEST_FRESH = 20
-"""With fewer, the share of them that should lie beyond the limit would be less than one input."""
+"""With fewer fresh inputs, the share of them that should lie beyond the limit would be less than one input."""
 _MOST = 2_000
-"""Most remembered inputs that the limit is computed from; a quantile does not need more."""
+"""Largest number of remembered inputs that the limit is computed from; a quantile does not need more."""
 
 _FRESHER = 2.0
-"""How many times as far (squared) fresh texts lie as those that took part in the fine-tuning."""
+"""Ratio of the squared distance of fresh texts to that of texts that were used in fine-tuning."""
 
 FINE_TUNED = 2.0
-"""The stretch for remembered inputs that took part in the fine-tuning, if there are no fresh ones to measure it on.
+"""The stretch for remembered inputs that were used in fine-tuning, if there are no fresh ones to measure it on.
 
 Measured on two backbones, with old labels treated as new: 1.8 and 1.9 (``tests/benchmarks/results/tuning.md``).
 """
@@ -42,7 +42,7 @@ _LONGEST = 30_000.0
 """The largest number in a projection: half of what FP16 holds."""
 
 _MOST_CLUSTERS = 10_000
-"""With more, the labels' own means are used: they are close enough together, and the file stays a tenth of the size."""
+"""With more clusters, the labels' means are used: so many are dense enough, and the file is a tenth as large."""
 
 
 def fit_scope(
@@ -55,12 +55,12 @@ def fit_scope(
     white: Whitening | None = None,
     settings: Settings = SETTINGS,
 ) -> Scope:
-    """The scorer of a head, from the memory of its labels; ``false_alarms`` of the known inputs should score below 0.5.
+    """Fit the scorer of a head to the memory of its labels; a share ``false_alarms`` of known inputs scores below 0.5.
 
-    The limit is that of ``fresh``, features float32 ``[n, width]`` of inputs that took no part in the fine-tuning, if
-    there are twenty at least, or else ``stretch`` times that of the memory's real features. Without those (a memory of
-    statistics, or none) the largest probability has to do. ``white``, that of the fit of which this is the end, is most
-    of the work.
+    The limit comes from ``fresh``, features float32 ``[n, width]`` of inputs that were not used in fine-tuning, if
+    there are at least twenty; else it is ``stretch`` times that of the memory's real features. Without real features
+    (no memory, or one with statistics only), the score is the largest probability. Whitening is most of the work; pass
+    ``white`` to reuse that of the preceding fit.
     """
     if memory is None or not len(memory.sample):
         return Scope(head.problem, stretch=stretch)
@@ -68,7 +68,7 @@ def fit_scope(
     place = {label: i for i, label in enumerate(memory.labels)}
     points = white.of(memory.means()[[place[label] for label in head.labels if label in place]])
     directions = white.points @ _principal_axes((points - points.mean(axis=0)).astype(np.float32))
-    # Features of tiny numbers are stretched beyond what FP16 holds; distances in another unit do as well.
+    # Whitening tiny features may exceed the range of FP16; distances can be measured in any unit.
     unit = max(1.0, float(np.abs(directions).max()) / _LONGEST)
     directions /= unit
     projection = directions.astype(np.float16)
@@ -86,14 +86,14 @@ def fit_scope(
     remembered = max(float(np.quantile(apart, 1.0 - false_alarms)), 1e-6 / unit**2)
     if fresh is not None and len(fresh) >= _FEWEST_FRESH:
         farther = float(np.quantile(distance.nearest(fresh), 1.0 - false_alarms)) / remembered
-        # Fresh inputs lie no nearer than remembered ones without themselves; where they do, they are not fresh.
+        # Fresh inputs lie at least as far out as remembered ones do leave-one-out; if not, they are not fresh.
         stretch = farther if farther >= 1.0 else stretch
     distance = dataclasses.replace(distance, limit=np.array([stretch * remembered], np.float32))
     return Scope(head.problem, distance, false_alarms, stretch)
 
 
 def _clusters(memory: Memory, head: Head) -> tuple[NDArray[np.floating[Any]], Ints, Ints]:
-    """The clusters of the head's labels: means ``[M, width]``, how many inputs each has, and its label."""
+    """The clusters of the head's labels: means ``[M, width]``, numbers of inputs, and labels as memory positions."""
     there = set(head.labels)
     known = np.array([label in there for label in memory.labels])
     inside = known[memory.clusters.labels]
@@ -103,11 +103,11 @@ def _clusters(memory: Memory, head: Head) -> tuple[NDArray[np.floating[Any]], In
 
 
 def _scale(gaps: Floats, labels: Ints, counts: Ints, owners: Ints) -> Floats:
-    """What the distance to each mean counts for, FP32 ``[M]``: less where a label's inputs lie far from each other.
+    """The factor on the squared distance to each mean, FP32 ``[M]``: smaller for labels whose inputs lie far apart.
 
-    Fine-tuning drew the texts of the labels that it saw together; those of a label that was added later lie three to
-    four times as far apart, and most would be called out of scope. ``gaps`` ``[n, M]`` are those of remembered inputs
-    of ``labels`` ``[n]``, ``owners`` ``[M]`` whose each mean is.
+    Fine-tuning has pulled together the texts of the labels it saw. Those of a label that was added later lie three to
+    four times as far apart, and most would be called out of scope. ``gaps`` ``[n, M]`` are the squared distances of
+    remembered inputs with ``labels`` ``[n]``; ``owners`` ``[M]`` is the label of each mean.
     """
     own = np.where(labels[:, None] == owners, gaps, np.inf)
     apart = _without_themselves(own, counts)
@@ -117,15 +117,16 @@ def _scale(gaps: Floats, labels: Ints, counts: Ints, owners: Ints) -> Floats:
         each[label] = apart[found & (labels == label)].mean()
     typical = float(np.nanmedian(each)) if found.any() else 1.0
     scale = np.clip(_FRESHER * typical / np.maximum(each, 1e-12), 1.0 / _FRESHER, 1.0)
-    # Of a label with one text nothing is known but that it was added.
+    # All that is known about a label with a single text is that it was added later.
     return np.where(np.isnan(scale), 1.0 / _FRESHER, scale)[owners].astype(np.float32)
 
 
 def _without_themselves(gaps: Floats, counts: Ints) -> Floats:
-    """How far remembered inputs would lie from the nearest mean if none had drawn its own towards itself.
+    """Leave-one-out squared distance of remembered inputs to the nearest mean.
 
-    ``gaps`` ``[n, M]`` are squared and used up; ``counts`` inputs stand behind the means. Without one of ``n`` a mean
-    lies ``n / (n - 1)`` times as far from it; the only one of a cluster has the next cluster.
+    ``gaps`` ``[n, M]`` are squared distances and are overwritten; ``counts`` are the numbers of inputs behind the
+    means. The mean of ``n`` inputs lies ``n / (n - 1)`` times as far from one of them once that one is left out. For
+    the only input of a cluster, the next cluster counts.
     """
     rows, own = np.arange(len(gaps)), gaps.argmin(axis=1)
     near = gaps[rows, own] * (counts[own] / np.maximum(counts[own] - 1, 1)) ** 2
@@ -138,7 +139,10 @@ def _without_themselves(gaps: Floats, counts: Ints) -> Floats:
 
 
 def _principal_axes(gaps: Floats) -> Floats:
-    """The directions in which points float32 ``[n, width]`` differ most, ``[width, r]``, by the smaller square."""
+    """The directions in which points float32 ``[n, width]`` differ most, ``[width, r]``.
+
+    They are the leading eigenvectors, from whichever of the two Gram matrices is smaller.
+    """
     few = len(gaps) < gaps.shape[1]
     axes = np.linalg.eigh(gaps @ gaps.T if few else gaps.T @ gaps)[1]
     axes = axes[:, -min(_RANK, *gaps.shape) :]

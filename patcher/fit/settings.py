@@ -1,6 +1,6 @@
-"""The settings of a fit, chosen once and for all on old labels that were treated as new ones.
+"""The settings of a fit, chosen once on old labels that were treated as new ones.
 
-They were measured on encoders that never saw those labels (``tests/benchmarks/tune_backbone.py`` trains the encoders,
+They were measured with encoders that never saw those labels (``tests/benchmarks/tune_backbone.py`` trains the encoders,
 ``tests/benchmarks/tune_fit.py`` compares settings).
 """
 
@@ -18,19 +18,19 @@ class Settings:
     Parameters
     ----------
     ridge_classifier, ridge_hidden, total
-        Features are standardised, and the covariance inside labels is widened by a ridge on the classifier features,
-        one on the others, and this share of the covariance of all inputs. Fine-tuning has pulled together the texts of
-        the labels it saw, above all in the classifier features, so the covariance alone would promise a separation that
-        a new label does not have.
+        Features are standardised, and the within-label covariance is widened by a ridge on the classifier features,
+        another one on the hidden features, and ``total`` times the covariance of all inputs. Fine-tuning has pulled
+        together the texts of the labels it saw, above all in the classifier features, so the within-label covariance
+        alone would promise a separation that a new label does not have.
     positive_variance
         Spread of the cloud that an example stands for, in units of that covariance.
     penalty
-        On the row's squared distance to the prior in whitened features.
+        Weight of the row's squared distance to the prior, in whitened features.
     prior
-        ``zero``, ``imprint`` or ``lda``.
+        The row that the penalty pulls towards: ``zero``, ``imprint`` or ``lda``.
     near, near_floor
-        Old labels that take part: this many by their logits on the examples and as many by the distance of their
-        means; all of them where there are no more than ``near_floor``. The same holds for the other new labels.
+        Old labels that take part: the ``near`` ones with the largest logits on the examples, and as many with the
+        nearest means; all of them if there are at most ``near_floor``. The same holds for the other new labels.
     hard, hard_weight
         This many real inputs of old labels, the nearest to a first version of the row, are added as negatives with this
         weight (a label's mean has weight 1).
@@ -46,11 +46,11 @@ class Settings:
         A label's name takes part if its squared distance to the examples is at most this many times its distance to
         any other label.
     refit_ridge
-        Of ``ridge``: penalty per sentence, on standardised features.
+        For ``ridge``: penalty per sentence, on standardised features.
     refit_taken_weight
-        ``taken_weight`` for ``ridge`` and ``lda``; at 1 the most texts of all labels together are answered right.
+        ``taken_weight`` for ``ridge`` and ``lda``; 1 gives the highest accuracy over all labels together.
     anchor
-        Of ``anchored``: penalty on the squared distance of all rows from where they were, in whitened features.
+        For ``anchored``: weight of the rows' squared distance from where they started, in whitened features.
     """
 
     ridge_classifier: float = 1.0

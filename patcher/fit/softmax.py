@@ -1,8 +1,8 @@
-"""All rows of a new head at once: multinomial logistic regression, its penalty chosen on held-out inputs.
+"""Fit all rows of a new head at once: multinomial logistic regression, with the penalty chosen on held-out inputs.
 
-Softmax cross-entropy with a ridge on the rows is convex, so there is one answer, and no chance in it but which inputs
-are held out. The ridge is put on whitened features (``patcher.fit.model``): there the spread inside labels is the same
-in every direction, a penalty means the same for each of them, and some twenty steps are enough.
+Softmax cross-entropy with a ridge on the rows is convex, so the solution is unique, and only the choice of held-out
+inputs is random. The ridge applies to whitened features (``patcher.fit.model``): there the spread within labels is the
+same in every direction, so a penalty means the same for each of them, and about twenty steps are enough.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["PENALTIES", "SoftmaxFit", "fit_softmax"]
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Tried from the strongest to the weakest, each starting where the one before ended."""
+"""Tried from the strongest to the weakest; each fit starts from the result of the previous one."""
 
 _MOST = 20_000
-"""Inputs that the penalty is chosen on: more of them would tell the same."""
+"""Largest number of inputs that the penalty is chosen on; more would not change the choice."""
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class SoftmaxFit:
-    """Rows of all labels on all features, and those that the held-out inputs were judged with.
+    """Rows of all labels on all features, and the rows that the held-out inputs were evaluated with.
 
-    ``weight`` float32 ``[C, width]`` and ``bias`` ``[C]`` are fitted to all inputs; ``trial_weight`` and ``trial_bias``
-    to all but ``held_out`` INT64 ``[h]``, positions in the inputs, with the same ``penalty``.
+    ``weight`` float32 ``[C, width]`` and ``bias`` ``[C]`` are fitted to all inputs. ``trial_weight`` and ``trial_bias``
+    were fitted, with the same ``penalty``, to at most 20,000 inputs without those at positions ``held_out`` INT64
+    ``[h]``.
     """
 
     weight: Floats
@@ -49,9 +50,9 @@ class SoftmaxFit:
 
 
 def fit_softmax(features: Floats, ids: Ints, count: int) -> SoftmaxFit:
-    """Fit ``count`` labels to features float32 ``[n, width]`` with labels INT64 ``[n]``, two inputs a label at least.
+    """Fit ``count`` labels to features float32 ``[n, width]`` with labels INT64 ``[n]``, at least two inputs per label.
 
-    The penalty is the one whose rows give the held-out inputs the least cross-entropy.
+    The penalty is the one with the least cross-entropy on the held-out inputs.
     """
     fitted, apart = hold_out(ids, most=_MOST)
     white = _whitening(features[fitted], ids[fitted], count)
@@ -63,7 +64,7 @@ def fit_softmax(features: Floats, ids: Ints, count: int) -> SoftmaxFit:
         loss = _cross_entropy(_logits(held, rows, count), ids[apart])
         if loss < least:
             best, chosen, least = rows, penalty, loss
-    # With few inputs the spread inside labels is told better by all of them: the final fit has a whitening of its own.
+    # The final fit gets its own whitening: with few inputs, all of them estimate the spread within labels better.
     whole = _whitening(features, ids, count)
     every = whole.of(features).astype(np.float32)
     rows = minimise(_loss(every, ids, count, chosen), np.zeros_like(best), tolerance=_TOLERANCE)
@@ -76,12 +77,12 @@ def _whitening(features: Floats, ids: Ints, count: int) -> Whitening:
 
 
 def _loss(points: Floats, ids: Ints, count: int, penalty: float) -> Callable[[Doubles], tuple[float, Doubles]]:
-    """Mean cross-entropy plus ``penalty / 2 * |rows|^2``, and its slope, at rows and biases float64 ``[(r + 1) C]``."""
+    """Mean cross-entropy plus ``penalty / 2 * |rows|^2``, and its gradient, at rows then biases, ``[(r + 1) C]``."""
     number, width = points.shape
     places = np.arange(number)
 
     def loss(rows: Doubles) -> tuple[float, Doubles]:
-        # Products in single precision, which halves their time; sums in double.
+        # Matrix products in single precision take half the time; sums are in double precision.
         logits = _logits(points, rows, count)
         weight = rows[: width * count]
         value = _cross_entropy(logits, ids) + 0.5 * penalty * float(weight @ weight)
@@ -104,7 +105,7 @@ def _cross_entropy(logits: Floats, ids: Ints) -> float:
 
 
 def _raw(white: Whitening, rows: Doubles, count: int) -> tuple[Floats, Floats]:
-    """Rows on whitened features as rows on the features themselves."""
+    """Convert rows on whitened features to rows on the original features."""
     weight = rows[:-count].reshape(count, -1) @ white.points.T
     bias = rows[-count:] - weight @ white.center
     return weight.astype(np.float32), bias.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What new labels are fitted against, put together once for all that a fit does."""
+"""Everything that new labels are fitted against, put together once for all steps of a fit."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """A head that is to get new labels, and what is known of its old ones.
+    """A head that is to get new labels, and what is known about its old ones.
 
     Parameters
     ----------
     head
-        As it is.
+        The head before the patch.
     memory
-        What is kept of the old labels, or was made of the replayed inputs; None where there is neither.
+        The memory of the old labels, or one built from the replayed inputs; None if there is neither.
     old
-        The old labels as a mixture, from that memory or else from the head's rows alone.
+        The old labels as a Gaussian mixture, from that memory, or else from the head's rows alone.
     inputs
-        Real inputs of old labels, replayed ones before those of the memory; None where there are none.
+        Real inputs of old labels, replayed ones before those of the memory; None if there are none.
     max_flips
-        Share of them that may be lost to all new labels together.
+        Share of those inputs that may flip to all new labels together.
     settings
-        Figures of the fit.
+        Settings of the fit.
     """
 
     head: Head
@@ -55,27 +55,27 @@ class Task:
         max_flips: float,
         settings: Settings,
     ) -> Task:
-        """The task of labels whose ``examples`` are float32 ``[n, width]``, those of all together."""
+        """Put the task together; ``examples`` are those of all new labels, float32 ``[n, width]``."""
         if memory is None and replay is not None:
             memory = Memory.build(replay.features, replay.ids, head.labels, head.split, most_clusters=1)
         old = from_rows(head, examples, settings) if memory is None else from_memory(memory, head, settings)
         inputs = old_inputs(memory, replay, head)
         if inputs is not None and replay is not None:
-            # A few replayed texts must not lift the budget that holds on all remembered ones.
+            # The flip budget must still hold on the remembered inputs, even if only a few texts are replayed.
             inputs = inputs.beside(old_inputs(memory, None, head))
         if inputs is not None and not head.exclusive:
-            # What is an example of the new label has it by right, and is no input that the label may not have.
+            # An old text that is also an example of the new label rightly gets it, so it must not count as a flip.
             inputs = inputs.without(examples)
         return cls(head, memory, old, inputs, max_flips, settings)
 
     @property
     def replayed(self) -> OldInputs | None:
-        """The replayed ones of the inputs; None where nothing was replayed."""
+        """The replayed part of the inputs; None if nothing was replayed."""
         return self.inputs.apart()[0] if self.inputs is not None and self.inputs.source == "replay" else None
 
     @property
     def source(self) -> str:
-        """What a row's bias is set on: ``replay``, ``features`` of the memory, ``draws`` of a model, or ``none``."""
+        """What the bias is calibrated on: ``replay``, ``features`` of the memory, ``draws`` of a model, or ``none``."""
         if self.inputs is not None:
             return self.inputs.source
         return "none" if self.memory is None else "draws"

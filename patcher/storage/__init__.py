@@ -1,7 +1,7 @@
-"""Where a repository lies, and the few things that are done there: a folder of this machine, or an object store.
+"""Where a repository is stored, a local folder or an object store, and the few operations on it.
 
-Names are paths below the repository with ``/`` between their parts. Whatever changes more than one file is made so that
-a kill at any moment leaves what the journal can finish or undo.
+Names are paths relative to the repository, with ``/`` between their parts. An operation that changes several files may
+be killed at any moment: what it leaves behind is something that the journal can finish or undo.
 """
 
 from __future__ import annotations
@@ -25,95 +25,95 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+]*)://")
 
 
 class Replacement(Protocol):
-    """One file's new content, prepared so that the way back is known before the first step."""
+    """One file's new content, prepared so that undoing the change is possible before it is made."""
 
     def make(self) -> None:
-        """Put the new content in place, in one step."""
+        """Put the new content in place atomically."""
 
     def undo(self) -> None:
-        """Put back what was there; nothing where nothing was made."""
+        """Put the previous content back; does nothing if ``make`` was not called."""
 
 
 class Storage(Protocol):
     """The files of one repository."""
 
     location: Path | str
-    """The folder, or the URL, as ``--repo`` takes it."""
+    """The folder, or the URL, as given to ``--repo``."""
     in_one_step: bool
-    """Whether a folder comes and goes in one step; else a killed process can leave a part of it."""
+    """Whether a folder is added and taken away atomically; if not, a killed process can leave a part of it."""
 
     @property
     def served_from(self) -> str:
-        """What tritonserver takes as ``--model-repository``."""
+        """The value for tritonserver's ``--model-repository``."""
 
     @property
     def root(self) -> Path:
-        """The folder; InputError for a repository that is none."""
+        """The folder; InputError for a repository that is not in a folder."""
 
     def server_environment(self) -> dict[str, str]:
-        """What a server of this repository should find in its environment, beside what is there."""
+        """Environment variables that a server of this repository needs in addition to the current ones."""
 
     def there(self) -> bool:
-        """Whether there is anything at all at the location."""
+        """Whether the location exists."""
 
     def create(self, name: str, data: bytes) -> None:
-        """Make the place where there is none, with a file in it, unless that is there already."""
+        """Create the location if it does not exist, and the file in it if that does not exist."""
 
     def remove(self, name: str) -> None:
-        """Remove a file, which need not be there."""
+        """Remove a file, which need not exist."""
 
     def abandon(self, name: str, *, made: bool) -> None:
-        """Take back ``create``; with ``made`` the place itself too, if it is empty."""
+        """Undo ``create``; with ``made``, remove the location as well if it is empty."""
 
     def read(self, name: str) -> bytes:
-        """A file's content; RepositoryError where it cannot be read."""
+        """A file's content; RepositoryError if it cannot be read."""
 
     def find(self, name: str) -> bytes | None:
-        """A file's content, None where there is no such file; RepositoryError where it cannot be read."""
+        """A file's content, or None if it does not exist; RepositoryError if it cannot be read."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file exists."""
 
     def glob(self, *patterns: str) -> list[str]:
-        """Names of the files that match one of the patterns; ``*`` stands for one part, or a piece of one."""
+        """Names of the files that match one of the patterns; ``*`` matches within one part of a name."""
 
     def local(self, name: str) -> Path:
-        """A file of this machine with that content, to read."""
+        """A local file with the content of ``name``, to be read only."""
 
     def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
-        """Copy everything that Triton and patcher read into ``folder``, which is made.
+        """Copy everything that Triton and patcher read into ``folder``, which is created.
 
-        ``without`` are patterns as ``glob`` takes them: what matches one is left out, with all below it.
+        ``without`` takes patterns as ``glob`` does: whatever matches one is left out, with everything below it.
         """
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give a file new content in one step."""
+        """Replace a file's content atomically."""
 
     def replacing(self, name: str, data: bytes) -> AbstractContextManager[Replacement]:
-        """The same in two: prepared, then made, with a way back until the context ends."""
+        """Like ``replace``, but in two steps: prepared, then made. It can be undone until the context ends."""
 
     def stamp(self) -> str:
-        """A comment that makes a configuration's content unique, where that is how writers tell versions apart."""
+        """A comment that makes a configuration's content unique, for storage that detects changes by content."""
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Add folders with their files; the last file of the last one is the last to appear."""
+        """Add folders with their files; the last file of the last folder is the last to appear."""
 
     def take_away(self, folders: list[str]) -> None:
-        """Take folders (or files) away, in this order; those that are not there do not count."""
+        """Remove folders (or files) in this order; those that do not exist are ignored."""
 
     def append(self, name: str, size: int, data: bytes) -> None:
-        """Have ``data`` follow the first ``size`` bytes of a file, on disk when this returns."""
+        """Truncate a file to ``size`` bytes and append ``data``; durable when this returns."""
 
     def amend(self, name: str, change: Callable[[bytes], bytes]) -> None:
-        """Change a file whatever others do to it at the same time; the lock must be held."""
+        """Apply ``change`` to a file's content, without losing concurrent changes; the lock must be held."""
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name that is free."""
+        """Rename a file; the new name must be free."""
 
     def lock(self, timeout: float) -> AbstractContextManager[str]:
-        """Hold the repository's lock; who held it before and never gave it back, else nothing.
+        """Hold the repository's lock; yields the previous holder if it never released the lock, else an empty string.
 
-        Raises Busy when nobody who holds it has finished anything for ``timeout`` seconds.
+        Raises Busy if no holder has made progress for ``timeout`` seconds.
         """
 
     def busy(self) -> bool:
@@ -128,7 +128,7 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 def open_storage(location: str | os.PathLike[str]) -> Storage:
     """The storage at ``location``: a folder, or ``s3://BUCKET/PATH``; it need not be a repository yet.
 
-    Raises InputError for a URL that is none of an object store.
+    Raises InputError for a URL with any other scheme.
     """
     require(str, os.PathLike, location=location)
     if not is_url(location):
@@ -136,7 +136,7 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
     url = str(location)
     if not url.lower().startswith("s3://"):
         raise InputError(f"{url} is not a repository that patcher can read; expected a folder, or s3://BUCKET/PATH")
-    # Never imported for a folder: the client takes a tenth of a second, and need not be installed.
+    # Not imported for a folder: the client takes a tenth of a second to import, and need not be installed.
     from patcher.storage.object_store import ObjectStore
 
     return ObjectStore(f"s3{url[2:]}")

@@ -1,6 +1,6 @@
-"""A repository in a folder: files that are written whole or not at all, and errors of the disk in this project's words.
+"""A repository in a folder: atomic writes, and errors of the operating system as errors of this project.
 
-A folder is written elsewhere, flushed to disk and renamed into place; a file is replaced by one rename.
+A new folder is written to a staging folder, flushed to disk and renamed into place; a file is replaced by one rename.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = ["STAGING", "Disk", "read_bytes", "storage_errors"]
 
 _LOCK_FILE = ".patcher.lock"
 _WORKING = ".patcher-working"
-"""Is there for as long as somebody holds the lock, and longer where they were killed."""
+"""Marker file that exists while somebody holds the lock; it remains if the holder was killed."""
 STAGING = ".patcher-staging-"
-"""How the name of a folder begins in which something is prepared; where its process was killed it is still there."""
+"""Prefix of the folders in which changes are prepared; such a folder remains if its process was killed."""
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
 _FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
-"""What a new folder takes over from the one around it, and what a file in it does: nobody else may ever write."""
+"""Mode bits that a new folder, and the files in it, inherit from the parent folder: never write access for others."""
 
 
 class Disk:
-    """The repository in the folder ``root``; ``patcher.storage.Storage`` says what each part does."""
+    """The repository in the folder ``root``; ``patcher.storage.Storage`` documents the interface."""
 
     in_one_step = True
 
@@ -46,33 +46,36 @@ class Disk:
 
     @property
     def served_from(self) -> str:
-        """The folder, from wherever the server is started."""
+        """The absolute path, which is valid wherever the server is started."""
         return str(self.root.resolve())
 
     def server_environment(self) -> dict[str, str]:
-        """Nothing."""
+        """Empty: a server needs no variables to read a folder."""
         return {}
 
     def there(self) -> bool:
-        """Whether the folder is there."""
+        """Whether the folder exists."""
         try:
             return self.root.is_dir()
-        except OSError:  # a name that is too long, say
+        except OSError:  # the name is too long, for example
             return False
 
     def create(self, name: str, data: bytes) -> None:
-        """Make folder and file where there are none."""
+        """Create the folder and the file if they do not exist."""
         with storage_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / name).exists():
                 replace(self.root / name, data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, which need not be there."""
+        """Remove a file, which need not exist."""
         (self.root / name).unlink(missing_ok=True)
 
     def abandon(self, name: str, *, made: bool) -> None:
-        """Remove file and lock, unless another patcher is or was at work; with ``made`` the folder too, if empty."""
+        """Remove the file and the lock, unless another patcher is or was at work here.
+
+        With ``made``, remove the folder as well if it is empty.
+        """
         if not self.root.is_dir():
             return
         with contextlib.suppress(Busy, StorageError), self.lock(0):
@@ -80,17 +83,17 @@ class Disk:
                 return
             self.remove(name)
             (self.root / _WORKING).unlink(missing_ok=True)
-            # Under the lock: whoever waits for it sees that its file is gone, and takes another.
+            # Removed while the lock is held: whoever waits for it notices that the file is gone, and creates a new one.
             self.remove(_LOCK_FILE)
             if made and not any(self.root.iterdir()):
                 self.root.rmdir()
 
     def read(self, name: str) -> bytes:
-        """A file's content; RepositoryError where it cannot be read."""
+        """A file's content; RepositoryError if it cannot be read."""
         return read_bytes(self.root / name)
 
     def find(self, name: str) -> bytes | None:
-        """A file's content, None where there is none."""
+        """A file's content, or None if it does not exist."""
         try:
             return (self.root / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +102,7 @@ class Disk:
             raise RepositoryError(f"cannot read {self.root / name}: {error.strerror or error}") from error
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         return (self.root / name).is_file()
 
     def glob(self, *patterns: str) -> list[str]:
@@ -112,7 +115,7 @@ class Disk:
         return self.root / name
 
     def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
-        """Copy the folder, without lock and leftovers."""
+        """Copy the folder without the lock and leftovers."""
         left = {path for pattern in without for path in self.root.glob(pattern)}
         own = shutil.ignore_patterns(".patcher*")
 
@@ -122,7 +125,7 @@ class Disk:
         shutil.copytree(self.root, folder, ignore=ignored)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Give a file new content by one rename."""
+        """Replace a file's content by one rename."""
         if not (self.root / name).exists():
             with self._staging(_parent(name)) as staging:
                 replace(self.root / name, data, staging, newer_than=self._newest(name))
@@ -136,7 +139,7 @@ class Disk:
 
     @contextlib.contextmanager
     def replacing(self, name: str, data: bytes) -> Iterator[Replacement]:
-        """The same with a way back, which is a rename of what was there, so that it works on a full disk, too."""
+        """Like ``replace``, but it can be undone: by renaming the old file back, which works even on a full disk."""
         path = self.root / name
         with self._staging(_parent(name)) as staging:
             before = staging / "before"
@@ -147,29 +150,29 @@ class Disk:
             yield Replacement(path, data, before, self._newest(name))
 
     def _newest(self, name: str) -> int:
-        """The latest time of anything in the model that a file belongs to; 0 for a file of no model.
+        """The latest modification time (ns) of anything in the model that a file belongs to; 0 for a file of no model.
 
-        A server loads a model again only where that has grown, which the clock alone does not see to: files may be
-        dated ahead of it, where it was set back or where they were copied from another machine.
+        Triton reloads a model only if this time has increased. The clock alone does not ensure that: files may be dated
+        in the future because the clock was set back or because they were copied from another machine.
         """
         model, *below = PurePosixPath(name).parts
         paths = (self.root / model, *(self.root / model).rglob("*")) if below else ()
         return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
 
     def stamp(self) -> str:
-        """Nothing: the kernel's lock goes with its process, so that nobody writes who lost it."""
+        """Empty: a process keeps the kernel's lock until it ends, so nobody writes after losing it."""
         return ""
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Write all folders elsewhere, then rename one after the other into place, flushed."""
+        """Write all folders to a staging folder, then flush them and rename them into place one by one."""
         parent = _parent(next(iter(folders)))
         with self._staging(parent) as staging:
             for name, files in folders.items():
                 _write(staging / PurePosixPath(name).name, files)
             moved: list[tuple[Path, Path]] = []
             try:
-                # The last name makes the whole visible; what an export left that was killed before it got there is in
-                # the way.
+                # The last rename makes the whole visible. Leftovers of an export that was killed before that point may
+                # be in the way.
                 for name in folders:
                     target, made = self.root / name, staging / PurePosixPath(name).name
                     if target.exists():
@@ -183,7 +186,7 @@ class Disk:
                 raise
 
     def take_away(self, folders: list[str]) -> None:
-        """Rename them out of the way, each in one step, and then delete: none of it asks a full disk for room."""
+        """Rename each one out of the way atomically, then delete them: this needs no space on a full disk."""
         moved: list[tuple[Path, Path]] = []
         with storage_errors(self.root, "nothing was taken away"):
             try:
@@ -197,13 +200,13 @@ class Disk:
             _delete(aside)
 
     def append(self, name: str, size: int, data: bytes) -> None:
-        """Write behind the first ``size`` bytes and flush; StorageError, with nothing added, where that fails."""
+        """Write after the first ``size`` bytes and flush; StorageError, with nothing added, if that fails."""
         path = self.root / name
         try:
-            # Unbuffered: what a buffer still holds of a line that did not fit would follow when the file is closed.
+            # Unbuffered: a buffer would write the rest of a line that did not fit when the file is closed.
             with path.open("ab", buffering=0) as file:
                 try:
-                    file.truncate(size)  # the torn line of a process that was killed while it wrote
+                    file.truncate(size)  # drops the incomplete line of a process that was killed while writing
                     while data:
                         data = data[file.write(data) :]
                     os.fsync(file.fileno())
@@ -214,22 +217,22 @@ class Disk:
             raise StorageError(f"cannot write to {path}: {error.strerror or error}; nothing was changed") from error
 
     def amend(self, name: str, change: Callable[[bytes], bytes]) -> None:
-        """Replace the file: whoever holds the lock is alone."""
+        """Replace the file: while the lock is held, nobody else changes it."""
         self.replace(name, change(self.find(name) or b""))
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name."""
+        """Rename a file."""
         (self.root / old).rename(self.root / new)
 
     @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[str]:
-        """Hold the kernel's lock on a file, which goes with the process that holds it, however that ends."""
+        """Hold the kernel's lock on a file, which is released when its process ends, however that happens."""
         import filelock
 
         lock = filelock.FileLock(self.root / _LOCK_FILE)
         with storage_errors(self.root):
             try:
-                lock.acquire(timeout=0)  # what others get on with is looked at only where there are any
+                lock.acquire(timeout=0)  # the progress of others is checked only if somebody else holds the lock
             except filelock.Timeout:
                 self._wait(lock, timeout)
         working = self.root / _WORKING
@@ -256,7 +259,7 @@ class Disk:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             return True
-        except OSError:  # a folder that nobody can write to: nobody writes to it
+        except OSError:  # the lock file cannot be opened for writing: the folder is read-only, so nobody writes to it
             return False
         lock.release()
         return False
@@ -270,7 +273,7 @@ class Disk:
                 lock.acquire(timeout=min(timeout, _PATIENCE_SECONDS), poll_interval=0.02)
                 return
             except filelock.Timeout as error:
-                # A queue of patchers that get on is no reason to give up.
+                # Do not give up while the patchers ahead in the queue make progress.
                 if (now := self._progress()) != seen:
                     seen, deadline = now, time.monotonic() + timeout
                 elif time.monotonic() >= deadline:
@@ -283,18 +286,18 @@ class Disk:
         return {path.name: path.stat().st_mtime_ns for path in self.root.glob(_JOURNALS)}
 
     def _sweep(self) -> None:
-        # Whoever holds the lock is alone: staging folders that lie here belong to processes that were killed. They are
-        # looked for only after such a one: there may be thousands of heads to look into.
+        # The lock is held, so any staging folder left here belongs to a process that was killed. This search runs only
+        # after such a kill, since there may be thousands of heads to look into.
         for pattern in (f"{STAGING}*", f"*/{STAGING}*", f"*/1/{STAGING}*"):
             for leftover in self.root.glob(pattern):
                 _delete(leftover)
 
     @contextlib.contextmanager
     def _staging(self, folder: str) -> Iterator[Path]:
-        """A folder on the repository's own file system, gone afterwards.
+        """A temporary folder on the repository's own file system, removed afterwards.
 
-        Inside a model's folder it bothers no server even when a killed process leaves it behind, while one at the root
-        would stop a server that loads all it finds: only what adds whole models, or takes them away, stages there.
+        If a killed process leaves it behind inside a model's folder, no server minds. At the root, it would stop a
+        server that loads everything it finds, so that is done only to add or take away whole models.
         """
         with storage_errors(self.root):
             path = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.root / folder))
@@ -309,7 +312,7 @@ def _parent(name: str) -> str:
 
 
 def _delete(path: Path) -> None:
-    """Delete what is of no use to anybody, as far as that can be done now."""
+    """Delete a file or folder that nobody needs any more, ignoring errors."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -328,16 +331,16 @@ def _write(folder: Path, files: Mapping[str, bytes | Path]) -> None:
 
 
 def _share(folder: Path, mode: int) -> None:
-    """Let those who may read and change a folder of this mode do the same with ``folder`` and all below it.
+    """Give everyone who may read or change a folder of this ``mode`` the same access to ``folder`` and all below it.
 
-    The umask of whoever runs patcher may be narrower, and a server is often another user.
+    The umask of whoever runs patcher may be more restrictive, and the server often runs as another user.
     """
     for path in (folder, *folder.rglob("*")):
         set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else _FILE_BITS))
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content; RepositoryError where it cannot be read."""
+    """A file's content; RepositoryError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -346,9 +349,9 @@ def read_bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def storage_errors(root: Path, state: str = "nothing was changed") -> Iterator[None]:
-    """Turn what the operating system says of writing below ``root`` into a StorageError; ``state`` is how it is now.
+    """Turn an OSError from writing below ``root`` into a StorageError.
 
-    The body sees to it that this is true.
+    ``state`` tells the user how things are after the failure; the body of the context must make sure that it is true.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Renames with a way back, and what has a file or a folder on disk when it returns."""
+"""Renames and replacements that can be undone, and flushing files and folders to disk."""
 
 from __future__ import annotations
 
@@ -21,37 +21,40 @@ _LATER_NS = 1_000_000
 
 
 class Replacement:
-    """A file's new content, prepared beside ``before``, what is there now; ``patcher.storage`` says what each does."""
+    """A file's new content, to replace the one kept as ``before``; ``patcher.storage`` documents the interface.
+
+    ``newest`` is the modification time (ns) that the new file's has to exceed.
+    """
 
     def __init__(self, path: Path, data: bytes, before: Path, newest: int) -> None:
         self.path, self.data, self.before, self.newest = path, data, before, newest
         self.tried = False
 
     def make(self) -> None:
-        """Put it in place."""
+        """Put the new content in place."""
         self.tried = True
         self.newest = replace(self.path, self.data, self.before.parent, newer_than=self.newest)
 
     def undo(self) -> None:
-        """Put back what was there, by one rename; StorageError where that fails."""
+        """Put the previous content back by one rename; StorageError if that fails."""
         with uninterrupted(), _way_back() as tried, tried(self.path):
-            # What could not be made is there still, often as the very file that the way back would rename.
+            # If the new content was not put in place, the old file is still there, usually hard-linked to ``before``.
             if not self.tried or (self.path.exists() and self.before.samefile(self.path)):
                 return
-            with contextlib.suppress(OSError):  # somebody else's file, say: to rename it is allowed, to date it is not
+            with contextlib.suppress(OSError):  # a file of another user, for example, may be renamed but not dated
                 _date(self.before, self.newest)
             self.before.replace(self.path)
             flush_folder(self.path.parent, tolerant=True)
 
 
 def move(path: Path, to: Path, moved: list[tuple[Path, Path]]) -> None:
-    """Rename, noted for the way back."""
-    moved.append((path, to))  # first: one that is interrupted may have been done
+    """Rename a file or folder, and record that in ``moved`` so that it can be undone."""
+    moved.append((path, to))  # recorded first: an interrupted rename may have taken place
     path.rename(to)
 
 
 def move_back(moved: Sequence[tuple[Path, Path]]) -> None:
-    """Undo renames, the last one first, as far as that can be done; StorageError names what could not be put back."""
+    """Undo as many renames as possible, the last one first; StorageError names those that could not be undone."""
     with uninterrupted(), _way_back() as tried:
         for before, now in reversed(moved):
             with tried(before):
@@ -63,7 +66,7 @@ def move_back(moved: Sequence[tuple[Path, Path]]) -> None:
 
 @contextlib.contextmanager
 def _way_back() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
-    """Let each step of a way back be tried whatever becomes of the others; StorageError then names all that failed."""
+    """Try every step of an undo even if others fail; StorageError then names all that failed."""
     failed: dict[Path, OSError] = {}
 
     @contextlib.contextmanager
@@ -83,9 +86,10 @@ def _way_back() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
 
 
 def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0) -> int:
-    """Give a file new content by one rename, flushed; written in ``staging``, a folder on the same file system.
+    """Replace a file's content by one rename, and flush it.
 
-    It keeps its mode, so that whoever could read it still can. Returns its time, which is after ``newer_than``.
+    The new file is written to ``staging``, a folder on the same file system. It keeps the old one's mode, so whoever
+    could read it still can. Returns its modification time, which is later than ``newer_than`` (both in ns).
     """
     temporary = (staging or path.parent) / f".{path.name}.new"
     try:
@@ -96,7 +100,7 @@ def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: in
         if path.exists():
             set_mode(temporary, path.stat().st_mode)
         time_ns = _date(temporary, newer_than)
-    except OSError:  # half a file on a full disk helps nobody
+    except OSError:  # leave no partial file on a full disk
         temporary.unlink(missing_ok=True)
         raise
     new = not path.exists()
@@ -111,20 +115,20 @@ def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: in
 
 
 def _date(path: Path, newer_than: int) -> int:
-    """Date a file after ``newer_than`` (in nanoseconds), unless it is; returns its time."""
+    """Make sure that a file's modification time is later than ``newer_than`` (in ns), and return it."""
     if path.stat().st_mtime_ns <= newer_than:
         os.utime(path, ns=(newer_than + _LATER_NS,) * 2)
     return path.stat().st_mtime_ns
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Give a file or folder a mode, unless it has it: some file systems have one for all, and let nobody set it."""
+    """Set the mode of a file or folder if it differs: some file systems have a fixed mode and reject any change."""
     if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
         path.chmod(stat.S_IMODE(mode))
 
 
 def flush_tree(folder: Path) -> None:
-    """Have a folder and all below it on disk when this returns."""
+    """Flush a folder and everything below it to disk."""
     for directory, _, files in os.walk(folder):
         for name in files:
             with (Path(directory) / name).open("rb") as file:
@@ -133,8 +137,8 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush_folder(folder: Path, *, tolerant: bool = False) -> None:
-    """Have the names in a folder on disk when this returns; ``tolerant`` puts up with a disk that will not."""
-    # On the way back nothing may fail any more.
+    """Flush the entries of a folder to disk; ``tolerant`` ignores errors."""
+    # An undo must not fail on this.
     with contextlib.suppress(OSError) if tolerant else contextlib.nullcontext():
         descriptor = os.open(folder, os.O_RDONLY)
         try:

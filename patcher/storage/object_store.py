@@ -1,8 +1,8 @@
-"""A repository in an object store, where nothing can be renamed and no process can hold a lock for certain.
+"""A repository in an object store, which offers neither renames nor reliable locks.
 
-What stands in for the rename of a folder: the objects of a version are uploaded one by one, the head last, and nothing
-that serves names the version before the one PUT that pins it. What stands in for the lock: an object
-(``patcher.lease``), and that every write is conditional on the object being the one that was read under the lock.
+Instead of renaming a folder, the objects of a version are uploaded one by one, the head last, and no server loads the
+version before the single PUT that pins it. Instead of a lock, there is a lease object (``patcher.lease``), and every
+write is a compare-and-swap: it succeeds only if the object is still the one that was read under the lease.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TRIES = 20
 
 
 class ObjectStore:
-    """The repository at an ``s3://`` URL; ``patcher.storage.Storage`` says what each part does.
+    """The repository at an ``s3://`` URL; ``patcher.storage.Storage`` documents the interface.
 
-    While the lock is held, what was read once is remembered: nobody else writes, and if somebody does all the same, the
-    next write fails instead of overwriting it.
+    While the lock is held, objects that were read are cached: nobody else should write, and if somebody does, the next
+    write to that object fails instead of overwriting it.
     """
 
     in_one_step = False
@@ -51,64 +51,64 @@ class ObjectStore:
 
     @property
     def served_from(self) -> str:
-        """The URL with the endpoint in it, since tritonserver does not know $AWS_ENDPOINT_URL."""
+        """The URL including the endpoint, since tritonserver does not know $AWS_ENDPOINT_URL."""
         return self.bucket.served_from
 
     def server_environment(self) -> dict[str, str]:
-        """The region: without one, tritonserver's client looks for it for ten seconds, as on a machine of Amazon's."""
+        """The region: without it, tritonserver's client spends ten seconds looking for one, as if it ran on EC2."""
         return {"AWS_DEFAULT_REGION": self.bucket.region}
 
     @property
     def root(self) -> Path:
-        """None: InputError."""
+        """Raises InputError: there is no folder."""
         raise InputError(f"{self.location} is not a folder; this needs a repository on this machine")
 
     def there(self) -> bool:
-        """Always: that a bucket is missing shows when it is read."""
+        """Always True: a missing bucket is noticed when it is read."""
         return True
 
     def create(self, name: str, data: bytes) -> None:
-        """Write the file where there is none."""
+        """Write the object if it does not exist."""
         if self.bucket.tag(name) is None:
-            with contextlib.suppress(LockLost):  # somebody was quicker
+            with contextlib.suppress(LockLost):  # somebody else created it first
                 self.bucket.put(name, data, None)
 
     def remove(self, name: str) -> None:
-        """Delete an object, which need not be there."""
+        """Delete an object, which need not exist."""
         self._check()
         self.bucket.delete(name)
         self._forget(name)
 
     def abandon(self, name: str, *, made: bool) -> None:  # noqa: ARG002  there are no folders
-        """Delete the file where nothing else lies beside it; the lock stays, as others may hold it by now."""
-        with contextlib.suppress(StorageError):  # what made us abandon it is the error to tell
+        """Delete the object if there is nothing else but the lock, which stays: others may already hold it."""
+        with contextlib.suppress(StorageError):  # the error to report is the one that led here
             if self._names() <= {name, _LOCK}:
                 self.remove(name)
 
     def read(self, name: str) -> bytes:
-        """An object's content; RepositoryError where there is none."""
+        """An object's content; RepositoryError if it does not exist."""
         data = self.find(name)
         if data is None:
             raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
         return data
 
     def find(self, name: str) -> bytes | None:
-        """An object's content, None where there is none."""
+        """An object's content, or None if it does not exist."""
         return self._get(name)[1]
 
     def has(self, name: str) -> bool:
-        """Whether there is such an object."""
+        """Whether the object exists."""
         return name in self._names() if self._lease else self.bucket.tag(name) is not None
 
     def glob(self, *patterns: str) -> list[str]:
-        """Names of the objects that match, part by part: of one request, for no more names than can match."""
+        """Names of the objects that match, part by part; only names with the patterns' common prefix are requested."""
         parts = [pattern.split("/") for pattern in patterns]
         below = os.path.commonprefix([re.split(r"[*?\[]", pattern)[0] for pattern in patterns])  # noqa: RUF071  of names
         names = self._names() if self._lease else self.bucket.names(below)
         return sorted(name for name in names if any(_matches(name.split("/"), each) for each in parts))
 
     def local(self, name: str) -> Path:
-        """A copy in the user's cache, made once for each content that the object ever had."""
+        """A copy in the user's cache, downloaded once for each ETag of the object."""
         tag = self.bucket.tag(name)
         if tag is None:
             raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
@@ -123,7 +123,7 @@ class ObjectStore:
         return path
 
     def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
-        """Download everything but the lock."""
+        """Download everything except the lock."""
         left = [pattern.split("/") for pattern in without]
         with storage_errors(folder):
             for name in self._names() - {_LOCK}:
@@ -134,48 +134,48 @@ class ObjectStore:
                 self.bucket.download(name, folder / name)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write an object anew, on the condition that it is the one that was read."""
+        """Overwrite an object on the condition that it is still the one that was read."""
         self._put(name, data, self._get(name)[0])
 
     @contextlib.contextmanager
     def replacing(self, name: str, data: bytes) -> Iterator[_Replacement]:
-        """The same with a way back."""
+        """Like ``replace``, but it can be undone."""
         yield _Replacement(self, name, data, self.read(name))
 
     def stamp(self) -> str:
-        """A comment: without it, a pin and one long after it could be the same bytes, and have the same ETag."""
+        """A unique comment: without it, two pins at different times could have equal content and thus the same ETag."""
         return f"# patcher {uuid.uuid4().hex}\n"
 
     def add(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> None:
-        """Upload the files one by one, each only where there is none."""
-        # What an export left that was killed before it got to the end.
+        """Upload the files one by one, each only if it does not exist."""
+        # Leftovers of an export that was killed before it was complete.
         self.take_away(list(folders))
         try:
             for folder, files in folders.items():
                 for name, content in files.items():
                     self._put(f"{folder}/{name}", content, None)
-        except LockLost:  # what lies there now is somebody else's
+        except LockLost:  # the object that is there now belongs to somebody else
             raise
         except BaseException:
-            self._listed = None  # one that failed may have got through all the same
+            self._listed = None  # an upload that reported an error may have succeeded nevertheless
             with contextlib.suppress(StorageError):
                 self.take_away(list(folders))
             raise
 
     def take_away(self, folders: list[str]) -> None:
-        """Delete folder by folder, in each first what makes it complete: the configuration, the head."""
+        """Delete folder by folder, starting in each with what makes it complete: the configuration, the head."""
         for folder in folders:
             names = [name for name in self._names() if name == folder or name.startswith(f"{folder}/")]
             for name in sorted(names, key=lambda name: (not name.endswith(("config.pbtxt", "/model.onnx")), name)):
                 self.remove(name)
 
     def append(self, name: str, size: int, data: bytes) -> None:
-        """Write the whole object anew, on the condition that it is the one that was read."""
+        """Overwrite the whole object on the condition that it is still the one that was read."""
         tag, content = self._get(name)
         self._put(name, (content or b"")[:size] + data, tag)
 
     def amend(self, name: str, change: Callable[[bytes], bytes]) -> None:
-        """Read and write until nobody came in between."""
+        """Read, change and write, and retry if somebody else wrote in between (compare-and-swap)."""
         for _ in range(_TRIES):
             self._known.pop(name, None)
             self._check()
@@ -186,7 +186,7 @@ class ObjectStore:
         raise LockLost(f"{self.location}/{name} keeps being changed by others; nothing was changed")
 
     def rename(self, old: str, new: str) -> None:
-        """Write it under the other name, then delete it."""
+        """Write the content under the new name, then delete the old object."""
         self._put(new, self.read(old), None)
         self.remove(old)
 
@@ -203,12 +203,12 @@ class ObjectStore:
             lease.release()
 
     def busy(self) -> bool:
-        """Whether somebody holds the lock object, and keeps it fresh."""
+        """Whether somebody holds the lock object and keeps renewing it."""
         return Lease(self._hurried, _LOCK).held()
 
     @cached_property
     def _hurried(self) -> Bucket:
-        """For the lock, whose holder can wait for no answer longer than it lasts."""
+        """The bucket with short timeouts, for the lock: its holder cannot wait for an answer longer than it lasts."""
         return self.bucket.hurried(REQUEST_SECONDS)
 
     def _progress(self) -> dict[str, str]:
@@ -251,21 +251,21 @@ class ObjectStore:
             self._listed.discard(name)
 
     def read_again(self, name: str) -> bytes:
-        """What an object holds now, whatever was remembered of it."""
+        """An object's content as it is now, bypassing the cache."""
         self._known.pop(name, None)
         return self.read(name)
 
     def pace(self, name: str) -> None:
-        """Wait until an object written now is dated later than it is: a store dates by whole seconds.
+        """Wait until a new write of an object will have a later date: a store dates objects by whole seconds.
 
-        By that date a server tells whether there is anything to load.
+        By that date a server decides whether to reload.
         """
         found = self.bucket.get(name)
         if found and found.age < 1.0:
             time.sleep(1.0)
 
     def suppose(self, name: str, data: bytes) -> None:
-        """Remember for as long as the lock is held that an object may have this content: nobody can ask it now."""
+        """While the lock is held, assume that an object has this content: the store cannot be asked now."""
         if self._lease:
             self._known[name] = ("", data)
 
@@ -284,7 +284,7 @@ class _Replacement:
         if not self.tried:
             return
         try:
-            # A PUT that failed may have got through all the same; what somebody else wrote since is not ours to undo.
+            # A PUT that reported an error may have succeeded. What somebody else has written since is not undone.
             if self.storage.read_again(self.name) == self.data:
                 self.storage.pace(self.name)
                 self.storage.replace(self.name, self.before)

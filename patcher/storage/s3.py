@@ -1,7 +1,7 @@
-"""A place in an S3 bucket: whole objects read and written, every write on the condition that nobody else wrote before.
+"""A location in an S3 bucket: whole objects are read and written, and every write is a compare-and-swap.
 
-An object store has no rename and no lock, but a single PUT is atomic, and one with ``If-Match`` succeeds only where the
-object still is the one that was read. All that patcher promises about object stores rests on these two.
+An object store has no rename and no lock. But a single PUT is atomic, and with ``If-Match`` it succeeds only if the
+object is still the one that was read. All of patcher's guarantees on object stores rest on these two properties.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _URL = re.compile(
 )
 _HOST = re.compile(r"[0-9A-Za-z.-]+(:\d+)?")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_PATH = re.compile(r"(/[0-9a-zA-Z._-]+)*")  # what tritonserver's own client takes
+_PATH = re.compile(r"(/[0-9a-zA-Z._-]+)*")  # the paths that tritonserver's own client accepts
 _AMAZON = re.compile(r"https://s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _NOT_THERE = ("NoSuchKey", "404")
@@ -38,7 +38,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Object:
-    """An object as it was read: ``tag`` is the ETag, ``age`` the seconds since it was written by the store's clock."""
+    """An object as it was read: ``tag`` is its ETag, ``age`` the seconds since its last write, by the store's clock."""
 
     tag: str
     data: bytes
@@ -46,9 +46,9 @@ class Object:
 
 
 def parse_url(url: str) -> tuple[str | None, str, str]:
-    """Endpoint (None where the environment names it, or it is Amazon's), bucket and path of an S3 URL.
+    """Endpoint, bucket and path of an S3 URL; the endpoint is None if the URL does not contain one.
 
-    Both ``s3://BUCKET/PATH`` and tritonserver's ``s3://http://HOST:PORT/BUCKET/PATH`` are taken; InputError for others.
+    Accepts ``s3://BUCKET/PATH`` and tritonserver's ``s3://http://HOST:PORT/BUCKET/PATH``; InputError for others.
     """
     found = _URL.fullmatch(url)
     if found is None:
@@ -75,14 +75,14 @@ def parse_url(url: str) -> tuple[str | None, str, str]:
 
 
 class Bucket:
-    """The objects of ``url`` and below; names are relative to it.
+    """The objects below ``url``; names are relative to it.
 
-    Credentials and region, and the endpoint where the URL has none, are found as every AWS tool does: in the
+    Credentials and region, and the endpoint if the URL has none, are looked up as by every AWS tool: in the
     environment, in ``~/.aws``, or from the machine's role.
 
-    ``timeout`` is how long it waits for an answer each of ``tries`` times.
+    Each request is tried up to ``tries`` times, and waits up to ``timeout`` seconds for an answer each time.
 
-    Raises ToolError where botocore is missing, InputError for a URL that is none, or settings that cannot be read.
+    Raises ToolError if botocore is missing, InputError for an invalid URL or settings that cannot be read.
     """
 
     def __init__(self, url: str, *, timeout: float = 60.0, tries: int = 3) -> None:
@@ -92,7 +92,7 @@ class Bucket:
         self._answered = threading.Event()
 
     def hurried(self, timeout: float) -> Bucket:
-        """The same place for who cannot wait as long: two tries of ``timeout`` seconds."""
+        """The same location with shorter waits: two tries of ``timeout`` seconds each."""
         bucket = Bucket(self.url, timeout=timeout, tries=2)
         bucket._session, bucket._answered = self._session, self._answered
         return bucket
@@ -114,21 +114,21 @@ class Bucket:
             connect_timeout=min(5.0, self._timeout),
             read_timeout=self._timeout,
             retries={"mode": "standard", "total_max_attempts": self._tries},
-            # Stores that only speak like Amazon's need not know its checksums.
+            # S3-compatible stores need not know Amazon's checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
         with self._mapped("", "read"):
             try:
                 return session.create_client("s3", endpoint_url=self._endpoint, config=config)
-            except ValueError as error:  # what it says of an endpoint that is none
+            except ValueError as error:  # botocore's error for an invalid endpoint
                 raise InputError(
                     f"cannot use the endpoint for {self.url}: {error}; expected http://HOST:PORT"
                 ) from error
 
     @property
     def served_from(self) -> str:
-        """The URL as tritonserver takes it: with the endpoint in it, and a port."""
+        """The URL in tritonserver's form, with the endpoint and its port; unchanged for Amazon's own endpoints."""
         endpoint = str(self._client.meta.endpoint_url)
         if self._endpoint is None and _AMAZON.fullmatch(endpoint):
             return self.url
@@ -145,7 +145,7 @@ class Bucket:
         return "us-east-1" if region == "aws-global" else region
 
     def get(self, name: str) -> Object | None:
-        """An object, None where there is none."""
+        """An object, or None if it does not exist."""
         answer = self._call("get_object", name, unless=_NOT_THERE)
         if answer is None:
             return None
@@ -153,12 +153,12 @@ class Bucket:
             return Object(answer["ETag"], answer["Body"].read(), _age(answer))
 
     def tag(self, name: str) -> str | None:
-        """An object's ETag, None where there is none."""
+        """An object's ETag, or None if it does not exist."""
         answer = self._call("head_object", name, unless=_NOT_THERE)
         return None if answer is None else str(answer["ETag"])
 
     def download(self, name: str, path: Path) -> None:
-        """Write an object to a file; RepositoryError where there is none."""
+        """Download an object to a file; RepositoryError if it does not exist."""
         answer = self._call("get_object", name, unless=_NOT_THERE)
         if answer is None:
             raise RepositoryError(f"cannot read {self.url}/{name}: no such object")
@@ -167,9 +167,9 @@ class Bucket:
                 file.write(chunk)
 
     def put(self, name: str, content: bytes | Path, tag: str | None) -> str:
-        """Write an object whose ETag is still ``tag`` (None: that is not there yet), and return its new ETag.
+        """Write an object whose ETag is still ``tag`` (None: which does not exist yet), and return its new ETag.
 
-        Raises LockLost, with nothing written, where it is another one by now.
+        Raises LockLost, with nothing written, if somebody else has changed the object in the meantime.
         """
         condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
         with contextlib.ExitStack() as stack:
@@ -178,7 +178,7 @@ class Bucket:
             answer = self._call("put_object", name, doing="write", unless=taken, Body=body, **condition)
         if answer is not None:
             return str(answer["ETag"])
-        # An answer that was lost on its way, and asked for again, looks like this, too: then what lies there is ours.
+        # A retry after a lost response is refused, too; then the object already has our content.
         found = self.get(name)
         if found is not None and found.data == (content if isinstance(content, bytes) else content.read_bytes()):
             return found.tag
@@ -188,11 +188,11 @@ class Bucket:
         )
 
     def delete(self, name: str) -> None:
-        """Delete an object, which need not be there."""
+        """Delete an object, which need not exist."""
         self._call("delete_object", name, doing="write")
 
     def names(self, beginning: str = "") -> dict[str, str]:
-        """ETag of every object, by name; of those alone whose names have this beginning."""
+        """The ETags of all objects whose names start with ``beginning``, by name."""
         prefix, found = self._key(""), {}
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix + beginning)
         with self._mapped("", "read"):
@@ -204,7 +204,7 @@ class Bucket:
     def _call(
         self, operation: str, name: str, *, doing: str = "read", unless: tuple[str, ...] = (), **arguments: Any
     ) -> Any:
-        """What the store answers; None where it answers with one of the error codes ``unless``."""
+        """The store's answer, or None if it is one of the error codes in ``unless``."""
         client = self._client
         from botocore.exceptions import ClientError
 
@@ -244,7 +244,7 @@ class Bucket:
             raise self._unfit(f"cannot {doing} {where}: {error}; are the AWS settings right?") from error
 
     def _unfit(self, message: str) -> PatcherError:
-        # What was right a moment ago, and then ran out, is no wrong usage: something may have been changed by now.
+        # Settings that worked before and have expired since are not a usage error: something may have been changed.
         return StorageError(message) if self._answered.is_set() else InputError(message)
 
     def _refused(self, where: str, doing: str, error: Any) -> PatcherError:
@@ -262,7 +262,7 @@ class Bucket:
 
 
 def _age(answer: Any) -> float:
-    # Both by the store's clock, so that nobody's own need be right.
+    # Both times are by the store's clock, so no client's clock needs to be right.
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if date is None:
         raise StorageError(
@@ -275,5 +275,5 @@ def _age(answer: Any) -> float:
             f"the object store dates its answers {date!r:.80}; expected a date of HTTP, such as 'Thu, 01 Jan 2026 "
             "00:00:00 GMT', which tells whether a lock is still held"
         ) from None
-    now = now if now.tzinfo else now.replace(tzinfo=dt.timezone.utc)  # "-0000" says no zone, and means this one
+    now = now if now.tzinfo else now.replace(tzinfo=dt.timezone.utc)  # "-0000" gives a naive time, which is UTC
     return float((now - answer["LastModified"]).total_seconds())

@@ -1,4 +1,4 @@
-"""The server as seen by everything else here: text in, answers and features out, and model control, over gRPC."""
+"""A gRPC client for a Triton server: text in, answers and features out, and model control."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
 
 _IN_FLIGHT = 2
-"""Requests sent at once where texts need several: the server tokenizes one while its backbone runs the other."""
+"""Concurrent requests, if the texts need several: the server tokenizes one while its backbone runs the other."""
 _PROBE_SECONDS = 5.0
 _LARGEST_MESSAGE = 2**31 - 1
 _LARGEST_PORT = 2**16 - 1
 _RECONNECT_MS = (100, 1000)
 _NO_MODEL = "patcher.json"
-"""A name that no model of a repository has (``check_name`` refuses it)."""
+"""A name that no model in a repository can have (``check_name`` refuses it)."""
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 
@@ -54,7 +54,7 @@ class ServerMetadata:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One line of the repository index: ``state`` is READY, UNAVAILABLE, LOADING, UNLOADING or empty (never loaded)."""
+    """An entry of the repository index: ``state`` is READY, UNAVAILABLE, LOADING, UNLOADING or empty (never loaded)."""
 
     name: str
     version: str
@@ -64,7 +64,7 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What one version of a model has done since it was loaded; times are sums over requests, in nanoseconds."""
+    """Counters of one model version since it was loaded; times are sums over all requests, in nanoseconds."""
 
     name: str
     version: str
@@ -82,22 +82,23 @@ def _client_class() -> Any:
 
     class Client(triton.InferenceServerClient):  # type: ignore[misc]  # it has no types
         def __del__(self) -> None:
-            with suppress(AttributeError):  # of one that Ctrl-C left half made
+            with suppress(AttributeError):  # raised if Ctrl-C interrupted the constructor
                 super().__del__()
 
     return Client
 
 
 class TritonServer:
-    """A Triton server at ``url`` (gRPC, HOST:PORT).
+    """A client for the Triton server at ``url`` (gRPC, HOST:PORT).
 
-    ``admin_key`` goes along with model control, where the server restricts that; without it the key that a server made
-    for itself, where this user started that on this machine. ``timeout`` in seconds bounds every call; ``tls`` encrypts
-    all of it and says whom to trust. A classifier in a backbone's head store is asked for by its address,
-    ``ENSEMBLE/NAME``, any other model by its name. Every method raises ServerUnreachable where nobody answers in time
-    (TlsError where somebody does, but without the TLS asked for; WrongPort where a server does by HTTP) and
-    ServerRefused where the server says no; what it could not do otherwise is a ServerError. The class itself raises
-    InputError for an address, a timeout or a key that is none.
+    ``admin_key`` authorises model control if the server restricts it. Without it, model control uses the key that a
+    server generated for itself, if this user started that server on this machine. ``timeout`` bounds every call, in
+    seconds. ``tls`` encrypts the connection and defines whom to trust. A classifier in a backbone's head store is
+    addressed as ``ENSEMBLE/NAME``, any other model by its name.
+
+    Methods raise ServerUnreachable if nobody answers in time (TlsError if somebody does, but without the requested TLS;
+    WrongPort if a server answers by HTTP), ServerRefused if the server refuses, and ServerError for any other failure.
+    The constructor raises InputError for an invalid address, timeout or key.
     """
 
     def __init__(
@@ -151,13 +152,13 @@ class TritonServer:
         return self._connection(self.url)
 
     def _connection(self, url: str) -> Any:
-        # A proxy from the environment would be asked for this very machine, too.
+        # gRPC would use a proxy from the environment even to reach this machine itself.
         proxy = int(not self.url.startswith(_LOOPBACK))
         arguments: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.enable_http_proxy", proxy),
-            # gRPC would let up to two minutes pass before it tries a server again that was restarted.
+            # By default, gRPC may wait up to two minutes before it reconnects to a server that was restarted.
             ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS[0]),
             ("grpc.min_reconnect_backoff_ms", _RECONNECT_MS[1]),
             ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS[1]),
@@ -191,19 +192,19 @@ class TritonServer:
 
     @contextmanager
     def _controlled(self, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """A connection for model control, and options with the key for it."""
+        """A connection for model control, and call options that include the admin key."""
         client, headers = self._client, None
-        # Looked for each time: a server that was started again has another one.
+        # Looked up for each call: a restarted server has a new key.
         if self._headers is None and (found := find_key(self._address.host, self._address.port)):
             address, key = found
             headers = admin_headers(key)
-            if self.tls is None and address != self.url:  # by TLS it is the certificate that tells who that is
+            if self.tls is None and address != self.url:  # with TLS, the certificate proves who answers
                 client = self._others.get(address) or self._others.setdefault(address, self._connection(address))
         with self._asked(what, headers=headers) as options:
             yield client, options
 
     def is_live(self) -> bool:
-        """Whether a Triton server answers here; False where nobody does. Raises TlsError and WrongPort as all do."""
+        """Whether a Triton server answers here; False if nobody does. Raises TlsError and WrongPort as documented."""
         try:
             with self._asked("say that it lives", min(self.timeout, _PROBE_SECONDS)) as options:
                 return bool(self._client.is_server_live(**options))
@@ -213,7 +214,7 @@ class TritonServer:
             return False
 
     def is_ready(self, model: str, version: str = "") -> bool:
-        """Whether the server serves ``model``, any version or the given one; False for one that it does not know."""
+        """Whether the server serves ``model``, in any version or the given one; False if it does not know the model."""
         try:
             with self._asked(f"say whether {model} is ready") as options:
                 return bool(self._client.is_model_ready(_parts(model)[0], version, **options))
@@ -232,16 +233,16 @@ class TritonServer:
             return self._client.get_model_config(model, **options).config
 
     def instances(self, ensemble: str) -> int:
-        """How many requests, one after the other, reach every instance of every step of ``ensemble``.
+        """How many consecutive requests it takes to reach every instance of every step of ``ensemble``.
 
-        Triton asks the instances of a model in turn, and goes on doing so when the process of one of them has died.
+        Triton cycles through the instances of a model, including any whose process has died.
         """
         steps = [step.model_name for step in self.model_config(_parts(ensemble)[0]).ensemble_scheduling.step]
         groups = [self.model_config(step).instance_group for step in steps]
         return max((sum(each.count * max(len(each.gpus), 1) for each in group) for group in groups), default=1) or 1
 
     def repository_index(self) -> list[ModelStatus]:
-        """Every model in the server's repository; those loaded once with their versions and states."""
+        """All models in the server's repository; those that were ever loaded have a version and a state."""
         with self._controlled("list its models") as (client, options):
             answer = client.get_model_repository_index(**options)
         return [ModelStatus(each.name, each.version, each.state, each.reason) for each in answer.models]
@@ -259,37 +260,39 @@ class TritonServer:
         return found
 
     def load(self, model: str) -> None:
-        """Have the server load ``model`` again as the files now are; a version that serves goes on until then.
+        """Make the server load ``model`` from its current files; until that is done, it serves the previous version.
 
-        That the call returns proves little (an ensemble above the model may be gone): ask for an answer afterwards.
+        Success proves little (an ensemble that uses the model may be gone): request an answer afterwards.
         """
         with self._controlled(f"load {model}") as (client, options):
             client.load_model(model, **options)
         self._configs.clear()
 
     def unload(self, model: str) -> None:
-        """Have the server stop serving ``model``."""
+        """Make the server stop serving ``model``."""
         with self._controlled(f"unload {model}") as (client, options):
             client.unload_model(model, **options)
 
     def check_control(self) -> None:
-        """ControlRefused where the server would load and unload no model for us; changes nothing."""
+        """Raise ControlRefused if the server does not let us load and unload models; changes nothing."""
         with self._controlled("take model control") as (client, options):
             client.unload_model(_NO_MODEL, **options)
 
     def refresh(self, store: str, classifier: str, width: int) -> None:
-        """Have a head store serve the version of ``classifier`` that the files pin; no other head is touched.
+        """Make a head store serve the version of ``classifier`` that the files pin; no other head is touched.
 
-        ``width`` is the number of features that the store takes. ServerRefused with the store's reason where it cannot.
+        ``width`` is the number of features that the store takes. Raises ServerRefused, with the store's reason, if it
+        cannot serve that version.
         """
         inputs = to_head(np.zeros((1, width), np.float32), classifier)
         with self._asked(f"refresh {classifier} in {store}") as options:
             self._client.infer(store, inputs, parameters={"refresh": True}, **options)
 
     def held(self, store: str, classifier: str, width: int) -> frozenset[str] | None:
-        """The classifiers that a head store answers for; None from one before 0.14, for which ``classifier`` is one.
+        """The classifiers that a head store answers for.
 
-        ``width`` is the number of features that the store takes. ServerRefused by such an older store where it is none.
+        A store older than 0.14 cannot list them. It returns None if it answers for ``classifier``, else ServerRefused
+        is raised. ``width`` is the number of features that the store takes.
         """
         import tritonclient.grpc as triton
 
@@ -304,7 +307,7 @@ class TritonServer:
     def head_logits(self, head: str, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """Logits FP32 ``[n, labels]`` and version of ``head`` (a model or address) for features FP32 ``[n, width]``.
 
-        The backbone has no part in it. InputError for a model that is no head.
+        The backbone is not involved. Raises InputError for a model that is not a head.
         """
         model, classifier = _parts(head)
         with self._asked(f"answer a request to {head}") as options:
@@ -312,17 +315,17 @@ class TritonServer:
         return read_output(result, "logits"), int(read_output(result, "head_version")[0, 0])
 
     def classify(self, classifier: str, texts: Iterable[str], *, logits: bool = True) -> list[Answer]:
-        """The answer of a classifier (its name or address) to each text; texts of like length share a request.
+        """A classifier's answer to each text; ``classifier`` is its name or address.
 
-        Without ``logits`` they are not fetched: with thousands of labels they are nearly all that an answer weighs.
-        An empty text is answered as any other is, and as the server answers it to any client; `patcher classify`
-        refuses one, since there it is a mistake.
+        Texts of similar length share a request. ``logits=False`` does not fetch the logits: with thousands of labels,
+        they are most of an answer's size. An empty text is answered like any other, as the server does for any client;
+        `patcher classify` refuses it, since there it is a mistake.
 
         Raises
         ------
         InputError
-            for a text that is none or not valid Unicode, a single string in place of a list, and a model that is no
-            classifier.
+            for a text that is not a string or not valid Unicode, a single string instead of a list, and a model that is
+            not a classifier.
         """
         return self._infer(classifier, texts, read_answers, without=None if logits else "logits")
 
@@ -390,7 +393,7 @@ class TritonServer:
 
 
 def admin_headers(key: str | None) -> dict[str, str] | None:
-    """The gRPC header that opens restricted model control; InputError for a key that no header can carry."""
+    """The gRPC header that grants restricted model control; InputError for a key that a header cannot carry."""
     require(str, None, admin_key=key)
     if key is None:
         return None

@@ -1,4 +1,4 @@
-"""Why a call to a server failed: gRPC's status and message as an error of ours that says what to do."""
+"""Turn gRPC's status and message of a failed call into one of our errors, which says what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REFUSALS = frozenset(
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is asked by gRPC: its ``url``, which is ``host`` and ``port``, and by what TLS, if any."""
+    """A server's gRPC address: its ``url``, made of ``host`` and ``port``, and the TLS settings, if any."""
 
     url: str
     host: str
@@ -29,9 +29,9 @@ class Address:
     tls: ClientTls | None
 
     def failure(self, what: str, error: Any, seconds: float, *, keyed: bool) -> ServerError:
-        """The error to raise where gRPC raised ``error`` when the server was to ``what``, a verb, in ``seconds``.
+        """The error to raise after gRPC raised ``error`` for a call with a timeout of ``seconds``.
 
-        ``keyed`` says whether an administrator's key went along.
+        ``what`` is a verb phrase for what the server was asked to do; ``keyed`` tells whether an admin key was sent.
         """
         status = (error.status() or "").removeprefix("StatusCode.")
         message = " ".join((error.message() or "no reason given").split())

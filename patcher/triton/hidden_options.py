@@ -1,9 +1,10 @@
-"""Options of a program that no other user finds in the list of processes: they are moved before it runs.
+"""Pass options to a program without showing them to other users in the process list.
 
-Every user of the machine can read a command line, and only its own user the environment. So a secret option is given as
-a variable, and its place on the command line holds stars. The program is stopped, as for a debugger, once it is loaded
-and before its first instruction. Then the pointer that leads it to the stars is set to the variable's value, and the
-variable's own pointer to another variable, so that neither the program nor its children find it there.
+A process's command line is readable by every user of the machine, its environment only by its own user. So a secret
+option is passed in an environment variable, and asterisks take its place on the command line. The program is stopped,
+as by a debugger, once it is loaded and before its first instruction runs. Then the argv pointer to the asterisks is
+redirected to the variable's value, and the variable's own pointer to another variable, so that neither the program nor
+its children find the secret in their environment.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACED", "masked", "move_options"]
 
 TRACED = "ctypes.CDLL(None).ptrace(0, 0, 0, 0)"
-"""What a program in Python runs before it becomes the one to stop; not 0 where the system forbids it."""
+"""Python code (PTRACE_TRACEME) to run before exec of the program to be stopped; not 0 if the system forbids tracing."""
 _DETACH = 17
 _SECONDS = 10.0
 _WORD = struct.calcsize("P")
@@ -30,16 +31,16 @@ _VARIABLE = "PATCHER_OPTION_"
 
 
 def masked(command: Sequence[str], secret: str) -> tuple[list[str], dict[str, str]]:
-    """The command with stars for ``secret`` in its options, and the variables with what these stand for."""
+    """The command with asterisks for ``secret`` in its options, and the variables that hold the real options."""
     program, *options = command
     moved = {f"{_VARIABLE}{place}": word for place, word in enumerate(options, start=1) if secret in word}
     return [program, *(word.replace(secret, "*" * len(secret)) for word in options)], moved
 
 
 def move_options(pid: int, moved: Mapping[str, str]) -> bool:
-    """Give the options back to a child of this thread that was started with them ``moved``, and let it run.
+    """Restore the ``moved`` options of a stopped child, which this thread must have started, and let it run.
 
-    False where that cannot be done; it is then to be ended.
+    Returns False if that fails; the caller must then end the child.
     """
     state = _stopped(pid)
     if state is None or (state.si_code, state.si_status) != (os.CLD_TRAPPED, signal.SIGTRAP):
@@ -52,10 +53,10 @@ def move_options(pid: int, moved: Mapping[str, str]) -> bool:
 
 
 def _stopped(pid: int) -> os.waitid_result | None:
-    """How a child stopped or ended; None where it did neither: a system may promise to stop it and not do so."""
+    """How a child stopped or ended; None if neither happens in time: some systems accept tracing but never stop it."""
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
-        # It stays for its own Popen to be waited for.
+        # WNOWAIT leaves the child to be reaped by its own Popen.
         state = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
         if state is not None:
             return state
@@ -69,7 +70,7 @@ def _move(pid: int, moved: Mapping[str, str]) -> None:
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         file = memory.fileno()
         strings = os.pread(file, end - begin, begin).split(b"\0")[:-1]
-        # On the stack: how many arguments, a pointer for each, a null, and a pointer for each variable.
+        # On the stack: argc, a pointer per argument, a null pointer, and a pointer per environment variable.
         (count,) = struct.unpack("P", os.pread(file, _WORD, stack))
         variables = stack + (count + 2) * _WORD
         pointers = struct.unpack(f"{len(strings)}P", os.pread(file, len(strings) * _WORD, variables))

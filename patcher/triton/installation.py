@@ -1,15 +1,14 @@
-"""The real tritonserver that the wheel ``nvidia-pytriton`` brings, put together so that it runs with this interpreter.
+"""Set up the real tritonserver from the ``nvidia-pytriton`` wheel so that it runs with this interpreter.
 
-The wheel holds the server, its libraries and a Python stub for each Python version, but no backend folder, and its
-stub reads no environment variable: it takes the environment that the ``python3`` first on the PATH belongs to, as any
-Python does that finds a ``pyvenv.cfg`` beside itself. So a folder is built, once for each interpreter and
-installation::
+The wheel contains the server, its libraries and a Python stub for each Python version, but no backend folder. The stub
+cannot be configured by environment variables: it uses the environment of the first ``python3`` on the PATH, like any
+Python that finds a ``pyvenv.cfg`` next to itself. So a folder is built once for each interpreter and installation::
 
     <folder>/backends/python/{libtriton_python.so, triton_python_backend_utils.py, triton_python_backend_stub}
-    <folder>/backends/onnxruntime/*.py              the backend of this package
-    <folder>/backends/onnxruntime/*.so*             Triton's own, where a folder with it was given: it goes before
+    <folder>/backends/onnxruntime/*.py              this package's backend
+    <folder>/backends/onnxruntime/*.so*             Triton's own backend, if a folder with it was given: it is preferred
     <folder>/env/{pyvenv.cfg, bin/python3, lib/python3.X/site-packages/patcher_stub.pth}
-                                                    this interpreter, its standard library, where its packages lie
+                                                    this interpreter, its standard library, the paths of its packages
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _LIBRARY = "libtriton_onnxruntime.so"
 _VARIABLE = "PATCHER_SERVER_ONNXRUNTIME"
 _kept: dict[str, Path] = {}
 _held: dict[Path, int] = {}
-"""For as long as this process lives: it may start a server from there at any time."""
+"""Descriptors that mark folders as in use until this process ends: it may start a server from them at any time."""
 _building = threading.Lock()
 _at_exit = contextlib.ExitStack()
 atexit.register(_at_exit.close)
@@ -52,26 +51,28 @@ atexit.register(_at_exit.close)
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver that can be started: ``command`` with ``environment`` added to the process's own."""
+    """A tritonserver that can be started: ``binary``, with ``environment`` added to the current environment."""
 
     binary: Path
     backends: Path
     caches: Path
     environment: dict[str, str]
     kept: tuple[int, ...] = ()
-    """Descriptors that the server is to have open: nobody takes its folder away meanwhile."""
+    """Descriptors that the server must inherit: they keep its folder from being removed while it runs."""
 
 
 def find_installation(onnxruntime_backend: Path | str | None = None) -> Installation:
-    """The wheel's tritonserver with its backend folder for this interpreter, built if it is not there yet.
+    """The wheel's tritonserver with its backend folder for this interpreter, which is built if it does not exist.
 
-    ``onnxruntime_backend`` is a folder with Triton's C++ backend and the libraries that it needs; by default, where the
-    environment variable ``PATCHER_SERVER_ONNXRUNTIME`` names none, the Python-based one of this package is taken.
+    ``onnxruntime_backend`` is a folder with Triton's C++ backend and the libraries that it needs. The default is the
+    folder that the environment variable ``PATCHER_SERVER_ONNXRUNTIME`` names, or else this package's Python-based
+    backend.
 
     Raises
     ------
     ToolError
-        where the wheel, its stub for this Python or the interpreter's shared library is missing, with what to install.
+        if the wheel, its stub for this Python or the interpreter's shared library is missing, with what to install; if
+        numpy is not below 2; or if the folder cannot be built.
     InputError
         for a folder without that backend.
     """
@@ -99,14 +100,14 @@ def find_installation(onnxruntime_backend: Path | str | None = None) -> Installa
 
 
 def find_libpython(bundled: Path) -> Path | None:
-    """The folder of this Python's shared library, which the stub loads; None where it is found without being told.
+    """The folder of this Python's shared library, which the stub loads; None if the loader finds it anyway.
 
-    ``bundled`` is the wheel's own library folder, which has that of some versions.
+    ``bundled`` is the wheel's own library folder, which contains the library for some Python versions.
 
     Raises
     ------
     ToolError
-        where this interpreter has none and the system has none of its version.
+        if neither this interpreter nor the system has the library for this version.
     """
     if any(bundled.glob(f"libpython3-*.{sys.version_info.minor}.so.1.0")):
         return None
@@ -139,7 +140,7 @@ def _libraries(backend: Path) -> list[Path]:
 
 
 def _check_numpy() -> None:
-    # Built against numpy 1, the stub reads garbage from the text tensors of numpy 2 and aborts at the first request.
+    # The stub is built against numpy 1; it reads garbage from text tensors of numpy 2 and aborts at the first request.
     version = importlib.metadata.version("numpy")
     if int(version.partition(".")[0]) >= 2:  # noqa: PLR2004
         raise ToolError(
@@ -149,7 +150,7 @@ def _check_numpy() -> None:
 
 
 def _wheel() -> tuple[Path, Path]:
-    # The package itself is not imported: it would bring half of its dependencies into this process.
+    # The package itself is not imported, since that would load half of its dependencies.
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         where = f"{platform.system()} {platform.machine()}"
@@ -167,7 +168,7 @@ def _wheel() -> tuple[Path, Path]:
 
 
 def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
-    """The folder of this interpreter and installation: in the user's cache, or a temporary one if that cannot be."""
+    """The folder for this interpreter and installation: in the user's cache, or else a temporary one."""
     sources = {
         **{f"backends/onnxruntime/{path.name}": path for path in onnxruntime},
         "backends/python/libtriton_python.so": server / "backends" / "python" / "libtriton_python.so",
@@ -178,7 +179,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     }
     paths = _package_folders()
     stamps = [(name, str(path), path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
-    # Those of before 0.13 could be written by the user's group, under some umasks.
+    # "private" rules out folders built before 0.13, which the user's group could write to under some umasks.
     identity = json.dumps(["private", sys.version, _interpreter(), sys.base_prefix, paths, stamps])
     name = "triton-" + hashlib.sha256(identity.encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patcher"
@@ -186,7 +187,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
     make_private(base)
     try:
         ready = folder.is_dir() and _is_ours(base, folder) and _hold(folder)
-    except OSError:  # somebody else's folder, closed to us
+    except OSError:  # the folder belongs to somebody else and is closed to us
         return _temporary(name, sources, paths)
     if not ready:
         with contextlib.ExitStack() as stack:
@@ -198,7 +199,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
             except OSError:
                 return _temporary(name, sources, paths)
             _build(building, sources, paths)
-            with contextlib.suppress(OSError):  # somebody else was faster
+            with contextlib.suppress(OSError):  # another process built it first
                 building.rename(folder)
         if not _hold(folder):
             return _temporary(name, sources, paths)
@@ -207,7 +208,7 @@ def _assembled(server: Path, stub: Path, onnxruntime: list[Path]) -> Path:
 
 
 def _hold(folder: Path) -> bool:
-    """Whether it is there; then nobody takes it away."""
+    """Mark a folder as in use, so that nobody removes it; False if it does not exist."""
     with _building:
         if folder in _held and folder.is_dir():
             return True
@@ -218,14 +219,14 @@ def _hold(folder: Path) -> bool:
 
 
 def _is_ours(*folders: Path) -> bool:
-    """Whether nobody else can have put anything into folders from which programs are run, nor can do so now."""
+    """Whether only this user (or root) can have written to folders from which programs are run."""
     found = [folder.lstat() for folder in folders]
     mine = all(stat.S_ISDIR(each.st_mode) and each.st_uid in (os.geteuid(), 0) for each in found)
     return mine and not any(each.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for each in found)
 
 
 def _temporary(name: str, sources: dict[str, Path], paths: list[str]) -> Path:
-    """The same folder for as long as this process lives: the server goes with it."""
+    """The same folder in a temporary place, removed when this process ends; so does the server that it starts."""
     folder = _kept.get(name)
     if folder is None:
         folder = _at_exit.enter_context(scratch("patcher-triton-")) / name
@@ -242,8 +243,9 @@ def _package_folders() -> list[str]:
 
 
 def _interpreter() -> str:
-    # It is relative to this folder where PATH is, and a link to that leads nowhere: the stub then takes another Python,
-    # without what is put off, and writes its bytecode into the repository. Not resolved: a venv is where the link is.
+    # With a relative PATH, sys.executable is relative to the current folder, and a symlink to it would be broken. The
+    # stub would then use another Python, without the lazy imports, and write bytecode into the repository. Symlinks are
+    # not resolved, since the location of the link is what identifies a venv.
     return os.path.abspath(sys.executable)  # noqa: PTH100
 
 
@@ -261,7 +263,7 @@ def _copy(folder: Path, sources: dict[str, Path], paths: list[str]) -> None:
     folder.mkdir(mode=0o700, parents=True)
     site.mkdir(parents=True)
     for name, source in sources.items():
-        # Copied, not linked: Triton refuses a backend library that lies outside of its folder.
+        # Copied, not linked: Triton refuses a backend library outside of its folder.
         target = site / "patcher_stub_start.py" if name == "stub_start.py" else folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)

@@ -1,12 +1,13 @@
-"""The admin key that a server makes for itself: where it is kept, and how those who may have it find it.
+"""The admin key that a server generates for itself: where it is stored, and how those who may use it find it.
 
-Without any key, every user of the machine could load models, which is running code as the one who started the server.
-So a server that is given none makes one, and keeps it in that user's state folder, in a file that nobody else may read,
-named after the address. The file is locked while the process that started the server lives. The lock is the kernel's:
-a file that nobody holds was left by one that was killed, and is as good as none.
+Without a key, every user of the machine could load models, which means running code as the user who started the server.
+So a server that is given no key generates one. It is stored in that user's state folder, in a file that is named after
+the server's address and that nobody else can read. The file stays locked while the process that started the server
+runs. Since the kernel releases the lock, a file that nobody has locked was left behind by a killed process and is
+ignored.
 
-The key is for the very address that its file is named after. ``localhost`` may lead to another one, where another user
-listens on the same port.
+The key is valid only for the exact address in the file's name. ``localhost`` may resolve to another address, where
+another user listens on the same port.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ __all__ = ["KeptKey", "find_key", "state_folder"]
 _KEY = re.compile(rb"[0-9a-f]{64}")
 _LONGEST = 100
 _LISTENS = "0A"
-"""The state of such a socket in the kernel's tables, proc(5)."""
+"""The state of a listening socket in the kernel's tables, proc(5)."""
 _YOUNG_SECONDS = 60.0
-"""A file that is younger may be one that is not locked yet."""
+"""An unlocked file that is younger may be new and not locked yet, so it is not deleted."""
 _XDG = Path(".local") / "state"
 
 
 class KeptKey:
-    """A key for one run of a server, kept from :meth:`write` until :meth:`remove`, found from :meth:`show` on."""
+    """A key for one run of a server: stored by :meth:`write`, published by :meth:`show`, deleted by :meth:`remove`."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self._file: IO[bytes] | None = None
 
     def write(self) -> str:
-        """Write a new key, and tell it, before there is a server: one whose key cannot be kept need not start.
+        """Store a new key and return it; called before the server starts, which is pointless without a stored key.
 
-        Raises InputError where there is no place for it that is this user's alone.
+        Raises InputError if there is no place for it that only this user can access.
         """
         folder, key = state_folder(), secrets.token_hex(32)
         try:
@@ -77,7 +78,7 @@ class KeptKey:
         return key
 
     def show(self, address: str) -> None:
-        """Let the user's verbs find the key for the server at ``address``, HOST:PORT; raises as :meth:`write` does."""
+        """Let this user's commands find the key of the server at ``address``, HOST:PORT; raises like :meth:`write`."""
         if self.path:
             try:
                 self.path = self.path.replace(self.path.with_name(_name(address)))
@@ -85,7 +86,7 @@ class KeptKey:
                 raise _not_kept(self.path.parent, error) from error
 
     def remove(self) -> None:
-        """Take the file away, unless another server at the same address has put its own there."""
+        """Delete the file, unless another server at the same address has replaced it with its own."""
         if self._file and self.path:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
@@ -95,9 +96,9 @@ class KeptKey:
 
 
 def find_key(host: str, port: int) -> tuple[str, str] | None:
-    """Address and key of a server that this user started on this machine, and that ``host`` and ``port`` lead to.
+    """Address and key of the server at ``host`` and ``port``, if this user started it on this machine; else None.
 
-    For root, of a server that anybody started here. None where there is none.
+    Root finds the key whoever started the server.
     """
     for number in _loopback(host):
         address = f"[{number}]:{port}" if ":" in number else f"{number}:{port}"
@@ -108,7 +109,7 @@ def find_key(host: str, port: int) -> tuple[str, str] | None:
 
 
 def state_folder() -> Path:
-    """Where servers of this user leave their logs and keys; InputError for a user without a home."""
+    """The folder for logs and keys of this user's servers; InputError for a user without a home folder."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
         return (given if given.is_absolute() else Path.home() / _XDG) / "patcher"
@@ -125,7 +126,7 @@ def _not_kept(folder: Path, error: OSError) -> InputError:
 
 
 def _node() -> str:
-    """The machine's name: a home may be on several, and a port of each is another server's."""
+    """The host name: machines may share a home folder, and the same port is a different server on each."""
     return re.sub(r"[^\w.-]", "_", socket.gethostname())
 
 
@@ -152,7 +153,7 @@ def _loopback(host: str) -> list[str]:
 
 
 def _folders(number: str, port: int) -> Iterator[tuple[Path, int]]:
-    """Where the key of a server may be, and whose file that has to be."""
+    """The folders in which a server's key may be, each with the user ID that has to own the file."""
     with contextlib.suppress(InputError):
         yield state_folder(), os.geteuid()
     if os.geteuid() == 0:
@@ -162,7 +163,7 @@ def _folders(number: str, port: int) -> Iterator[tuple[Path, int]]:
 
 
 def _read(path: Path, owner: int) -> str | None:
-    """The key in a file of ``owner``'s that is held; what somebody else put there, or left, is none."""
+    """The key in a file that ``owner`` owns and that is locked, else None: other files are planted or left behind."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -173,14 +174,14 @@ def _read(path: Path, owner: int) -> str | None:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # somebody holds it, or there are no locks
+        except OSError:  # the file is locked, or the file system has no locks
             key = file.read(_LONGEST)
             return key.decode() if _KEY.fullmatch(key) else None
     return None
 
 
 def _listeners(number: str, port: int) -> set[int]:
-    """The users whose processes listen there."""
+    """The IDs of the users whose processes listen at that address and port."""
     found = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -192,7 +193,7 @@ def _listeners(number: str, port: int) -> set[int]:
 
 
 def _place(written: str) -> tuple[str, int]:
-    """Address and port as the kernel's tables write them; gRPC's IPv4 is within IPv6 there."""
+    """Parse an address and port from the kernel's tables, where gRPC's IPv4 addresses appear as IPv4-mapped IPv6."""
     digits, port = written.split(":")
     words = [int(digits[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(digits), 8)]
     number = ipaddress.ip_address(b"".join(words))

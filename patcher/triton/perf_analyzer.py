@@ -1,8 +1,8 @@
-"""Find NVIDIA's perf_analyzer, or bring it: ``python -m patcher.triton.perf_analyzer install``.
+"""Find NVIDIA's perf_analyzer, or install it: ``python -m patcher.triton.perf_analyzer install``.
 
-The last wheel that carries a perf_analyzer for the glibc of common systems (2.35 and later) is `tritonclient` 2.50.0.
-Only the binary is taken out of it, for the `tritonclient` that this program imports is another one; the two libraries
-that it wants lie, under other names, in the wheel that brings the server.
+`tritonclient` 2.50.0 is the last wheel with a perf_analyzer for the glibc of common systems (2.35 and later). Only the
+binary is extracted from it, since this program imports another version of `tritonclient`. The two libraries that the
+binary needs are, under other names, in the wheel that contains the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HINT = f"`{sys.executable} -m patcher.triton.perf_analyzer install` installs it
 
 
 class PerfAnalyzer:
-    """A perf_analyzer that can be run; ``str()`` is where it lies."""
+    """A perf_analyzer that can be run; ``str()`` gives its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +43,7 @@ class PerfAnalyzer:
         return str(self.path)
 
     def run(self, arguments: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; ToolError where that is not possible or takes more than ``timeout`` seconds."""
+        """Run it to completion; ToolError if it cannot be run or takes more than ``timeout`` seconds."""
         environment = dict(os.environ)
         libraries = self.path.parent / "lib"
         if libraries.is_dir():
@@ -71,7 +71,7 @@ def find_perf_analyzer() -> PerfAnalyzer:
     Raises
     ------
     ToolError
-        where there is none, with the command that brings it.
+        if there is none, with the command that installs it.
     """
     if named := os.environ.get(_VARIABLE):
         if not Path(named).is_file():
@@ -85,7 +85,7 @@ def find_perf_analyzer() -> PerfAnalyzer:
 
 
 def tls_arguments(tls: ClientTls | None) -> list[str]:
-    """What perf_analyzer takes for a gRPC connection with TLS; it cannot expect another name than the address has."""
+    """perf_analyzer's options for gRPC over TLS; it has none to expect another server name than that of the address."""
     if tls is None:
         return []
     own = [("private-key-file", tls.key), ("certificate-chain-file", tls.certificate)]
@@ -97,12 +97,12 @@ def tls_arguments(tls: ClientTls | None) -> list[str]:
 
 
 def install() -> PerfAnalyzer:
-    """Bring perf_analyzer into this environment and see that it runs.
+    """Install perf_analyzer into this environment and check that it runs.
 
     Raises
     ------
     ToolError
-        where the wheel cannot be had, is not the one expected, or its binary does not run here.
+        if the wheel cannot be downloaded, is not the expected one, or its binary does not run here.
     """
     target = _target()
     with scratch("patcher-wheel-") as folder:
@@ -160,7 +160,7 @@ def _wanted_libraries() -> dict[str, Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m patcher.triton.perf_analyzer [install]``: bring it, or say where it is."""
+    """``python -m patcher.triton.perf_analyzer [install]``: install it, or print where it is."""
     try:
         found = install() if arguments == ["install"] else find_perf_analyzer()
     except PatcherError as error:

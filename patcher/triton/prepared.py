@@ -1,8 +1,8 @@
-"""Folders that were put together for a server, in the user's cache: which are in use, and which may go.
+"""Folders built for servers in the user's cache: which ones are in use, and which ones may be removed.
 
-Each interpreter and installation has one of its own, so that those of earlier ones would stay for ever. Whoever uses
-one holds a mark in it locked, shared with others, and hands that on to the server: the lock is the kernel's, and goes
-with the last process that has it open.
+Each interpreter and installation has its own folder, so folders of earlier ones would stay forever. Whoever uses a
+folder holds a shared lock on a mark file in it, and passes the descriptor on to the server. The kernel releases the
+lock when the last process that has the descriptor open ends.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 __all__ = ["MARK", "in_use", "make_private", "take_away"]
 
 MARK = ".patcher-used"
-"""Its time says when the folder was last asked for."""
+"""The mark file; its modification time is when the folder was last requested."""
 _UNUSED_SECONDS = 30 * 24 * 3600
-"""Installations that take turns keep their folders: to put one together anew takes a second of each start."""
+"""Long enough that installations used alternately keep their folders: rebuilding one delays a start by a second."""
 
 
 def make_private(folder: Path) -> None:
-    """Close a folder to others, where it is there and is ours."""
+    """Make a folder inaccessible to other users, if it exists and is ours."""
     with contextlib.suppress(OSError):
         if stat.S_ISDIR(folder.lstat().st_mode) and _owned(folder):
             folder.chmod(0o700)
 
 
 def in_use(folder: Path) -> int | None:
-    """Hold ``folder`` for as long as the descriptor is open; None where it is not there (any more).
+    """Mark ``folder`` as in use for as long as the returned descriptor is open; None if the folder does not exist.
 
-    -1 for one that cannot be marked, as on a file system that is read-only: nobody takes it away there.
+    Returns -1 if it cannot be marked, as on a read-only file system, where nobody can remove it either.
     """
     mark = folder / MARK
     while True:
@@ -49,11 +49,11 @@ def in_use(folder: Path) -> int | None:
         except OSError:
             return -1 if folder.is_dir() else None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # whoever takes the folder away is done in a moment
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # may wait for a process that removes the folder, but not for long
             os.utime(descriptor)
             if os.path.samestat(os.fstat(descriptor), mark.stat()):
                 return descriptor
-        except FileNotFoundError:  # it was taken away meanwhile
+        except FileNotFoundError:  # it was removed in the meantime
             pass
         except OSError:  # a file system without locks
             return descriptor
@@ -61,12 +61,12 @@ def in_use(folder: Path) -> int | None:
 
 
 def take_away(base: Path, pattern: str, mine: Path) -> None:
-    """Remove folders in ``base`` that nobody asked for in a month and nobody uses, but ``mine``."""
+    """Remove folders in ``base`` that are not in use and were not requested for a month, except ``mine``."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         trash: Path | None = None
         for folder in _unused([each for each in base.glob(pattern) if each != mine]):
             trash = trash or stack.enter_context(scratch(".triton-", base))
-            folder.rename(trash / folder.name)  # in one step: nobody finds half of it
+            folder.rename(trash / folder.name)  # atomic, so that nobody finds half of a folder
 
 
 def _unused(folders: list[Path]) -> Iterator[Path]:
@@ -74,7 +74,7 @@ def _unused(folders: list[Path]) -> Iterator[Path]:
     for mark in abandoned(folder / MARK for folder in folders):
         if mark.stat().st_mtime < before:
             yield mark.parent
-    # Those of patcher before 0.13 have no mark; what runs from one names it in its command line.
+    # Folders of patcher before 0.13 have no mark; a server that runs from one has its path in the command line.
     unmarked = [folder for folder in folders if folder.is_dir() and not (folder / MARK).exists()]
     old = [folder for folder in unmarked if _owned(folder) and folder.stat().st_mtime < before]
     running = _command_lines() if old else b""
@@ -86,9 +86,9 @@ def _owned(folder: Path) -> bool:
 
 
 def _command_lines() -> bytes:
-    """Of every process that can be seen."""
+    """The command lines of all visible processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it is gone meanwhile
+        with contextlib.suppress(OSError):  # the process has ended in the meantime
             found.append(path.read_bytes())
     return b"\n".join(found)

@@ -1,4 +1,4 @@
-"""How the server's process is started and kept discreet."""
+"""Start the server's process, and keep secrets out of its command line."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
     "start_with_parent",
 ]
 
-# Asks the kernel for SIGTERM when the parent goes, and to be stopped where it is to be traced, then becomes the server.
-# Done by a program of its own, since code run between fork and exec of a process with threads may hang.
+# Asks the kernel for SIGTERM when the parent ends and, if it is to be traced, to be stopped at exec; then becomes the
+# server. This is a separate program because code between fork and exec in a process with threads may hang.
 _LAUNCHER = f"""
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -47,14 +47,15 @@ os.execv(sys.argv[3], sys.argv[3:])
 def start_with_parent(
     command: Sequence[str], environment: Mapping[str, str], log: int, kept: Sequence[int], secret: str
 ) -> tuple[subprocess.Popen[bytes], bool]:
-    """Start ``command``, output to the descriptor ``log``; it gets SIGTERM when this process ends, however it ends.
+    """Start ``command``, which gets SIGTERM when this process ends, however it ends; output goes to ``log``.
 
-    The command and its children have the descriptors ``kept`` open for as long as one of them lives. Also told is
-    whether ``secret``, a part of the command, was kept out of the list of processes, which some systems forbid.
+    ``log`` is a descriptor. The command and its children inherit the descriptors ``kept``, which stay open as long as
+    one of them runs. Returns the process, and whether ``secret``, a part of the command, was kept out of the process
+    list, which some systems do not allow.
 
-    Raises ServerError where it cannot be started.
+    Raises ServerError if it cannot be started.
     """
-    # The kernel's "parent died" is about the thread that started the child: one is needed that lasts as long as we do.
+    # The parent-death signal refers to the thread that started the child, so that thread must live as long as we do.
     started = threading.Event()
     box: list[tuple[subprocess.Popen[bytes], bool] | OSError] = []
 
@@ -66,7 +67,7 @@ def start_with_parent(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=kept,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us to pass on
+            start_new_session=True,  # so that Ctrl-C in the terminal reaches only us, and we pass it on
         )
 
     def run() -> None:
@@ -95,15 +96,15 @@ def start_with_parent(
 
 
 def hide_argument(process: subprocess.Popen[bytes], program: Path, secret: bytes) -> bool:
-    """Overwrite ``secret`` in the command line of ``process`` once ``program`` runs in it and has read its options.
+    """Overwrite ``secret`` in the command line of ``process`` once it runs ``program``, which has read its options.
 
-    A child's memory may be written by its parent under every setting of ptrace_scope but 2 and 3. False where it may
-    not, and the secret stays visible to other users of the machine.
+    A parent may write to its child's memory under every setting of ptrace_scope except 2 and 3. Returns False if that
+    fails; the secret then stays visible to other users of the machine.
     """
     folder = Path(f"/proc/{process.pid}")
     deadline = time.monotonic() + 30.0
     try:
-        # Threads come after the options.
+        # The program starts threads only after it has read its options.
         while (folder / "exe").resolve() != program.resolve() or len(list((folder / "task").iterdir())) == 1:
             if process.poll() is not None or time.monotonic() > deadline:
                 return False
@@ -122,12 +123,12 @@ def hide_argument(process: subprocess.Popen[bytes], program: Path, secret: bytes
 
 
 def has_gpu() -> bool:
-    """Whether Triton may find a GPU on this machine (its onnxruntime backend's copy of this is ``GPUS``)."""
+    """Whether Triton may find a GPU on this machine (``GPUS`` in our onnxruntime backend is a copy of this check)."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def accepts(host: str, port: int) -> bool:
-    """Whether somebody takes connections there."""
+    """Whether somebody accepts TCP connections there."""
     try:
         with socket.create_connection((host.strip("[]"), port), timeout=1.0):
             return True
@@ -136,7 +137,7 @@ def accepts(host: str, port: int) -> bool:
 
 
 def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
-    """``wanted``, each 0 replaced by a port that is free on its host now; InputError where one asked for is taken."""
+    """``wanted``, with each 0 replaced by a port that is now free on its host; InputError if a wanted port is taken."""
     with contextlib.ExitStack() as stack:
         ports = []
         for host, port in zip(hosts, wanted, strict=True):
@@ -154,7 +155,7 @@ def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
 
 
 def address(host: str) -> str:
-    """The number of a host to listen on, for Triton's HTTP server takes no names; InputError where it has none."""
+    """The IP address of a host to listen on, since Triton's HTTP server takes no names; InputError if it has none."""
     try:
         return str(ipaddress.ip_address(host)) if ":" in host else socket.gethostbyname(host)
     except (OSError, ValueError) as error:
@@ -162,11 +163,11 @@ def address(host: str) -> str:
 
 
 def loopback(host: str) -> str:
-    """The loopback address of the same kind as ``host``."""
+    """The loopback address of the same family (IPv4 or IPv6) as ``host``."""
     return "::1" if ":" in host else "127.0.0.1"
 
 
 def reachable(host: str) -> str:
-    """How a client of this machine writes the address that a server listens on."""
+    """The host that a client on this machine uses to reach a server that listens on ``host``."""
     number = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - read, not bound to
     return f"[{number}]" if ":" in number else number

@@ -1,4 +1,4 @@
-"""The shared memory of servers and their stubs, which a killed one leaves behind."""
+"""The shared memory of servers and their stubs, which remains if they are killed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MARK = "alive"
 
 @contextlib.contextmanager
 def mine(prefix: str) -> Iterator[Any]:
-    """A file that marks the regions of that ``prefix`` as in use for as long as a process has it open.
+    """A file that marks the regions with this ``prefix`` as in use for as long as a process has it open.
 
-    Those of servers that are gone are given back first.
+    Regions of servers that no longer run are freed first.
     """
     for left in abandoned(_SHARED_MEMORY.glob(f"patcher_*_{_MARK}")):
         free(left.name.removesuffix(_MARK))
@@ -31,6 +31,6 @@ def mine(prefix: str) -> Iterator[Any]:
 
 
 def free(prefix: str) -> None:
-    """Give back the shared memory of a server and its stubs, which are gone."""
+    """Free the shared memory of a server and its stubs, which must have ended."""
     for region in _SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The log of a server that is started: opened for it alone to be read by its owner, and what it says at the end."""
+"""The log of a server that we start: opened so that only its owner can read it, and read to explain a failure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["last_words", "open_log", "size", "telling_lines"]
 
 
 def open_log(path: Path) -> BinaryIO:
-    """An empty log to write, that only its owner may read: logs may quote what clients send.
+    """An empty log file, open for writing, that only its owner can read: logs may quote what clients send.
 
-    Raises InputError where it cannot be written.
+    Raises InputError if it cannot be written.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.is_file() and not path.is_symlink():
-            # The log of a server that died is what explains it, and a supervisor starts the next one at once. One that
-            # still writes there writes on into its own.
+            # Keep the previous log: it explains why a server died, and a supervisor starts the next one at once. A
+            # server that still writes to it keeps writing to the renamed file.
             before = path.replace(f"{path}.1")
-            with contextlib.suppress(OSError):  # it is somebody else's
-                before.chmod(0o600)  # that of an earlier patcher could be read by all
+            with contextlib.suppress(OSError):  # the file belongs to somebody else
+                before.chmod(0o600)  # earlier versions of patcher created logs that everybody could read
         return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
     except OSError as error:
         raise InputError(
@@ -37,21 +37,24 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def size(path: Path | None) -> int:
-    """The bytes of a log, 0 for one that is not there."""
+    """The size of a log in bytes; 0 if it does not exist."""
     with contextlib.suppress(OSError):
         return path.stat().st_size if path else 0
     return 0
 
 
 def last_words(path: Path | None) -> str:
-    """What a log says of a failure, to be put behind the sentence that tells of it."""
+    """What a log says about a failure, to be appended to the error message."""
     lines = telling_lines(path) if path else []
     said = "".join(f"\n  {line}" for line in lines) or " It logged nothing."
     return f"{said}\nThe whole log: {path}"
 
 
 def telling_lines(log_file: Path, most: int = 12) -> list[str]:
-    """The lines of a log that say why: Triton's errors and what follows them, without the harmless ones."""
+    """The last lines of a log that explain a failure: errors if there are any, else whatever is not known to be noise.
+
+    At most ``most`` lines of at most 600 characters.
+    """
     try:
         lines = log_file.read_text(errors="replace").splitlines()
     except OSError:

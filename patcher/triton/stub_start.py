@@ -1,10 +1,10 @@
-"""Runs first in every Python stub of Triton: makes its start cheap, and keeps it from writing into the repository.
+"""Runs first in every Python stub of Triton: speeds up its start, and keeps it from writing into the repository.
 
-A new head version is a new stub process, and what that waits for is mostly the import of numpy. A good third of it
-(random numbers, polynomials, FFT, masked arrays, documentation, what it takes from the standard library for files) is
-nothing a model here uses, so those parts are put off until one does. One BLAS thread is enough, too: nobody multiplies
-matrices in numpy here, onnxruntime has threads of its own. And when Triton has taken leave of the process, nothing is
-gained by tearing the interpreter down piece by piece.
+Every new head version starts a new stub process, which spends most of its start-up importing numpy. A good third of
+that (random numbers, polynomials, FFT, masked arrays, documentation, file-related modules of the standard library) is
+not used by any model here, so those modules are imported lazily. One BLAS thread is enough, too: no model here
+multiplies matrices in numpy, and onnxruntime has its own threads. And once Triton is done with the process, it ends at
+once, since tearing down the interpreter gains nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _PUT_OFF |= {"ctypes", "fnmatch", "ipaddress", "ntpath", "pickle", "textwrap"}
 
 
 class LazyFinder:
-    """Finds the modules that are put off; they are run when one of their names is first asked for."""
+    """Finds the modules that are imported lazily: each is executed on the first access to one of its attributes."""
 
     @classmethod
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec with a lazy loader around its loader, once; None for all others."""
+        """The module's own spec with its loader wrapped in a lazy one, on the first import; None for other modules."""
         if name not in _PUT_OFF:
             return None
         _PUT_OFF.discard(name)
@@ -44,18 +44,18 @@ class LazyFinder:
 
 
 def _leave() -> None:
-    """End the process at once; the last thing to run, when the model and all threads are done."""
+    """End the process at once; runs last, after the model and all threads are done."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def install() -> None:
-    """Change this process; called from the stub environment's .pth file, which Python may read twice."""
+    """Apply all of this to the current process; called from the environment's .pth file, which may be read twice."""
     if LazyFinder in sys.meta_path:
         return
     atexit.register(_leave)
-    gc.set_threshold(50_000, 10, 10)  # looking for garbage while modules are imported costs a tenth of the import
-    sys.dont_write_bytecode = True  # a __pycache__ in the repository would make Triton load the model again
+    gc.set_threshold(50_000, 10, 10)  # garbage collection during imports takes a tenth of their time
+    sys.dont_write_bytecode = True  # a __pycache__ in the repository would make Triton reload the model
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.meta_path.insert(0, LazyFinder)

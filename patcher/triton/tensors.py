@@ -1,4 +1,4 @@
-"""Texts and features as tensors of a request, and the tensors of its result as answers."""
+"""Convert texts and features to request tensors, and result tensors to answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Answer", "encode_text", "read_answers", "read_output", "strings", "t
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a classifier said about one text.
+    """A classifier's answer to one text.
 
-    ``labels`` and ``scores`` are the best few, best first; ``logits`` FP32 ``[labels]`` are all of them, in the head's
-    own order, ``[0]`` where they were not asked for; ``in_scope`` is None where the classifier gives none. All come
-    from head ``head_version``.
+    ``labels`` and ``scores`` are the best few, best first. ``logits`` FP32 ``[labels]`` are those of all labels, in the
+    head's own order, or ``[0]`` if they were not requested. ``in_scope`` is None if the classifier does not give it.
+    ``head_version`` is the version of the head that answered.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 
 def to_head(features: NDArray[np.float32], classifier: str) -> list[Any]:
-    """The inputs of a head, with the name of a ``classifier`` where it is one of a store."""
+    """The inputs of a head; ``classifier`` is its name in a head store, or empty for a head that is its own model."""
     import tritonclient.grpc as triton
 
     tensor = triton.InferInput("features", list(features.shape), "FP32")
@@ -45,7 +45,7 @@ def to_head(features: NDArray[np.float32], classifier: str) -> list[Any]:
 
 
 def strings(name: str, values: Sequence[bytes]) -> Any:
-    """A BYTES tensor ``[n, 1]`` of as many values."""
+    """A BYTES tensor ``[n, 1]`` of the values."""
     import tritonclient.grpc as triton
 
     column = np.empty((len(values), 1), dtype=object)
@@ -56,7 +56,7 @@ def strings(name: str, values: Sequence[bytes]) -> Any:
 
 
 def encode_text(text: str, place: str) -> bytes:
-    """A text as it goes over the wire; InputError, naming its ``place``, where it is none or no valid Unicode."""
+    """A text as UTF-8; InputError, naming its ``place``, if it is not a string or not valid Unicode."""
     require(str, **{place: text})
     try:
         return text.encode()
@@ -67,7 +67,7 @@ def encode_text(text: str, place: str) -> bytes:
 
 
 def read_output(result: Any, name: str) -> Any:
-    """An output of an answered request; InputError where the model has none of that name."""
+    """The output ``name`` of an answered request; InputError if the model has no such output."""
     found = result.as_numpy(name)
     if found is None:
         raise InputError(
@@ -78,7 +78,7 @@ def read_output(result: Any, name: str) -> Any:
 
 
 def read_answers(texts: Sequence[str], result: Any) -> list[Answer]:
-    """What a classifier said about each of ``texts``, from the answered request."""
+    """A classifier's answers to ``texts``, from the result of the request."""
     labels, scores, versions = (read_output(result, name) for name in ("label", "score", "head_version"))
     logits, scope = result.as_numpy("logits"), result.as_numpy("in_scope")
     none = np.empty(0, np.float32)

@@ -1,6 +1,6 @@
-"""TLS on the way to a server: which files a client and a server need, whether they can work, and why one did not.
+"""TLS between client and server: the files each side needs, checks that they can work, and why a handshake failed.
 
-gRPC says little about a handshake that failed, so the reason is found by a handshake of Python's own.
+gRPC says little about a failed handshake, so Python's own ssl module repeats it to find the reason.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SECONDS = 3.0
 
 @dataclass(frozen=True)
 class ClientTls:
-    """How a client trusts and proves itself: ``ca`` is whom it trusts to vouch for the server.
+    """A client's TLS settings: ``ca`` is the CA that must have signed the server's certificate.
 
-    ``certificate`` and ``key`` (both or none) are the client's own, for servers that ask for one (mutual TLS);
-    ``server_name`` is the name expected in the server's certificate where that is not the host of the address, as with
-    the single replicas behind one DNS name. All files are PEM. Raises InputError for files that cannot work.
+    ``certificate`` and ``key`` (both or neither) are the client's own, for servers that require them (mutual TLS).
+    ``server_name`` is the name expected in the server's certificate if it differs from the host of the address, as for
+    individual replicas behind one DNS name. All files are PEM. Raises InputError for files that cannot work.
     """
 
     ca: File
@@ -49,10 +49,10 @@ class ClientTls:
 
 @dataclass(frozen=True)
 class ServerTls:
-    """What a server shows: ``certificate`` (with its chain) and ``key``, PEM.
+    """A server's TLS settings: its ``certificate`` (with the chain) and ``key``, PEM.
 
-    With ``client_ca`` only clients whose certificate that authority signed are let in. Raises InputError for files that
-    cannot work, an expired certificate among them.
+    With ``client_ca``, only clients with a certificate signed by that CA are accepted. Raises InputError for files that
+    cannot work, including an expired certificate.
     """
 
     certificate: Path
@@ -65,7 +65,7 @@ class ServerTls:
             _check_ca(self.client_ca, "--tls-client-ca")
 
     def options(self) -> list[str]:
-        """Triton's options for gRPC."""
+        """Triton's command-line options for gRPC."""
         options = [
             "--grpc-use-ssl=true",
             f"--grpc-server-cert={self.certificate.resolve()}",
@@ -77,7 +77,7 @@ class ServerTls:
 
 
 def handshake_problem(host: str, port: int, tls: ClientTls) -> str | None:
-    """Why no connection under ``tls`` comes about with the server there, with what to do; None where one does."""
+    """Why a TLS handshake with the server there fails, and what to do; None if it succeeds or nobody answers."""
     context = _client_context(tls.ca)
     if tls.certificate and tls.key:
         context.load_cert_chain(tls.certificate, tls.key)
@@ -87,8 +87,8 @@ def handshake_problem(host: str, port: int, tls: ClientTls) -> str | None:
             socket.create_connection((host, port), _SECONDS) as raw,
             context.wrap_socket(raw, server_hostname=name) as wrapped,
         ):
-            # Under TLS 1.3 the server looks at our certificate after our side is done: the refusal comes on reading.
-            if not wrapped.recv(1):  # gRPC hangs up without a word; one that takes us says what it can do
+            # In TLS 1.3 the server checks our certificate after our side has finished, so a refusal shows when reading.
+            if not wrapped.recv(1):  # to refuse, gRPC just closes the connection; else it sends its HTTP/2 settings
                 return _hung_up(tls)
     except ssl.SSLCertVerificationError as error:
         return _unverified(error, name, tls.ca)
@@ -102,7 +102,7 @@ def handshake_problem(host: str, port: int, tls: ClientTls) -> str | None:
 
 
 def speaks_tls(host: str, port: int) -> bool:
-    """Whether the server there answers a TLS handshake at all; nothing is believed of what it shows."""
+    """Whether the server there completes a TLS handshake at all; its certificate is not verified."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -117,7 +117,7 @@ def _client_context(ca: File) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(ca)
     context.set_alpn_protocols(["h2"])
-    # As gRPC does: a certificate in the file is trusted for what it is, whoever signed it.
+    # As in gRPC, a certificate in the file is trusted as it is, whoever signed it.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
@@ -180,7 +180,10 @@ def _check_pair(certificate: File, key: File, side: str) -> None:
 
 
 def _validity(certificate: File, key: File) -> str:
-    """What verification says of a certificate by itself, its purpose aside; the standard library has no other way."""
+    """OpenSSL's verification error for a certificate on its own, ignoring its purpose; empty if there is none.
+
+    The certificate is verified in a handshake with itself, since the standard library offers no other way.
+    """
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), _client_context(certificate)
     server.load_cert_chain(certificate, key)
     client.check_hostname = False
