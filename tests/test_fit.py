@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit import fit, logistic
 from patcher.fit.bias import Calibration, best_shift, normal_below
-from patcher.fit.inputs import Labelled
+from patcher.fit.inputs import Labelled, OldInputs, old_inputs, own_logits
 from patcher.fit.minimise import minimise
 from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS
@@ -295,3 +295,37 @@ def test_rivals_are_beaten_all_at_once_as_one_after_the_other(problem):
     if problem == SINGLE_LABEL:
         raised = np.logaddexp(cloud.offsets, cloud.points @ rows[0][:-1] + rows[0][-1])
         assert np.allclose(scene.raised(cloud, [rows[0]]).offsets, raised, rtol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_no_input_is_nearer_to_a_new_row_than_the_reach_of_the_nearest(seed: int, exclusive: bool) -> None:
+    rng = np.random.default_rng(seed)
+    labels = tuple("abcd")
+    weight, bias = rng.standard_normal((4, 6)).astype(np.float32), np.zeros(4, np.float32)
+    head = Head.from_linear(labels, weight, bias, 6, "x", problem=SINGLE_LABEL if exclusive else MULTI_LABEL)
+    features = rng.standard_normal((200, 6)).astype(np.float32)
+    ids = rng.integers(0, 4, 200)  # most of them answered wrongly
+    inputs = OldInputs(features, ids, own_logits(features, ids, head), np.ones(200), "replay")
+    row = rng.standard_normal(6).astype(np.float32)
+    near = inputs.nearest(row, np.float32(0.5), head, 30)
+    every = inputs.nearest(row, np.float32(0.5), head, 200)
+    assert (len(near.places), every.reach) == (30, np.inf)
+    assert every.margins[~np.isin(every.places, near.places)].min() >= near.reach - 1e-5
+
+
+def test_a_rare_label_of_a_text_says_how_many_it_stands_for() -> None:
+    rng = np.random.default_rng(0)
+    labels = ("often", "rare", "new")
+    head = Head.from_linear(
+        labels, np.eye(3, 6, dtype=np.float32), np.zeros(3, np.float32), 6, "x", problem=MULTI_LABEL
+    )
+    often, both = rng.standard_normal((380, 6)), rng.standard_normal((20, 6))
+    features = np.concatenate([often, np.repeat(both, 2, axis=0)]).astype(np.float32)
+    ids = np.concatenate([np.zeros(380, np.int64), np.tile([0, 1], 20)])
+    memory = Memory.build(features, ids, labels[:2], split=6)  # keeps 20 of each label's
+    inputs = old_inputs(memory, None, head)
+    assert inputs is not None
+    assert inputs.weights.mean() == pytest.approx(1.0)
+    rare = np.isin(inputs.features[:, 0], both.astype(np.float16)[:, 0])
+    assert set(np.round(inputs.weights[rare] / inputs.weights[~rare].mean(), 3)) == {0.05}

@@ -45,12 +45,14 @@ class Nearest:
     """The inputs that come closest to being taken by a new row.
 
     ``places`` INT64 ``[m]`` are positions in the inputs; ``margins`` float64 ``[m]`` tell by how much the new logit
-    falls short of winning; ``right`` tells whether the input is answered correctly without the new row.
+    falls short of winning; ``right`` tells whether the input is answered correctly without the new row. ``reach`` is a
+    lower bound on the margins of all other inputs, inf if there are none.
     """
 
     places: Ints
     margins: Doubles
     right: Bools
+    reach: float
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,16 @@ class OldInputs:
         selected need the logits of all labels: with thousands of labels, a second instead of a minute.
         """
         new = self.features @ weight + bias
-        places = _least(self.own - new if head.exclusive else -new, count)
+        least = self.own - new if head.exclusive else -new
+        places = _least(least, count)
+        # Not the largest margin: of an input that is answered wrongly, it may be far above the bound it is ranked by.
+        reach = np.inf if len(places) == len(self) else float(least[places[-1]])
         if also is not None:
             places = np.union1d(places, also)
         if not head.exclusive:
-            return Nearest(places, -new[places].astype(np.float64), np.ones(len(places), np.bool_))
+            return Nearest(places, -new[places].astype(np.float64), np.ones(len(places), np.bool_), reach)
         best, logit = head.best(self.features[places])
-        return Nearest(places, (logit - new[places]).astype(np.float64), best == self.ids[places])
+        return Nearest(places, (logit - new[places]).astype(np.float64), best == self.ids[places], reach)
 
 
 def old_inputs(
@@ -144,8 +149,11 @@ def old_inputs(
     else:
         return None
     if not head.exclusive and len(ids):
-        first = np.unique(_bytes(half(features)), return_index=True)[1]
-        features, ids, weights = features[first], ids[first], np.ones(len(first))
+        _, first, text = np.unique(_bytes(half(features)), return_index=True, return_inverse=True)
+        # A text of several labels was as likely to be sampled as its rarest label made it, so it has the least weight.
+        least = np.full(len(first), np.inf)
+        np.minimum.at(least, text, weights)
+        features, ids, weights = features[first], ids[first], least / least.mean()
     return OldInputs(features, ids, own_logits(features, ids, head), weights, source) if len(ids) else None
 
 

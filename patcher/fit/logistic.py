@@ -144,8 +144,8 @@ class _Scene(Task):
             may = int(np.searchsorted(spent, budget * weighs * (1.0 + _ROUNDED), side="right"))
             if may < len(right):
                 cap = min(cap, float(margins[right[may]]) - 2.0 * close)
-            elif len(near.places) < len(self.inputs):
-                cap = min(cap, float(near.margins.max()))  # nothing is known about inputs beyond these
+            else:
+                cap = min(cap, near.reach - 2.0 * close)  # nothing more is known about inputs beyond these
         spreads = np.linalg.norm(row[:-1] - self.slopes_of(self.inputs.ids[near.places]), axis=1)
         return Calibration(near.margins, spreads, len(self.head.labels) / len(self.inputs), cap)
 
