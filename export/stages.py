@@ -16,7 +16,7 @@ from export.parity import check_parity, token_batch
 from export.precision import LIMITS, check_precision, convert, sample
 from export.split import find_split
 from export.tokenizer import embeddings
-from export.training import accuracy, counter
+from export.training import accuracy
 from patcher import __version__
 from patcher.errors import PatcherError
 from patcher.fit.scope import FINE_TUNED, fit_scope
@@ -28,6 +28,7 @@ from patcher.lineage import CHECKPOINT
 from patcher.memory import Memory
 from patcher.provenance import now
 from patcher.runtime import Encoder, check_head_file, onnxruntime_errors
+from patcher.stopwatch import counter
 from patcher.wording import percent
 
 if TYPE_CHECKING:

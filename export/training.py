@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from patcher.labelled import places_of
 from patcher.wording import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
     from patcher.labelled import LabelIds
 
 
-__all__ = ["accuracy", "counter", "label_ids"]
+__all__ = ["accuracy", "label_ids"]
 
-_SECONDS_A_LINE = 5.0
 _UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a label that nobody named."""
 
@@ -67,18 +65,3 @@ def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:
     """Share of the texts that get exactly the labels they have."""
     expected = ({head.labels[label] for label in each} for each in ids)
     return float(np.mean([mine == theirs for mine, theirs in zip(answers(head, features), expected, strict=True)]))
-
-
-def counter(tell: Callable[[str], None], total: int) -> Callable[[int], None]:
-    """A function that hears how many texts are done and tells it now and then."""
-    started = last = time.monotonic()
-
-    def hear(done: int) -> None:
-        nonlocal last
-        moment = time.monotonic()
-        if moment - last >= _SECONDS_A_LINE and done < total:
-            last = moment
-            left = (moment - started) / done * (total - done)
-            tell(f"features of {done:,} of {total:,} training texts, {left:.0f} s to go")
-
-    return hear

@@ -1,4 +1,4 @@
-"""Wall-clock seconds by stage, for the reports."""
+"""Wall-clock time: seconds by stage for the reports, and how far long work has come."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "counter"]
+
+_SECONDS_A_LINE = 5.0
 
 
 class Stopwatch:
@@ -31,3 +33,18 @@ class Stopwatch:
     def stop(self) -> dict[str, float]:
         """All stages so far, and ``total``."""
         return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+def counter(tell: Callable[[str], object], total: int) -> Callable[[int], None]:
+    """A function to call with the number of texts done so far; it reports them through ``tell`` every few seconds."""
+    started = last = time.monotonic()
+
+    def count(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_A_LINE and done < total:
+            last = now
+            left = (now - started) / done * (total - done)
+            tell(f"{done:,} of {total:,} texts, {left:.0f} s to go")
+
+    return count

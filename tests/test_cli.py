@@ -600,7 +600,7 @@ def test_of_several_columns_of_labels_those_that_are_not_read_are_named(patcher,
 
 
 def test_long_work_says_how_far_it_is(patcher, examples, tmp_path, monkeypatch):
-    monkeypatch.setattr("patcher.cli.options._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("patcher.stopwatch._SECONDS_A_LINE", 0.0)
     old = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 12, seed=3) for label in tiny.OLD})
     code, _, err = patcher("add-label", "--examples", examples, "--replay", old, "--no-load", "--dry-run")
     assert (code, " of 82 texts, 0 s to go" in err) == (0, True), err

@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import stat
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,9 +51,6 @@ __all__ = [
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-_PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -155,17 +151,9 @@ class CommonOptions:
 
     def progress(self, total: int) -> Callable[[int], None]:
         """Report on stderr, every few seconds, how many of ``total`` texts are done."""
-        started = last = time.monotonic()
+        from patcher.stopwatch import counter
 
-        def show(done: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done < total and now - last >= _PROGRESS_SECONDS:
-                last = now
-                left = (now - started) / done * (total - done)
-                tell(f"{done:,} of {total:,} texts, {left:.0f} s to go", err=True)
-
-        return show
+        return counter(functools.partial(tell, err=True), total)
 
 
 def refuse_overwriting(output: Path | None, *inputs: Path | None) -> None:
