@@ -1,4 +1,4 @@
-"""The texts that a classifier was fine-tuned on: their labels, and how many are answered rightly."""
+"""Helpers for labelled texts: label positions, accuracy and progress messages."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = ["accuracy", "counter", "label_ids"]
 
 _SECONDS_A_LINE = 5.0
 _UNNAMED = re.compile(r"LABEL_\d+")
-"""What transformers calls a label that nobody named."""
+"""The names that transformers gives to labels without one."""
 
 
 def label_ids(examples: Examples, labels: Sequence[str], problem: str) -> LabelIds:
-    """Positions in ``labels`` of each example's label, or labels where a text can have several.
+    """Position in ``labels`` of each example's label, or positions if a text can have several.
 
-    Raises ExamplesError with the line for a label that the model does not have.
+    Raises ExamplesError, naming the line, for a label that the model does not have.
     """
     place = {label: index for index, label in enumerate(labels)}
 
@@ -64,13 +64,13 @@ def _unknown(label: str, labels: Sequence[str]) -> str:
 
 
 def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:
-    """Share of the texts that get exactly the labels they have."""
+    """Share of the texts for which the head predicts exactly their labels."""
     expected = ({head.labels[label] for label in each} for each in ids)
     return float(np.mean([mine == theirs for mine, theirs in zip(answers(head, features), expected, strict=True)]))
 
 
 def counter(tell: Callable[[str], None], total: int) -> Callable[[int], None]:
-    """A function that hears how many texts are done and tells it now and then."""
+    """A callback that takes the number of finished texts and reports progress every few seconds."""
     started = last = time.monotonic()
 
     def hear(done: int) -> None:
