@@ -1,4 +1,4 @@
-"""Once, after fine-tuning: a Hugging Face sequence classifier becomes backbone, head and tokenizer for Triton."""
+"""Turns a fine-tuned Hugging Face sequence classifier into a backbone, a head and a tokenizer for Triton."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from export.report import ExportReport
     from export.to_transformers import to_transformers
 
-turn_off()  # before anything here imports onnxruntime
+turn_off()  # must run before anything here imports onnxruntime
 
-# Name -> module, imported when first asked for: the callback brings all of transformers' Trainer with it.
+# Name -> module, imported on first access, because the callback pulls in all of transformers' Trainer.
 _HOMES = {
     "ExportCallback": "export.callback",
     "ExportOptions": "export.plan",

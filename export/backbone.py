@@ -1,8 +1,9 @@
-"""The model without its last layer as one ONNX file whose only output is the features.
+"""Exports the model without its last layer as a single ONNX file whose only output is the features.
 
-torch's TorchScript exporter is used, not the newer one: on the architectures tried it is right on all (the other fails
-on XLNet and is wrong on ModernBERT with SDPA), writes opset 17 and IR 8 itself, and takes a tenth of the time. Eager
-attention exports to plain MatMul and Softmax, whose mask is a tensor of the graph at every batch size and length.
+This uses torch's TorchScript exporter rather than the newer dynamo one. It was correct on every architecture tried
+(the newer one fails on XLNet and is wrong on ModernBERT with SDPA), writes opset 17 and IR 8 itself, and takes a tenth
+of the time. Eager attention exports to plain MatMul and Softmax, with the mask as a tensor of the graph at every batch
+size and sequence length.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ __all__ = ["BackboneFile", "export_backbone", "tidy_nodes"]
 _OPSET = 17
 _IR_VERSION = 8
 _MOST_BYTES = 2**31 - 2**20
-"""A protobuf message, and so an ONNX file without a second file beside it, holds less than 2 GiB."""
+"""A protobuf message, and hence an ONNX file without external data, must be smaller than 2 GiB."""
 
 
 @dataclass(frozen=True)
 class BackboneFile:
-    """An exported backbone: its file, the file's SHA-256, and the names of the token tensors it takes."""
+    """An exported backbone: its file, the file's SHA-256, and the names of its input token tensors."""
 
     path: Path
     fingerprint: str
     inputs: tuple[str, ...]
     unpadded: bool = False
-    """Whether it computes nothing for padding but attention."""
+    """Whether attention is the only work done on padding tokens."""
     fused: bool = False
-    """Whether it is in ONNX Runtime's fused operators."""
+    """Whether the graph uses ONNX Runtime's fused operators."""
 
 
 def export_backbone(
@@ -56,15 +57,15 @@ def export_backbone(
 ) -> BackboneFile:
     """Write the backbone to ``path``.
 
-    Its output is ``features`` FP32 ``[batch, width]``: the tensor that enters the last layer, then the mean over the
-    tokens of the text, and over the last layers, of the hidden states. The same model gives the same bytes.
+    Its output is ``features``, FP32 ``[batch, width]``: the tensor that enters the last layer, concatenated with the
+    mean of the hidden states over the text's tokens and the last layers. The same model always gives the same bytes.
 
     Parameters
     ----------
     inputs
-        A padded batch of tokens, INT64 ``[batch, sequence]`` each; batch and sequence stay free in the file.
+        A padded batch of tokens, INT64 ``[batch, sequence]`` each; both axes are dynamic in the file.
     unpad
-        Leave out the work on padding, where the graph allows it (``export.unpadding``).
+        Skip the work on padding tokens where the graph allows it (``export.unpadding``).
 
     Raises
     ------
@@ -85,7 +86,7 @@ def export_backbone(
 
 
 class _Backbone(nn.Module):
-    """Token tensors, in the order of ``names``, to features."""
+    """Maps token tensors, in the order of ``names``, to features."""
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -122,8 +123,8 @@ def _traced(model: PreTrainedModel, split: Split, inputs: Mapping[str, Tensor], 
 
 @contextlib.contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with attention written out, and without a cache of keys and values that nobody reads."""
-    attention = model.config._attn_implementation  # noqa: SLF001  it can be set in public, but not asked
+    """Temporarily switch the model to eager attention and turn off its key/value cache, which nobody reads."""
+    attention = model.config._attn_implementation  # noqa: SLF001  there is a public setter, but no getter
     cache = getattr(model.config, "use_cache", None)
     model.set_attn_implementation("eager")
     if cache is not None:
@@ -138,10 +139,11 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, of tracing (parity is proven afterwards, at other shapes) and of the exporter's age; and no log.
+    """Suppress the exporter's log and its warnings about tracing and about its own deprecation.
 
-    torch asks whether its log is switched on by the function's name, without calling it (2.7 to 2.13), so that it is
-    always: a model that cannot be exported would be printed to the standard output, where our callers read JSON.
+    Tracing warnings are not needed, because parity is checked afterwards at other shapes. The log has to be replaced
+    because torch 2.7 to 2.13 tests the function that says whether logging is on instead of calling it, so logging is
+    always on: a model that cannot be exported would be printed to stdout, where our callers read JSON.
     """
     internals: Any = torch._C  # noqa: SLF001  there is no public way
     log = internals._jit_onnx_log  # noqa: SLF001
@@ -155,23 +157,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidied(model: onnx.ModelProto, width: int) -> onnx.ModelProto:
-    """The same graph without traces of who wrote it, where and with what: the same model gives the same bytes."""
+    """Strip everything that tells how and where the graph was made, so that the same model gives the same bytes."""
     model.ir_version = _IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "patcher", "", ""
     graph = model.graph
     tidy_nodes(graph)
-    # An input that no node reads would be sent to the server for nothing.
+    # Drop inputs that no node reads: clients would send them for nothing.
     read = {name for node in graph.node for name in node.input}
     inputs = [each for each in graph.input if each.name in read]
     del graph.input[:]
     graph.input.extend(inputs)
-    # Conv1D layers end in a Reshape that hides the width, and Triton compares the declared dims with these.
+    # Conv1D layers end in a Reshape that hides the width, but Triton compares its configured dims with the graph's.
     graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
     return model
 
 
 def tidy_nodes(graph: onnx.GraphProto) -> None:
-    """Take out of a graph what tells where and with what it was made."""
+    """Remove names, doc strings and metadata that tell where and with what a graph was made."""
     graph.name, graph.doc_string = "backbone", ""
     for message in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         _strip(message)

@@ -1,4 +1,4 @@
-"""Export when ``transformers.Trainer`` has finished training."""
+"""A ``transformers.Trainer`` callback that exports the model when training ends."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ __all__ = ["ExportCallback"]
 
 
 class ExportCallback(TrainerCallback):
-    """Adds the trained model to a Triton model repository, as ``export_classifier`` does, when training ends.
+    """Adds the trained model to a Triton model repository when training ends, as ``export_classifier`` does.
 
-    ``Trainer(..., processing_class=tokenizer, callbacks=[ExportCallback("model_repository", name="intent")])``; the
-    best model is exported where the trainer loads it at the end. ``report`` holds the figures afterwards.
+    Usage: ``Trainer(..., processing_class=tokenizer, callbacks=[ExportCallback("model_repository", name="intent")])``.
+    If the trainer loads the best model at the end, that one is exported. Afterwards ``report`` holds the figures.
 
-    What can be refused is refused before the first step, not after hours of training: a name that is taken, an option
-    that makes no sense, a file that cannot be read or has labels that the model lacks, a model without a tokenizer.
+    Everything that can be checked up front is checked before the first training step, not after hours of training: a
+    name that is taken, an invalid option, a file that cannot be read or has labels the model lacks, a missing
+    tokenizer.
     """
 
     def __init__(self, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> None:
@@ -38,22 +39,22 @@ class ExportCallback(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: TrainingArguments,  # noqa: ARG002  the trainer gives it
+        args: TrainingArguments,  # noqa: ARG002  part of the trainer's interface
         state: TrainerState,  # noqa: ARG002  the same
         control: TrainerControl,  # noqa: ARG002  the same
         **kwargs: Any,
     ) -> None:
-        """Refuse now what would be refused at the end."""
+        """Raise now what the export would raise at the end of training."""
         foresee(kwargs["model"], self.repository_dir, {**self.options, "tokenizer": self._tokenizer(kwargs)})
 
     def on_train_end(
         self,
-        args: TrainingArguments,  # noqa: ARG002  the trainer gives it
+        args: TrainingArguments,  # noqa: ARG002  part of the trainer's interface
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002  the trainer gives it
+        control: TrainerControl,  # noqa: ARG002  the same
         **kwargs: Any,
     ) -> None:
-        """Export; in distributed training the first process alone does."""
+        """Export the model; in distributed training only the world's first process does."""
         if state.is_world_process_zero:
             options: ExportOptions = {**self.options, "tokenizer": self._tokenizer(kwargs)}
             self.report = run_export(kwargs["model"], self.repository_dir, **options)

@@ -1,4 +1,4 @@
-"""A fine-tuned checkpoint, read with care: refused with a reason where it is no classifier, none of its code run."""
+"""Loads a fine-tuned checkpoint safely: runs none of its code unless allowed, and says why it refuses one."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 __all__ = ["HUB", "Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
 
 HUB = "hf://"
-"""Before an id of the hub: no folder is meant, whatever lies here."""
+"""Prefix of an id on the hub; with it, no local folder is looked for."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
 _PLAIN = r"[^/\\]+\.safetensors"
-"""A file of weights alone, beside the one that names it."""
+"""Pattern for a safetensors file in the same folder as the file that names it."""
 _LONG = 100
-"""Tokens of a batch that is worth a word on its length."""
+"""Above this many tokens in a batch, an error hints at ``--max-length``."""
 _HUB_SECONDS = 5.0
-# What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
+# What transformers and the libraries under it raise for files that are missing, damaged, foreign or not trusted.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
     SafetensorError,
@@ -71,9 +71,9 @@ class Checkpoint:
     source: str
     """Where it came from, for messages."""
     location: str | None = None
-    """Its folder, absolute, or its id on the hub; None for a model in memory, and a path that is no text."""
+    """Absolute path of its folder, or its id on the hub; None for a model in memory or an unprintable path."""
     dtype: torch.dtype = torch.float32
-    """Of the weights as they are there; ``model`` has them in float32."""
+    """dtype of the weights as stored; ``model`` has them in float32."""
 
 
 def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
@@ -82,20 +82,20 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
     Parameters
     ----------
     source
-        ``hf://ID`` names the hub alone, where an id looks like a mistyped folder.
+        A folder, or an id on the hub. ``hf://ID`` always means the hub, even if the id looks like a mistyped folder.
     allow_pickle
-        Read weights from a pickle file where there is no safetensors file: unpickling can run code.
+        Read weights from a pickle file if there is no safetensors file; unpickling can run code.
     trust_remote_code
-        Run Python code that lies beside the weights.
+        Run Python code that comes with the checkpoint.
 
     Raises
     ------
     CheckpointError
-        with the reason: nothing there, damaged, no sequence classifier, regression, fewer than two labels, weights in
-        a pickle, or code of its own without the flag that allows it.
+        if the checkpoint is missing or damaged, is no sequence classifier or a regression, has fewer than two labels,
+        keeps its weights in a pickle, or needs code of its own without the flag that allows it.
     """
     name = _checked_source(source)
-    # The hub's own library asks six times for each file, which takes a minute where nobody answers.
+    # The hub's own library tries six times for each file, which takes a minute if nothing answers.
     common = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": not Path(name).is_dir() and not _hub_answers(),
@@ -129,12 +129,12 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
     return dataclasses.replace(
         _ready(model, tokenizer, labels, problem, name),
         dtype=dtype,
-        location=location if location.isprintable() else None,  # one that is no text would not go into the lineage
+        location=location if location.isprintable() else None,  # the lineage cannot store an unprintable path
     )
 
 
 def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str = "") -> Checkpoint:
-    """The checkpoint that a model in memory would be; the model itself is copied, not touched.
+    """A checkpoint made from a model in memory; works on copies and leaves the originals untouched.
 
     Raises CheckpointError as ``load_checkpoint`` does.
     """
@@ -150,9 +150,9 @@ def from_objects(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: s
 
 
 def own_logits(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor]) -> NDArray[np.float32]:
-    """The checkpoint's own answer to a batch of tokens, INT64 ``[batch, sequence]`` each: float32 ``[batch, labels]``.
+    """The checkpoint's own logits, float32 ``[batch, labels]``, for token tensors INT64 ``[batch, sequence]``.
 
-    Raises CheckpointError where its forward fails.
+    Raises CheckpointError if the forward pass fails.
     """
     try:
         with torch.no_grad():
@@ -168,10 +168,10 @@ def own_logits(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor]) -> ND
 def _ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], problem: str, name: str
 ) -> Checkpoint:
-    # Through `nn.Module`, because transformers' own methods hide their signatures behind decorators.
+    # Called through `nn.Module`, because transformers' own methods hide their signatures behind decorators.
     nn.Module.to(model, device="cpu", dtype=torch.float32)
     nn.Module.eval(model)
-    # The forward's answer is read by name, and no more is computed than what is read.
+    # Callers read the forward's result by attribute, and need nothing but the logits.
     model.config.return_dict = True
     model.config.output_attentions = model.config.output_hidden_states = False
     return Checkpoint(model, tokenizer, labels, problem, name)
@@ -200,13 +200,13 @@ def _checked_source(name: str) -> str:
 def _hub_id(name: str) -> str:
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{HUB + name!r}: {name!r} is no id of the hub; expected {HUB}owner/name")
-    if Path(name).exists():  # what reads checkpoints would take that
+    if Path(name).exists():  # transformers would read that folder instead
         raise CheckpointError(f"{name} lies in this folder, where {HUB}{name} cannot be read; run this from another")
     return name
 
 
 def _near(path: Path) -> list[str]:
-    """Folders of checkpoints beside ``path`` whose names are like its own."""
+    """Checkpoint folders beside ``path`` with similar names."""
     try:
         there = {each.name: str(each) for each in path.parent.iterdir() if (each / "config.json").is_file()}
     except OSError:
@@ -215,7 +215,7 @@ def _near(path: Path) -> list[str]:
 
 
 def _hub_answers() -> bool:
-    """Whether anybody answers at the hub's address; True also where the environment forbids to ask: it is not asked."""
+    """Whether the hub can be reached; True without trying if the environment forbids network access."""
     if hub.HF_HUB_OFFLINE:
         return True
     try:
@@ -224,7 +224,7 @@ def _hub_answers() -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # whom to trust is for the hub's library to say
+        return isinstance(error.reason, ssl.SSLError)  # leave certificate errors to the hub's own library
     except OSError:
         return False
     return True
@@ -277,12 +277,12 @@ def _refuse_other_files_on_hub(name: str, index: str, local_files_only: bool) ->
 
 
 def _first_line(error: Exception) -> str:
-    """What happened: the messages of transformers run over many lines."""
+    """First non-empty line of the message: those of transformers run over many lines."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _refuse_other_files(index: Path) -> None:
-    """An index of weights in several files may name a pickle, which transformers would read, or what is elsewhere."""
+    """Refuse an index of sharded weights that names a pickle, which transformers would read, or a file elsewhere."""
     try:
         names = list(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -296,7 +296,7 @@ def _refuse_other_files(index: Path) -> None:
 
 
 def _refuse_kernels(config: PretrainedConfig, name: str) -> None:
-    """A name with a slash is code on the hub, which transformers would fetch and run without a flag that allows it."""
+    """Refuse kernels from the hub: transformers would fetch and run code whose name has a slash, without any flag."""
     for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         if (value := getattr(config, key, None)) not in _ATTENTION:
             raise CheckpointError(
@@ -323,7 +323,7 @@ def _refuse_unfit(config: PretrainedConfig, name: str) -> None:
             f"{name} is a {config.model_type}, which encodes a text and decodes it again; expected an encoder alone "
             "(BERT's kin) or a decoder alone (GPT's)"
         )
-    # BigBird's forward switches itself over at the first short text, so no comparison would show the difference.
+    # BigBird's forward switches to full attention for good at the first short text, so no comparison would show it.
     if getattr(config, "attention_type", None) == "block_sparse":
         raise CheckpointError(
             f"{name} reads long texts with block-sparse attention and short ones with full attention, which one graph "
@@ -362,7 +362,7 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and load reports of transformers; what matters in them becomes an error of ours."""
+    """Silence the progress bars and load reports of transformers; we raise errors for what matters in them."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

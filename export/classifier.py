@@ -1,4 +1,4 @@
-"""A checkpoint in, a classifier in a Triton model repository out: all of it proven before any of it is written."""
+"""Exports a checkpoint as a classifier in a Triton model repository; everything is verified before it is written."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ def export_classifier(
     model
         Folder of a checkpoint, its id on the Hugging Face hub, or a model in memory.
     repository_dir
-        A folder, made where there is none, or ``s3://BUCKET/PATH``.
+        A folder, created if it does not exist, or ``s3://BUCKET/PATH``.
     **options
-        As ``ExportOptions`` lists them: ``name="intent"``, ``train=None`` and so on.
+        The fields of ``ExportOptions``: ``name="intent"``, ``train=None`` and so on.
 
     Raises
     ------
     CheckpointError, SplitError
-        when the checkpoint cannot be read or split, with the reason.
+        if the checkpoint cannot be read or split; the message gives the reason.
     ExamplesError
-        when ``train`` cannot be used, with the line.
+        if ``train`` or ``evaluation`` cannot be used; the message gives the line.
     ParityError, ExportError
-        when the exported files do not answer as the checkpoint does, or cannot be made.
+        if the exported files do not answer as the checkpoint does, or cannot be made.
     InputError
-        when the name is taken or an option makes no sense.
+        if the name is taken or an option makes no sense.
 
-    Whatever is raised, the repository is as it was.
+    Whatever is raised, the repository is unchanged.
     """
     return run_export(model, repository_dir, **options).repository
 
 
 def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
-    """The same as ``export_classifier``, with the figures of the export; they hold the repository."""
+    """Do what ``export_classifier`` does, and return the figures of the export together with the repository."""
     watch = Stopwatch()
     with watch("load"):
         plan = foresee(model, repository_dir, options)
@@ -93,7 +93,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
 
 
 def _publish(location: str | os.PathLike[str], plan: Plan, made: Made) -> ModelRepository:
-    """All of it into the repository, or nothing."""
+    """Add everything to the repository, or nothing."""
     with ModelRepository.making(location) as repository, repository.lock(), contextlib.ExitStack() as added:
         if repository.has_backbone(plan.backbone):
             _refuse_other_backbone(repository, plan.backbone, made.files)

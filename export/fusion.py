@@ -1,13 +1,13 @@
-"""The backbone in ONNX Runtime's fused operators, for GPUs.
+"""Rewrites the backbone with ONNX Runtime's fused operators, for GPUs.
 
-There each node is a kernel to launch, and a short text's time is the sum of the launches. Attention, layer
-normalisation with the sum before it, GELU with its bias and the embeddings become one operator each (domain
+On a GPU each node is a kernel launch, and the time for a short text is the sum of the launches. Attention, layer
+normalisation with the addition before it, GELU with its bias, and the embeddings become one operator each (domain
 ``com.microsoft``): a BERT of 6 layers has 92 nodes instead of 562, and batches of many shapes took a third of the time
-on an H200. CPUs gain little by it, and more by ``export.unpadding``, which it does not go with; TensorRT does not know
-these operators.
+on an H200. CPUs gain little from fusion and more from ``export.unpadding``, which cannot be combined with it. TensorRT
+does not support these operators.
 
-The attention is told how long each text is, so padding has to lie where the tokenizer puts it, behind the text; where
-that is before it, attention reads the whole mask (slower by a tenth).
+Fused attention takes the length of each text, so padding must follow the text. If the tokenizer pads on the left,
+attention reads the whole mask instead, which is a tenth slower.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FUSED = "com.microsoft"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what ONNX Runtime's tools warn of, by the root logger, or print."""
+    """Suppress what ONNX Runtime's tools print, and what they log as warnings through the root logger."""
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:
@@ -51,10 +51,10 @@ def quiet() -> Iterator[None]:
 
 
 def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: bool) -> BackboneFile:
-    """Write ``backbone``, FP32 and padded, to ``path`` in fused operators; the same file gives the same bytes.
+    """Write ``backbone`` (FP32, not unpadded) to ``path`` with fused operators; the same file gives the same bytes.
 
-    ``left`` says that padding comes before the text: attention then reads the whole mask, and not where it ends. Raises
-    ExportError where the graph has no attention that ONNX Runtime knows, or its optimizer fails.
+    ``left`` says that padding comes before the text, so that attention must read the whole mask rather than the text's
+    length. Raises ExportError if ONNX Runtime finds no attention it knows in the graph, or if its optimizer fails.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -62,18 +62,18 @@ def fuse(backbone: BackboneFile, config: PretrainedConfig, path: Path, *, left: 
     options = FusionOptions("bert")
     options.use_raw_attention_mask(left)
     try:
-        with quiet():  # it misses the exporter's name, which was taken out
+        with quiet():  # it complains that the exporter's name is missing, which we strip
             model: onnx.ModelProto = optimize_model(
                 str(backbone.path),
                 model_type="bert",
                 num_heads=getattr(config, "num_attention_heads", 0),
                 hidden_size=getattr(config, "hidden_size", 0),
-                opt_level=0,  # what a session does on the machine that serves, it does there
+                opt_level=0,  # leave the session's own optimisations to the machine that serves
                 use_gpu=True,
                 optimization_options=options,
             ).model
     except Exception as error:  # it fails in a dozen ways on graphs that it was not made for
-        if os.environ.get("PATCHER_DEBUG") == "1":  # or on one that we made wrongly
+        if os.environ.get("PATCHER_DEBUG") == "1":  # the graph may also be wrong because of a bug of ours
             traceback.print_exc()
         raise ExportError(f"ONNX Runtime's optimizer fails on this graph ({error})") from error
     if not any(node.domain == FUSED and node.op_type.endswith("Attention") for node in model.graph.node):

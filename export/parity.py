@@ -1,4 +1,4 @@
-"""Proof that the exported files answer as the checkpoint does."""
+"""Checks that the exported files answer as the checkpoint does."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Parity", "check_parity", "token_batch"]
 
-# Lengths of the texts of each batch, beside one as long as a text may be. None of them is the shape that the export was
-# traced with: whatever the tracing froze shows here.
+# Text lengths of each batch; one more batch has a text of the maximum length. None has the shape that the export was
+# traced with, so anything that tracing froze shows up here.
 _SHAPES = ((1,), (5,), (12, 3, 7), (33, 1, 16, 2, 8, 21, 5), (64, 40))
 _TOGETHER = 4
-"""Texts of a batch: they may be long, and attention takes memory by the square."""
+"""Texts per batch; kept small because texts may be long and attention needs memory quadratic in their length."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared, and the largest difference of a logit that was found."""
+    """What was compared, and the largest difference found in any logit."""
 
     batches: int
     texts: int
     difference: float
     features: NDArray[np.float32]
-    """Features FP32 ``[texts, width]`` of everything that was compared."""
+    """Features FP32 ``[texts, width]`` of all texts compared."""
     noise: float = 0.0
-    """RMS of the change of the logits over the RMS of the logits about their mean."""
+    """RMS of the change in the logits, divided by the RMS of the logits about their mean."""
 
 
 def token_batch(
@@ -77,16 +77,18 @@ def check_parity(
     texts: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> Parity:
-    """Compare the backbone at ``path`` and the split-off layer with the checkpoint: padded batches of several lengths.
+    """Compare the backbone at ``path`` plus the split-off layer with the checkpoint, on padded batches of many lengths.
 
-    Random tokens show what tracing froze, texts (``texts`` beside a few of our own) that the tokenizer fits. With
-    ``limits``, those of a lower precision, single logits may move more: their noise over all texts is what is bounded.
+    Random tokens reveal what tracing froze; real texts (``texts`` and a few built-in ones) check that the tokenizer
+    fits. With ``limits``, for a lower precision, single logits may move further, and only their noise over all texts
+    is bounded.
 
     Raises
     ------
     ParityError
-        when a logit differs by more than rounding explains (`allowed_gaps`); a PrecisionError when the noise is above
-        ``limits``.
+        if a logit differs by more than rounding explains (`allowed_gaps`).
+    PrecisionError
+        if the noise exceeds ``limits``.
     """
     session = open_session(path)
     names = [tensor.name for tensor in session.get_inputs()]

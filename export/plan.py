@@ -1,4 +1,4 @@
-"""What an export works on: read, looked through, and refused where it can be, before any of the work is done."""
+"""Reads and validates everything an export needs, so that what can be refused is refused before any work is done."""
 
 from __future__ import annotations
 
@@ -37,40 +37,44 @@ DEVICES = ("cpu", "gpu")
 
 
 class ExportOptions(TypedDict, total=False):
-    """What can be chosen about an export.
-
-    ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
-    and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
-    builds the memory beside head version 1, with ``per_label`` real features of each label (20 by default; 0 keeps
-    statistics alone). ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
-    GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
-    ``evaluation``, labelled texts that took no part in the fine-tuning, or else on a part of ``train``; with
-    ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
-    backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
-    cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
-    ``in_store`` leaves the classifier's answers to the backbone's head store instead of an ensemble and a head model of
-    its own. ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is
-    going on.
-    """
+    """Options of an export; all can be left out."""
 
     name: str
+    """Name of the classifier, which clients ask for; ``intent`` by default."""
     backbone: str | None
+    """Name of the backbone's models, ``name`` by default. An existing backbone is shared if its bytes are the same."""
     train: ExamplesLike | None
+    """Labelled file or ``Examples`` from which the memory beside head version 1 is built."""
     per_label: int
+    """Real features that the memory keeps of each label, 20 by default; with 0 it keeps statistics only."""
     evaluation: ExamplesLike | None
+    """Labelled texts that took no part in the fine-tuning.
+
+    They measure what a lower precision costs (otherwise a part of ``train`` does), and set the share of fresh texts
+    that count as out of scope.
+    """
     precision: str | None
+    """``fp32``, ``int8`` (for CPUs) or ``fp16`` (for GPUs); by default ``fp16`` on device ``gpu``, else ``fp32``."""
     device: str
+    """``cpu``, the default, or ``gpu``."""
     tensorrt: bool
+    """Run the backbone with TensorRT; needs the device ``gpu``."""
     max_length: int | None
+    """Tokens beyond which a text is cut; by default what tokenizer and model allow, but at most 2048."""
     tokenizer: PreTrainedTokenizerBase | None
+    """Tokenizer of a model in memory."""
     in_store: bool
+    """Serve the classifier from the backbone's head store instead of an ensemble and a head model of its own."""
     allow_pickle: bool
+    """Read weights from a pickle, which can run code."""
     trust_remote_code: bool
+    """Run Python code that comes with the checkpoint."""
     progress: Callable[[str], None] | None
+    """Called with messages about the progress of the export."""
 
 
 class LabelledTexts(NamedTuple):
-    """Texts, and the places of their labels among the checkpoint's."""
+    """Texts, and the positions of their labels among the checkpoint's."""
 
     examples: Examples
     ids: LabelIds
@@ -78,7 +82,7 @@ class LabelledTexts(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """What the backbone is made for."""
+    """Where and in which precision the backbone will run."""
 
     precision: str
     device: str
@@ -86,7 +90,7 @@ class Target:
 
     @property
     def unpads(self) -> bool:
-        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it saves."""
+        """Whether to skip the work on padding; not on GPUs, where the extra nodes cost more than they save."""
         return self.device == "cpu" and self.precision != "fp16"
 
     @property
@@ -97,7 +101,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export works on, and what is to come of it."""
+    """The validated input of an export, and what it should produce."""
 
     name: str
     backbone: str
@@ -106,17 +110,17 @@ class Plan:
     encoder: TextEncoder
     target: Target
     train: LabelledTexts | None
-    """Each label's texts once."""
+    """The training texts without repetitions within a label."""
     repeated: int
-    """Further ones for training."""
+    """Number of repeated training texts that were left out."""
     data_hash: str
-    """Of all for training, as they were given."""
+    """Hash of the training texts as given, with repetitions."""
     per_label: int
     held_out: LabelledTexts | None
 
 
 def foresee(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> Plan:
-    """Everything that can be refused before the work begins, is refused here; raises as ``export_classifier`` does."""
+    """Refuse everything that can be refused before the work begins; raises as ``export_classifier`` does."""
     if unknown := set(options) - set(ExportOptions.__annotations__):
         raise InputError(
             f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
@@ -147,7 +151,7 @@ def foresee(model: Source, repository_dir: str | os.PathLike[str], options: Expo
 
 
 def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:
-    """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
+    """Raise InputError if ``name`` cannot be added to the repository at ``location``, which need not exist yet."""
     check_name(name)
     check_name(backbone)
     if in_store:
@@ -180,7 +184,7 @@ def _labelled(examples: Examples | None, checkpoint: Checkpoint) -> LabelledText
 
 
 def _once(given: LabelledTexts, checkpoint: Checkpoint) -> LabelledTexts | None:
-    """Without texts that come again: in the memory they would make what is counted on it look surer."""
+    """Drop repeated texts, which would make figures measured on the memory look more certain than they are."""
     return _labelled(given.examples.once_a_label(several=checkpoint.problem == MULTI_LABEL), checkpoint)
 
 

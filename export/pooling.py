@@ -1,9 +1,9 @@
-"""The features beside the classifier's own: a mean over the tokens of the last hidden states.
+"""Computes the features beside the classifier's own: a mean over tokens of the last layers' hidden states.
 
-Fine-tuning pulls the tensor that enters the classifier towards the labels it saw; what tells a new label apart is
-better kept in the hidden states, and in those of several layers better than in the last one alone. The mean over all
-layers finds texts of far topics a little better, and texts that resemble a label worse
-(``tests/benchmarks/tune_fit.py`` measures it). A mean is as wide as one layer and costs nothing to serve.
+Fine-tuning pulls the tensor that enters the classifier towards the labels it was trained on. The hidden states keep
+more of what sets a new label apart, and those of several layers keep more than the last layer alone. A mean over all
+layers detects texts on distant topics a little better, but texts that resemble a label worse
+(``tests/benchmarks/tune_fit.py`` measures it). The mean is as wide as one layer and costs nothing to serve.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["LAYERS", "last_states", "pooled"]
 
 LAYERS = 3
-"""So many of the last layers are averaged, fewer where there are fewer."""
+"""How many of the last layers are averaged; all of them if the model has fewer."""
 _TOKENWISE = 3
-"""Dimensions of a tensor with a row for each token: batch, sequence, width."""
+"""Number of dimensions of a tensor with a row for each token: batch, sequence, width."""
 
 
 def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean ``[batch, hidden]`` over layers and tokens of hidden states ``[batch, sequence, hidden]``.
 
-    Each token's state is brought to a root mean square of 1 first: in models that normalise before a layer, not after
-    it, the states grow from layer to layer, and the last would drown the others. An empty text may be padding alone:
-    its mean is zero, not a division by zero.
+    Each token's state is first scaled to a root mean square of 1: in pre-norm models the states grow from layer to
+    layer, and the last would drown out the others. An empty text may consist of padding only; its mean is zero.
     """
     weights = mask.unsqueeze(-1).to(states[-1].dtype)
-    # Summed one by one: stacked, they would no longer have a token's values side by side (`unpadding` looks for that).
+    # Summed one by one rather than stacked: `unpadding` only packs tensors of shape [batch, sequence, …].
     total = functools.reduce(
         torch.add, [state * torch.rsqrt(state.pow(2).mean(dim=-1, keepdim=True) + 1e-6) for state in states]
     )
@@ -46,9 +45,9 @@ def pooled(states: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
-    """A list that gets the last hidden states ``[batch, sequence, hidden]`` of each forward, the last one at its end.
+    """Collect, for each forward pass, the hidden states ``[batch, sequence, hidden]`` of the last layers in order.
 
-    Raises SplitError where the encoder's first output is no such state.
+    Raises SplitError if the encoder's first output is not such a state.
     """
     seen: list[tuple[Tensor, ...]] = []
 
@@ -56,7 +55,7 @@ def last_states(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, ...]]]:
         state = result[0] if isinstance(result, (tuple, Mapping)) and len(result) else result
         if not isinstance(state, Tensor) or state.dim() != _TOKENWISE:
             raise SplitError(f"{type(body).__name__}'s first output is no last hidden state [batch, sequence, hidden]")
-        # The first is the embedding; the last one is there twice where it needs no norm of its own.
+        # The first is the embedding. The last is dropped because it may equal `state`, if no final norm follows it.
         inner = [each for each in (getattr(result, "hidden_states", None) or ())[1:-1] if each.shape == state.shape]
         seen.append((*inner[len(inner) - min(len(inner), LAYERS - 1) :], state))
 

@@ -1,11 +1,12 @@
-"""The backbone in fewer bits: converted from the proven FP32 file, and held against it on labelled texts.
+"""Converts the verified FP32 backbone to a lower precision and compares the two on labelled texts.
 
-INT8 is dynamic quantisation of every MatMul by a constant, weights signed and by channel: activations get their scale
-from each batch, so no calibration data can be unlike production. Embeddings stay FP32 (quantising them gained no time
-and changed more answers), products of two activations (attention) too. Only operators of plain ONNX come of it: ONNX
-Runtime's own fused attention was no faster. FP16 is for GPUs: all of the model, in fused operators or plain ones, but
-not the mean over tokens behind it, whose sum a long text could lift above what FP16 holds; token ids and features keep
-their types.
+INT8 is dynamic quantisation of every MatMul by a constant, with signed per-channel weights. Activations get their
+scale from each batch, so there is no calibration data that could differ from production. Embeddings stay FP32
+(quantising them saved no time and changed more answers), and so do products of two activations (attention). The result
+uses standard ONNX operators only: ONNX Runtime's own fused attention was no faster.
+
+FP16 is for GPUs. It covers the whole model, with fused or plain operators, but not the mean over tokens that follows,
+because the sum over a long text could overflow FP16. Token ids and features keep their types.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ __all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision"
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MOST_TEXTS = 2000
-"""Training texts on which a precision is checked, drawn at random; a file given for it is taken whole."""
-# Scopes of the exported module: what is not of the model is the pooling that export adds behind it.
+"""Maximum number of randomly drawn training texts on which a precision is checked; an evaluation file is used whole."""
+# Name prefix of the model's own nodes; nodes outside it belong to the pooling that export adds.
 _MODEL_SCOPE = "/model/"
 
 
@@ -47,8 +48,8 @@ _MODEL_SCOPE = "/model/"
 class Limits:
     """What a precision may cost before the export is refused.
 
-    ``noise`` is the RMS of the change of the logits over the RMS of the logits about their mean, ``loss`` the share of
-    labelled texts that turn wrong net of those that turn right, ``disagreement`` the share that get another answer.
+    ``noise`` is the RMS of the change in the logits divided by the RMS of the logits about their mean. ``loss`` is the
+    drop in accuracy on labelled texts, and ``disagreement`` the share of them whose answer changes.
     """
 
     noise: float
@@ -57,12 +58,12 @@ class Limits:
 
 
 LIMITS = {"fp16": Limits(noise=0.01, loss=0.002, disagreement=0.005), "int8": Limits(0.25, 0.01, 0.03)}
-"""By precision; FP32 has its own, tighter parity."""
+"""Limits by precision; FP32 has its own, tighter parity check."""
 
 
 @dataclass(frozen=True)
 class PrecisionCheck:
-    """Answers of the converted backbone beside the FP32 one's, on ``texts`` labelled texts."""
+    """The converted backbone's answers compared with the FP32 one's, on ``texts`` labelled texts."""
 
     precision: str
     texts: int
@@ -74,18 +75,18 @@ class PrecisionCheck:
 
     @property
     def loss(self) -> float:
-        """Share of the texts lost, net; negative where the fewer bits happen to be right more often."""
+        """Drop in accuracy; negative if the lower precision happens to be right more often."""
         return self.accuracy_before - self.accuracy_after
 
     def details(self) -> dict[str, Any]:
-        """As report and lineage keep it."""
+        """The figures as report and lineage store them."""
         return {**vars(self), "loss": self.loss}
 
 
 def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
     """Write ``backbone`` in another precision to ``path``; the same file gives the same bytes.
 
-    Raises ExportError where the converter cannot do it.
+    Raises ExportError if the conversion fails.
     """
     try:
         model = _quantized(backbone.path, path) if precision == "int8" else _halved(backbone.path)
@@ -101,7 +102,7 @@ def convert(backbone: BackboneFile, precision: str, path: Path) -> BackboneFile:
 
 
 def precision_of(path: Path) -> str:
-    """The precision of the backbone at ``path``, which the graph tells: one of ``PRECISIONS``."""
+    """The precision of the backbone at ``path``, read from its graph: one of ``PRECISIONS``."""
     graph = onnx.load(path).graph
     if any(node.op_type == "MatMulInteger" for node in graph.node):
         return "int8"
@@ -112,13 +113,13 @@ def precision_of(path: Path) -> str:
 def _quantized(source: Path, path: Path) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet():  # it recommends what was tried and gained nothing
+    with quiet():  # it recommends preprocessing that we tried without any gain
         quantize_dynamic(source, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
     model = onnx.load(path)
     if not any(node.op_type == "MatMulInteger" for node in model.graph.node):
         raise ValueError("it has no matrix product by a constant")
     _keep_apart(model.graph)
-    # The converter adds the domains of all that it may have used; old runtimes refuse those that they do not know.
+    # The converter imports every domain it may have used, and old runtimes refuse domains that they do not know.
     used = {node.domain for node in model.graph.node}
     kept = [each for each in model.opset_import if each.domain in used]
     del model.opset_import[:]
@@ -127,10 +128,10 @@ def _quantized(source: Path, path: Path) -> onnx.ModelProto:
 
 
 def _keep_apart(graph: onnx.GraphProto) -> None:
-    """Write the sums that layer normalisations take as ``Sum``, which ONNX Runtime leaves as it is.
+    """Turn each ``Add`` that feeds a layer normalisation into ``Sum``, which ONNX Runtime does not fuse.
 
-    It fuses ``Add`` and ``LayerNormalization`` into ``SkipLayerNormalization``, whose kernel for CPUs takes longer than
-    the two one after the other.
+    It would fuse ``Add`` and ``LayerNormalization`` into ``SkipLayerNormalization``, whose CPU kernel is slower than
+    the two separate operators.
     """
     adding = {name: node for node in graph.node if node.op_type == "Add" for name in node.output}
     for node in graph.node:
@@ -150,14 +151,15 @@ def _halved(source: Path) -> onnx.ModelProto:
     ]
     halved: onnx.ModelProto
     if any(node.domain == FUSED for node in model.graph.node):
-        # ONNX's own inference of types ends at fused operators; this one knows them, and fails on some plain graphs.
+        # ONNX's own type inference stops at fused operators. This one knows them, but fails on some plain graphs.
         whole = OnnxModel(model)
         with quiet():
             whole.convert_float_to_float16(keep_io_types=True, node_block_list=blocked, use_symbolic_shape_infer=True)
         halved = whole.model
     else:
         halved = convert_float_to_float16(model, keep_io_types=True, node_block_list=blocked)
-    # A value that several blocked nodes read is cast back once for each of them, behind them and under one name.
+    # If several blocked nodes read a value, the converter inserts a cast for each of them, all with the same output
+    # name and after the nodes that read it. Keep one of each and sort the nodes again.
     known = {each.name for each in halved.graph.input} | {each.name for each in halved.graph.initializer}
     ordered = _ordered({node.output[0]: node for node in reversed(halved.graph.node)}.values(), known)
     del halved.graph.node[:]
@@ -166,7 +168,7 @@ def _halved(source: Path) -> onnx.ModelProto:
 
 
 def _ordered(nodes: Iterable[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProto]:
-    """The nodes of a graph, each after those that it reads from; ``known`` are inputs and initializers."""
+    """Sort a graph's nodes topologically; ``known`` are the names of inputs and initializers."""
     waiting: list[onnx.NodeProto] = list(nodes)
     ordered: list[onnx.NodeProto] = []
     known = {*known, ""}
@@ -185,9 +187,9 @@ def _ordered(nodes: Iterable[onnx.NodeProto], known: set[str]) -> list[onnx.Node
 
 
 def sample(count: int) -> NDArray[np.int64]:
-    """Places INT64 of those of ``count`` training texts that a precision is checked on.
+    """Indices, INT64, of those of ``count`` training texts that a precision is checked on.
 
-    Each has the same chance: of labels written in turn, each so many-th text may be of one label alone.
+    They are drawn at random: in a file that cycles through its labels, every n-th text may have the same label.
     """
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST_TEXTS])
 
@@ -195,12 +197,14 @@ def sample(count: int) -> NDArray[np.int64]:
 def check_precision(
     precision: str, head: Head, before: Floats, after: Floats, ids: LabelIds, source: str
 ) -> PrecisionCheck:
-    """Compare the answers from FP32 features with those from the converted backbone's, both FP32 ``[n, width]``.
+    """Compare the head's answers from the FP32 backbone's features with those from the converted one's.
+
+    ``before`` and ``after`` are the features, both FP32 ``[n, width]``.
 
     Raises
     ------
     PrecisionError
-        when more is lost than ``LIMITS`` allow; one text may always change, as a small file says no more.
+        if the cost exceeds ``LIMITS``; one changed text is always allowed, because a small file cannot tell more.
     """
     same = sum(a == b for a, b in zip(answers(head, before), answers(head, after), strict=True))
     found = PrecisionCheck(

@@ -1,4 +1,4 @@
-"""What an export did, as data and in words."""
+"""The result of an export, as data and as a sentence."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ class ExportReport:
     labels: tuple[str, ...]
     problem: str
     split: int
-    """Classifier features; ``width`` counts the mean of the last hidden states too."""
+    """Number of classifier features; ``width`` includes the mean of the last hidden states too."""
     width: int
     max_length: int
-    """Tokens a text, beyond which it is cut."""
+    """Tokens beyond which a text is cut."""
     parity: float
-    """Largest difference of a logit from the checkpoint's, on ``parity_texts`` texts."""
+    """Largest difference of any logit from the checkpoint's, on ``parity_texts`` texts."""
     parity_texts: int
     train_examples: int = 0
     train_repeated: int = 0
-    """Further ones that were left out, as another of their label has the same words."""
+    """Number of training texts left out because another text of their label has the same words."""
     train_accuracy: float | None = None
-    """Share of the training texts that the exported files answer as they are labelled; None without them."""
+    """Share of the training texts that the exported files answer as labelled; None without training texts."""
     memory_bytes: int = 0
     precision: str = "fp32"
     device: str = "cpu"
     unpadded: bool = False
-    """Whether the backbone computes nothing for padding but attention."""
+    """Whether attention is the only work that the backbone does on padding tokens."""
     noise: float = 0.0
-    """RMS of the change of the logits over the RMS of the logits about their mean, on ``parity_texts`` texts."""
+    """RMS of the change in the logits, divided by the RMS of the logits about their mean, on ``parity_texts`` texts."""
     checked: PrecisionCheck | None = None
-    """What a lower precision changed on labelled texts; None for FP32, or where no such texts were given."""
+    """What a lower precision changed on labelled texts; None for FP32 or without labelled texts."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage."""
+    """Seconds spent in each stage."""
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values; ``labels`` is their count."""
+        """The report as plain values; ``labels`` becomes their count."""
         values = {name: value for name, value in vars(self).items() if name != "seconds"}
         values.update(repository=str(self.repository.location), labels=len(self.labels))
         values["checked"] = self.checked and self.checked.details()
         return {**values, "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()}}
 
     def sentence(self) -> str:
-        """All that matters in one sentence."""
+        """The main figures in one sentence."""
         if self.train_accuracy is None:
             memory = "no memory, so later patches come without a bound on their harm (--train FILE builds one)"
         else:

@@ -1,4 +1,4 @@
-"""Where a classifier's last linear layer is: found by shape and by what flows through it, not by a table of names."""
+"""Finds a classifier's last linear layer by shape and by what flows through it, not by a table of names."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 __all__ = ["Split", "allowed_gaps", "find_split", "without_layer"]
 
 _TOKENWISE = 3
-"""Dimensions of a tensor with a row for each token: batch, sequence, width."""
+"""Number of dimensions of a tensor with a row for each token: batch, sequence, width."""
 _MATRIX = 2
 _TOLERANCE = 1e-4
-"""Difference of a logit that counts as rounding whatever it is the sum of."""
+"""Absolute difference of a logit that always counts as rounding, however small its terms are."""
 _ROUNDING = 1e-5
-"""Of the terms that a logit is the sum of: FP32 features, and sums in another order, differ by less."""
+"""Tolerance relative to a logit's terms; FP32 features and another order of summation differ by less."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The last linear layer, and what stands before it.
+    """The last linear layer and the widths of the features before it.
 
-    ``weight`` FP32 ``[labels, split]`` and ``bias`` FP32 ``[labels]`` (zeros where the layer has none) give the logits
-    from the classifier features; ``hidden`` is the width of the last hidden states.
+    ``weight``, FP32 ``[labels, split]``, and ``bias``, FP32 ``[labels]`` (zeros if the layer has none), map the
+    classifier features to the logits; ``hidden`` is the width of the last hidden states.
     """
 
     layer: str
@@ -58,7 +58,7 @@ class Split:
 def allowed_gaps(
     features: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Largest difference that rounding makes in each logit of ``features @ weight.T + bias``, ``[batch, labels]``."""
+    """Largest rounding difference expected in each logit of ``features @ weight.T + bias``, ``[batch, labels]``."""
     gaps: NDArray[np.float32] = _TOLERANCE + rounding(features, weight, bias, _ROUNDING)
     return gaps
 
@@ -73,27 +73,27 @@ class _Call:
 
 
 def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -> Split:
-    """Find the layer whose output is the logits, and prove that it can be taken out.
+    """Find the layer whose output is the logits, and check that it can be removed.
 
     Parameters
     ----------
     inputs
         A padded batch of tokens, INT64 ``[batch, sequence]`` each.
     labels
-        How many logits the model gives.
+        Number of logits the model gives.
 
     Raises
     ------
     SplitError
-        when no linear layer gives the logits, when something after it changes them, when the model uses it more than
-        once, or when there is no last hidden state ``[batch, sequence, hidden]``.
+        if no linear layer gives the logits, something after it changes them, the model calls it more than once or ties
+        its weights, or there is no last hidden state ``[batch, sequence, hidden]``.
     """
     with torch.no_grad(), last_states(model) as states:
         calls, logits = _traced(model, inputs, labels)
         if tuple(logits.shape) != (len(logits), labels):
             raise SplitError(f"the model gives logits {list(logits.shape)}; expected [batch, {labels}]")
         layer, matrix, bias = _last_layer(model, calls, logits, inputs["attention_mask"])
-        # The same call as at export, with the layer gone: what comes out has to give the logits.
+        # As at export, call the model without the layer: applying the layer to the result must give the logits.
         with without_layer(model, layer):
             features = model(**inputs).logits
     if features.shape != (len(logits), matrix.shape[1]) or not _gives(logits, features, matrix, bias):
@@ -104,7 +104,7 @@ def find_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int
 
 @contextlib.contextmanager
 def without_layer(model: nn.Module, layer: str) -> Iterator[None]:
-    """The model with one layer replaced by identity, and back again."""
+    """Temporarily replace one layer of the model with the identity."""
     parent_name, _, name = layer.rpartition(".")
     parent = model.get_submodule(parent_name)
     removed = getattr(parent, name)
@@ -116,7 +116,7 @@ def without_layer(model: nn.Module, layer: str) -> Iterator[None]:
 
 
 def _traced(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -> tuple[list[_Call], Tensor]:
-    """Run the model once; its logits, and the calls of every module that could have made them."""
+    """Run the model once; return its logits and the calls of every module that could have produced them."""
     calls: list[_Call] = []
 
     def listen(layer: str) -> Any:
@@ -139,7 +139,7 @@ def _traced(model: PreTrainedModel, inputs: Mapping[str, Tensor], labels: int) -
 
 
 def _weight(module: nn.Module, labels: int) -> Tensor | None:
-    """The matrix of a module that could be a linear layer to ``labels`` numbers, whatever its class is called."""
+    """The module's weight matrix if it could be a linear layer with ``labels`` outputs, whatever its class."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.dim() != _MATRIX:
         return None
@@ -147,7 +147,7 @@ def _weight(module: nn.Module, labels: int) -> Tensor | None:
 
 
 def _last_layer(model: PreTrainedModel, calls: list[_Call], logits: Tensor, mask: Tensor) -> tuple[str, Tensor, Tensor]:
-    """Name, matrix ``[labels, split]`` and bias of the layer whose output, a choice or a mean of it, is the logits."""
+    """Name, matrix ``[labels, split]`` and bias of the layer that gives the logits, as ``_holds`` defines it."""
     last = [call for call in calls if _holds(call.result, logits, mask)]
     if not last:
         linear = ", ".join(sorted({call.layer for call in calls})) or "none"
@@ -169,10 +169,10 @@ def _last_layer(model: PreTrainedModel, calls: list[_Call], logits: Tensor, mask
 
 
 def _linear(module: nn.Module, call: _Call) -> tuple[Tensor, Tensor]:
-    """Matrix ``[labels, split]`` and bias such that ``result = given @ matrix.T + bias``; SplitError if it is not."""
+    """Matrix ``[labels, split]`` and bias with ``result = given @ matrix.T + bias``; SplitError if there are none."""
     weight = module.get_parameter("weight").detach().float()
     bias = getattr(module, "bias", None)
-    # transformers' Conv1D is a linear layer whose matrix lies the other way round: the numbers tell which.
+    # transformers' Conv1D is a linear layer with a transposed matrix; the values show which orientation is right.
     for matrix in (weight, weight.T):
         rows = matrix.shape[0]
         shift = torch.zeros(rows) if bias is None else bias.detach().float()
@@ -186,13 +186,13 @@ def _linear(module: nn.Module, call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _holds(result: Tensor, logits: Tensor, mask: Tensor) -> bool:
-    """Whether the logits are ``result`` itself, or for each text one token's row of it, or the mean of its rows."""
+    """Whether the logits are ``result`` itself or, for each text, one token's row of it or the mean of its rows."""
     if result.shape == logits.shape:
         return bool(torch.equal(result, logits))
     if result.dim() != _TOKENWISE or result.shape[0] != logits.shape[0] or result.shape[2] != logits.shape[1]:
         return False
     rows = mask.unsqueeze(-1).to(result.dtype)
-    mean = (result * rows).sum(dim=1) / rows.sum(dim=1)  # what is linear before it is linear behind it
+    mean = (result * rows).sum(dim=1) / rows.sum(dim=1)  # a mean is linear, so the layer can just as well follow it
     chosen = (result == logits[:, None, :]).all(dim=2).any(dim=1).all()
     return bool(chosen) or torch.allclose(mean, logits, atol=_TOLERANCE)
 

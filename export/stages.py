@@ -1,7 +1,7 @@
-"""The stages between a checkpoint and what goes into the repository; each proves what it made.
+"""The stages from a checkpoint to what goes into the repository; each verifies its own result.
 
-The backbone is exported in FP32 and held against the checkpoint; fused and converted for where it will serve; then its
-own features build the memory, and head version 1.
+The backbone is exported in FP32 and compared with the checkpoint, then fused and converted for the hardware that will
+serve it. The features of the resulting file are what the memory and head version 1 are built from.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _PARITY_TEXTS = 32
 
 @dataclass(frozen=True)
 class Made:
-    """Everything of a classifier, proven and not yet in a repository."""
+    """All parts of a classifier, verified but not yet in a repository."""
 
     files: BackboneFiles
     layer: str
@@ -72,7 +72,7 @@ class Made:
 
 
 def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch) -> Made:
-    """All of them; ``folder`` holds the files in between, ``tell`` hears in words what is going on.
+    """Run all stages; ``folder`` holds intermediate files, and ``tell`` receives progress messages.
 
     Raises as ``export_classifier`` does.
     """
@@ -109,7 +109,7 @@ def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch
 
 
 def split_off(checkpoint: Checkpoint, encoder: TextEncoder) -> tuple[Split, dict[str, Tensor]]:
-    """A checkpoint's last layer, and the padded batch of tokens, INT64 ``[batch, sequence]`` each, that found it.
+    """A checkpoint's last layer, and the padded token tensors, INT64 ``[batch, sequence]``, it was found with.
 
     Raises SplitError as ``find_split`` does.
     """
@@ -118,7 +118,7 @@ def split_off(checkpoint: Checkpoint, encoder: TextEncoder) -> tuple[Split, dict
 
 
 class Seen(NamedTuple):
-    """Labelled texts, as in ``LabelledTexts``, with their features FP32 ``[n, width]`` by the files that will serve."""
+    """Labelled texts, as in ``LabelledTexts``, with the features FP32 ``[n, width]`` that the served files give."""
 
     examples: Examples
     ids: LabelIds
@@ -126,7 +126,7 @@ class Seen(NamedTuple):
 
 
 class Proven(NamedTuple):
-    """A backbone's file, and how it compares with the checkpoint."""
+    """A backbone's file and its verified parity with the checkpoint."""
 
     file: BackboneFile
     parity: Parity
@@ -134,7 +134,7 @@ class Proven(NamedTuple):
 
 @dataclass(frozen=True)
 class _Stages:
-    """Each stage of one export."""
+    """The stages of one export."""
 
     plan: Plan
     folder: Path
@@ -142,7 +142,7 @@ class _Stages:
     watch: Stopwatch
 
     def exported(self) -> tuple[Split, Proven]:
-        """The backbone in FP32 and plain operators."""
+        """Export the backbone in FP32 with plain operators."""
         checkpoint, encoder, target = self.plan.checkpoint, self.plan.encoder, self.plan.target
         self.tell(
             f"{checkpoint.source}: {type(checkpoint.model).__name__}, {len(checkpoint.labels)} labels, texts up to "
@@ -159,7 +159,7 @@ class _Stages:
         return split, Proven(file, parity)
 
     def for_target(self, split: Split, plain: Proven) -> Proven:
-        """The proven FP32 file ``plain`` as it is to serve, fused where that works."""
+        """The verified FP32 file ``plain``, fused if possible and converted to the target's precision."""
         if self.plan.target.fuses:
             failures: tuple[type[Exception], ...] = (PatcherError, *onnxruntime_errors())
             try:
@@ -169,7 +169,7 @@ class _Stages:
         return self._converted(split, plain)
 
     def _fused(self, split: Split, plain: BackboneFile) -> Proven:
-        """The same in fused operators."""
+        """The backbone with fused operators."""
         with self.watch("fuse"):
             config = self.plan.checkpoint.model.config
             fused = fuse(plain, config, self.folder / "fused.onnx", left=self.plan.encoder.left)
@@ -189,14 +189,14 @@ class _Stages:
         return Proven(file, parity)
 
     def _parity(self, split: Split, file: BackboneFile, stage: str, limits: Limits | None = None) -> Parity:
-        """How a file compares with the checkpoint, on some of the texts for training, too."""
+        """Compare a file with the checkpoint, also on some of the training texts."""
         train = self.plan.train
         texts = () if train is None else train.examples.texts[:: len(train.examples) // _PARITY_TEXTS + 1]
         with self.watch(stage):
             return check_parity(self.plan.checkpoint.model, split, self.plan.encoder, file.path, texts, limits)
 
     def features(self, file: BackboneFile, texts: Sequence[str], stage: str) -> Features:
-        """Features FP32 ``[n, width]`` of texts, by the files that will serve."""
+        """Features FP32 ``[n, width]`` of texts, computed with the backbone ``file`` as the server will."""
         path = self.folder / "tokenizer.json"
         path.write_text(self.plan.encoder.json, encoding="utf-8")
         with self.watch(stage):
@@ -205,7 +205,7 @@ class _Stages:
     def checked(
         self, split: Split, plain: BackboneFile, train: Seen | None, held_out: Seen | None
     ) -> PrecisionCheck | None:
-        """What a lower precision costs: on the texts that were held out, else on some of those for training."""
+        """Measure what a lower precision costs, on held-out texts or else on some of the training texts."""
         precision, seen = self.plan.target.precision, held_out or train
         if precision == "fp32" or seen is None:
             return None
@@ -220,12 +220,12 @@ class _Stages:
             [seen.ids[place] for place in some],
             seen.examples.source,
         )
-        gain = f"{-100 * found.loss:+.2f} %"
+        gain = f"{-100 * found.loss:+.2f} points"
         self.tell(f"{percent(found.agreement)} of {found.texts} texts answered as in FP32, accuracy {gain}")
         return found
 
     def memory(self, split: Split, train: Seen) -> Memory:
-        """What later patches know of the labels; a text with several of them counts for each."""
+        """The memory that later patches use; a text with several labels counts for each of them."""
         rows, ids = flat_ids(train.ids)
         labels, per_label = self.plan.checkpoint.labels, self.plan.per_label
         return Memory.build(train.features[rows], ids, labels, split.split, per_label=per_label)
@@ -238,7 +238,7 @@ class _Stages:
         held_out: Seen | None,
         checked: PrecisionCheck | None,
     ) -> Head:
-        """Version 1, and the proof that its file says what it should."""
+        """Head version 1; checks that its file computes the same as the head."""
         checkpoint, train, parity = self.plan.checkpoint, self.plan.train, served.parity
         precision = self.plan.target.precision
         head = self._linear(
@@ -266,7 +266,7 @@ class _Stages:
         return head
 
     def _linear(self, split: Split, file: BackboneFile, **facts: Any) -> Head:
-        """The checkpoint's own last layer as a head behind the backbone ``file``."""
+        """The checkpoint's own last layer as a head for the backbone ``file``."""
         checkpoint = self.plan.checkpoint
         return Head.from_linear(
             checkpoint.labels,

@@ -1,4 +1,4 @@
-"""The way back: a patched head in a Hugging Face checkpoint, as the plain linear layer that it has there."""
+"""Writes a patched head back into a Hugging Face checkpoint, as a plain linear layer."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ __all__ = ["Returned", "to_transformers"]
 
 @dataclass(frozen=True)
 class Returned:
-    """What was written: ``refitted`` labels have a row of their own on the classifier features alone.
+    """What was written.
 
-    ``agreement`` is the share of the memory's real features that the layer answers as the served head does; None where
-    none are kept.
+    ``refitted`` are the patched-in labels, whose rows were fitted anew on the classifier features alone. ``agreement``
+    is the share of the memory's real features on which the new layer answers as the served head does; None if the
+    memory keeps none.
     """
 
     folder: Path
@@ -60,18 +61,22 @@ def to_transformers(
 ) -> Returned:
     """Write ``checkpoint`` to ``folder`` with the labels and rows of a head version, by default the serving one.
 
-    ``checkpoint`` is what the classifier was exported from, None for where the export found it; ``flags`` are those of
-    ``load_checkpoint``.
+    ``checkpoint`` is what the classifier was exported from; None means the one that the lineage records. ``flags`` are
+    passed to ``load_checkpoint``.
 
     Raises
     ------
     CheckpointError, SplitError
-        where the checkpoint cannot be read or split.
+        if the checkpoint cannot be read or split.
     ParityError
-        where the classifier was exported from another one.
+        if the classifier was exported from another checkpoint.
+    ExportError
+        if the checkpoint's last layer is no ``torch.nn.Linear``, or has no bias although the new rows need one.
     InputError
-        where ``folder`` is not empty, the memory keeps nothing of a label that was patched in, or ``checkpoint`` is
-        None and the lineage names none that is there.
+        if ``folder`` is not empty, the memory keeps nothing of a patched-in label, or ``checkpoint`` is None and the
+        lineage records none or one that no longer exists.
+    StorageError
+        if ``folder`` cannot be written.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -93,7 +98,7 @@ def to_transformers(
 
 
 def _recorded(name: str, head: Head) -> str:
-    """What the export noted as the checkpoint of the classifier ``name``."""
+    """The checkpoint that the lineage of the classifier ``name`` records."""
     found = head.lineage.details.get(CHECKPOINT)
     if found is None:
         raise InputError(f"nothing says what {name} was exported from; expected --checkpoint MODEL")
@@ -103,8 +108,8 @@ def _recorded(name: str, head: Head) -> str:
 
 
 def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
-    """Name of the checkpoint's last layer, on ``width`` features; ParityError where it is not what was exported."""
-    # An export settles padding in model and tokenizer; what goes back keeps its own.
+    """Name of the checkpoint's last layer, on ``width`` features; ParityError if it is not the exported checkpoint."""
+    # `prepare_tokenizer` changes the padding of model and tokenizer; work on copies, so what is written keeps its own.
     loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model), tokenizer=copy.deepcopy(loaded.tokenizer))
     other = f"{classifier.name} was not exported from {loaded.source}"
     served = json.loads(classifier.repository.tokenizer_json(classifier.backbone_name))
@@ -132,7 +137,7 @@ def _proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str
 
 
 def _put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
-    """Put the head's rows and labels into the checkpoint, in its own precision; returns the rows as they are there."""
+    """Put the head's rows and labels into the checkpoint, in its dtype; return the head with the rows so rounded."""
     model: Any = loaded.model
     old = model.get_submodule(layer)
     if not isinstance(old, nn.Linear):
@@ -159,7 +164,7 @@ def _put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:
-    """All or nothing: written beside the target, then renamed."""
+    """Write to a folder beside the target and rename it, so that the target is complete or absent."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".patcher-", dir=target.parent) as name:

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer as one ``tokenizer.json`` that pads and truncates as transformers would."""
+"""Exports the checkpoint's tokenizer as one ``tokenizer.json`` that pads and truncates as transformers would."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE_TEXTS", "TextEncoder", "embeddings", "prepare_tokenizer"]
 
 DEFAULT_MAX_LENGTH = 2048
-"""Tokens a text where nothing says less: attention grows with the square, and one text must not take a server down."""
+"""Maximum tokens per text unless the model allows fewer.
+
+The cost of attention is quadratic in the length, and a single text must not take a server down.
+"""
 
 SAMPLE_TEXTS = (
     "Hello",
@@ -35,16 +38,16 @@ SAMPLE_TEXTS = (
     "What is the difference between a standing order and a direct debit, and which one should I use for my rent?",
     "  Two  spaces, a tab\tand UPPER case: 1,234.50 € on 2024-02-29!  ",
     "¿Dónde está mi tarjeta? Größe, naïve, façade - „quoted“",
-    "我的卡丢了，怎么办？",  # noqa: RUF001  meant as they are
+    "我的卡丢了，怎么办？",  # noqa: RUF001  full-width punctuation on purpose
     "emoji 🙂👍🏽 and e\u0301 in two code points",
     "word " * 60,
 )
-"""Texts of several lengths, scripts and oddities, on which two tokenizers that differ are likely to show it."""
+"""Texts of several lengths, scripts and oddities, likely to expose any difference between two tokenizers."""
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _UNLIMITED = 1_000_000
 _SAME = 2e-4
-"""Of the largest logit, or of 1: padding that is masked changes an answer by its rounding alone."""
+"""Tolerance relative to the largest logit, at least 1; masked padding changes an answer by rounding only."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class TextEncoder:
     """What the server needs to turn texts into the model's inputs."""
 
     json: str
-    """A Rust tokenizer with padding and truncation switched on."""
+    """JSON of a ``tokenizers.Tokenizer`` with padding and truncation enabled."""
     inputs: tuple[str, ...]
-    """The model's token tensors, INT64 ``[batch, sequence]`` each."""
+    """Names of the model's token tensors, INT64 ``[batch, sequence]`` each."""
     max_length: int
-    """Tokens a text, beyond which it is cut."""
+    """Tokens beyond which a text is cut."""
     pad_id: int
     pad_type_id: int
     left: bool
@@ -68,17 +71,20 @@ class TextEncoder:
 
 
 def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> TextEncoder:
-    """The tokenizer of a checkpoint for the server; its model and tokenizer agree on the padding afterwards.
+    """The checkpoint's tokenizer, prepared for the server.
+
+    Changes the checkpoint: its model and tokenizer agree on the padding token and side afterwards.
 
     Raises
     ------
     CheckpointError
-        when the tokenizer is slow (only Python knows how it works), has no vocabulary, or gives and lacks inputs; when
-        the model fails on texts, or answers otherwise where they are padded.
+        if the tokenizer is slow (implemented in Python only), has no vocabulary, has tokens without an embedding, or
+        does not give the inputs that the model needs; if model and tokenizer have no usable padding token; if the
+        model fails on texts or its answers depend on padding.
     InputError
-        when ``max_length`` is more than the model can take.
+        if ``max_length`` is more than the model can take, or leaves no room for a token beside the special ones.
     ExportError
-        when ``tokenizer.json`` does not give the ids that transformers gives.
+        if ``tokenizer.json`` gives other ids than transformers.
     """
     model, tokenizer, name = checkpoint.model, checkpoint.tokenizer, checkpoint.source
     _refuse_unusable(model, tokenizer, name)
@@ -98,7 +104,7 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
 
 
 def embeddings(model: PreTrainedModel) -> nn.Embedding:
-    """The table of the words; CheckpointError where the model has none."""
+    """The model's token embedding table; CheckpointError if it has none."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:  # CANINE hashes characters
@@ -143,14 +149,17 @@ def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
 
 
 def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """The id that both pad with; where they differ the model's, because its forward looks for it."""
+    """Make model and tokenizer pad with the same id, and return it.
+
+    If they differ, the model's wins, because its forward pass looks for that id.
+    """
     config = model.config.get_text_config()
     known = (config.pad_token_id, tokenizer.pad_token_id)
     vocabulary = embeddings(model).num_embeddings
     pad = next((each for each in known if each is not None and 0 <= each < vocabulary), None)
     if pad is None:
-        # Decoders are often fine-tuned one text at a time, without any padding. They read the last token that is not
-        # padding, so what pads must be no token that texts end with: what they answered without it would change.
+        # Decoders are often fine-tuned one text at a time, without padding. They classify at the last token that is
+        # not padding, so the padding token must not be one that texts end with, or their answers would change.
         last = {tokenizer(text)["input_ids"][-1] for text in SAMPLE_TEXTS}
         spare = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
         pad = next((each for each in spare if each is not None and each < vocabulary and each not in last), None)
@@ -166,7 +175,7 @@ def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
-    # What a tokenizer adds by itself ([CLS], [SEP]) it does not cut.
+    # Truncation never removes the special tokens that the tokenizer adds ([CLS], [SEP]).
     least = 1 + tokenizer.num_special_tokens_to_add()
     limits = [each for each in (tokenizer.model_max_length, _positions(model)) if isinstance(each, (int, float))]
     limit = min((int(each) for each in limits if least <= each < _UNLIMITED), default=None)
@@ -180,14 +189,14 @@ def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, want
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """Tokens that the model's table of positions has room for; None where positions are computed."""
+    """Number of tokens the model's position table has room for; None if positions are computed."""
     rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = embeddings(model)
     tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
     for table in tables:
-        # OPT and its kin keep some rows at the front for what is no position.
+        # OPT and its kin reserve some rows at the front of the table.
         if rows is not None and table.num_embeddings == rows + getattr(table, "offset", 0):
-            # RoBERTa and its kin count positions from behind the padding's own.
+            # RoBERTa and its kin number positions from the one after the padding index.
             return int(rows) - (0 if table.padding_idx is None else table.padding_idx + 1)
     return None
 
@@ -195,7 +204,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 def _encoder(
     tokenizer: PreTrainedTokenizerBase, inputs: tuple[str, ...], length: int, pad_id: int, *, left: bool
 ) -> TextEncoder:
-    """``tokenizer`` with padding on one side, in transformers too."""
+    """``tokenizer`` with padding on the given side; sets the side of the transformers tokenizer, too."""
     tokenizer.padding_side = "left" if left else "right"
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_padding(
@@ -209,12 +218,12 @@ def _encoder(
 
 
 def _takes_padding(model: PreTrainedModel, encoder: TextEncoder) -> bool:
-    """Whether a text's answer stays the same beside longer ones.
+    """Whether a text's answer stays the same when it shares a batch with longer ones.
 
-    A model that counts positions from the batch's left edge takes padding on the right alone, whatever its tokenizer is
-    set to.
+    A model that counts positions from the batch's left edge tolerates padding on the right only, whatever its
+    tokenizer is set to.
     """
-    # Of each length and with little padding and much: a convolution reads a token or two beyond a text's end.
+    # Compare texts of all lengths, with little and with much padding: a convolution may read just past a text's end.
     together, *alone = (
         own_logits(model, {name: torch.from_numpy(ids) for name, ids in encoder(texts).items()})
         for texts in (SAMPLE_TEXTS, *([text] for text in SAMPLE_TEXTS))

@@ -1,4 +1,4 @@
-"""The texts that a classifier was fine-tuned on: their labels, and how many are answered rightly."""
+"""Helpers for labelled texts: label positions, accuracy and progress messages."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["accuracy", "label_ids"]
 
 _UNNAMED = re.compile(r"LABEL_\d+")
-"""What transformers calls a label that nobody named."""
+"""The names that transformers gives to labels without one."""
 
 
 def label_ids(examples: Examples, labels: Sequence[str], problem: str) -> LabelIds:
-    """Positions in ``labels`` of each example's label, or labels where a text can have several.
+    """Position in ``labels`` of each example's label, or positions if a text can have several.
 
-    Raises ExamplesError with the line for a label that the model does not have.
+    Raises ExamplesError, naming the line, for a label that the model does not have.
     """
     place = {label: index for index, label in enumerate(labels)}
 
@@ -62,6 +62,6 @@ def _unknown(label: str, labels: Sequence[str]) -> str:
 
 
 def accuracy(head: Head, features: NDArray[np.float32], ids: LabelIds) -> float:
-    """Share of the texts that get exactly the labels they have."""
+    """Share of the texts for which the head predicts exactly their labels."""
     expected = ({head.labels[label] for label in each} for each in ids)
     return float(np.mean([mine == theirs for mine, theirs in zip(answers(head, features), expected, strict=True)]))

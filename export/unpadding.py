@@ -1,12 +1,12 @@
-"""The backbone's graph without work on padding: what is computed token by token is computed for real tokens alone.
+"""Rewrites the backbone's graph so that token-wise operators skip padding.
 
 A batch is as long as its longest text. Most of a transformer's work, every product with a weight matrix, is done token
-by token, and for the padding as well. So the tokens that the attention mask keeps are gathered into one row,
-``[batch, length, …]`` to ``[1, tokens, …]``, and laid out again only where texts must be told apart: in attention and
-pooling. Inputs and outputs stay as they were, so whoever asks knows nothing of it. Texts of different lengths can then
-share a batch for little more than their attention (the packing of ByteTransformer, arXiv 2210.03052, in plain ONNX).
+by token, including the padding. The rewritten graph gathers the tokens that the attention mask keeps into one row,
+``[batch, length, …]`` to ``[1, tokens, …]``, and unpacks them only where texts must be kept apart: in attention and
+pooling. Inputs and outputs are unchanged, so clients notice nothing. Texts of different lengths can then share a batch
+at little more than the cost of attention. This is the packing of ByteTransformer (arXiv 2210.03052) in plain ONNX.
 
-Which nodes work token by token is found by running the graph at two shapes, not by a table of architectures.
+Token-wise nodes are found by running the graph at two shapes, not by a table of architectures.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ __all__ = ["without_padding"]
 
 _MASK = "attention_mask"
 _SHAPES = ((3, 7), (5, 11))
-"""Batch and length of the two runs: a tensor that has both, in both, has a row for each token."""
+"""Batch size and length of the two runs: a tensor whose shape starts with both in both runs has a row per token."""
 _TOKENWISE = 3
-"""Least dimensions of such a tensor that is worth packing: batch, length, width."""
+"""Minimum number of dimensions for a tensor to be worth packing: batch, length, width."""
 _TOLERANCE = 1e-4
 
 _ELEMENTWISE = frozenset((
@@ -42,34 +42,34 @@ _ELEMENTWISE = frozenset((
 ))  # fmt: skip
 _REDUCTIONS = frozenset(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Squeeze", "Unsqueeze"))
 _ALONG_AXIS = {"Concat": None, "Split": 0, "LayerNormalization": -1, "Softmax": -1}
-"""Operators along one axis, and which it is where the node does not say."""
+"""Operators that work along one axis, with the axis that is the default."""
 
 _PREFIX = "/padding"
 _PLACES, _RANKS, _SIZE = (f"{_PREFIX}/{name}" for name in ("places", "ranks", "size"))
 
 
 def without_padding(model: onnx.ModelProto, tokens: Arrays) -> onnx.ModelProto | None:
-    """The same graph, computing nothing for padding that is computed token by token.
+    """The same graph, with its token-wise operators skipping padding.
 
     Parameters
     ----------
     model
-        Token tensors INT64 ``[batch, length]`` to ``features``, an ``attention_mask`` among them.
+        Maps token tensors, INT64 ``[batch, length]`` and including an ``attention_mask``, to ``features``.
     tokens
-        A padded batch as the tokenizer pads, with 11 tokens or more to a text.
+        A batch padded as the tokenizer pads, with a length of 11 tokens or more.
 
     Returns
     -------
     onnx.ModelProto or None
-        None where no product with a weight matrix can be had so, or where the answers to ``tokens`` would change: a
-        convolution reads the padding beside a token, for one.
+        None if no product with a weight matrix can be packed, or if the features of ``tokens`` would change, for
+        example because a convolution reads the padding next to a token.
     """
     graph = model.graph
     if _MASK not in {each.name for each in graph.input} or any(map(_has_subgraph, graph.node)):
         return None
     try:
         tensors = _Tensors(model, tokens)
-    except onnxruntime_errors():  # it runs at no other shape than its own: `parity` says so
+    except onnxruntime_errors():  # the graph fails at other shapes than the traced one; the parity check reports it
         return None
     chosen = _worthwhile(tensors, graph.node)
     if not chosen:
@@ -86,7 +86,7 @@ def without_padding(model: onnx.ModelProto, tokens: Arrays) -> onnx.ModelProto |
 
 
 class _Tensors:
-    """What is known of the tensors of a graph: shapes at both runs, constants, and which only the mask decides."""
+    """Facts about a graph's tensors: their shapes in both runs, the constants, and which depend on the mask alone."""
 
     def __init__(self, model: onnx.ModelProto, tokens: Arrays) -> None:
         self.constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
@@ -100,7 +100,7 @@ class _Tensors:
         return len(self.runs[0][name])
 
     def tokenwise(self, name: str) -> bool:
-        """Whether a tensor is ``[batch, length, …]``, with a text's own values in it."""
+        """Whether a tensor's shape is ``[batch, length, …]`` with the same remaining dimensions in both runs."""
         shapes = [run.get(name, ()) for run in self.runs]
         return (
             len(shapes[0]) >= _TOKENWISE
@@ -109,17 +109,17 @@ class _Tensors:
         )
 
     def behind(self, name: str) -> tuple[int, ...]:
-        """The dimensions of a tensor behind batch and length."""
+        """The dimensions of a tensor after batch and length."""
         return self.runs[0][name][2:]
 
     def alike(self, name: str, rank: int) -> bool:
-        """Whether a tensor is the same for all tokens, beside others of ``rank`` dimensions."""
+        """Whether a tensor has the same values for all tokens when broadcast against tensors of ``rank`` dimensions."""
         shapes = [np.shape(self.constants[name])] * 2 if name in self.constants else [run[name] for run in self.runs]
         leading = (1,) * (rank - len(shapes[0])) + shapes[0]
         return shapes[0] == shapes[1] and leading[:2] == (1, 1)
 
     def axes(self, node: onnx.NodeProto) -> list[int] | None:
-        """The axes that a node reduces or adds, counted from the left; None where they are not constant."""
+        """The non-negative axes that a node reduces, removes or adds; None if they are not given or not constant."""
         found = _attribute(node, "axes")
         if found is None:
             found = self.constants.get(node.input[1]) if len(node.input) > 1 else None
@@ -128,10 +128,10 @@ class _Tensors:
 
 
 def _works_by_token(tensors: _Tensors, node: onnx.NodeProto) -> bool:
-    """Whether each token's outputs come from its own inputs alone."""
+    """Whether each token's outputs depend on that token's inputs only."""
     given = [name for name in node.input if name]
     rows = [name for name in given if tensors.tokenwise(name)]
-    # What the mask alone decides is all ones without padding: what it would clear behind it, it would not.
+    # Tensors derived from the mask alone must not be packed: once packed, they are all ones and mask nothing.
     if not rows or tensors.of_mask.intersection(rows) or not all(map(tensors.tokenwise, node.output)):
         return False
     kind, rank = node.op_type, tensors.rank(rows[0])
@@ -152,7 +152,7 @@ def _works_by_token(tensors: _Tensors, node: onnx.NodeProto) -> bool:
 
 
 def _worthwhile(tensors: _Tensors, nodes: Sequence[onnx.NodeProto]) -> set[int]:
-    """Places of the nodes to pack: those that work by token and hang together with a product by a weight matrix."""
+    """Indices of the nodes to pack: token-wise nodes that are connected to a product with a weight matrix."""
     places = [place for place, node in enumerate(nodes) if _works_by_token(tensors, node)]
     group = {place: place for place in places}
 
@@ -171,7 +171,7 @@ def _worthwhile(tensors: _Tensors, nodes: Sequence[onnx.NodeProto]) -> set[int]:
 
 
 class _Rewriting:
-    """The nodes of the new graph so far, and in which forms each tensor is there."""
+    """The nodes of the new graph so far, and whether each tensor exists packed, unpacked or both."""
 
     def __init__(self, tensors: _Tensors, made: set[str]) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -181,13 +181,13 @@ class _Rewriting:
         self._instead: dict[str, str] = {}
 
     def add_packed(self, node: onnx.NodeProto) -> None:
-        """A node that works by token, on packed tensors."""
+        """Add a token-wise node, working on packed tensors."""
         given = [self._pack(name) if self._tensors.tokenwise(name) else name for name in node.input]
         self._packed.update(node.output)
         self._add(node, given, [_packed(name) for name in node.output])
 
     def add(self, node: onnx.NodeProto) -> None:
-        """A node that is left as it was; one that asks for nothing but a shape needs no tensor laid out."""
+        """Add a node unchanged, unpacking its inputs; a ``Shape`` of a packed tensor needs no unpacking."""
         if node.op_type == "Shape" and node.input[0] in self._only_packed and not node.attribute:
             self._instead[node.output[0]] = self._shape(self._tensors.behind(node.input[0]))
             return
@@ -212,7 +212,7 @@ class _Rewriting:
         self.nodes.append(new)
 
     def _shape(self, behind: tuple[int, ...]) -> str:
-        """The name of the shape of a batch's tensors with these dimensions behind batch and length."""
+        """Name of a tensor that holds the shape ``[batch, length, *behind]``."""
         name = f"{_PREFIX}/size/{'x'.join(map(str, behind))}"
         if name not in self._packed:
             self._packed.add(name)
@@ -227,10 +227,12 @@ def _packed(name: str) -> str:
 
 
 def _bookkeeping() -> list[onnx.NodeProto]:
-    """Where each kept token stands, INT64 ``[1, tokens, 2]``, and the kept one of each place, ``[batch, length, 2]``.
+    """Nodes that compute the indices to pack and unpack tokens with.
 
-    A place that is not kept stands for the kept one before it, which is of the same text, as its first place always is
-    kept: what masks do not hide can so come from no other text, and no batch is without tokens.
+    To pack: the position of each kept token, INT64 ``[1, tokens, 2]``. To unpack: for each position, the index of its
+    packed token, INT64 ``[batch, length, 2]``. A position that is not kept gets the last kept token before it. A text's
+    first position is always kept, so that token belongs to the same text: nothing the masks fail to hide comes from
+    another text, and no batch is without tokens.
     """
     constants = {
         "one": [1], "two": [2], "end": [1 << 62], "all": [-1], "axis": 0, "axes": [0],
@@ -266,7 +268,7 @@ def _local(name: str) -> str:
 
 
 def _of_mask(graph: onnx.GraphProto) -> set[str]:
-    """The tensors whose values come from the attention mask and from no other input."""
+    """The tensors whose values depend on the attention mask and on no other input."""
     of_mask = {_MASK}
     of_others = {each.name for each in graph.input} - of_mask
     for node in graph.node:
@@ -287,7 +289,7 @@ def _shapes(model: onnx.ModelProto, tokens: Arrays, shape: tuple[int, int]) -> d
     told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     given = {each.name: np.resize(tokens[each.name], shape) for each in told.graph.input}
     given[_MASK] = np.ones(shape, np.int64)
-    # As it is written: what an optimiser fuses away has no shape.
+    # Run the graph as written: a tensor that the optimiser fuses away has no shape.
     session = _session(told, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
     return dict(
         zip((each.name for each in session.get_outputs()), map(np.shape, session.run(None, given)), strict=True)
@@ -295,7 +297,7 @@ def _shapes(model: onnx.ModelProto, tokens: Arrays, shape: tuple[int, int]) -> d
 
 
 def _agree(before: onnx.ModelProto, after: onnx.ModelProto, tokens: Arrays) -> bool:
-    """Whether both give the same features of a padded batch, of its texts in another order, and of each alone."""
+    """Whether both give the same features for a padded batch, for its texts in reverse, and for each text alone."""
     texts = range(len(tokens[_MASK]))
     sessions = [_session(model, ort.GraphOptimizationLevel.ORT_ENABLE_ALL) for model in (before, after)]
     names = [each.name for each in before.graph.input]

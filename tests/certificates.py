@@ -1,4 +1,4 @@
-"""Certificates made on the spot: authorities, servers, clients, good and bad ones."""
+"""Generates certificates for tests: authorities, servers, clients, good and bad ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pair:
 
 
 class Authority:
-    """Signs certificates into ``folder``; its own lies in ``ca``."""
+    """Writes the certificates it signs to ``folder``; its own is the file ``ca``."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder = folder

@@ -60,11 +60,11 @@ ARCHITECTURES = {
 
 
 def make_tokenizer(kind: str = "bert"):
-    """A fast tokenizer after the manner of ``kind``; each call gives one of its own."""
+    """A fast tokenizer of the given kind; each call returns a new copy."""
     return copy.deepcopy(_trained(kind))
 
 
-@functools.cache  # training breaks ties by chance, and a model has to meet its own tokenizer again
+@functools.cache  # training breaks ties at random, and a model must get the same tokenizer again
 def _trained(kind: str):
     if kind in ("bert", "distilbert", "xlnet"):
         return _word_pieces(kind)

@@ -11,7 +11,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory):
-    """Servers keep their logs and keys apart from those of whoever runs the tests."""
+    """Keep the servers' logs and keys apart from those of the user who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
@@ -37,7 +37,7 @@ def classifier(tiny_original, tmp_path):
 
 @pytest.fixture(params=sorted(path.name for path in DATA.glob("repository-*")))
 def older(request, tmp_path):
-    """What an earlier version wrote: exported, payday added, music renamed to songs, and rolled back to payday."""
+    """A repository of an earlier version: exported, payday added, music renamed to songs, rolled back to payday."""
     from patcher import ModelRepository
 
     return ModelRepository(shutil.copytree(DATA / request.param, tmp_path / "older")).classifier()
@@ -45,10 +45,10 @@ def older(request, tmp_path):
 
 @pytest.fixture(scope="session")
 def tree():
-    """A function that tells every file below a folder with its bytes: "the repository byte for byte as before"."""
+    """A function that returns every file below a folder with its bytes, to check that a repository is unchanged."""
 
     def read(root):
-        # The lock comes and goes; the journal tells of what was tried and undone, too.
+        # The lock comes and goes, and the journal also records what was tried and undone.
         paths = (path for path in root.rglob("*") if path.name != ".patcher.lock" and path.suffix != ".journal")
         return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 
@@ -70,7 +70,7 @@ def command(capsys):
 
 @pytest.fixture
 def torn(monkeypatch):
-    """Every head that is published is damaged on the disk, after all checks of its own."""
+    """Damage every published head on the disk, after it has passed all checks."""
     from patcher.classifier import Classifier
 
     publish = Classifier.publish

@@ -1,6 +1,6 @@
-"""A real S3-speaking server on loopback (moto's), one request at a time, with a record of what was written.
+"""A real S3-compatible server (moto's) on loopback, which handles one request at a time and records writes.
 
-moto looks at conditions and then writes; between the two another request could slip in, which real stores do not let.
+moto checks conditions before it writes; another request could slip in between, which real stores prevent.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ BUCKET = "models"
 
 
 class S3Server:
-    """At ``endpoint`` from construction until ``stop``; ``fault``, if set, hears of each request before it is done.
+    """Runs at ``endpoint`` from construction until ``stop``.
 
-    ``lost`` chooses a request that is done while its answer is lost on the way;
-    ``lenient`` makes it one of the stores that know no conditions, and write whatever they are.
+    ``fault``, if set, is called with each request before it is handled. ``lost`` selects requests that are handled but
+    whose response is lost. ``lenient`` imitates stores that ignore conditions and always write.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class S3Server:
             return self._app(environ, start_response)
 
     def empty(self) -> None:
-        """Make the bucket anew."""
+        """Create the bucket anew, empty."""
         backend = s3_backends["123456789012"]["aws"]
         backend.reset()
         backend.create_bucket(BUCKET, "us-east-1")
@@ -72,7 +72,7 @@ class S3Server:
         return found
 
     def dated(self, name: str) -> int:
-        """The second in which an object was written last."""
+        """The second in which an object was last written."""
         return int(s3_backends["123456789012"]["aws"].head_object(BUCKET, name).last_modified.timestamp())
 
     def stop(self) -> None:

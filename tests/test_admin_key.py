@@ -1,4 +1,4 @@
-"""The key that a server without one makes for itself: who finds it, who does not, and what is left of it."""
+"""The key that a server makes for itself if it is given none: who can find it, who cannot, and how it is removed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FREE = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
 RENAME = ["rename-label", "music", "songs"]
 NOBODY = 65534
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-# Which may read what is root's, so that it can run this Python wherever that is.
+# Let this user read root's files, so that it can run this Python wherever it is installed.
 AS_NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 STRANGER = f"""
 import os, sys
@@ -68,7 +68,7 @@ def state(tmp_path, monkeypatch):
 
 @pytest.fixture
 def other_user():
-    """A folder that another user may read, for root alone can be two users."""
+    """A folder that another user may read; needs root, who alone can act as two users."""
     if os.geteuid() != 0:
         pytest.skip("only root can start a process as another user")
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def other_user():
 
 @contextlib.contextmanager
 def serving(root, *options, ports=FREE, prefix=(), **more):
-    """``patcher serve`` in a process of its own, once it is ready: the process, its output to come, its address."""
+    """``patcher serve`` in a process of its own, once it is ready: the process, its remaining output, its address."""
     command = [*prefix, sys.executable, "-u", "-m", "patcher", "serve", "--repo", root, *ports, *options]
     with subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
@@ -94,7 +94,7 @@ def serving(root, *options, ports=FREE, prefix=(), **more):
 
 
 def plainly(url):
-    """Load a model as a script does that has only Triton's own client, and no key."""
+    """Load a model like a script that uses Triton's own client, without a key."""
     with grpc.InferenceServerClient(url) as client:
         client.load_model("intent_head")
 
@@ -122,13 +122,13 @@ class TestServe:
                 r"^```\n(client\.load_model\(.*?)^```", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL
             )
             with grpc.InferenceServerClient(server.url) as client:
-                exec(snippet, {"client": client, "Path": Path, "key_file": file})  # noqa: S102  what the manual says
+                exec(snippet, {"client": client, "Path": Path, "key_file": file})  # noqa: S102  the manual's snippet
             for url, words in ((server.url, RENAME), (server.url.replace("127.0.0.1", "localhost"), ["rollback"])):
                 assert main([*words, "--repo", str(classifier.root), "--url", url]) == 0
                 with TritonServer(url) as client:
                     assert client.repository_index()
             with TritonServer(server.url, admin_key="another") as client, pytest.raises(ControlRefused, match="wrong"):
-                client.load("intent_head")  # what is given wins
+                client.load("intent_head")  # an explicit key takes precedence
             server.process.send_signal(number)
             server.output.read()
             assert server.process.wait(60) == 0
@@ -142,7 +142,7 @@ class TestServe:
             assert done.stdout.split() == ["loaded", "closed"]
             assert "ControlRefused" in done.stderr
             assert "got no admin key; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY" in done.stderr
-            # The same at the command line, for a user who finds nothing.
+            # The same on the command line, for a user who cannot find the key.
             where = ["--repo", str(classifier.root), "--url", server.url]
             monkeypatch.setenv("XDG_STATE_HOME", str(other_user))
             assert main([*RENAME, *where]) == 1
@@ -180,7 +180,7 @@ class TestServe:
         before = stale.read_text()
         host, port = server.url.split(":")
         assert find_key(host, int(port)) is None
-        # Servers that others start there: without a key, and with one that is not ours.
+        # Servers that others start at that address: without a key, and with a key that is not ours.
         with EmbeddedTriton(classifier.root, MODELS, grpc_port=int(port), open_control=True, log_file=tmp_path / "log"):
             for url in (server.url, f"localhost:{port}"):
                 with TritonServer(url) as client:
@@ -226,7 +226,7 @@ class TestServe:
         assert all(way in said for way in ("$XDG_STATE_HOME", "--admin-key-file FILE", "--no-admin-key"))
         assert not (tmp_path / "log").exists()
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-        assert main([*verb, "--start-timeout", "0.01"]) == 1  # and nothing is kept where it did not start
+        assert main([*verb, "--start-timeout", "0.01"]) == 1  # no key is kept if the server does not start
         assert list((tmp_path / "state" / "patcher").iterdir()) == []
 
         def homeless():
@@ -236,7 +236,7 @@ class TestServe:
         monkeypatch.setattr(Path, "home", homeless)
         assert main(verb) == 2
         assert "set $HOME, or name a folder for logs and keys in $XDG_STATE_HOME" in capsys.readouterr().err
-        assert find_key("localhost", 8001) is None  # other verbs go on
+        assert find_key("localhost", 8001) is None  # other verbs continue
         monkeypatch.setenv("PATCHER_ADMIN_KEY", "k" * 32)
         assert main([*verb, "--no-admin-key"]) == 2
         assert "leave out one of them" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_servers_at_several_ports_have_keys_of_their_own(classifier, state, tmp_
 
 
 class Trap(grpcio.GenericRpcHandler):
-    """A server of somebody else's: it keeps what it hears, and refuses."""
+    """A foreign server, which records what it receives and refuses everything."""
 
     def __init__(self):
         self.heard = []
@@ -272,7 +272,7 @@ class Trap(grpcio.GenericRpcHandler):
 @pytest.mark.server
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_the_key_goes_to_nobody_else_who_listens_on_that_port(classifier, tmp_path):
-    """Another user takes the port at the other address of localhost, and waits for a verb that brings the key."""
+    """Another user takes the port at the other address of localhost, and waits for a verb to send the key."""
     trap, header = Trap(), "triton-grpc-protocol-admin-key"
     with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
         other = grpcio.server(pool, [trap])
@@ -320,7 +320,7 @@ class TestKeptKey:
     def test_others_leave_its_file_alone(self, state):
         first, second = KeptKey(), KeptKey()
         key = first.write()
-        assert find_key("127.0.0.1", 1) is None  # nobody is ready there
+        assert find_key("127.0.0.1", 1) is None  # no server is ready there yet
         first.show("127.0.0.1:1")
         assert find_key("localhost", 1) == ("127.0.0.1:1", key)
         other = second.write()
@@ -378,10 +378,10 @@ class TestKeptKey:
         os.mkfifo(path)
         assert find_key("127.0.0.1", 1) is None
         mine.remove()
-        assert path.exists()  # it is not the file that was written
+        assert path.exists()  # it is not the file that KeptKey wrote
 
     def test_a_folder_that_somebody_else_made_is_not_used(self, other_user, monkeypatch):
-        """As in a shared folder, where everybody may make one before us."""
+        """As in a shared folder, where anyone may create it before us."""
         monkeypatch.setenv("XDG_STATE_HOME", str(other_user))
         folder = other_user / "patcher"
         folder.mkdir(mode=0o777)
@@ -396,7 +396,7 @@ class TestKeptKey:
         assert list((other_user / "mine").iterdir()) == []
 
     def test_a_file_system_that_closes_nothing_to_others(self, state, monkeypatch):
-        monkeypatch.setattr(kept_key.stat, "S_IRWXO", 0o700)  # as if all could read what its owner can
+        monkeypatch.setattr(kept_key.stat, "S_IRWXO", 0o700)  # as if everyone could read what the owner can
         with pytest.raises(InputError, match="is open to others"):
             KeptKey().write()
         assert keys(state) == []

@@ -157,7 +157,7 @@ def test_fine_tuning_the_head_alone_raises_the_new_label(setting):
 
 @pytest.fixture(scope="module")
 def results(setting):
-    """Every part that needs nothing but arrays, run small."""
+    """Results of every part that needs only arrays, run on a small scale."""
     about = {
         "data": "tiny",
         "checkpoint": "tiny",

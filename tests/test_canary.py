@@ -59,7 +59,7 @@ def live(triton):
 
 
 def on_trial(live, label="payday", percent=30.0):
-    """A version with one more label, on trial."""
+    """Publish a version with one more label as a trial."""
     classifier, server = live
     settings = PatchSettings(canary=percent)
     return add_label(classifier.repository, label, tiny.sentences(label, 10), server=server, settings=settings)
@@ -114,7 +114,7 @@ def test_promote_makes_it_serve_all_and_discard_leaves_things_as_they_were(live)
 @pytest.mark.server
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
 def test_a_promotion_that_is_stopped_after_the_switch(live, monkeypatch, end):
-    """A signal comes too late to undo it; what kill -9 leaves, the same verb finishes."""
+    """A signal now comes too late to undo it. After kill -9, running the same verb again finishes it."""
     classifier, server = live
     report = on_trial(live)
     remove = canary._remove
@@ -222,7 +222,7 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
     assert sync(classifier, server) == {server.url: "caught up"}
     assert not server.is_ready("intent_canary")
     assert faults() == []
-    # And one that a server lost.
+    # A trial whose models a server has lost.
     canary.begin(classifier, report.version, 10, server)
     server.unload("intent_canary")
     server.unload("intent_canary_head")

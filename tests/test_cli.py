@@ -1,4 +1,4 @@
-"""The command line without a server: what it says, how it ends, and that bad input changes nothing."""
+"""The command line without a server: output, exit codes, and that bad input changes nothing."""
 
 from __future__ import annotations
 
@@ -389,7 +389,7 @@ def test_the_same_words_are_one_example(patcher, tmp_path):
 
 
 def test_a_label_under_another_name_is_refused(patcher, classifier, tmp_path):
-    # Texts that lie where those of an old label do may take no more than a part of it, whatever their share of all is.
+    # Texts in an old label's region may take only a part of that label, however small their share of all texts is.
     file = tiny.write_csv(tmp_path / "again.csv", {"again": tiny.sentences("weather", 20, seed=1)})
     code, _, err = patcher("add-label", "--examples", file, "--no-load", "--min-recall", "0", "--max-flips", "0.2")
     assert (code, classifier.serving()) == (3, 1)
@@ -473,7 +473,7 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
 def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about(patcher, monkeypatch, tmp_path):
     log = tmp_path / "audit.jsonl"
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
-    assert patcher("rollback", "--no-load")[0] == 2  # to what, the first version?
+    assert patcher("rollback", "--no-load")[0] == 2  # there is no earlier version
     assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 1  # nobody is there, although one is named
     assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 1
     events = [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""k-means: finds what is there, the same each time, with weights."""
+"""k-means: finds the clusters, gives the same result each time, and respects weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_equal_points_are_one_cluster() -> None:
 
 def test_a_heavy_point_weighs_as_so_many() -> None:
     points = np.array([[0.0], [4.0], [5.0], [9.0]], np.float32)
-    # Alone, 4 would be nearer to the others than to 0 if the two heavy ones did not hold the means where they are.
+    # Unweighted, 4 would join 5. The heavy points hold the means near 0 and 9, so it joins 0.
     owner = k_means(points, np.array([100.0, 1.0, 1.0, 100.0]), 2, rng())
     assert owner[0] == owner[1] != owner[2] == owner[3]
 

@@ -1,4 +1,4 @@
-"""The demo's data: enough of it, clean, and nothing in the test files that was seen in training."""
+"""The demo's data: there is enough of it, it is clean, and test files share no texts with the training files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder's writes that fail in the middle: all of it or nothing, and nothing is claimed that is not so."""
+"""Writes to a folder that fail midway: they take effect completely or not at all, and messages tell the truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def storage(tmp_path):
 
 
 def failing(monkeypatch, name, at, error=FULL, where=disk):
-    """Have the call number ``at`` of a function fail, and those before and after it not."""
+    """Make call number ``at`` of a function fail, and no other call."""
     real, calls = getattr(where, name), iter(range(1, 100))
 
     def counted(*args, **more):
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_flushed_is_as_it_was(storage, monkeypatch, before
 
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_what_was_not_made_is_not_dated_anew(storage, monkeypatch, hard_links):
-    """A server would load the model once more."""
+    """With a new modification time, a server would load the model again."""
     storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
     path = storage.root / "model" / "config.pbtxt"
     os.utime(path, ns=(10**18,) * 2)
@@ -113,7 +113,7 @@ def test_configurations_are_replaced_all_or_none_on_a_full_disk(classifier, monk
     real, calls = os.fsync, iter(range(1, 100))
 
     def full(descriptor):
-        if next(calls) > 3:  # from then on nothing fits any more
+        if next(calls) > 3:  # the disk is full from here on
             raise FULL
         real(descriptor)
 

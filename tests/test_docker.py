@@ -69,7 +69,7 @@ def test_every_core_dependency_is_pinned_for_the_python_of_the_image() -> None:
     for requirement in wanted:
         if requirement.marker is None or requirement.marker.evaluate(IMAGE):
             assert requirement.specifier.contains(pins[requirement.name][0]), requirement
-    # With bytecode, which PYTHONDONTWRITEBYTECODE keeps every later run from writing.
+    # Installed with bytecode, because PYTHONDONTWRITEBYTECODE keeps later runs from writing any.
     assert "pip install --no-cache-dir -c constraints.txt '.[metrics]'" in DOCKERFILE
     assert "PYTHONDONTWRITEBYTECODE=1" in DOCKERFILE
 
@@ -128,7 +128,7 @@ def enter(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
 def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str, str]) -> None:
     arguments = enter(container, "--log-verbose=1").stdout.split()
     loaded = [argument for argument in arguments if argument.startswith("--load-model=")]
-    names = ["intent", "topic", "intent_any", "intent_features"]  # a head in the store is no model of its own
+    names = ["intent", "topic", "intent_any", "intent_features"]  # a head in the store has no model of its own
     assert loaded == [f"--load-model={name}" for name in names]
     assert "--model-control-mode=explicit" in arguments
     closed = "model-repository,shared-memory,trace,logging"
@@ -205,7 +205,7 @@ def test_entrypoint_refuses_an_empty_repository(container: dict[str, str], tmp_p
 
 
 def damage_another(root: Path) -> None:
-    """Add a classifier to a repository whose head is cut short."""
+    """Add a classifier with a truncated head file to a repository."""
     repository = ModelRepository(root)
     with repository.lock():
         repository.add_classifier("damaged", repository.classifier("intent").head(), backbone="intent")
@@ -216,7 +216,7 @@ def damage_another(root: Path) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("runs", ["0", "1"])
 def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp_path: Path) -> None:
-    """From start to stop as in the image, but for the server, which is the wheel's, and its ports."""
+    """From start to stop as in the image, except that the server is the wheel's, on other ports."""
     installation = find_installation()
     exports = "".join(f"export {name}='{value}'\n" for name, value in installation.environment.items())
     program = tmp_path / "bin" / "tritonserver"
@@ -253,7 +253,7 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
         with TritonServer(environment["TRITON_URL"]) as server:
             (asked,) = server.statistics("intent")
             assert not server.is_ready("damaged")
-        assert asked.inferences > 0  # by the health check, which has the key
+        assert asked.inferences > 0  # by the health check, which knows the key
         for path in ("v2/models/intent/config", "v2/models/intent/infer"):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(f"http://127.0.0.1:{web}/{path}", b"{}" if "infer" in path else None, 9).close()
@@ -280,9 +280,9 @@ def test_entrypoint_wants_a_clear_word_on_the_encoder(container: dict[str, str])
 
 
 class Ready(http.server.BaseHTTPRequestHandler):
-    """Answers as a Triton does in which only `intent` and a head store are ready, while the server itself says it is.
+    """Answers like a Triton that reports ready, although only `intent` and a head store are.
 
-    Its `inference` is the status of each answer, which takes `seconds`.
+    `inference` is the status of each answer, which takes `seconds`.
     """
 
     inference, seconds = 200, 0.0
@@ -320,7 +320,7 @@ def checked(folder: Path, *options: str, repository: Path | None = None) -> subp
 
 
 def test_live_is_less_than_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for a model whose process died: nothing but a restart brings it back."""
+    """Liveness ignores models that are not ready, except one whose process died: only a restart brings it back."""
     (tmp_path / "classifiers").write_text("intent\ntopic")
     assert [checked(tmp_path, *options).returncode for options in ((), ("--live",))] == [1, 0]
     monkeypatch.setattr(Ready, "inference", 500)
@@ -367,11 +367,11 @@ def test_health_of_a_head_store_is_any_answer_of_it(
     assert outcome.returncode == code, outcome.stdout + outcome.stderr
     for mark in (tmp_path / "models").glob("*/store"):
         mark.write_text("other")
-    assert checked(tmp_path, repository=tmp_path / "models").returncode == 0  # nobody is there to be asked for
+    assert checked(tmp_path, repository=tmp_path / "models").returncode == 0  # there is no classifier to ask
 
 
 def test_health_of_a_busy_server_is_known_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who checks waits for five seconds, however many classifiers there are."""
+    """The health checker waits for five seconds, however many classifiers there are."""
     (tmp_path / "classifiers").write_text("intent\n" * 20)
     monkeypatch.setattr(Ready, "seconds", 1.2)
     started = time.monotonic()
@@ -399,7 +399,7 @@ def test_a_classifier_that_was_dropped_makes_nothing_unready(tmp_path: Path) -> 
 
 
 def unit() -> dict[str, list[str]]:
-    """Each setting of the service's unit, with all its values."""
+    """The settings of the systemd unit, each with all its values."""
     found: dict[str, list[str]] = {}
     for line in (DOCKER / "patcher.service").read_text().splitlines():
         key, equals, value = line.partition("=")
@@ -412,7 +412,7 @@ def test_the_service_lets_patcher_stop_the_server() -> None:
     found = unit()
     assert found["KillMode"] == ["mixed"]
     drained = inspect.signature(EmbeddedTriton).parameters["exit_timeout"].default
-    assert int(found["TimeoutStopSec"][0]) > 2 * drained + 10  # for requests in flight, then for the server's own end
+    assert int(found["TimeoutStopSec"][0]) > 2 * drained + 10  # for requests in flight, then for the server's shutdown
     assert found["RestartPreventExitStatus"] == [str(InputError.exit_code)]
     (command,) = found["ExecStart"]
     program, verb, *options = command.split()
@@ -460,13 +460,13 @@ def test_monitoring_scrapes_what_compose_runs() -> None:
 
 
 def test_an_alert_on_events_fires_at_the_first_one() -> None:
-    """A counter that comes with 1 has no increase: it has to be looked for where there was none an hour ago."""
+    """A counter that first appears as 1 shows no increase, so the rule also looks for series younger than an hour."""
     (group,) = yaml.safe_load((DOCKER / "monitoring" / "alerts.yml").read_text())["groups"]
     found = [rule["expr"] for rule in group["rules"] if "increase(" in rule["expr"]]
     assert len(found) == 2
     for expression in found:
         assert re.search(r"unless max by \([^)]+\) \(patcher_\w+(\{[^}]+\})? offset 1h\)", expression)
-        assert expression.rstrip().endswith("and on () patcher_replica_up offset 1h")  # not of an exporter that is new
+        assert expression.rstrip().endswith("and on () patcher_replica_up offset 1h")  # but not if the exporter is new
 
 
 def test_health_is_not_asked_through_a_proxy() -> None:

@@ -75,4 +75,4 @@ def test_many_texts_of_many_labels_take_no_memory_for_all_their_logits(problem):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert result.accuracy == 1.0
-    assert peak < texts * count * 4  # bytes of all logits once
+    assert peak < texts * count * 4  # the size of all logits together

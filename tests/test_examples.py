@@ -43,7 +43,7 @@ def test_a_parquet_column_whose_name_is_no_text(tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
-    # Under the name there is no telling where else in the file it stands: metadata, schema, footer.
+    # The name is replaced everywhere, because it occurs in several places: metadata, schema, footer.
     parquet.write_table(pa.table({"sentence": ["hello"], "intent": ["greeting"]}), path)
     path.write_bytes(path.read_bytes().replace(b"intent", b"\xb4ntent"))
     with pytest.raises(ExamplesError):
@@ -51,7 +51,7 @@ def test_a_parquet_column_whose_name_is_no_text(tmp_path):
 
 
 def test_parquet_keeps_to_the_limits(tmp_path, monkeypatch):
-    """A few KB may hold a text of a megabyte a million times; no more of it is read than is allowed."""
+    """A few KB may expand to a million texts of a megabyte; no more is read than the limits allow."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path, rows = tmp_path / "a.parquet", 5000
     columns = {

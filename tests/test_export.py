@@ -1,4 +1,4 @@
-"""What export refuses and why, what it leaves alone, and that it repeats itself to the byte."""
+"""What export refuses and why, what it leaves alone, and that its output is reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_an_index_names_no_other_files(copy, tmp_path, named):
 )
 @pytest.mark.parametrize("on_hub", [True, False])
 def test_no_index_of_a_checkpoint_names_a_pickle(copy, tmp_path, monkeypatch, index, weights, on_hub):
-    """A checkpoint as the hub's own library keeps it, so that nobody is asked for it."""
+    """The checkpoint is also tried in the cache layout of the hub's library, so that the hub is not contacted."""
     hub = tmp_path / "hub" / "models--somebody--model"
     for target in (copy / index, hub / "snapshots" / "x", hub / "refs" / "x"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -569,7 +569,7 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
 
 def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
     again = [(f" {text.upper()}  ", label) for text, label in checkpoints.TRAIN[:3]]
-    other = (checkpoints.TRAIN[0][0], checkpoints.TRAIN[-1][1])  # neither label is known to be the wrong one
+    other = (checkpoints.TRAIN[0][0], checkpoints.TRAIN[-1][1])  # two labels for a text; neither is known to be wrong
     made = {}
     for name, rows in (("once", [*checkpoints.TRAIN, other]), ("often", [*checkpoints.TRAIN, other, *again, *again])):
         arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
@@ -743,7 +743,7 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
         raise StorageError("no space left on device")
 
     kept = run_export(bert, tmp_path / "kept")
-    (kept.repository.root / "patcher.json").write_text('{"format": 1}')  # an older patcher's, who has to read it on
+    (kept.repository.root / "patcher.json").write_text('{"format": 1}')  # an older patcher's, which must still read it
     before = tree(kept.repository.root)
     monkeypatch.setattr(ModelRepository, "add_classifier", full)
     for root in (tmp_path / "fresh", kept.repository.root):
@@ -780,7 +780,7 @@ def test_what_a_killed_export_left_is_taken_away_by_the_next(bert, tmp_path, mon
 
 
 def alter(monkeypatch, part, change):
-    """Have exports write backbones whose weights of that name are changed."""
+    """Make exports write backbones in which the weights of that name are changed."""
     honest = export.stages.export_backbone
 
     def altered(model, split, inputs, path, *, unpad):
@@ -808,13 +808,13 @@ def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monk
 
 @pytest.mark.parametrize("change, lies", [(1e-6, False), (1e-3, True)])
 def test_a_row_whose_large_terms_cancel_is_judged_by_them(tmp_path, monkeypatch, change, lies):
-    """A small logit of large terms is rounded as they are."""
+    """A small logit that is the sum of large terms has their rounding error."""
     tokenizer = checkpoints.make_tokenizer()
     model = checkpoints.make_model("bert", tokenizer).eval()
     with torch.no_grad():
         model.classifier.weight[-1] *= 3000
         model.classifier.bias[-1] -= model(**tokenizer(SAMPLE_TEXTS[0], return_tensors="pt")).logits[0, -1]
-    # All features a few last bits away, as the sums of another machine are; or by what no rounding is.
+    # Change all features by a few last bits, as sums on another machine may differ, or by more than any rounding.
     alter(monkeypatch, "pooler", lambda w: w * np.float32(1 + change))
     given = {"repository_dir": tmp_path / "model_repository", "model": model, "tokenizer": tokenizer}
     if lies:
@@ -915,7 +915,7 @@ def test_a_trainer_hears_before_the_first_step_what_cannot_be_exported(tmp_path,
 
 
 def test_tokens_without_an_embedding_are_refused(tmp_path):
-    # One client's text with such a token would fail whatever shares its batch.
+    # A client's text with such a token would fail every other text in its batch.
     tokenizer = checkpoints.make_tokenizer("gpt2")
     model = checkpoints.make_model("gpt2", tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -1,4 +1,4 @@
-"""Each architecture of the contract: its last layer is found, and the exported files answer as the checkpoint does."""
+"""Each supported architecture: its last layer is found, and the exported files answer as the checkpoint does."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_text_alone_and_in_company_gets_the_same_features(exported):
 
 
 PADDED = ("xlnet", "gpt2")
-"""Tokens come second, or every product is a Gemm of reshaped states: their padding is computed."""
+"""Padding is computed: XLNet's tensors do not start with the batch, and GPT-2's products are Gemms of reshaped ones."""
 
 
 def test_products_with_weights_are_not_computed_for_padding(exported):
@@ -111,7 +111,7 @@ def test_the_calls_that_warm_a_gpu_up_are_answered(exported):
 
 ATTENTIONS = dict.fromkeys(checkpoints.ARCHITECTURES, 0)
 ATTENTIONS |= {"bert": 2, "roberta": 2, "xlm-roberta": 2, "distilbert": 2, "electra": 2, "albert": 1}
-"""Fused ones, of two layers; ALBERT's share their weights, and only the first is recognised."""
+"""Number of fused attentions of two layers; ALBERT's layers share weights, and only the first is recognised."""
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -179,7 +179,7 @@ def test_fused_operators_that_answer_otherwise_are_left_out(how, tmp_path, monke
     honest = export.stages.fuse
 
     def wrong(backbone, config, path, *, left):
-        """Attention that takes padding for the text, as the one for padding behind it does with padding before it."""
+        """Fuse without the mask, so that attention takes padding for text; or with a mask that does not exist."""
         made = honest(backbone, config, path, left=left)
         model = onnx.load(path)
         for node in model.graph.node:
@@ -214,7 +214,7 @@ def test_the_file_is_what_old_runtimes_load(exported):
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_padding_goes_where_it_changes_no_answer(architecture, tmp_path):
-    # Both count positions from the left edge of the batch, padding or not.
+    # Both count positions from the left edge of the batch, including padding.
     tokenizer = checkpoints.make_tokenizer(checkpoints.ARCHITECTURES[architecture][2])
     tokenizer.padding_side = "left"
     report = run_export(checkpoints.make_model(architecture, tokenizer), tmp_path / "repository", tokenizer=tokenizer)
@@ -246,7 +246,7 @@ _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 @pytest.mark.parametrize(
     "prefix, settings, message",
     [
-        # Its convolution reads a few tokens beyond the text's end: little enough to pass for rounding in one sentence.
+        # Its convolution reads a few tokens past the text's end; in a single sentence that could pass for rounding.
         ("ConvBert", {**_SMALL, "embedding_size": 16}, "answers a text otherwise when padding follows"),
         ("BigBird", _SMALL, "block-sparse .* set attention_type to original_full"),
         ("Canine", _SMALL, "embeds words with no table"),
@@ -281,7 +281,7 @@ def long_decoder(prefix, **settings):
 
 
 def test_a_model_that_takes_long_texts_in_another_way_is_refused(tmp_path, capfd):
-    # Its rotary frequencies change beyond so many tokens, which the trace of a short text knows nothing of.
+    # Its rotary frequencies change beyond this many tokens, which a trace of a short text does not contain.
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 384}
     model, tokenizer = long_decoder("Llama", rope_parameters=rope, **sizes)

@@ -1,4 +1,4 @@
-"""Backbones in fewer bits: what is converted, what it may cost, and where the configuration places it."""
+"""Backbones in lower precision: what is converted, what it may cost, and where the configuration places it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from patcher.model_config import parameter  # noqa: E402
 from patcher.runtime import Encoder  # noqa: E402
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
-"""A width at which eight bits a weight leave a random model most of what it says."""
+"""Wide enough that 8-bit weights change the answers of a random model only a little."""
 FILE = "\n".join(["text,label", *(f'"{text}",{label}' for text, label in checkpoints.TRAIN)])
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A checkpoint that is sure of its answers to ten sentences: its last layer is fitted to them."""
+    """A checkpoint with confident answers to ten sentences, because its last layer is fitted to them."""
     tokenizer = checkpoints.make_tokenizer()
     model = checkpoints.make_model("bert", tokenizer, **WIDE)
     tokens = tokenizer(list(checkpoints.SENTENCES), padding=True, return_tensors="pt")
@@ -87,7 +87,7 @@ def test_what_is_converted_and_what_is_not(exported):
     assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert {each.type.tensor_type.elem_type for each in model.graph.input} == {onnx.TensorProto.INT64}
     if precision == "int8":
-        assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 13  # six a layer, and the pooler
+        assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 13  # six per layer, and the pooler
         assert not halves
         scales = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale")]
         assert {tuple(tensor.dims) for tensor in scales} == {(128,), (256,)}
@@ -111,7 +111,7 @@ def test_int8_keeps_onnxruntime_from_its_slow_kernel(bert, train, tmp_path, monk
         kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
         return kinds.count("SkipLayerNormalization"), kinds.count("LayerNormalization")
 
-    assert fused("ours") == (0, 5)  # two a layer, and the embeddings'
+    assert fused("ours") == (0, 5)  # two per layer, and the embeddings'
     monkeypatch.setattr(export.precision, "_keep_apart", lambda graph: None)
     assert fused("plain") == (4, 1)
 
@@ -223,7 +223,7 @@ def test_the_sample_of_the_training_texts_is_drawn_of_all_and_bounded():
         chosen = sample(count)
         assert len(set(chosen.tolist())) == len(chosen) == min(count, 2000)
         assert 0 <= chosen.min() <= chosen.max() < count
-    # Seven labels in turn, in a file of which each seventh text would do.
+    # A file that cycles through seven labels: taking every seventh text would give a single label.
     assert np.bincount(sample(14000) % 7).min() > 200
 
 
@@ -259,9 +259,9 @@ def test_a_gpu_gets_the_backbone_in_half_precision_and_nothing_else(bert, tmp_pa
     )
     assert not config("intent_head").HasField("optimization")
     nodes = onnx.load(report.repository.classifier().backbone_path).graph.node
-    assert any(node.domain for node in nodes) != tensorrt  # which does not know ONNX Runtime's own operators
+    assert any(node.domain for node in nodes) != tensorrt  # TensorRT does not know ONNX Runtime's own operators
     shapes = [parameter(config(f"intent_{part}"), "cuda_graphs", "") for part in ("encoder", "backbone")]
-    # The checkpoint takes 80 tokens: none longer is recorded than a text can be.
+    # The checkpoint takes 80 tokens, so no longer shape is recorded.
     assert shapes == ["" if tensorrt else "1,2,4,8,16,24,32,48,64 x 8,16,24,32,48,64"] * 2
 
 

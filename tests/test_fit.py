@@ -21,7 +21,7 @@ from patcher.memory import Memory
 
 
 def world(labels=8, split=12, width=20, seed=0, per_label=40, problem=SINGLE_LABEL):
-    """Old labels as Gaussians, a head that knows them, their memory, and a function that draws a new label's inputs."""
+    """Gaussian old labels: a head that knows them, their memory, and a function that draws a new label's inputs."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((labels + 3, width)) * 2.5
     ids = np.repeat(np.arange(labels), per_label)
@@ -69,7 +69,7 @@ def test_several_labels_at_once_do_not_steal_from_each_other():
 
 @pytest.mark.parametrize("method", ["auto", "ridge", "lda"])
 def test_a_row_does_not_live_on_how_features_are_rounded(method):
-    # A feature that is the same in all texts (a saturated tanh, say) is another number in what the memory keeps.
+    # A feature that is constant in all texts (a saturated tanh, say) has another value in the memory's FP16.
     head, memory, features, ids, new = world()
     features, examples = features.copy(), new(10)
     for rows in (features, examples):
@@ -107,7 +107,7 @@ def test_without_a_memory_the_old_rows_have_to_do():
     head, _, _, _, new = world()
     made = fit({"new": new(10)}, head, None)
     assert made.source == "none"
-    assert (made.weight[:, head.split :] == 0).all()  # the old rows say nothing about features they do not look at
+    assert (made.weight[:, head.split :] == 0).all()  # the old rows ignore the other features
     assert (made.apply(head).logits(new(100, seed=9)).argmax(axis=1) == 8).mean() > 0.5
 
 
@@ -120,7 +120,7 @@ def test_the_same_examples_give_the_same_row():
 
 @pytest.mark.parametrize("budget", [0.0, 0.01, 0.1])
 def test_the_budget_of_flips_is_kept_on_the_calibration_inputs(budget):
-    # A new label in the middle of an old one, so that the budget binds.
+    # The new label lies in the middle of an old one, so that the flip budget is the limit.
     head, memory, features, ids, _ = world()
     crowd = features[ids == 3][:10] + 0.1
     made = fit({"new": crowd}, head, memory, max_flips=budget)
@@ -208,7 +208,7 @@ def test_a_fit_takes_no_longer_than_a_patch_may():
     head, memory, _, _, new = world(labels=150, split=64, width=128, per_label=20)
     start = time.process_time()
     fit({"new": new(10)}, head, memory)
-    assert time.process_time() - start < 5  # a bound for any machine; the figure is in the benchmark
+    assert time.process_time() - start < 5  # generous, for any machine; the benchmark has the actual figure
 
 
 @pytest.mark.parametrize("width", [20, 230])

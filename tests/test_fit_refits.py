@@ -66,7 +66,7 @@ def test_discriminants_are_those_of_the_means():
     weight, bias = lda_rows(memory, np.arange(4), old, SETTINGS)
     points = new(50, seed=3)
     gaps = old.whitening.of(points)[:, None] - old.whitening.of(memory.means())[None]
-    # A mean of n inputs lies further out than the label's own by the spread over n, squared.
+    # The squared distance to a mean of n inputs exceeds that to the label's true mean by the variance over n.
     covariance = old.whitening.points.T @ memory.within() @ old.whitening.points
     distances = (gaps**2).sum(axis=2) - SETTINGS.positive_variance * np.trace(covariance) / memory.counts
     scores = points @ weight.T + bias
@@ -82,7 +82,7 @@ def test_a_refit_gives_the_new_label_the_default_methods_row_against_the_refitte
     priced = dataclasses.replace(SETTINGS, taken_weight=SETTINGS.refit_taken_weight)
     again = fit({"new": new(10)}, after.without("new"), memory, settings=priced)
     np.testing.assert_allclose(first.weight, again.weight, atol=2e-3)
-    # Where the rows were refitted already, the next patch changes none.
+    # If the rows were refitted already, the next patch changes none.
     grown = memory.add(["new"], new(10), np.zeros(10, np.int64))
     second = fit({"other": new(10, 1)}, after, grown, method=method)
     assert second.old_rows is None
@@ -111,7 +111,7 @@ def test_anchored_counts_flips_on_inputs_it_did_not_see_and_keeps_to_the_budget(
     verdict = judge(head, made, examples, memory, max_flips=0.0)
     assert verdict.calibration_size == len(inputs)
     assert verdict.flips == 0.0
-    # Held fast, it stays where it began: the default method's rows.
+    # With a strong anchor the rows stay where they start: at the default method's rows.
     still = dataclasses.replace(SETTINGS, anchor=1e9)
     fast = fit(examples, head, memory, method="anchored", replay=Labelled(features, ids), settings=still)
     plain = fit(examples, head, memory, replay=Labelled(features, ids))
@@ -122,10 +122,10 @@ def test_anchored_holds_back_inputs_of_every_label_however_the_file_is_ordered()
     for ids in (np.arange(200) % 5, np.arange(200) % 10, np.repeat(np.arange(5), 40)):
         assert set(ids[held_back(ids)]) == set(ids)
         assert len(held_back(ids)) == 40
-    # Of labels with a single input some are held back, too, and of whatever there is at least one.
+    # Inputs are held back even if every label has only one, and at least one input always is.
     assert len(held_back(np.arange(100))) == 20
     assert held_back(np.zeros(1, np.int64)).tolist() == [0]
-    # The inputs that flips are counted on are the same ones, of every label.
+    # Flips are counted on these held-back inputs, which cover every label.
     head, memory, features, ids, new = world(labels=5)
     turns = np.argsort(np.arange(len(ids)) % 40, kind="stable")  # l0, l1, l2, l3, l4, l0, ...
     replay = Labelled(features[turns], ids[turns])
@@ -160,7 +160,7 @@ def test_no_bound_is_claimed_on_inputs_that_took_part_in_a_refit(method):
     assert not fresh.refitted
     assert "95 %" in fresh.bound
     assert "inputs like them" in fresh.harm
-    # The default method's words, also of a refit that changes no old row any more.
+    # The gate uses the default method's wording for a refit that no longer changes any old row, too.
     plain = judge(head, fit(examples, head, memory), examples, memory)
     assert "by fits without them" in plain.bound
     assert "95 %" in plain.harm

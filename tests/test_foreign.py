@@ -1,4 +1,4 @@
-"""Doctor calls no repository clean from which a server would run what patcher did not write."""
+"""Doctor calls no repository clean if a server would run code from it that patcher did not write."""
 
 from __future__ import annotations
 
@@ -109,6 +109,6 @@ def test_programs_of_earlier_versions_are_no_faults(older):
 
 
 def test_every_program_that_was_released_is_known():
-    """One that changes leaves the list longer: its new SHA-256 is added, and the old one stays."""
+    """When a program changes, add its new SHA-256 to the list and keep the old one."""
     for program in programs(BackboneNames("x")).values():
         assert hashlib.sha256(program).hexdigest() in foreign._EARLIER

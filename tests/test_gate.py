@@ -45,7 +45,7 @@ def test_more_labels_and_unequal_ones_need_more_inputs():
         assert any(
             f"160 remembered inputs are too few to guarantee 0.50 %: {needed} without" in line for line in advice
         )
-    # 800 inputs would do, but most of their weight lies on one label's 20.
+    # 800 inputs would suffice, but most of their weight lies on the 20 of one label.
     head, memory, draw, _ = overlapping(1, labels=40, others=40, first=4000)
     examples = {"new": draw(np.full(10, 0), 30.0)}
     advice = judge(head, fit(examples, head, memory), examples, memory).advice
@@ -156,12 +156,12 @@ def test_a_few_replayed_texts_hide_nothing_of_what_the_memory_shows():
     before, after = head.logits(rows).argmax(axis=1), made.apply(head).logits(rows).argmax(axis=1)
     right = before == np.array([head.labels.index(label) for label in memory.labels])[memory.sample_labels]
     assert (right & (before != after)).mean() <= 0.005
-    # The budget holds on the few as well as on the many.
+    # The budget also holds if only few inputs are replayed.
     for few in range(2, 40, 6):
         some = Labelled(features[ids == 2][:few], ids[ids == 2][:few])
         kept = judge(head, fit(near, head, memory, replay=some), near, memory, min_recall=0.0)
         assert not any("would flip" in reason for reason in kept.reasons)
-    # A row that takes them all the same, whatever it was fitted on, is refused on what the memory holds.
+    # A row that takes them nevertheless is refused because of the remembered inputs, whatever it was fitted on.
     greedy = dataclasses.replace(made, bias=made.bias + np.float32(1000.0))
     refused = judge(head, greedy, near, memory, min_recall=0.0)
     assert any("remembered inputs would flip" in reason for reason in refused.reasons)
@@ -198,7 +198,7 @@ def test_a_multi_label_text_may_have_the_new_label_beside_old_ones():
     result = verdict(examples, head, memory, evaluation=pairs)
     assert (result.calibration, result.calibration_size, result.flips) == ("eval", 40, 0.0)
     assert result.estimated_recall["new"] == 1.0
-    # Without it in the file the same answers are what should not be.
+    # If the file does not give these texts the new label, the same answers are flips.
     wrong = verdict(examples, head, memory, evaluation=Labelled(both, np.full(40, 1)))
     assert (wrong.flips, wrong.losing) == (1.0, {"b": 40})
 
@@ -258,7 +258,7 @@ def test_next_to_nothing_remembered_concludes_nothing():
 
 
 def overlapping(seed, labels=24, width=48, others=100, first=100):
-    """Labels as Gaussians of unit spread, ``first`` texts of the first one; and a draw of inputs near some of them."""
+    """Gaussian labels of unit spread, with ``first`` texts of the first one; and a draw of inputs near some of them."""
     rng = np.random.default_rng(seed)
     means = rng.standard_normal((labels, width)).astype(np.float32)
     ids = np.repeat(np.arange(labels), [first, *[others] * (labels - 1)])
@@ -280,7 +280,7 @@ def flips_of(head, made, rows, ids):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_bound_holds_for_labels_that_overlap_old_ones(count):
-    # Each row stops just short of one more flip, and was fitted on the nearest inputs: neither may be lost sight of.
+    # Each row stops just short of one more flip, and was fitted on the nearest inputs; the bound must allow for both.
     broken = 0
     for seed in range(12):
         head, memory, draw, ids = overlapping(seed)
@@ -309,7 +309,7 @@ def test_a_flip_weighs_what_its_label_weighs():
     examples = {"new": draw(np.full(10, 0), 3.0)}
     made = fit(examples, head, memory, max_flips=0.05)
     result = judge(head, made, examples, memory, max_flips=0.05)
-    # 20 of each label are remembered, and nine tenths of the texts have the first one.
+    # 20 texts of each label are remembered, but nine tenths of all texts have the first label.
     lost = sum(count for label, count in result.losing.items() if label == head.labels[0])
     assert result.flips == pytest.approx(
         lost * (4000 / 20) / len(ids) + (sum(result.losing.values()) - lost) / 220 * 440 / len(ids), abs=1e-6
@@ -351,7 +351,7 @@ def test_a_multi_label_text_counts_once_whatever_its_labels():
     examples = {"new": draw(np.full(10, 2), 30.0)}
     result = judge(head, fit(examples, head, memory), examples, memory)
     assert result.calibration_size == 12
-    # A text that is an example of the new label is none that the label may not have.
+    # A text that is an example of the new label may rightly get it.
     examples = {"new": rows[:10]}
     assert judge(head, fit(examples, head, memory), examples, memory).calibration_size == 2
 

@@ -1,4 +1,4 @@
-"""The admin key and the list of processes, which every user of the machine can read."""
+"""The admin key stays out of the process list, which every user of the machine can read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ while True:
 
 @pytest.fixture
 def listed():
-    """A function that ends a watch over the list of processes, and tells the keys that it saw."""
+    """A function that stops watching the process list and returns the keys that it saw."""
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout.readline() == "watching\n"
 
@@ -69,7 +69,7 @@ def test_the_key_is_never_in_the_list_of_processes(classifier, tmp_path, listed)
             client.load("intent_head")
         stubs = psutil.Process(server.pid).children(recursive=True)
         assert stubs
-        for stub in stubs:  # they get what the server has for its environment
+        for stub in stubs:  # they inherit the server's environment
             assert not [name for name in stub.environ() if name.startswith("PATCHER_OPTION")]
             assert key not in stub.environ().values()
         assert Path(f"/proc/{server.pid}/environ").stat().st_mode & 0o077 == 0
@@ -86,7 +86,7 @@ def test_where_the_system_forbids_that_it_is_soon_gone_from_there(forbid, classi
         assert b"kkkk" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
         with server.client() as client:
             client.load("intent_head")
-        assert "k" * 64 in listed()  # so that the test above would have seen it
+        assert "k" * 64 in listed()  # shows that the test above would have noticed
 
 
 def test_serve_tells_where_the_key_could_be_seen():
@@ -134,7 +134,7 @@ def test_what_is_masked():
 
 
 def test_a_child_that_is_not_stopped_is_not_waited_for(monkeypatch):
-    """As on a system that promises to trace it and does not: the start must not hang."""
+    """As on a system that promises to trace the child and does not: the start must not hang."""
     monkeypatch.setattr(hidden_options, "_SECONDS", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert not hidden_options.move_options(child.pid, {})

@@ -1,4 +1,4 @@
-"""Adding labels with files of old data beside the examples: what of those files counts."""
+"""Adding labels with files of old data beside the examples: which of their texts count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEW = {"payday": tiny.sentences("payday", 10)}
 
 
 def file(texts, seed=7):
-    """As many texts of each old label."""
+    """The same number of texts of each old label."""
     pairs = [(text, label) for label in tiny.OLD for text in tiny.sentences(label, texts, seed)]
     return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "old.csv")
 
@@ -43,7 +43,7 @@ def test_a_patch_writes_its_heads_file_once(classifier, monkeypatch, canary, tim
     monkeypatch.setattr(head_file, "_model", lambda head: written.append(head) or plain(head))
     report = add_labels(classifier.repository, NEW, settings=PatchSettings(canary=canary))
     assert report.published
-    assert len(written) == times  # a version on trial has a model of its own
+    assert len(written) == times  # once more for the trial's own model
     assert classifier.head_bytes(report.version) == head_file.write_head(classifier.head(report.version))
 
 
@@ -52,7 +52,7 @@ def test_of_a_multi_label_text_that_comes_again_all_labels_count(tmp_path):
     texts = tuple(tiny.sentences("payday", 20, seed=7))
     twice = Examples(texts + tuple(map(str.upper, texts)), ("balance",) * 20 + ("payday",) * 20, "old.csv")
     verdict = add_labels(classifier.repository, NEW, settings=DRY, evaluation=twice).verdict
-    assert (verdict.calibration_size, verdict.flips) == (20, 0.0)  # they have the new label by right
+    assert (verdict.calibration_size, verdict.flips) == (20, 0.0)  # they rightly have the new label
     assert verdict.estimated_recall["payday"] > 0.9
 
 

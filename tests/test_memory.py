@@ -1,4 +1,4 @@
-"""The memory: what it counts, that it adds and subtracts, and that damaged bytes are refused."""
+"""The memory: what it counts, that labels can be added and removed, and that damaged bytes are refused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_clusters_are_the_ways_in_which_a_label_is_worded() -> None:
     means, counts = memory.clusters.means[mine].astype(float), memory.clusters.counts[mine]
     assert 2 <= len(means) <= 10 and counts.sum() == 60
     sides = np.sign(means)
-    assert (sides == sides[:, :1]).all() and counts[sides[:, 0] > 0].sum() == 30  # no cluster lies across
+    assert (sides == sides[:, :1]).all() and counts[sides[:, 0] > 0].sum() == 30  # no cluster spans both sides
     assert np.allclose(counts @ means, two_ways().sum(axis=0), atol=1.0)
     assert np.bincount(memory.clusters.labels, memory.clusters.counts).tolist() == memory.counts.tolist()
 
@@ -187,7 +187,7 @@ def test_a_merged_labels_sample_has_of_each_part_its_share() -> None:
         sample = merged.features_of("talk")
         assert len(sample) == 20 and len(merged.features_of("call")) == 20
         rare += int((sample[:, 0] > 50).sum())
-    assert 10 <= rare <= 55  # 10 of 410 texts: 29 in 60 samples of 20, where 400 would be as many as are kept
+    assert 10 <= rare <= 55  # 10 of 410 texts: expect 29 in 60 samples of 20; unweighted, it would be 400
 
 
 def test_features_that_fp16_cannot_hold_are_refused_and_not_cut_off() -> None:
@@ -304,7 +304,7 @@ def renewed(classifier, label, per_label=20) -> Memory:
 
 
 def of(memory: Memory, label: str) -> tuple[np.ndarray, ...]:
-    """All that a memory knows of one label."""
+    """Everything that a memory holds of one label."""
     place = memory.labels.index(label)
     mine = memory.clusters.labels == place
     clusters = memory.clusters.means[mine], memory.clusters.counts[mine]
@@ -313,7 +313,7 @@ def of(memory: Memory, label: str) -> tuple[np.ndarray, ...]:
 
 def test_labels_that_are_not_renewed_stay_remembered_to_the_bit(classifier, monkeypatch) -> None:
     before, calls, plain = classifier.memory(), [], Memory.add
-    assert before.counts.max() > before.per_label  # there is more to a label than its sample
+    assert before.counts.max() > before.per_label  # labels have more texts than their sample
     monkeypatch.setattr(Memory, "add", lambda memory, *given: calls.append(given) or plain(memory, *given))
     after = renewed(classifier, "balance")
     assert len(calls) == 1
@@ -348,7 +348,7 @@ def test_labels_of_which_there_are_only_statistics_are_told(classifier, capsys, 
 
 
 def test_doctor_tells_of_labels_that_the_memory_lacks_until_there_are_texts_of_them(classifier) -> None:
-    """As where a patcher that could not read the memory built one of the texts it was given."""
+    """As after a patcher that could not read the memory built a new one from the texts it was given."""
     (classifier.version_path(1) / "memory.safetensors").unlink()
     texts = tiny.train_set()
     remember(classifier, flat({label: texts[label] for label in tiny.OLD[1:]}))
@@ -375,11 +375,11 @@ def test_several_labels_leave_as_one_after_the_other_does(seed: int, first: int,
     both = both.add(["newer"], 1 + rng.normal(size=(second, 6)), np.zeros(second, int))
     names = sorted(
         ["new", "newer"], key=lambda name: both.counts[both.labels.index(name)]
-    )  # what is known exactly first
+    )  # the label that is known exactly goes first
     one, at_once = both.remove(names[0]).remove(names[1]), both.without(["newer", "new"])
     assert at_once.labels == LABELS
     for name, array in one.arrays().items():
         assert np.allclose(array, at_once.arrays()[name], rtol=1e-10, atol=1e-9)
-    if max(first, second) <= 5:  # all that left was in the sample
+    if max(first, second) <= 5:  # all removed texts were in the sample
         assert np.allclose(at_once.within(), memory.within(), atol=2e-2)
     assert both.without(both.labels).labels == ()

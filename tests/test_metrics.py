@@ -60,7 +60,7 @@ def two(tiny_original, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(two, tmp_path_factory):
-    """What the exporter says after a refused patch, a forced one on the first replica only, and a failure."""
+    """The exporter's output after a refused patch, a forced one on the first replica only, and a failure."""
     one, other = two
     folder = tmp_path_factory.mktemp("changes")
     same = tiny.write_csv(folder / "same.csv", {"rain": tiny.sentences("weather", 10, seed=5)})
@@ -85,7 +85,7 @@ def test_each_replica_is_told_apart(exported, two):
     text, _ = exported
     one, other = two
     assert sample(text, "patcher_head_version", replica=one.url) == 2
-    assert sample(text, "patcher_head_version", replica=other.url) == 1  # nobody told it
+    assert sample(text, "patcher_head_version", replica=other.url) == 1  # it was not told to load version 2
     assert sample(text, "patcher_labels", replica=one.url) == len(tiny.OLD) + 1
     assert sample(text, "patcher_labels", replica=other.url) == len(tiny.OLD)
     assert sample(text, "patcher_replica_up", replica="127.0.0.1:1") == 0
@@ -124,7 +124,7 @@ def test_an_audit_log_is_read_on_from_where_the_last_scrape_ended(tmp_path, monk
     monkeypatch.setattr("patcher.metrics.read_event", lambda line: parsed.append(line) or read_event(line))
     log = tmp_path / "audit.jsonl"
     changes = _Changes(log)
-    assert counted(changes) == ({}, 0)  # there is none yet
+    assert counted(changes) == ({}, 0)  # the log does not exist yet
     log.write_text(line("tune") + "torn by a full disk\n" + line("add-label", forced=True))
     assert counted(changes) == counted(changes) == ({"tune": 1, "add-label": 1}, 1)
     with log.open("a") as file:
@@ -242,13 +242,13 @@ def test_every_metric_in_use_exists(exported, two):
         name for text in expressions() for name in names(promql_parser.parse(text.replace("$__rate_interval", "5m")))
     }
     assert len(used) > 12
-    # Prometheus itself adds `up`; the GPU's are Triton's, where there is a GPU.
+    # Prometheus itself adds `up`; Triton exports the GPU metrics only if there is a GPU.
     assert {name for name in used - there if not name.startswith("nv_gpu_")} <= {"up"}
     assert used & {"patcher_head_version", "patcher_changes_total", "nv_inference_request_success"}
 
 
 def test_a_replica_that_hangs_is_waited_for_once(monkeypatch):
-    """And not for each of its classifiers: the scrape would be over before."""
+    """And not once for each of its classifiers, which would outlast the scrape."""
     monkeypatch.setattr(metrics, "_TIMEOUT", 0.3)
     monkeypatch.setattr(metrics, "probe_replica", lambda *_: pytest.fail("it hangs"))
     with socket.create_server(("127.0.0.1", 0)) as hanging:

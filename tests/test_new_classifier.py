@@ -1,4 +1,4 @@
-"""A new classifier on a backbone that is there: the fit, the judgement, what is refused, and a real server."""
+"""A new classifier on an existing backbone: the fit, its evaluation, what is refused, and a real server."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_share_of_every_label_is_held_out():
 
 
 def test_the_fit_is_the_one_that_there_is():
-    """Against scipy's answer to the same convex problem, written down once more."""
+    """Compare with scipy's solution of the same convex problem, written down independently."""
     from scipy.optimize import minimize
 
     features, ids = clusters(30)
@@ -158,7 +158,7 @@ def test_what_cannot_be_made_is_refused_before_any_work(classifier, tree, name, 
 
 def test_labels_that_cannot_be_told_apart_are_refused(classifier, tree):
     before = tree(classifier.root)
-    # Each text four times: a copy that the fit saw must not answer for one that was held out.
+    # Each text occurs four times: a text must not be held out if the fit saw a copy of it.
     texts = [text for label in tiny.NEW for text in tiny.sentences(label, 40)] * 4
     labels = np.random.default_rng(0).permutation(np.repeat(list("abcd"), 30)).tolist() * 4
     with pytest.raises(GateRefused, match=r"held-out texts answered right, expected 50.0 % or more. Found least: '\w'"):
@@ -220,7 +220,7 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, com
         patcher("loadtest", "--classifier", name, "--concurrency", "2", "--window", "0.5", "--json")
     )
     assert measured["throughput"] > 0
-    assert main(["drop-classifier", name]) == 2  # nobody there to be asked
+    assert main(["drop-classifier", name]) == 2  # there is no server
     assert "deletes" in capsys.readouterr().err
     if not place:
         patcher("canary", "--classifier", name, "--version", "2", "--percent", "10")
@@ -254,7 +254,7 @@ def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch
             drop_classifier(repository, "kept", server)
         assert tree(repository.root) == before
         monkeypatch.undo()
-        server.unload("kept")  # as a patcher that was killed after that
+        server.unload("kept")  # as if the patcher was killed after this
         server.unload("kept_head")
         assert drop_classifier(repository, "kept", server) == (1,)
         with pytest.raises(InputError, match="no classifier 'kept'"):
@@ -390,7 +390,7 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
     in_store, held = FoundingSettings(in_store=True), TritonServer.held
 
     def older(server, store, name, width):
-        """Knows no such parameter: it answers from the head, or refuses."""
+        """An older store does not know the parameter: it answers from the head, or refuses."""
         server.head_logits(f"{store}/{name}", np.zeros((1, width), np.float32))
 
     with TritonServer(triton.url) as server:
@@ -405,7 +405,7 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
 
 @pytest.mark.server
 def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, monkeypatch):
-    """And nobody else's models are, nor is the repository at fault."""
+    """Other repositories' models are not named, and the repository is not called faulty."""
     repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
     with TritonServer(triton.url) as server:
 
@@ -420,7 +420,7 @@ def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(trit
         assert told() == {}
         new_classifier(repository, "alone", examples(), server=server)
         new_classifier(repository, "together", examples(), server=server, settings=stored)
-        for name in ("theirs", "theirs_head"):  # as another repository of the server may have them
+        for name in ("theirs", "theirs_head"):  # as another repository on the same server may have
             folder = shutil.copytree(repository.root / "intent_tokenizer", repository.root / name)
             config = folder / "config.pbtxt"
             config.write_text(config.read_text().replace('"intent_tokenizer"', f'"{name}"'))
@@ -470,7 +470,7 @@ def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkey
 
 @pytest.mark.server
 def test_a_head_store_that_fails_stops_no_classifier_beside_it(triton, monkeypatch):
-    """It answers for nobody, and so not for an earlier one of the same name."""
+    """It answers for no classifier, and so not for an earlier one of the same name."""
     repository, name = ModelRepository(triton.repository), "beside"
 
     def dead(*_):
@@ -547,7 +547,7 @@ def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path,
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    monkeypatch.setattr(disk, "move_back", lambda _: None)  # who is killed takes no way back, nor this away:
+    monkeypatch.setattr(disk, "move_back", lambda _: None)  # a killed process undoes and removes nothing:
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         drop_classifier(repository, "half")

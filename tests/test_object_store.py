@@ -117,7 +117,7 @@ def faults(server=None):
 
 
 def objects():
-    """Every object with its ETag but lock and journal: "the repository as it was"."""
+    """Every object with its ETag, except lock and journal, to check that the repository is unchanged."""
     return {name: tag for name, tag in Bucket(URL).names().items() if not name.endswith((".patcher.lock", ".journal"))}
 
 
@@ -245,16 +245,16 @@ def test_three_replicas_on_one_repository(remote, store, tmp_path, capsys):
                 add_label(remote.repository, "payday", TEN, server=fleet)
         assert versions() == [1, 1, 1]
         assert (remote.serving(), remote.versions()) == (1, (1, 2))
-        # One restarted in between comes up on the version that is pinned, beside a higher one and half a third one.
+        # A replica restarted in between loads the pinned version, despite a higher version and half of a third one.
         replicas[1].stop()
         Bucket(URL).put("intent_head/9/memory.safetensors", b"the head is not there yet", None)
         replicas[1] = triton(remote, tmp_path, 1, grpc_port=replicas[1].grpc_port).start()
         assert versions() == [1, 1, 1]
-        # A good one reaches all three.
+        # A good version reaches all three.
         assert main(["add-label", "payday", *TEXTS, *common]) == 0, capsys.readouterr().err
         assert versions() == [3, 3, 3]
         assert remote.storage.glob("intent_head/9/*") == []
-        # One that was away while it was rolled back reads the store, too; one that was cut off is brought along.
+        # A replica that was away during a rollback reads the store at its start; one that was cut off is synced.
         replicas[0].stop()
         assert main(["rollback", *common]) == 0
         replicas[0] = triton(remote, tmp_path, 0, grpc_port=replicas[0].grpc_port).start()
@@ -289,7 +289,7 @@ def test_a_version_on_trial(remote, tmp_path):
 @pytest.mark.slow
 def test_every_verb_takes_the_url_and_serve_gives_it_to_triton(remote, store, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_MODEL_REPO", URL)
-    monkeypatch.delenv("AWS_DEFAULT_REGION")  # for which tritonserver's own client would look for ten seconds
+    monkeypatch.delenv("AWS_DEFAULT_REGION")  # without it, tritonserver's own client would search for ten seconds
     log = tmp_path / "triton.log"
     command = [sys.executable, "-m", "patcher", "serve", "--log-file", str(log)]
     command += ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
@@ -364,7 +364,7 @@ def test_what_is_no_location_is_refused(url, capsys):
 
 
 class TestKilled:
-    """``kill -9`` is imitated by a fault that nothing catches the consequences of: the process ends at that request."""
+    """``kill -9`` is simulated: the process exits at a given request, without any cleanup."""
 
     def patch(self, at, count=1):
         """Run add-label in a process of its own that ends just before the ``count``-th write of ``at``."""
@@ -391,13 +391,13 @@ class TestKilled:
         assert any("interrupted" in check.finding for check in faults())
         started = time.monotonic()
         assert main(["doctor", "--repair", "--repo", URL, "--url", "127.0.0.1:1"]) == 1  # nobody is there
-        assert time.monotonic() - started < 10  # a holder on this machine that is gone is not waited for
+        assert time.monotonic() - started < 10  # the lock of a holder on this machine that has ended is not waited for
         config = f"{remote.head_model}/config.pbtxt"
         assert {name: tag for name, tag in objects().items() if name != config} == {
             name: tag for name, tag in before.items() if name != config
         }
         assert (remote.serving(), remote.versions(), faults()) == (1, (1,), [])
-        # Its number is not given again.
+        # Its number is not reused.
         assert add_label(remote.repository, "payday", TEN).version == 3
 
     def test_after_the_pin_the_next_command_finishes_it(self, remote):
@@ -546,7 +546,7 @@ class TestTwo:
 
     @pytest.mark.parametrize("asleep_before", ["publish", "model.onnx", "switch", "config.pbtxt", "done"])
     def test_one_that_was_only_slow_writes_nothing_over_the_others(self, remote, monkeypatch, asleep_before):
-        """The worst case: the holder of the lock sleeps through its lapse, just before one of its writes."""
+        """The worst case: the holder of the lock sleeps until its lease lapses, just before one of its writes."""
         asleep, awake = threading.Event(), threading.Event()
         put = Bucket.put
 
@@ -561,7 +561,7 @@ class TestTwo:
             return put(self, name, content, tag)
 
         monkeypatch.setattr(Bucket, "put", slow)
-        monkeypatch.setattr(Lease, "check", lambda _: None)  # its own clock would have told it; so the store alone must
+        monkeypatch.setattr(Lease, "check", lambda _: None)  # without its own clock check, so the store must refuse
         monkeypatch.setattr(Lease, "_beat", lambda _: None)
         errors = []
 
@@ -583,7 +583,7 @@ class TestTwo:
         assert not sleeper.is_alive()
         assert remote.serving() == back.version > first.version
         assert "music" in remote.head().labels
-        if asleep_before == "done":  # all was done but for saying so, and the other one built upon it
+        if asleep_before == "done":  # only the record was missing, and the other change built on it
             assert errors == []
             assert "payday" in remote.head().labels
         else:
@@ -756,7 +756,7 @@ class TestFaults:
 
 
 class TestNewClassifier:
-    """One with an ensemble of its own goes there; a head store, which reads a folder, does not."""
+    """A classifier with an ensemble of its own works there; a head store does not, because it reads a folder."""
 
     def examples(self):
         pairs = [(text, label) for label in tiny.NEW for text in tiny.sentences(label, 12, seed=3)]
@@ -797,12 +797,12 @@ class TestNewClassifier:
             assert main([*verb, "--repo", URL]) == 2
             assert "cannot be served from an object store" in capsys.readouterr().err
         assert [check.what for check in faults()] == ["stored"]
-        # The others are not held up.
+        # Other classifiers are not affected.
         assert add_label(remote.repository, "payday", TEN, classifier="intent").version == 2
 
 
 class TestExport:
-    """An export straight to the store: whole, or not at all."""
+    """An export straight to the store is complete, or leaves nothing."""
 
     def test_to_the_store(self, store, bert, capsys):
         assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 0, capsys.readouterr().err
@@ -811,7 +811,7 @@ class TestExport:
         assert faults() == []
         assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 2
         assert "holds a classifier 'intent' already" in capsys.readouterr().err
-        # Another one on the same backbone.
+        # Another classifier on the same backbone.
         assert main(["export", str(bert), "--repo", URL, "--name", "topic", "--backbone", "intent"]) == 0
         assert ModelRepository(URL).classifiers() == ("intent", "topic")
 

@@ -1,4 +1,4 @@
-"""Repositories that earlier versions of this project wrote; each lies in ``data`` as it was written."""
+"""Repositories written by earlier versions of this project; ``data`` holds each as it was written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_new_backbone_comes_beside_it(older, tmp_path):
     repository = older.repository
     files, head = tiny.backbone_files(tmp_path), older.head(1)
     with repository.lock():
-        # What stands on the old backbone takes the steps that it has there.
+        # A classifier on the old backbone uses the ensemble steps of that backbone.
         repository.add_classifier("second", head, backbone=older.backbone_name)
         repository.add_backbone("fresh", files)
         fresh = repository.add_classifier("fresh", head, backbone="fresh")
@@ -148,7 +148,7 @@ def test_programs_of_an_earlier_version_are_renewed(classifier, tree, monkeypatc
         tuned = serving.with_serving(*configs, serving.Serving(instances=2, threads=1))
         repository.write_configs(dict(zip(models, tuned, strict=True)))
     before = tree(classifier.root)
-    with repository.lock():  # 0.5 left one encoder before any number of sessions
+    with repository.lock():  # 0.5 kept one encoder for any number of sessions
         repository.write_configs({"intent_encoder": tuned[0].replace("count: 2", "count: 1")})
     assert tree(classifier.root) != before
     for model in ("intent_encoder", "intent_tokenizer"):
@@ -284,7 +284,7 @@ def test_an_upgrade_moves_the_response_cache(older):
 
 
 def upgrades(root):
-    """What doctor says of upgrades, and whatever it calls a fault."""
+    """What doctor says about upgrades, and everything that it calls a fault."""
     found = doctor.diagnose(root, None, "nobody")
     return [(each.what, each.state, each.finding) for each in found if "upgrade" in each.what or each.state == "fault"]
 

@@ -96,7 +96,7 @@ class TestJournal:
     def test_what_was_read_once_is_read_again_where_it_changed(self, classifier):
         patched(classifier)
         before = classifier.journal.entries()
-        before.clear()  # the caller's own list
+        before.clear()  # this list belongs to the caller
         known = classifier.journal.entries()
         path = classifier.journal.path
         text = path.read_text()
@@ -138,7 +138,7 @@ class TestJournal:
         assert faults(classifier) == []
 
     def test_a_line_that_does_not_fit_leaves_nothing(self, classifier):
-        """A disk that fills up within the line: the kernel writes a part of it, then refuses the rest."""
+        """The disk fills up within a line: the kernel writes a part of it, then refuses the rest."""
         path = classifier.journal.path
         before = path.read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -193,7 +193,7 @@ class TestInterrupted:
 
     @pytest.fixture
     def half_pruned(self, classifier, monkeypatch):
-        """A classifier of four versions whose patcher was killed when it was about to take the first two away."""
+        """A classifier of four versions whose patcher was killed when it was about to delete the first two."""
 
         class KilledError(BaseException):
             pass
@@ -262,7 +262,7 @@ def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
         patched(classifier, label)
 
     def full(*_args, **_more):
-        raise OSError(28, "No space left on device")  # as ext4 says of a new folder, not of a new name
+        raise OSError(28, "No space left on device")  # as ext4 does for a new folder, but not for a new name
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
     with pytest.raises(StorageError, match="No space left on device; nothing was changed"):
@@ -273,7 +273,7 @@ def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
 
 
 def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
-    """The lock is held all the time, but its holders finish changes: the one who waits waits on, until none is."""
+    """The lock is held all the time, but its holders finish changes: a waiter keeps waiting until they stop."""
 
     def hold():
         with classifier.repository.lock():
@@ -305,7 +305,7 @@ def test_patchers_at_once_lose_no_label():
 
 @pytest.fixture
 def mounted(classifier, tmp_path):
-    """A file system of its own, with room for the repository and for a version or two."""
+    """A separate file system, with room for the repository and one or two versions."""
     folder = tmp_path / "small"
     folder.mkdir()
     size = sum(path.stat().st_blocks * 512 for path in classifier.root.rglob("*")) + 131072
@@ -324,7 +324,7 @@ def fill(path):
 
 class TestFaults:
     def test_a_disk_that_is_full(self, classifier, tree):
-        """A limit on the size of files makes the kernel refuse real writes, wherever the patch has got to."""
+        """A limit on file sizes makes the kernel refuse real writes, at any stage of the patch."""
         before = tree(classifier.root)
         script = (
             "import sys, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); limit = int(sys.argv[1])\n"
@@ -341,7 +341,7 @@ class TestFaults:
             assert done.returncode == 1, (limit, done.stderr)
             assert "File too large; nothing was changed" in done.stderr
             assert tree(classifier.root) == before
-        # Not even "undone" fitted into some of them: the next change says it.
+        # With some limits not even "undone" fitted into the journal; the next change records it.
         assert patched(classifier) > 1
         assert faults(classifier) == []
 
@@ -383,14 +383,14 @@ class TestFaults:
             monkeypatch.undo()
             assert classifier.serving() == 1
             with triton.client() as server:
-                # What the way back could not do, the next command does.
+                # What the undo could not do, the next command does.
                 assert classifier.journal.pending()
                 with changing(classifier, server):
                     pass
                 assert faults(classifier, server) == []
                 assert server.classify("intent", TEN)[0].head_version == 1
 
-                # OK with an outage: without an output that it maps, the ensemble is gone, and the answer is OK.
+                # Triton reports OK, but the ensemble is gone, because the head lost an output that it maps.
                 answers = []
 
                 def lying(self, model):
@@ -445,7 +445,7 @@ class TestFaults:
                 assert waited < 3.5
                 assert sync(other, server) == {triton.url: "agreed"}
                 (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
-                (state,) = sync(other, server).values()  # which keeps `patcher sync` from no other
+                (state,) = sync(other, server).values()  # which does not keep `patcher sync` from the others
                 assert state.startswith("failed: ") and "other_head/1/model.onnx" in state
 
     @pytest.mark.server
@@ -457,13 +457,13 @@ class TestFaults:
                         stub.kill()
                 with pytest.raises(ServerError, match="is not healthy"):
                     server.classify("intent", TEN)
-                assert server.is_ready("intent")  # Triton's own word
+                assert server.is_ready("intent")  # according to Triton
                 assert faults(classifier, server)
                 assert sync(classifier, server) == {server.url: "caught up"}
                 assert server.classify("intent", TEN)[0].head_version == 1
                 assert server.is_ready("intent_features")
                 assert faults(classifier, server) == []
-            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+            os.kill(triton.pid, signal.SIGKILL)  # it would wait for the dead stubs
 
     @pytest.mark.server
     def test_a_response_cache_hides_no_encoder_that_died(self, classifier, tmp_path):
@@ -476,13 +476,13 @@ class TestFaults:
             (encoder,) = [each for each in psutil.Process(triton.pid).children() if "encoder" in each.cmdline()[1]]
             encoder.kill()
             assert "is not healthy" in faults(classifier, server)[0].finding
-            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
+            os.kill(triton.pid, signal.SIGKILL)  # it would wait for the dead stub
 
     @pytest.mark.server
     def test_a_server_that_lacks_the_backbone_reads_another_repository(self, classifier, tmp_path):
         other = shutil.copytree(classifier.root, tmp_path / "other")
         with EmbeddedTriton(other, ["intent"], log_file=tmp_path / "log") as triton, triton.client() as server:
-            shutil.rmtree(other / "intent_backbone")  # which the encoder has in its own process
+            shutil.rmtree(other / "intent_backbone")  # the encoder has it in its own process
             told = r"has no model intent_backbone.*failed to poll.*is --repo the repository that this server serves"
             with pytest.raises(ServerError, match=told):
                 add_label(classifier.repository, "payday", TEN, server=server)
@@ -501,7 +501,7 @@ class TestFaults:
             health = [sys.executable, str(HEALTH), triton.http_url]
 
             def seen():
-                """By doctor, both of the container's checks, and the exporter."""
+                """Whether doctor, both of the container's checks, and the exporter notice it."""
                 (probe,) = _probes(Targets((triton.url,), ("intent",)))
                 codes = [
                     subprocess.run([*health, *live], env=environment, capture_output=True, check=False).returncode
@@ -517,7 +517,7 @@ class TestFaults:
                 assert all(seen() + seen())
                 assert sync(classifier, server) == {triton.url: "caught up"}
                 assert not any(seen())
-            os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stubs that died
+            os.kill(triton.pid, signal.SIGKILL)  # it would wait for the dead stubs
 
     @pytest.mark.server
     def test_a_server_that_takes_no_model_control_is_told_so_before_anything_is_published(self, classifier, tmp_path):
@@ -530,7 +530,7 @@ class TestFaults:
             with pytest.raises(ControlRefused, match="start it with --model-control-mode=explicit"):
                 add_label(classifier.repository, "payday", TEN, server=server)
             assert (classifier.versions(), classifier.journal.pending()) == ((1,), None)
-            # What was interrupted, and is what the server serves, needs no model control.
+            # If the server already serves the target of an interrupted change, recovery needs no model control.
             classifier.journal.append("switch", **{"from": 2, "to": 1})
             assert recover(classifier, server) == "finished: version 1 serves"
 
@@ -539,7 +539,7 @@ class TestFaults:
         with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", admin_key="k" * 32) as triton:
             with triton.client() as server:
                 add_label(classifier.repository, "payday", TEN, server=server)
-            classifier.journal.append("switch", **{"from": 1, "to": 2})  # killed before it could say that it is done
+            classifier.journal.append("switch", **{"from": 1, "to": 2})  # killed before it could record the end
             with TritonServer(triton.url) as stranger:
                 assert recover(classifier, stranger) == "finished: version 2 serves"
                 patched(classifier, "pizza")  # without a server
@@ -553,7 +553,7 @@ class TestFaults:
 
     @pytest.mark.server
     def test_what_lies_beside_or_was_loaded_by_others_does_not_serve(self, classifier, tmp_path):
-        """TRITON.md's traps: restart beside a corrupt version, readiness after a refused load, load by bytes."""
+        """Traps of Triton: a restart beside a corrupt version, readiness after a refused load, a load by bytes."""
         patched(classifier)
         rollback(classifier)
         corrupt = classifier.root / "intent_head" / "9"
@@ -576,7 +576,7 @@ class TestFaults:
             assert server.classify("intent", TEN)[0].head_version == 1
             config.write_text(good)
             shutil.rmtree(corrupt)
-            # Somebody loads bytes that the repository does not pin: seen, and brought back to what it does.
+            # Somebody loads bytes that the repository does not pin: doctor notices, and sync restores what is pinned.
             by_bytes = json.dumps({"version_policy": {"specific": {"versions": [2]}}, **_as_json(classifier)})
             server._client.load_model("intent_head", config=by_bytes, files={
                 "file:2/model.onnx": classifier.head_bytes(2)
@@ -588,7 +588,7 @@ class TestFaults:
 
     @pytest.mark.server
     def test_files_dated_ahead_of_the_clock(self, classifier, tmp_path, monkeypatch):
-        """Triton loads a model again only where the newest time in its folder has grown."""
+        """Triton reloads a model only if the newest modification time in its folder has increased."""
         ahead = time.time() + 3600
         for path in (classifier.root / "intent_head").rglob("*"):
             os.utime(path, (ahead, ahead))
@@ -635,7 +635,7 @@ def test_addresses_and_waves():
     [
         (3, 0, ["10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001"]),
         (0, 2, ["[fd00::1]:8001", "[fd00::2]:8001"]),
-        (2, 2, ["10.0.0.1:8001", "10.0.0.2:8001"]),  # each machine has both
+        (2, 2, ["10.0.0.1:8001", "10.0.0.2:8001"]),  # each machine has both kinds of address
         (1, 1, ["triton:8001"]),
         (0, 1, ["triton:8001"]),
     ],
@@ -675,7 +675,7 @@ class TestFleet:
         with Fleet(urls, watch_seconds=0.3) as server:
             assert add_label(classifier.repository, "payday", TEN, server=server).version == 2
             assert versions() == [2, 2, 2]
-            # The last replica fails: every one is put back, also those that served the new version already.
+            # The last replica fails: all are put back, including those that already served the new version.
             broken = server.members[2]
 
             def refuse(_model):
@@ -687,7 +687,7 @@ class TestFleet:
                 add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
             assert versions() == [2, 2, 2]
             assert classifier.serving() == 2
-        # The first replica alone fails while it is watched: no other one was ever asked.
+        # The first replica fails while it is watched: the others are never asked.
         with Fleet(urls, watch_seconds=1.0) as server:
             asked = []
             for member in server.members[1:]:
@@ -698,7 +698,7 @@ class TestFleet:
                 add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
             assert asked == []
             assert versions() == [2, 2, 2]
-        # Nobody was there when it was looked; that one is there now proves nothing about what it serves.
+        # No replica was there at the start. That one is there now proves nothing about what it serves.
         with Fleet(["127.0.0.1:1", "127.0.0.1:2"]) as server:
             server.is_live = lambda: True
             with pytest.raises(ServerUnreachable, match="nothing was changed"):
@@ -720,7 +720,7 @@ class TestFleet:
         assert main(["sync", *arguments, "--json"]) == 1
         states = {entry["url"]: entry["state"] for entry in json.loads(capsys.readouterr().out)}
         assert states == {urls[0]: "agreed", urls[1]: "away", urls[2]: "agreed"}
-        # One that served on, cut off, is behind; and one that starts again reads the files.
+        # A replica that kept serving while cut off is behind; one that restarts reads the files.
         classifier.pin(2)
         with Fleet([urls[0], urls[2]]) as server:
             assert sync(classifier, server) == {urls[0]: "caught up", urls[2]: "caught up"}
@@ -745,7 +745,7 @@ def test_pruning_spares_a_version_on_trial(classifier):
         patched(classifier, label)
     prune(classifier, 1)
     assert tried in classifier.versions()
-    # It knows nothing of the labels that came since, which a promotion would take away without a word.
+    # It lacks the labels that were added since, which a promotion would remove silently.
     with pytest.raises(InputError, match=rf"version {tried} of intent was made without"):
         canary.promote(classifier)
     canary.discard(classifier)
@@ -918,14 +918,14 @@ def test_a_name_that_another_label_has_had_is_no_rename(classifier):
     add_label(classifier, "songs", TEN)
     found = diff(classifier, 1, 4)
     assert (found.renamed, found.added, found.removed) == ((), ("songs",), ("music",))
-    rename_label(classifier, "songs", "money")  # which version 1 had under no name at all
+    rename_label(classifier, "songs", "money")  # version 1 did not have this label under any name
     found = diff(classifier, 1, 5)
     assert (found.renamed, found.added, found.removed) == ((), ("money",), ("music",))
     assert diff(classifier, 4, 5).renamed == (("songs", "money"),)
 
 
 class TestDamage:
-    """A row that lost a bit is a row all the same: nothing is built on it, and it comes to serve no more."""
+    """A row with a flipped bit is still readable, but nothing is built on it, and it is not served again."""
 
     @pytest.fixture
     def damaged(self, classifier):
@@ -974,7 +974,7 @@ class TestDamage:
         rollback(classifier)
         assert rollback(classifier, 2).version == 2
         remember(classifier, Examples(tuple(TEN), ("payday",) * 10))
-        assert classifier.memory().labels == ("payday",)  # and nothing of the others, which nobody vouches for
+        assert classifier.memory().labels == ("payday",)  # the damaged memory's other labels are not taken over
         assert remove_label(classifier, "music").version == 4
 
     def test_of_a_damaged_memory_no_label_is_taken_over_and_that_is_told(self, damaged, tmp_path, capsys):
@@ -1010,7 +1010,7 @@ def test_without_the_key_nothing_is_published(classifier, tmp_path):
         ):
             add_label(classifier.repository, "payday", TEN, server=stranger)
         assert classifier.versions() == (1,)
-        # A client's own fault is none of the version's: no replica is put back for it.
+        # A client's bad request is not the version's fault: no replica is put back for it.
         with running.client() as server, concurrent.futures.ThreadPoolExecutor() as pool:
             watched = pool.submit(watch, classifier, server, 1.5)
             with running.client() as other, pytest.raises(ServerError):

@@ -1,4 +1,4 @@
-"""What is imported is declared, and what is declared is told by `patcher doctor`."""
+"""Every package that is imported is declared, and `patcher doctor` reports every declared one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from patcher.triton import perf_analyzer
 
 ROOT = Path(__file__).parents[1]
 OURS = {"patcher", "export", "triton_python_backend_utils"}
-"""The last one is Triton's own, for what runs inside it."""
+"""The last one is provided by Triton, to programs that run inside it."""
 
 
 def declared(*extras):
-    """Names of the packages in pyproject.toml: those of every installation, and of ``extras`` (none named: of all)."""
+    """Names of the packages in pyproject.toml: the required ones and those of ``extras`` (of all if none is named)."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["optional-dependencies"]
@@ -30,7 +30,7 @@ def declared(*extras):
 
 
 def imported():
-    """Top-level names that the code imports anywhere, even for its types alone."""
+    """Top-level names that the code imports anywhere, including for type checking only."""
     for path in (*(ROOT / "patcher").rglob("*.py"), *(ROOT / "export").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

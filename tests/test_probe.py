@@ -1,4 +1,4 @@
-"""The proof that a server answers from a version, with a backbone whose features depend on what shares the batch."""
+"""Verifying which version a server answers from, with a backbone whose features depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEN = tiny.sentences("payday", 10)
 
 
 class Shifting(Server):
-    """Gives a text other features each time, as INT8 does under load."""
+    """Gives a text different features each time, as INT8 does under load."""
 
     asked = 0
 
@@ -69,7 +69,7 @@ def test_the_ensemble_and_the_head_both_have_to_answer_from_the_version(classifi
 
 
 def quantise(classifier):
-    """Have the backbone's features rounded by one scale for the whole batch, and batches form."""
+    """Round the backbone's features with one scale for the whole batch, and let batches form."""
     model = onnx.load(classifier.backbone_path)
     for node in model.graph.node:
         if node.output[0] == "features":
@@ -98,8 +98,8 @@ def test_labels_come_and_go_while_a_quantised_backbone_is_busy(classifier, tmp_p
             while not stop.is_set():
                 client.classify("intent", [next(texts)])
 
-    # As long as the text of a probe, so that they share its batch; one word many times lies farther out than any
-    # sentence, each word at another distance.
+    # As long as the probe's text, so that they share its batch. One word repeated lies farther out than any sentence,
+    # and each word at a different distance.
     texts = [" ".join([word] * 5) for label in tiny.OLD for word in tiny.words(label)]
     with EmbeddedTriton(classifier.root, served_models(repository), log_file=tmp_path / "log") as triton:
         clients = [threading.Thread(target=ask, args=(cycle(texts[at:]),)) for at in range(4)]
@@ -108,7 +108,7 @@ def test_labels_come_and_go_while_a_quantised_backbone_is_busy(classifier, tmp_p
         try:
             with triton.client() as server:
                 seen = {server.features(classifier.features_model, ["is it so now?"]).tobytes() for _ in range(20)}
-                assert len(seen) > 1  # what this test is about
+                assert len(seen) > 1  # otherwise this test tests nothing
                 assert add_label(repository, "payday", TEN, server=server).version == 2
                 assert rollback(classifier, server=server).version == 1
                 tried = PatchSettings(canary=10.0)

@@ -1,4 +1,4 @@
-"""The public face: what is exported, what the light core imports, how errors end a process."""
+"""The public interface: what is exported, what the light core imports, how errors end a process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_error_that_a_docstring_names_is_at_hand():
 
 
 def test_the_core_needs_none_of_the_heavy_packages():
-    """Every verb but `export` in a process where the heavy packages cannot be imported at all."""
+    """Run every verb but `export` in a process in which the heavy packages cannot be imported."""
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))\n"
     script = block + (
         "import patcher\n"

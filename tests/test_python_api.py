@@ -1,4 +1,4 @@
-"""The Python API as a notebook uses it: what it takes, and what it says of mistakes."""
+"""The Python API as a notebook uses it: what it accepts, and what it says about mistakes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from patcher import (
 DRY = PatchSettings(dry_run=True, force=True)
 TEN = tiny.sentences("payday", 10)
 NOBODY = "127.0.0.1:1"
-"""Where no server listens: what is refused without asking one is refused here, too."""
+"""No server listens here, so whatever is refused with it is refused without asking a server."""
 
 
 class Grpc:
-    """Stands in for tritonclient: answers every text, as ``outputs`` say."""
+    """A stand-in for tritonclient, which answers every text with ``outputs``."""
 
     def __init__(self, outputs=("label", "score", "logits", "head_version")):
         self.outputs, self.asked = outputs, []

@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the README's file names mean something."""
+    """A folder with the files that the README names."""
     pytest.importorskip("torch")
     import checkpoints
 
@@ -102,7 +102,7 @@ def test_the_snippets_run_in_order(folder):
 
 @pytest.fixture
 def replicas(tiny_original, tmp_path, monkeypatch):
-    """Three servers of one repository, in a folder with the files of the commands' names."""
+    """Three servers of one repository, in a folder with the files that the commands name."""
     from patcher.triton.server import EmbeddedTriton
 
     shutil.copytree(tiny_original, tmp_path / "model_repository")
@@ -164,7 +164,7 @@ def test_the_readme_is_short_and_every_page_is_reached_from_it():
 
 
 def anchors(page):
-    """Of its headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -106,7 +106,7 @@ def test_texts_of_the_new_label_alone_have_no_before(patched, tmp_path):
 
 def test_a_label_that_was_only_renamed_is_the_same_before_and_after(patched, held_out):
     rename_label(patched, "payday", "wages")
-    found = make_report(patched, 3, read_examples(held_out))  # the file has the old name
+    found = make_report(patched, 3, read_examples(held_out))  # the file still has the old name
     assert found.before.accuracy == found.after.accuracy
     assert "wages" in found.after.per_label
     assert (found.after.unknown, found.before.unknown) == ((), ())
@@ -145,7 +145,7 @@ def test_mistakes_are_told(patched, held_out, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ToolError, match=r"pip install '\.\[report\]'"):
         render(make_report(patched))
-    assert run(patched, "--eval", held_out, "--json") == 0  # needs none
+    assert run(patched, "--eval", held_out, "--json") == 0  # JSON needs no jinja2
 
 
 def test_a_full_disk_leaves_the_page_that_was_there(patched, tmp_path, capsys, monkeypatch):

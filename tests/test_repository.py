@@ -99,7 +99,7 @@ def test_a_version_is_never_overwritten(classifier, tree):
 def test_leftovers_of_killed_processes_are_swept(classifier):
     for folder in (classifier.root, classifier.root / "intent_head"):
         (folder / ".patcher-staging-dead").mkdir()
-    (classifier.root / ".patcher-working").touch()  # as one that was killed leaves it
+    (classifier.root / ".patcher-working").touch()  # as a killed process leaves it
     with classifier.repository.lock():
         assert not list(classifier.root.rglob(".patcher-staging-*"))
     assert not (classifier.root / ".patcher-working").exists()
@@ -179,7 +179,7 @@ def test_a_head_of_another_backbone_is_refused(classifier):
 
 
 def test_a_half_made_export_is_made_anew(classifier, tmp_path):
-    # As after a kill between two renames: parts are there, the features ensemble that completes them is not.
+    # As after a kill between two renames: some parts exist, but not the features ensemble that completes them.
     import shutil
 
     shutil.rmtree(classifier.root / "intent_features")
@@ -214,7 +214,7 @@ def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
 
 
 def test_a_read_only_folder(classifier, tree, monkeypatch):
-    # Made to fail where the kernel would refuse: a test that runs as root may write to any folder.
+    # Simulate the kernel's refusal, because a test that runs as root may write to any folder.
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 

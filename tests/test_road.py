@@ -1,4 +1,4 @@
-"""The main job on a real tritonserver: a label added live, answered over gRPC, rolled back, kept through a restart."""
+"""The main use case on a real tritonserver: add a label live, answer over gRPC, roll back, survive a restart."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def triton(tiny_original, tmp_path_factory):
 
 @pytest.fixture
 def live(triton):
-    """Classifier and client, on version 1 whatever the test before did."""
+    """Classifier and client, on version 1 whatever the previous test did."""
     classifier = ModelRepository(triton.repository).classifier()
     with TritonServer(triton.url) as server:
         if classifier.serving() != 1:
@@ -134,7 +134,7 @@ def test_what_the_server_will_not_serve_is_taken_back(live, monkeypatch, patcher
 
 
 def test_a_server_of_another_repository_is_noticed(live, classifier, tmp_path):
-    """The copy on disk has the same backbone, so that only the answer can tell that the server reads other files."""
+    """The copy on disk has the same backbone, so only the answer shows that the server reads other files."""
     _, server = live
     with pytest.raises(NotServed, match="Is --repo the repository that this server serves"):
         add_label(classifier.repository, "payday", tiny.sentences("payday", 10), server=server)

@@ -1,4 +1,4 @@
-"""What a failing server, a full disk or Ctrl-C leave behind, with a stand-in that fails where a real server will not.
+"""What a failing server, a full disk or Ctrl-C leaves behind, with a stand-in that fails where a real server will not.
 
 The real server's part is in ``test_road.py``.
 """
@@ -30,7 +30,7 @@ from patcher.triton.tensors import Answer
 
 
 class Server:
-    """Answers from the files, as a server would that loads what is pinned; ``faults`` fail its next calls."""
+    """Answers from the files, like a server that loads what is pinned; ``faults`` make its next calls fail."""
 
     url = "stand-in:1"
 
@@ -131,7 +131,7 @@ def test_whatever_fails_the_previous_version_is_back(classifier, case):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C raises, also where a shell started the tests in the background and has it ignored."""
+    """Make Ctrl-C raise even if a shell started the tests in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -298,12 +298,12 @@ def test_going_back_to_a_damaged_file_is_refused(classifier, tree):
         roll_out(classifier, next_head(classifier), None, None)
     path = classifier.root / "intent_head" / "1" / "model.onnx"
     model = onnx.load(path)
-    model.graph.node[0].input[0] = "nothing"  # all numbers as they were, and a graph that does not run
+    model.graph.node[0].input[0] = "nothing"  # the weights are unchanged, but the graph does not run
     path.write_bytes(model.SerializeToString())
     before = tree(classifier.root)
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="was changed after it was published"):
         roll_back(classifier, 1)
-    classifier.journal.path.unlink()  # as of a patcher that wrote none
+    classifier.journal.path.unlink()  # as from a patcher that wrote none
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="ONNX Runtime cannot load"):
         roll_back(classifier, 1)
     assert tree(classifier.root) == before
@@ -313,7 +313,7 @@ def test_a_damaged_head_in_the_middle_of_a_change_can_be_left(classifier):
     with classifier.repository.lock():
         roll_out(classifier, next_head(classifier), None, None)
     classifier.journal.append("switch", **{"from": 2, "to": 1})
-    classifier.journal.append("back", to=2)  # killed on the way back
+    classifier.journal.append("back", to=2)  # killed during the undo
     (classifier.version_path(2) / "model.onnx").write_bytes(b"damaged")
     for change in (lambda: rollback(classifier), lambda: prune(classifier, 1)):
         with pytest.raises(RepositoryError, match="`patcher rollback --to N` needs none but version N"):
@@ -334,7 +334,7 @@ def test_a_head_that_is_not_what_it_says_is_not_published(classifier):
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(classifier, tmp_path):
-    """Whatever moment it is, the repository opens, and serves the version before or the one after."""
+    """Whatever the moment, the repository opens and serves the version before or the one after."""
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
     command = [sys.executable, "-m", "patcher", "add-label", "--no-load", "--repo", str(classifier.root)]
     start = time.perf_counter()

@@ -81,7 +81,7 @@ def test_a_handful_of_fresh_texts_or_the_training_texts_move_no_limit():
     few = fit_scope(memory, head, fresh=FEATURES[:19] + np.float32(50.0), stretch=1.8)
     assert few.stretch == plain.stretch == 1.8
     np.testing.assert_array_equal(few.distance.limit, plain.distance.limit)
-    # Texts that a label's mean was made of lie nearer to it than any to come.
+    # Texts that a label's mean was computed from lie nearer to it than fresh texts.
     alone = Memory.build(FEATURES[::10], IDS[::10], LABELS, 10)
     assert fit_scope(alone, head, fresh=FEATURES[::10], stretch=1.8).stretch == 1.8
 
@@ -140,7 +140,7 @@ def test_a_label_that_was_added_later_may_lie_wider():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_label_of_few_texts_is_taken_out(seed):
-    # Texts that differ by no more than FP16 rounds, as where a backbone was hardly trained.
+    # Texts that differ by no more than FP16 rounding, as with a backbone that was hardly trained.
     rng = np.random.default_rng(seed)
     ids = np.repeat(np.arange(6), 2)
     rows = (1 + 1e-3 * rng.standard_normal((6, 64))[ids] + 1e-4 * rng.standard_normal((12, 64))).astype(np.float32)
@@ -164,7 +164,7 @@ def test_features_of_tiny_numbers():
 
 
 def test_what_no_old_text_ever_did_does_not_put_a_new_label_out_of_scope():
-    # A unit that is dead in all remembered texts, and wakes up for the new label's.
+    # A unit that is dead in all remembered texts, and active in the new label's.
     dead = np.concatenate([FEATURES, np.zeros((300, 1), np.float32)], axis=1)
     new = np.concatenate([FEATURES[:10] + 9.0, np.full((10, 1), 3.0, np.float32)], axis=1)
     centres = np.concatenate([CENTRES, np.zeros((6, 1), np.float32)], axis=1)

@@ -102,7 +102,7 @@ def test_http_without_the_key(tiny_original, tmp_path):
 
 
 def test_shared_memory_is_not_for_clients_without_the_key(tiny_original, tmp_path):
-    """Who registers what the server's own processes keep there has answers written over it."""
+    """A client that registers the memory of the server's own processes can have answers written over it."""
     shutil.copytree(tiny_original, tmp_path / "model_repository")
     with EmbeddedTriton(tmp_path / "model_repository", MODELS, admin_key=KEY, log_file=tmp_path / "log") as running:
         region = next(Path("/dev/shm").glob(f"{running._shared_memory}*"))  # noqa: S108
@@ -119,7 +119,7 @@ def test_shared_memory_is_not_for_clients_without_the_key(tiny_original, tmp_pat
 
 
 def test_no_web_page_loads_a_model_into_a_server_without_a_key(tiny_original, tmp_path, monkeypatch):
-    """What a browser sends anywhere unasked: a POST of plain text."""
+    """A browser sends a plain-text POST to any address without asking."""
     monkeypatch.setenv("PATCHER_ADMIN_KEY", "for-clients-only")
     shutil.copytree(tiny_original, tmp_path / "model_repository")
     with EmbeddedTriton(tmp_path / "model_repository", MODELS, log_file=tmp_path / "log") as running:
@@ -139,7 +139,7 @@ def test_nested_json_is_not_read_where_others_reach_http(tiny_original, tmp_path
     )  # fmt: skip
     with server as running:
         for path in ("/v2/models/intent/infer", "/v2/health/live", *CONTROL):
-            with contextlib.suppress(OSError):  # refused before all of it was sent
+            with contextlib.suppress(OSError):  # the server may refuse before everything is sent
                 assert post(running.http_url, path, NESTED) in (400, 403, 405)
         assert get(running.http_url, "/v2/models/intent/config") == 403
         assert get(running.http_url, "/v2/models/intent/ready") == 200

@@ -1,4 +1,4 @@
-"""The serving benchmarks, run small: that they measure what they say."""
+"""The serving benchmarks, on a small scale: they measure what they say."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ TEXTS = [tiny.sentences(label, 1, seed=6)[0] for label in LABELS]
 
 
 def found(repository, number, server=None, *, settings=IN_STORE, name=None):
-    """Classifier ``s<number>``: three labels of the tiny language, others for each number."""
+    """Add classifier ``s<number>``: three labels of the tiny language, different ones for each number."""
     labels = [LABELS[(number + step) % len(LABELS)] for step in range(3)]
     pairs = [(text, label) for label in labels for text in tiny.sentences(label, 12, seed=3)]
     examples = Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
@@ -127,7 +127,7 @@ def test_one_head_is_read_again_and_no_other(stored, tmp_path):
     before = {name: heads.get(name) for name in ("s1", "s2")}
     forced = PatchSettings(force=True)
     add_label(ModelRepository(root), "new", ["good day", "hello there"], classifier="s1", settings=forced)
-    assert heads.get("s1") is before["s1"]  # not before it is told
+    assert heads.get("s1") is before["s1"]  # unchanged until it is told
     assert heads.refresh("s1").version == 2
     assert heads.get("s2") is before["s2"]
     path = root / "s1_head" / "2" / "model.onnx"
@@ -284,7 +284,7 @@ def test_several_servers_of_one_repository(live, tmp_path):
             late = found(repository, 3, fleet, name="late")
             assert second.classify(late.address, ["hello"])[0].head_version == 1
             add_label(repository, "balance", tiny.sentences("balance", 10), server=server, classifier="late")
-            assert second.classify(late.address, ["hello"])[0].head_version == 1  # nobody told it
+            assert second.classify(late.address, ["hello"])[0].head_version == 1  # it was not told
             assert set(sync(late, fleet).values()) == {"agreed", "caught up"}
             assert second.classify(late.address, ["hello"])[0].head_version == 2
             rollback(late, None, fleet)
@@ -305,7 +305,7 @@ def test_the_exporter_asks_stored_classifiers_too(live):
 
 @pytest.mark.server
 def test_the_containers_health_check_takes_the_stores_word(live, triton, tmp_path):
-    """A damaged head is its own classifier's trouble; the store's process is everybody's."""
+    """A damaged head affects only its own classifier; a dead store process affects all of them."""
     repository, server = live
     (tmp_path / "classifiers").write_text("intent_any")
     environment = {**os.environ, "TMPDIR": str(tmp_path), "TRITON_MODEL_REPO": str(repository.root)}
@@ -321,7 +321,7 @@ def test_the_containers_health_check_takes_the_stores_word(live, triton, tmp_pat
     (process,) = [each for each in psutil.Process(triton.pid).children() if "intent_heads" in each.cmdline()[1]]
     process.kill()
     assert code() == 1
-    os.kill(triton.pid, signal.SIGKILL)  # which would wait for the stub that died
+    os.kill(triton.pid, signal.SIGKILL)  # it would wait for the dead stub
 
 
 @pytest.mark.server

@@ -1,4 +1,4 @@
-"""Imports run one way, and the core knows nothing of files and servers."""
+"""Imports have no cycles, and the core knows nothing of files and servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PURE = (
     "patcher.screening",
     "patcher.words",
 )
-"""Arrays in, arrays out."""
+"""Modules that only map arrays to arrays."""
 OUTSIDE = {
     "grpc",
     "io",
@@ -48,7 +48,7 @@ FILES = {module_of(path): path for package in ("patcher", "export") for path in 
 
 
 def imports(name, *, types=True):
-    """What a module imports anywhere, for ``types`` alone, too; the modules themselves where those are ours."""
+    """What a module imports anywhere, including for type checking if ``types``; our own modules by their full names."""
     tree = ast.parse(FILES[name].read_text())
     for_types = {
         id(inner)
@@ -77,7 +77,7 @@ def belongs(name, package):
 def test_no_import_leads_back():
     below = {name: imports(name) & set(FILES) - {name} for name in FILES}
     count = 0
-    while count != len(below):  # what leads nowhere, and what nothing leads to, is in no circle
+    while count != len(below):  # what imports nothing, or is imported by nothing, is in no cycle
         count = len(below)
         needed = set().union(*below.values())
         below = {name: needs & set(below) for name, needs in below.items() if needs & set(below) and name in needed}
@@ -91,7 +91,7 @@ def test_imports_that_are_relative_count():
 
 
 def test_adding_labels_needs_no_exporter():
-    """torch and transformers are installed on the machine that exports alone."""
+    """torch and transformers are installed only on the machine that exports."""
     heavy = {name: imports(name) for name in FILES if belongs(name, "patcher") and not belongs(name, "patcher.cli")}
     wrong = {
         name: sorted(each for each in needed if each.split(".")[0] in ("export", "torch", "transformers"))
@@ -101,7 +101,7 @@ def test_adding_labels_needs_no_exporter():
 
 
 def ways(name):
-    """Each module of ours that runs where ``name`` is imported, with the modules that lead there."""
+    """Each of our modules that importing ``name`` runs, with the chain of imports that leads to it."""
     found, new = {name: (name,)}, [name]
     while new:
         last = new.pop()

@@ -1,4 +1,4 @@
-"""ONNX Runtime sends telemetry since 1.29 where it is not told otherwise: it is, wherever patcher brings it in."""
+"""ONNX Runtime 1.29 and later send telemetry unless told otherwise; patcher turns it off wherever it imports it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ open_session(sys.argv[1])
 
 
 def bare(tmp_path, **more):
-    """An environment that says nothing of telemetry, and is no CI's, in which ONNX Runtime sends none either."""
+    """An environment that does not mention telemetry or look like CI, where ONNX Runtime sends none either."""
     return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **more}
 
 
@@ -35,7 +35,7 @@ def test_a_session_leaves_no_trace_of_telemetry(imports, tmp_path):
     (tmp_path / "model.onnx").write_bytes(linear())
     command = [sys.executable, "-c", OPEN.format(imports=imports), str(tmp_path / "model.onnx")]
     subprocess.run(command, env=bare(tmp_path), check=True)
-    # With it, ~/.cache/Microsoft holds the machine's identity and what is still to be sent.
+    # With telemetry, ~/.cache/Microsoft holds the machine's identity and what is still to be sent.
     assert [path.name for path in tmp_path.rglob("*")] == ["model.onnx"]
 
 

@@ -1,4 +1,4 @@
-"""A patched head back in a checkpoint."""
+"""Writing a patched head back into a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def patched(bert, tmp_path_factory):
-    """A classifier with a label taken out and two patched in."""
+    """A classifier with one label removed and two patched in."""
     folder = tmp_path_factory.mktemp("patched")
     repository = export_classifier(bert, folder / "model_repository", train=train_file(folder))
     add_label(repository, "pizza", PIZZA, settings=FORCED)
@@ -65,7 +65,7 @@ def test_the_checkpoint_has_the_labels_and_rows_of_the_head(bert, patched, tmp_p
     np.testing.assert_allclose(logits[:, fine_tuned], head.logits(features)[:, fine_tuned], atol=1e-3)
     plain = narrow_head(head, patched.memory())
     np.testing.assert_allclose(logits, plain.logits(features[:, : head.split]), atol=1e-3)
-    # It can be exported again, with the new labels fine-tuned ones.
+    # It can be exported again; the new labels then count as fine-tuned ones.
     again = export_classifier(made.folder, tmp_path / "again").classifier()
     assert again.head().labels == head.labels
 
@@ -163,20 +163,20 @@ def test_a_classifier_whose_checkpoint_nobody_noted_needs_it_named(classifier, t
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_one_of_a_lower_precision_and_shorter_texts_comes_back_too(bert, tmp_path, precision, monkeypatch):
-    monkeypatch.setitem(LIMITS, precision, Limits(99, 1, 1))  # so small a model takes no few bits
+    monkeypatch.setitem(LIMITS, precision, Limits(99, 1, 1))  # so small a model loses too much in low precision
     repository = export_classifier(
         bert, tmp_path / "repository", train=train_file(tmp_path), precision=precision, max_length=20
     )
     monkeypatch.setitem(LIMITS, precision, Limits(0.3, 1, 1))
     add_label(repository, "pizza", PIZZA, settings=FORCED)
     add_label(repository, "parting", ["goodbye", "see you later", "bye bye"], settings=FORCED)
-    assert prune(repository.classifier(), 1) == (1,)  # the one that says what was exported
+    assert prune(repository.classifier(), 1) == (1,)  # the version that records what was exported
     made = to_transformers(repository.classifier(), bert, tmp_path / "new")
     assert made.labels == len(checkpoints.LABELS) + 2
 
 
 def test_it_keeps_its_own_precision_and_padding(bert, tmp_path):
-    # A BERT takes padding on the right alone, whatever its tokenizer is set to.
+    # BERT tolerates padding on the right only, whatever its tokenizer is set to.
     model = transformers.AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(bert, padding_side="left")
     model.save_pretrained(tmp_path / "half")

@@ -1,4 +1,4 @@
-"""The tokenizer that runs inside Triton: what it emits, and that one bad text harms no other."""
+"""The tokenizer that runs inside Triton: what it emits, and that a bad text affects no other."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_longest_text():
 
 
 def tokenizer_of(kind):
-    """Of each kind that cuts words in another way, with 16 tokens to a text; trained on a few sentences."""
+    """A tokenizer of a kind, each with its own way to split words; trained on a few sentences, cut at 16 tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     unknown = "<unk>"
@@ -145,7 +145,7 @@ def tokenizer_of(kind):
         made.train_from_iterator(
             lines, trainers.UnigramTrainer(vocab_size=90, unk_token=unknown, special_tokens=[unknown])
         )
-    else:  # one word from the first letter to the last, as Llama has it
+    else:  # the whole text is one word, as with Llama
         made = Tokenizer(models.BPE(unk_token=unknown, fuse_unk=True))
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=120, special_tokens=[unknown]))
@@ -236,7 +236,7 @@ def test_like_lengths_share_one_and_come_out_in_order():
     assert like_lengths([(20, 1)] * 3, slack=0, most=800) == [[0, 1], [2]]
     assert like_lengths([(50, 1)], slack=0, most=40) == [[0]]
     assert like_lengths([], slack=2) == []
-    # Pairs of tokens: 1 x (6 x 6 - 5 x 5) more make 6 of the 5, and 20 x 20 - 19 x 19 make 20 of the 19.
+    # In pairs of tokens, padding two texts from 5 to 6 costs 2 x (36 - 25) = 22, and two from 19 to 20 cost 78.
     assert like_lengths(lengths, slack=22, power=2) == [[1, 4, 2], [3], [0]]
     assert like_lengths(lengths, slack=78, power=2) == [[1, 4, 2], [3, 0]]
 
@@ -259,7 +259,7 @@ def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack, larg
 
 
 def test_a_text_that_is_asked_for_again_alone_is_as_short_as_it_is(tokenizer, tmp_path, monkeypatch):
-    """The backbone refuses two texts together, and gets each by itself without the padding beside the other."""
+    """The backbone refuses two texts together, and then gets each alone, without the padding of the shared batch."""
     utils = SimpleNamespace(
         Tensor=lambda name, value: SimpleNamespace(name=name, value=value),
         InferenceResponse=lambda tensors: {tensor.name: tensor.value for tensor in tensors},
@@ -350,7 +350,7 @@ def test_served_as_in_this_process_but_for_padding(server, tokenizer):
         assert answer.as_numpy("token_type_ids") is None  # not declared
     with server.client() as client:
         deadline = time.monotonic() + 10
-        while True:  # Triton counts a call when it has ended, which is after its answers
+        while True:  # Triton counts a call when it ends, which is after its answers
             (statistics,) = client.statistics("tok")
             if statistics.successes >= len(requests) or time.monotonic() > deadline:
                 break
@@ -369,7 +369,7 @@ def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
     texts = [b"please", b"\xff\xfe", b"x" * (MAX_BYTES + 1), b"please tell me"]
     with ThreadPoolExecutor(len(texts)) as pool:
         good, not_utf8, too_long, good_too = pool.map(outcome, texts)
-    assert good in ((1, 3), (1, 5))  # padded to its neighbour where they met in one call
+    assert good in ((1, 3), (1, 5))  # padded to its neighbour's length if they shared a call
     assert good_too == (1, 5)
     assert not_utf8.startswith("StatusCode.INVALID_ARGUMENT: ")
     assert "not UTF-8" in not_utf8
@@ -378,7 +378,7 @@ def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
 
 @pytest.fixture(scope="module", params=["runs the backbone", "asks for it"])
 def encoder(tiny_original, tmp_path_factory, request):
-    """A server that was told of the ensemble alone, and waits long enough for texts to meet."""
+    """A server that was told to load only the ensemble, and waits long enough for texts to share a batch."""
     runs = request.param == "runs the backbone"
     root = shutil.copytree(tiny_original, tmp_path_factory.mktemp("encoder") / "model_repository")
     path = root / "intent_encoder" / "config.pbtxt"
@@ -400,7 +400,7 @@ def test_the_encoder_gives_what_the_backbone_gives_in_batches_of_like_length(enc
     texts = [text for label in tiny.OLD for text in tiny.sentences(label, 2, seed=4)]
     requests = [texts[:1], texts[1:4], *([text] for text in texts[4:]), [""]]
     expected = tiny.encode(tmp_path, [text for request in requests for text in request])
-    one = encoder.features("intent_features", requests[0])  # and loads the backbone, which nobody had asked for
+    one = encoder.features("intent_features", requests[0])  # also loads the backbone, which was not loaded yet
     np.testing.assert_allclose(one, expected[:1], atol=1e-6)
     assert encoder.is_ready("intent_backbone") != encoder.runs
     before = None if encoder.runs else encoder.statistics("intent_backbone")[0]
@@ -448,7 +448,7 @@ def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path
 
 @pytest.mark.server
 def test_who_comes_with_tokens_gets_the_features_that_the_encoder_finds(tiny_original, tmp_path):
-    """The backbone's own model gave its session up when the encoder took one, and opens it again."""
+    """The backbone's own model closed its session when the encoder opened one, and opens it again."""
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     models = ["intent_features", "intent_backbone"]
     with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
@@ -486,9 +486,9 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
     "before, after, gpu, instances, runs",
     [
         ("count: 1", "count: 1", False, 1, True),
-        ("count: 1", "count: 1", True, 1, False),  # Triton may have it on the GPU
+        ("count: 1", "count: 1", True, 1, False),  # Triton may place it on the GPU
         ("count: 1", "count: 1 kind: KIND_CPU", True, 1, True),
-        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),  # it is not there
+        ("count: 1", "count: 1 kind: KIND_GPU", False, 1, False),  # there is no GPU
         ("count: 1", "count: 1", False, 2, False),  # two encoders would be two sessions
         ("count: 1", "count: 2", False, 2, True),
     ],
@@ -517,10 +517,10 @@ TENSORRT = "optimization { execution_accelerators { gpu_execution_accelerator { 
     "gpus, setting, instances, runs",
     [
         (1, "", 1, True),
-        (1, "", 2, False),  # each would be a session more
+        (1, "", 2, False),  # each would be another session
         (1, "1 x 8", 2, True),
         (0, "1 x 8", 1, False),
-        (2, "1 x 8", 1, False),  # Triton has an instance on each
+        (2, "1 x 8", 1, False),  # Triton has an instance on each GPU
         (1, TENSORRT, 1, False),
     ],
 )
@@ -567,7 +567,7 @@ def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, mo
 
 @pytest.mark.server
 def test_a_backbone_whose_encoder_does_not_run_it_keeps_its_session(tiny_original, tmp_path, monkeypatch):
-    """An encoder of 0.5 asks, and the first answer does not wait for the file."""
+    """An encoder of 0.5 asks the backbone's model, and the first answer does not wait for the file to load."""
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     program = root / "intent_encoder" / "1" / "model.py"
     assert backend.BACKEND == tokenizer_model.BACKEND

@@ -1,7 +1,7 @@
-"""The Python-based onnxruntime backend on the real server: refuses what the C++ one refuses, and answers right.
+"""The Python-based onnxruntime backend on the real server: it refuses what the C++ one refuses, and answers right.
 
-With ``PATCHER_SERVER_ONNXRUNTIME=DIR`` the same holds of Triton's C++ backend; where the two say it in other words, a
-pattern below has both.
+With ``PATCHER_SERVER_ONNXRUNTIME=DIR`` the same tests run on Triton's C++ backend. If the two word an error
+differently, the pattern below matches both.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def two_outputs():
 
 
 def default_input():
-    """`shift` has a value of its own that a request may replace."""
+    """A model whose input `shift` has a default value that a request may replace."""
     return onnx_bytes(
         [helper.make_node("Add", ["features", "shift"], ["logits"])],
         [("features", FLOAT, ["batch", 2]), ("shift", FLOAT, [1, 2])],
@@ -321,7 +321,7 @@ def session(tmp_path):
 
 
 class Spy:
-    """A session that counts its runs, and may answer them wrongly where the tensors are a recording's."""
+    """A session that counts its runs, and can be made to answer wrongly for a recording's tensors."""
 
     def __init__(self, session, wrong=False):
         self.session, self.wrong = session, wrong
@@ -345,11 +345,11 @@ def tokens(shape, rng):
 
 
 def test_a_recorded_shape_answers_as_any_other_run(session):
-    """The tensors that a recording keeps, on the CPU: a graph on a GPU reads and writes the same ones."""
+    """Uses a recording's tensors on the CPU; a graph on a GPU reads and writes the same ones."""
     spy = Spy(session)
     graphed = graphs.GraphedSession(spy, graphs.parse_shapes("1,2 x 3,4"), device="cpu")
     graphed.record()
-    assert (spy.bound, spy.plain) == (8, 4)  # each recorded, and then held against a plain run
+    assert (spy.bound, spy.plain) == (8, 4)  # each is recorded, and then compared with a plain run
     rng = np.random.default_rng(0)
     for shape, bound in {(2, 3): 9, (1, 4): 10, (5, 3): 10, (2, 5): 10, (2, 4): 11}.items():
         feed = tokens(shape, rng)
@@ -391,7 +391,7 @@ def backbone_of(setting, **parameters):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is the CPU, and what was opened on it: with graphs or without."""
+    """Let the CPU pose as a GPU; records what was opened on it, with graphs or without."""
     opened, asked = backend.open_session, []
 
     def open_on_the_cpu(config, path, kind, device, *, graphs=False):
@@ -442,7 +442,7 @@ def test_what_cannot_be_recorded_runs_without(problem, reason, tmp_path, gpu, mo
     run = backend.open_runner(backbone_of("1 x 3", **more), tmp_path / "model.onnx", "GPU", 0)
     assert f"warning: m runs without CUDA graphs: {reason}" in capfd.readouterr().err
     assert gpu.asked == [("GPU", False)]
-    if problem != "memory":  # a device that this CPU has not
+    if problem != "memory":  # a device that this CPU does not have
         assert run(["features"], tokens((1, 3), np.random.default_rng(0)))[0].shape == (1, 2)
 
 

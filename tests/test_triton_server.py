@@ -118,7 +118,7 @@ class TestServer:
             "def start():\n"
             "    global server\n"
             "    server = EmbeddedTriton(sys.argv[1], ['intent'], log_file=sys.argv[2]).start()\n"
-            # from a thread that ends: it is the process whose end counts
+            # from a thread that ends: what counts is the end of the process
             "import threading; thread = threading.Thread(target=start); thread.start(); thread.join()\n"
             "print(server.pid, server.url, flush=True)\ntime.sleep(300)\n"
         )
@@ -208,7 +208,7 @@ class TestServer:
     def test_waits_as_long_as_the_log_goes_on(self, tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir()
         triton = EmbeddedTriton(tmp_path / "empty", ["large"], log_file=tmp_path / "log")
-        triton.grpc_port = triton.http_port = triton.metrics_port = 1  # where nobody answers
+        triton.grpc_port = triton.http_port = triton.metrics_port = 1  # nothing listens there
         monkeypatch.setattr(triton, "_process", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         done = threading.Event()
 
@@ -242,7 +242,7 @@ class TestServer:
                 assert kept.read_text() == earlier
             assert "Started GRPCInferenceService" in log.read_text()
         log.rename(tmp_path / "elsewhere")
-        log.symlink_to(tmp_path / "elsewhere")  # as /dev/stdout is one
+        log.symlink_to(tmp_path / "elsewhere")  # like /dev/stdout
         with EmbeddedTriton(tmp_path / "empty", [], log_file=log):
             assert log.is_symlink()
 
@@ -269,7 +269,7 @@ class TestServer:
 
 @contextmanager
 def serving(classifier, log):
-    """``patcher serve`` on free ports in a process of its own: the process, its output to come, the gRPC address."""
+    """``patcher serve`` on free ports in a process of its own: the process, its remaining output, the gRPC address."""
     command = [sys.executable, "-c", "from patcher.cli import main; import sys; sys.exit(main(sys.argv[1:]))", "serve"]
     command += ["--repo", str(classifier.root), "--log-file", str(log)]
     command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
@@ -306,7 +306,7 @@ class TestServeCommand:
                 thread.join(30)
             rest = output.read()
             assert served.wait(60) == 0, rest
-        # Turned away at the door, by a server that has unloaded its models or is gone: no answer was lost.
+        # Refused by a server that has unloaded its models or is gone: no answer was lost.
         assert ends
         for end in ends:
             assert isinstance(end, ServerUnreachable) or "has no available versions" in str(end)
@@ -339,7 +339,7 @@ class TestServeCommand:
     def test_ends_when_a_process_of_a_model_dies(self, classifier, tmp_path):
         with serving(classifier, tmp_path / "log") as (served, output, url):
             with TritonServer(url) as client:
-                for _ in range(3):  # stubs that Triton ends itself are none that died
+                for _ in range(3):  # stubs that Triton ends itself do not count as dead
                     client.unload("intent_head")
                     client.load("intent_head")
                 time.sleep(2.5)
@@ -408,7 +408,7 @@ class TestClient:
 
         before = answered()
         client.classify("intent", ["a"])
-        # Triton counts an answer after it has sent it.
+        # Triton counts an answer only after it has sent it.
         deadline = time.monotonic() + 10
         while answered() == before and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -501,7 +501,7 @@ class TestClient:
                     classifier.pin(version)
                     control.load("intent_head")
                     assert control.is_ready("intent_head", str(version))
-                    assert control.classify("intent", ["please"])[0].head_version == 1  # of the file, copied
+                    assert control.classify("intent", ["please"])[0].head_version == 1  # 2 is a copy of 1
             stop.set()
             for thread in threads:
                 thread.join()
@@ -570,7 +570,7 @@ class TestInstallation:
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     def test_a_cache_that_is_closed_to_us(self, monkeypatch, tmp_path):
-        """As where `sudo patcher serve` made it: asking what is in there is refused."""
+        """As after `sudo patcher serve` created it: even listing it is refused."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         is_dir = Path.is_dir
 
@@ -667,7 +667,7 @@ class TestPreparedFolders:
     def test_a_server_holds_its_own_until_it_ends(self, base, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, [], log_file=tmp_path / "log") as server:
             held = server.installation.backends.parent
-            installation._held.pop(held)  # as where the process that started it is gone
+            installation._held.pop(held)  # as if the process that started it is gone
             (mark,) = server.installation.kept
             os.close(mark)
             os.utime(held / prepared.MARK, (1, 1))
@@ -696,7 +696,7 @@ class TestPreparedFolders:
 
 
 class TestTheOtherBackend:
-    """Triton's own onnxruntime backend, which NVIDIA builds and this project does not bring."""
+    """Triton's own onnxruntime backend, which NVIDIA builds and this project does not ship."""
 
     @pytest.mark.parametrize("make, reason", [(False, "is no folder"), (True, "has no libtriton_onnxruntime.so")])
     def test_a_folder_without_it(self, make, reason, tmp_path):
@@ -777,7 +777,7 @@ def test_free_ports_differ():
 
 
 def stub(program):
-    """What a process prints that starts and ends as Triton's stubs do."""
+    """The output of a process that starts and ends like Triton's stubs."""
     begin = "from patcher.triton import stub_start; stub_start.install(); stub_start.install(); "
     done = subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True, check=False)
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""Serving settings: read, written without touching anything else, tried on a real server."""
+"""Serving settings: they are read, written without touching anything else, and tried on a real server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_settings_are_read_back_and_all_else_stays(classifier):
     wanted = Serving(instances=3, threads=2, delay_us=700, slack=5, batch=8)
     after = with_serving(*before, wanted)
     assert serving_of(*map(parse, after)) == wanted
-    assert parse(after[0]).instance_group[0].count == 3  # one asks one session at a time
+    assert parse(after[0]).instance_group[0].count == 3  # an encoder asks one session at a time
     assert parse(after[1]).parameters["fingerprint"] == parse(before[1]).parameters["fingerprint"]
     assert parse(after[1]).max_batch_size == model_config.MAX_BATCH_SIZE
     back = with_serving(*after, Serving())
@@ -135,7 +135,7 @@ def test_what_won_by_chance_is_told_and_not_written(classifier, tree, monkeypatc
     assert (found.best, found.gain, found.throughput, found.written) == (found.before, 1.0, 200.0, False)
     assert tree(classifier.root) == before
     found = tune(classifier, TEXTS, seconds=60, concurrency=4, response_cache=True)
-    assert (found.best, found.written) == (found.before, True)  # the cache was switched on all the same
+    assert (found.best, found.written) == (found.before, True)  # the cache was switched on regardless
     after = tree(classifier.root)
     assert [name for name in after if after[name] != before.get(name)] == ["intent_encoder/config.pbtxt"]
 
@@ -236,7 +236,7 @@ def test_a_backbone_for_gpus_is_warm_before_it_is_ready(classifier, tmp_path):
     log = tmp_path / "log"
     with EmbeddedTriton(classifier.root, list(MODELS), log_file=log, options=["--log-verbose=1"]):
         said = log.read_text()
-    for sample in ("1 x 8", "64 x 64"):  # no longer than a text may be: a backbone that fails at it would not load
+    for sample in ("1 x 8", "64 x 64"):  # no longer than a text may be, or a backbone that fails at it would not load
         assert f"running warmup sample '{sample}'" in said
 
 
@@ -257,7 +257,7 @@ def test_cached_features_never_mix_head_versions(classifier):
 
         def ask():
             answers = server.classify("intent", texts)
-            # Asked one by one a text's features come from the cache.
+            # If texts are asked one by one, their features come from the cache.
             return answers, [server.classify("intent", [text])[0] for text in texts for _ in range(2)]
 
         ask()

@@ -1,4 +1,4 @@
-"""The graph without work on padding: the same answers, and left alone where padding is read."""
+"""The unpadded graph: it gives the same answers, and a graph that reads padding is left alone."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_products_with_weights_see_tokens_alone_and_answers_stay(body, products,
     tokens = batch((5, 20, 1, 9), left=left)
     found, *seen = session(light, *(f"{name}/packed" for name in products)).run(None, tokens)
     np.testing.assert_allclose(found, session(model).run(None, tokens)[0], atol=1e-5)
-    # On the left the first place of a text is kept, padding or not, so that no batch is without tokens.
+    # With left padding, a text's first position is kept even if it is padding, so that no batch is without tokens.
     assert {each.shape for each in seen} == {(1, 35 + (3 if left else 0), WIDTH)}
 
 

@@ -61,7 +61,7 @@ def words(label: str) -> list[str]:
 
 
 def sentences(label: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` different sentences of a label; another seed gives others."""
+    """``count`` different sentences of a label; other seeds give other sentences."""
     rng = np.random.default_rng([seed, *label.encode()])
     made: dict[str, None] = {}
     while len(made) < count:
@@ -180,7 +180,7 @@ def make_repository(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on."""
+    """Free ports of the loopback interface."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]

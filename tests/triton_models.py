@@ -19,7 +19,7 @@ FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
 
 def only_python_based(reason: str) -> pytest.MarkDecorator:
-    """Leave a test out where the variable names Triton's C++ backend for every server of this run."""
+    """Skip a test if PATCHER_SERVER_ONNXRUNTIME selects Triton's C++ backend for every server of this run."""
     return pytest.mark.skipif(bool(os.environ.get("PATCHER_SERVER_ONNXRUNTIME")), reason=f"the C++ backend {reason}")
 
 

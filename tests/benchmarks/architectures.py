@@ -1,11 +1,11 @@
-"""Which architectures of transformers can be split: tiny models with random weights, exported or refused.
+"""Tries which architectures of transformers can be split, by exporting tiny models with random weights.
 
     python tests/benchmarks/architectures.py [NAME ...]
 
-Beside those that the tests export (``tests/checkpoints.py``) it takes others of transformers' sequence classifiers.
-Each one is exported, and the files must answer every sample text, alone and beside the others, as the checkpoint
-answers it alone; a refusal must be one of patcher's own, in words. Prints a table and writes ``architectures.json``
-under ``--out``; ends with an error where files answer otherwise, or something else than a refusal is raised.
+Covers the architectures that the tests export (``tests/checkpoints.py``) and others of transformers' sequence
+classifiers. The exported files must answer every sample text, alone and in a batch with the others, as the checkpoint
+answers it alone. A refusal must be one of patcher's own errors. Prints a table and writes ``architectures.json`` under
+``--out``; fails if files answer differently, or if anything but a refusal is raised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import checkpoints  # noqa: E402  from there
+import checkpoints  # noqa: E402  found through sys.path above
 
 from export import run_export  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS  # noqa: E402
@@ -46,7 +46,7 @@ _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_d
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, **_POSITIONS}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
 
-# Class prefix, settings, and whose manner of tokenizer (tests/checkpoints.py).
+# Class prefix, settings, and the architecture whose kind of tokenizer it gets (tests/checkpoints.py).
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bart": ("Bart", _BART, "roberta"),
     "bigbird, block-sparse": ("BigBird", _ENCODER, "bert"),
@@ -91,13 +91,13 @@ _CLOSE = 1e-4
 
 
 def tried(name: str, folder: Path) -> dict[str, Any]:
-    """What became of one architecture: its last layer and the largest difference of a logit, or why it was refused."""
+    """Export one architecture; return its last layer and the largest difference in a logit, or why it was refused."""
     checkpoints.save_checkpoint(folder / "checkpoint", name)
     try:
         report = run_export(folder / "checkpoint", folder / "repository")
     except PatcherError as error:
         return {"refused": str(error).replace(f"{folder}/", ""), "broken": False}
-    except Exception as error:  # noqa: BLE001  whatever comes is what this looks for
+    except Exception as error:  # noqa: BLE001  any other exception is what this script looks for
         return {"refused": f"{type(error).__name__}: {error}", "broken": True}
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "checkpoint")
@@ -116,7 +116,7 @@ _CUT: dict[str, Any] = {"return_tensors": "pt", "truncation": True}
 
 
 def main() -> int:
-    """Try them all."""
+    """Try all architectures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="these only")
     parser.add_argument("--out", type=Path, default=ROOT / "build")

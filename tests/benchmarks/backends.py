@@ -1,8 +1,9 @@
-"""Whether Triton's C++ onnxruntime backend answers as the Python-based one that comes with patcher.
+"""Compares the answers of Triton's C++ onnxruntime backend with those of the Python-based one that patcher ships.
 
     python tests/benchmarks/backends.py --repo DIR --texts FILE --onnxruntime-backend DIR
 
-Serves the classifier on one after the other, the C++ one with an encoder that asks it for the backbone. Prints JSON.
+Serves the classifier on one backend, then on the other; with the C++ one, the encoder asks Triton for the backbone.
+Prints JSON.
 """
 
 from __future__ import annotations

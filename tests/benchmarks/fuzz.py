@@ -1,12 +1,11 @@
-"""Damaged and made-up input for everything that reads a file: no crash, no hang, and no error but those with a message.
+"""Fuzzes everything that reads a file: no crash, no hang, and no error but patcher's own, with a message.
 
     python tests/benchmarks/fuzz.py [--inputs 100000] [--readers head,journal] [--engine hypothesis|atheris]
 
-Each input is a true file with some bytes changed, cut out, doubled or put in (or nothing but noise), drawn by
-hypothesis; with ``--engine atheris`` (`pip install atheris`, where it builds) libFuzzer looks for inputs that reach new
-lines instead. A reader may take the input, or refuse it with one of patcher's own errors, within five seconds of
-processor time.
-Prints what was found as JSON; ends with 1 where a rule was broken.
+Each input is a valid file with some bytes changed, removed, duplicated or inserted, or it is pure noise; hypothesis
+draws them. With ``--engine atheris`` (`pip install atheris`, where it builds) libFuzzer searches for inputs that reach
+new lines instead. A reader may accept the input, or refuse it with one of patcher's own errors, within five seconds of
+processor time. Prints the results as JSON; exits with 1 if a rule was broken.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class TooSlow(BaseException):
 
 
 class Readers:
-    """Each reader with a true file of its kind; ``folder`` is where those that want a path find one."""
+    """The readers, and a valid file for each; files are written to ``folder`` for readers that take a path."""
 
     def __init__(self, folder: Path) -> None:
         import tiny
@@ -127,7 +126,7 @@ def _parquet(folder: Path) -> bytes:
 
 
 def mutated(seed: bytes) -> st.SearchStrategy[bytes]:
-    """A file with some places changed, or noise."""
+    """Files with some edits, or noise."""
     place = st.integers(0, len(seed))
     edit = st.one_of(
         st.tuples(st.just("put"), place, st.one_of(st.sampled_from(WORDS), st.binary(max_size=8))),
@@ -157,7 +156,7 @@ def _edited(seed: bytes, edits: list[tuple[str, int, Any]]) -> bytes:
 
 
 def by_hypothesis(kind: str, readers: Readers, inputs: int) -> dict[str, Any]:
-    """So many drawn inputs for one reader: how many were taken, how many refused, with what."""
+    """Feed ``inputs`` drawn inputs to one reader; count those taken, and those refused by error class."""
     read = readers.read(kind)
     outcomes: collections.Counter[str] = collections.Counter()
     slowest = 0.0
@@ -167,7 +166,7 @@ def by_hypothesis(kind: str, readers: Readers, inputs: int) -> dict[str, Any]:
             f"{kind}: longer than {SECONDS_AN_INPUT} s of processor time, or {20 * SECONDS_AN_INPUT} s in all"
         )
 
-    # Processor time, since on a busy machine anything may wait; and a clock for what waits for ever.
+    # Limit processor time, because on a busy machine anything may wait; a wall clock catches what waits forever.
     signal.signal(signal.SIGPROF, hang)
     signal.signal(signal.SIGALRM, hang)
 
@@ -203,7 +202,7 @@ def by_hypothesis(kind: str, readers: Readers, inputs: int) -> dict[str, Any]:
 
 
 def by_atheris(kind: str, inputs: int) -> dict[str, Any]:
-    """The same by libFuzzer, in a process of its own: it ends the process that it runs in."""
+    """The same with libFuzzer, in a separate process, because libFuzzer ends the process that it runs in."""
     started = time.perf_counter()
     command = [sys.executable, __file__, "--worker", kind, "--inputs", str(inputs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -213,7 +212,7 @@ def by_atheris(kind: str, inputs: int) -> dict[str, Any]:
 
 
 def worker(kind: str, inputs: int) -> None:
-    """One reader under libFuzzer; does not return."""
+    """Run one reader under libFuzzer; does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["patcher"]):
@@ -245,7 +244,7 @@ def worker(kind: str, inputs: int) -> None:
 
 
 def main() -> int:
-    """Run the readers asked for, and print what they did."""
+    """Run the requested readers and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000, help="of each reader")
     parser.add_argument("--readers", help="some of them, with commas; all by default")
@@ -265,7 +264,7 @@ def main() -> int:
                     made = by_atheris(kind, asked.inputs)
                 else:
                     made = by_hypothesis(kind, readers, asked.inputs)
-            except (Exception, TooSlow) as error:  # noqa: BLE001  whatever came out is what was looked for
+            except (Exception, TooSlow) as error:  # noqa: BLE001  any exception is a finding
                 broken += 1
                 made = {"broken": f"{type(error).__name__}: {error}"[-2000:]}
             found.setdefault(asked.engine, {})[kind] = made

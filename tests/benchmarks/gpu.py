@@ -1,13 +1,13 @@
-"""What a GPU makes of a classifier that was exported for it: the graph alone, the ensemble, heads swapped under load.
+"""Measures a classifier exported for a GPU: the graph alone, the served ensemble, and head swaps under load.
 
     python tests/benchmarks/gpu.py [--checkpoint DIR] [--texts FILE] [--rounds 3] [--swaps 30] [--out DIR]
 
-The graph: the same backbone in plain operators and in fused ones, these with cuDNN's attention and as CUDA graphs,
-asked for batches of many shapes as texts make them; each in a process of its own, for onnxruntime reads its switches
-once. Served: the ensemble from text and, in alternating rounds, the same graph in one piece behind the tokenizer, by
-the server that `patcher serve` starts. Without arguments a small BERT with random weights: speed does not depend on
-them. ``--kind KIND_CPU`` runs it all where there is no GPU, which shows that it runs and nothing else. Prints a table
-and writes ``gpu.json`` under ``--out``.
+Graph: the same backbone with plain operators and with fused ones, the latter also with cuDNN's attention and as CUDA
+graphs, on batches of the many shapes that texts produce. Each variant runs in a process of its own, because
+onnxruntime reads its switches only once. Served: the ensemble from text and, in alternating rounds, the same graph in
+one piece behind the tokenizer, on the server that `patcher serve` starts. Without arguments it uses a small BERT with
+random weights, because speed does not depend on them. ``--kind KIND_CPU`` runs everything without a GPU, which only
+shows that the script works. Prints a table and writes ``gpu.json`` under ``--out``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line does it, before numpy is there
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # before numpy is imported, as the command line does
 
 import numpy as np
 
@@ -38,13 +38,13 @@ LEVELS = (1, 16, 32, 64, 256)
 MOST_TEXTS = 600
 CUDNN = "ORT_ENABLE_CUDNN_FLASH_ATTENTION"
 SHAPES = 150
-"""Batches of the stream; it runs three times, as each shape's first call costs more."""
+"""Batches in the stream; it runs three times, because the first call for each shape costs more."""
 
 
 def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = False) -> dict[str, float]:
-    """Milliseconds a call for batches of 1 to 63 texts of 6 to 23 tokens: when first seen, and later.
+    """Milliseconds per call for batches of 1 to 63 texts of 6 to 23 tokens, on first sight of a shape and later.
 
-    With CUDA graphs (``by_graphs``) padded to the shapes that were recorded, as the encoder pads them.
+    With CUDA graphs (``by_graphs``), batches are padded to the recorded shapes, as the encoder pads them.
     """
     from google.protobuf import json_format
 
@@ -57,7 +57,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
     setting = parameter(message, GRAPHS, "") if by_graphs else ""
     if not by_graphs:
         message.parameters.pop(GRAPHS, None)
-    message.optimization.Clear()  # of TensorRT: what it gets is run by CUDA here
+    message.optimization.Clear()  # the graph exported for TensorRT is run by CUDA here
     config = json_format.MessageToDict(message, preserving_proto_field_name=True)
     run = open_runner(config, path, kind.removeprefix("KIND_"), 0)
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
         return {each["name"]: values.get(each["name"], np.zeros_like(mask)) for each in config["input"]}
 
     feeds = [tokens(int(rng.integers(1, 64)), int(rng.integers(6, 24))) for _ in range(shapes)]
-    run(["features"], tokens(64, 24))  # the first call of all is another matter
+    run(["features"], tokens(64, 24))  # warm up: the very first call also pays for initialisation
     means = []
     for _ in range(3):
         took = []
@@ -84,7 +84,7 @@ def stream(path: Path, kind: str, shapes: int = SHAPES, *, by_graphs: bool = Fal
 
 
 def streams(graphs: dict[str, Path], kind: str) -> list[dict[str, Any]]:
-    """The stream over each graph, with cuDNN's attention and as CUDA graphs too; in a process of its own."""
+    """Run the stream over each graph, fused ones also with cuDNN's attention and as CUDA graphs; one process each."""
     rows = []
     for what, path in graphs.items():
         ways = {"": [], ", cuDNN's attention": [], ", CUDA graphs": ["--by-graphs"]} if "fused" in what else {"": []}
@@ -98,7 +98,7 @@ def streams(graphs: dict[str, Path], kind: str) -> list[dict[str, Any]]:
 
 
 def served(classifier: Any, texts: Sequence[str], rounds: int, window: float, levels: Sequence[int]) -> dict[str, Any]:
-    """perf_analyzer over the ensemble and the whole, in alternating rounds."""
+    """Measure the ensemble and the graph in one piece with perf_analyzer, in alternating rounds."""
     from patcher import TritonServer
     from patcher.loadtest import load_test
     from patcher.measurement import Load, compare
@@ -127,12 +127,12 @@ def served(classifier: Any, texts: Sequence[str], rounds: int, window: float, le
 
 
 def exported(checkpoint: Path, folder: Path, kind: str) -> tuple[Any, dict[str, Path]]:
-    """The classifier for a GPU, and its backbone in both kinds of operators."""
+    """The classifier for a GPU, and its backbone with plain and with fused operators."""
     from export import run_export
     from patcher.model_config import parse, to_text
 
     fused = run_export(checkpoint, folder / "fused", device="gpu").repository.classifier()
-    # The same in FP16 without fused operators is what TensorRT gets.
+    # An export for TensorRT is the same FP16 backbone without fused operators.
     plain = run_export(checkpoint, folder / "plain", device="gpu", tensorrt=True).repository.classifier()
     config = fused.root / fused.backbone_model / "config.pbtxt"
     message = parse(config.read_text())

@@ -1,10 +1,10 @@
-"""``kill -9`` at random moments of add-label, rollback and rename-label, on a repository with a real server.
+"""Kills add-label, rollback and rename-label with SIGKILL at random moments, on a repository with a real server.
 
     python tests/benchmarks/kill.py [--moments 200] [--seed 0]
 
-After each kill: the repository opens, pins the version before or the one after, the server answers from one of the
-two; then ``patcher doctor --repair`` brings all to agree, and ``patcher doctor`` finds nothing. Prints what was found
-as JSON; ends with 1 where a rule was broken.
+After each kill the repository must open and pin the version before or after the change, and the server must answer
+from one of the two. Then ``patcher doctor --repair`` must make repository and server agree, and ``patcher doctor`` must
+find nothing. Prints the results as JSON; exits with 1 if a rule was broken.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Broken(AssertionError):
 
 
 class Killer:
-    """Kills verbs on ``classifier``, served at ``url``, and looks at what they leave."""
+    """Kills verbs on ``classifier``, served at ``url``, and checks the state they leave behind."""
 
     def __init__(self, classifier: Classifier, url: str, folder: Path, seed: int) -> None:
         self.classifier, self.url, self.folder = classifier, url, folder
@@ -63,7 +63,7 @@ class Killer:
         return ["rename-label", old, f"{old.split('-')[0]}-{self.numbers}"]
 
     def start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        # The parts below are imported before the verb begins, so that the moments fall into the work.
+        # Import the heavy modules before the verb begins, so that the kills hit the work and not the imports.
         code = "import sys; from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
         code += "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, *arguments, "--repo", str(self.location), "--url", self.url]
@@ -73,7 +73,7 @@ class Killer:
         return process
 
     def whole(self, verb: str) -> None:
-        """How long a verb takes that nobody kills."""
+        """Measure how long a verb takes if it is not killed."""
         process = self.start(self.arguments(verb))
         start = time.perf_counter()
         _, said = process.communicate()
@@ -82,7 +82,7 @@ class Killer:
         self.seconds[verb] = time.perf_counter() - start
 
     def one(self, verb: str) -> None:
-        """Kill it once."""
+        """Run a verb, kill it at a random moment, and check what it left."""
         classifier = self.classifier
         before, number = classifier.serving(), classifier.next_version()
         labels = {version: classifier.head(version).labels for version in classifier.versions()}
@@ -120,7 +120,7 @@ class Killer:
 
 
 def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
-    """Kill so often, in a folder of its own, or in an empty place of an object store."""
+    """Kill ``moments`` times, in a temporary folder or at an empty ``location`` in an object store."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         classifier = tiny.make_repository(location or folder / "model_repository", folder / "scratch")
@@ -130,7 +130,7 @@ def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
             for verb in ("add-label", "rename-label", "rollback"):
                 killer.whole(verb)
             number = 0
-            while killer.counts["killed"] < moments:  # those that came too late killed nothing
+            while killer.counts["killed"] < moments:  # do not count verbs that had finished already
                 killer.one(VERBS[number % len(VERBS)])
                 number += 1
                 if killer.counts["killed"] % 20 == 0:

@@ -1,19 +1,19 @@
-"""Very many classifiers on one backbone in one server: memory a head, seconds to add one, throughput over all of them.
+"""Measures very many classifiers on one backbone in one server: memory per head, time to add one, throughput.
 
     python tests/benchmarks/many.py [--heads 1000] [--rounds 5] [--repo DIR --backbone NAME]
 
-Puts heads of 150 labels into a backbone's head store through a live server, each published, loaded and proven as
-``patcher new-classifier --in-store`` does it. Then, in one run:
+Puts heads of 150 labels into a backbone's head store through a live server; each is published, loaded and verified as
+``patcher new-classifier --in-store`` does it. Then, in one run, it measures:
 
-- memory: what tritonserver and its stubs hold (proportional set size), before the heads and after each has answered;
-- adding: a second server beside it holds nine heads; both get heads in turns, the 10th and the 1,000th and those after;
-- throughput by perf_analyzer in alternating rounds: one stored head, all stored heads in turns, one head that has an
-  ensemble and a process of its own;
-- beside it, the same figures of a handful of classifiers with an ensemble and a process each.
+- memory: the proportional set size of tritonserver and its stubs, before the heads and after each has answered;
+- adding: a second server holds nine heads; heads are added to both alternately, the 10th and 1,000th and those after;
+- throughput by perf_analyzer in alternating rounds: one stored head, all stored heads in rotation, and one head with
+  an ensemble and a process of its own;
+- for comparison, memory and adding time of a few classifiers with an ensemble and a process each.
 
-Without ``--repo`` the backbone is a small one of 384 features, made on the spot, that costs next to nothing: so the
-ratios show the store and nothing else. With ``--repo`` it is a real one's copy, and the heads are as wide as its
-features. Prints a table and writes JSON.
+Without ``--repo`` the backbone is a generated one of 384 features that costs next to nothing, so that the ratios show
+the cost of the store alone. With ``--repo`` it is a copy of a real one, and the heads are as wide as its features.
+Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 LABELS = 150
 PER_LABEL = 60
-"""Enough to fall into ten clusters, where a head may have so many."""
+"""Enough for ten clusters, if a head may have that many."""
 LEVELS = (1, 4, 16)
 FEW = 9
 
@@ -74,7 +74,7 @@ def held_mb(pid: int) -> float:
 
 
 def small_backbone(root: Path) -> Backbone:
-    """A repository with a backbone of 384 features that is an embedding and one small product."""
+    """A repository whose backbone gives 384 features and consists of an embedding and one small matrix product."""
     tiny.WIDTH, tiny.SPLIT = 384, 192
     root.parent.mkdir(parents=True, exist_ok=True)
     repository = ModelRepository.create(root)
@@ -84,7 +84,7 @@ def small_backbone(root: Path) -> Backbone:
 
 
 def heads(base: Backbone, seed: int = 0) -> Iterator[tuple[Head, Memory]]:
-    """Heads of 150 labels, all different, with memory and scope as a fitted one has them."""
+    """An endless series of different heads of 150 labels, with memory and scope like a fitted head's."""
     rng = np.random.default_rng(seed)
     width, labels = base.width(), [f"label_{number:03d}" for number in range(LABELS)]
     centers = rng.standard_normal((LABELS, width))
@@ -101,7 +101,7 @@ def heads(base: Backbone, seed: int = 0) -> Iterator[tuple[Head, Memory]]:
 
 
 def fit_seconds(width: int) -> float:
-    """Of the fit of 150 labels to ten inputs each: what `patcher new-classifier` does before it adds a head."""
+    """Seconds to fit 150 labels on ten inputs each, which `patcher new-classifier` does before it adds a head."""
     rng = np.random.default_rng(1)
     ids = np.arange(LABELS).repeat(10)
     rows = rng.standard_normal((LABELS, width))[ids] + rng.standard_normal((len(ids), width))
@@ -111,7 +111,7 @@ def fit_seconds(width: int) -> float:
 
 
 class Filled:
-    """A server with a store, and how long each head took to be added to it."""
+    """A server with a head store, to add heads to and ask them."""
 
     def __init__(self, base: Backbone, triton: EmbeddedTriton, server: TritonServer) -> None:
         self.base, self.triton, self.server = base, triton, server
@@ -119,7 +119,7 @@ class Filled:
         self.names: list[str] = []
 
     def add(self, *, in_store: bool = True) -> float:
-        """One more head; seconds from nothing to an answer that was proven."""
+        """Add one more head; return the seconds until its answer is verified."""
         head, memory = next(self.made)
         name = f"head-{len(self.names):04d}" if in_store else f"own-{time.monotonic_ns()}"
         start = time.perf_counter()
@@ -132,11 +132,11 @@ class Filled:
         return seconds
 
     def held(self) -> float:
-        """MiB now."""
+        """Memory held now, in MiB."""
         return held_mb(self.triton.pid or 0)
 
     def ask(self, names: Sequence[str]) -> list[float]:
-        """Seconds of one answer of each."""
+        """Ask each head once; return the seconds each answer took."""
         found = []
         for name in names:
             start = time.perf_counter()
@@ -147,7 +147,7 @@ class Filled:
 
 @contextlib.contextmanager
 def serving(base: Backbone, log: Path) -> Iterator[Filled]:
-    """The repository on a server, with a store in which one head has answered already."""
+    """Serve the repository, with a store in which one head has already answered."""
     with EmbeddedTriton(base.root, [base.features_model], log_file=log) as triton, triton.client() as server:
         filled = Filled(base, triton, server)
         filled.add()
@@ -155,7 +155,7 @@ def serving(base: Backbone, log: Path) -> Iterator[Filled]:
 
 
 def throughput(filled: Filled, rounds: int, window: float) -> list[dict[str, Any]]:
-    """One stored head, all of them, and a head of its own, in alternating rounds."""
+    """Measure one stored head, all stored heads, and a head with its own process, in alternating rounds."""
     ensemble, names = filled.base.any_model, filled.names
     texts = [text for label in (*tiny.OLD, *tiny.NEW) for text in tiny.sentences(label, 40, seed=5)]
     order = np.random.default_rng(0).permutation(len(names)).tolist()
@@ -196,7 +196,7 @@ def throughput(filled: Filled, rounds: int, window: float) -> list[dict[str, Any
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All of it."""
+    """Run all measurements."""
     bases = []
     for name in ("many", "few"):
         root = folder / name / "model_repository"
@@ -221,7 +221,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             while len(few.names) < FEW:
                 few.add()
             pairs = []
-            for turn in range(options.adds):  # now one first, now the other: the disk remembers who was there before
+            for turn in range(options.adds):  # alternate which goes first, because of disk caches
                 order = (few, many) if turn % 2 else (many, few)
                 seconds = {id(filled): filled.add() for filled in order}
                 pairs.append((seconds[id(few)], seconds[id(many)]))
@@ -255,7 +255,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """The table for people."""
+    """The results as a Markdown table."""
     memory, adding, own, restart = (found[name] for name in ("memory", "adding", "own", "restart"))
     last = next(value for name, value in adding.items() if name.startswith("number_"))
     lines = [

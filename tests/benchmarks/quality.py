@@ -1,15 +1,15 @@
-"""How right a patched classifier is: patcher against the usual ways to add one label from a few examples.
+"""Compares the accuracy of patched classifiers with the usual ways to add one label from a few examples.
 
     python tests/benchmarks/quality.py --checkpoint DIR --data DIR
     python tests/benchmarks/quality.py --checkpoint DIR --train FILE --test FILE [--outside FILE]
 
-``--checkpoint`` is a fine-tuned ``*ForSequenceClassification`` folder. Labels of the data that it does not know are the
-new ones. ``--data`` holds ``base_train.csv``, ``base_test.csv``, ``new_train.csv``, ``new_test.csv`` and, if there are
-any, texts of no label in ``oos_test.csv``. Without arguments the demo's data is used, with a checkpoint that
-``tests/demo/finetune.py`` makes; its two new labels are too few for conclusions, but every number is there.
+``--checkpoint`` is a fine-tuned ``*ForSequenceClassification`` folder. Labels in the data that it does not know are the
+new ones. ``--data`` holds ``base_train.csv``, ``base_test.csv``, ``new_train.csv``, ``new_test.csv`` and, optionally,
+texts of no label in ``oos_test.csv``. Without arguments the demo's data is used, with a checkpoint made by
+``tests/demo/finetune.py``; its two new labels are too few for conclusions, but every figure is computed.
 
-Features are computed once, by patcher's own export and encoder, and kept below ``--cache``. Writes NAME.json, NAME.md
-and NAME.png to ``--out``; parts that are not run again keep their last results.
+Features are computed once, with patcher's own export and encoder, and cached below ``--cache``. Writes NAME.json,
+NAME.md and NAME.png to ``--out``; parts that are not run again keep their previous results.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ BOUND_PATCHES = 200
 SEQUENCES = 5
 FINETUNED_LABELS = 5
 LIBRARY_BUDGETS = {"adaptive-classifier": (10, 1), "setfit": (10, 1)}
-"""Labels and draws: these take from seconds to minutes a patch."""
+"""Numbers of labels and draws per library, limited because a patch takes from seconds to minutes."""
 
 
 def parts(
     setting: Setting, checkpoint: Path, cache: Path, draws: int, libraries: Sequence[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What can be run, in the order of what it costs."""
+    """The parts that can be run, cheapest first."""
     bound_draws = -(-BOUND_PATCHES // (len(ours.BUDGETS) * len(setting.new))) if draws >= DRAWS else draws
     budgets = {
         name: (labels, min(most, draws)) for name, (labels, most) in LIBRARY_BUDGETS.items() if name in libraries
@@ -81,7 +81,7 @@ def parts(
 
 
 def about(setting: Setting, checkpoint: Path, plot_name: str) -> dict[str, Any]:
-    """What was measured, and on what."""
+    """Describe the data, the settings and the machine of the measurement."""
     return {
         "data": setting.name,
         "checkpoint": checkpoint.name,
@@ -94,7 +94,7 @@ def about(setting: Setting, checkpoint: Path, plot_name: str) -> dict[str, Any]:
         "processor": _processor(),
         "load": round(os.getloadavg()[0], 1),
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
-        "date": date.today().isoformat(),  # noqa: DTZ011  the day where it was run
+        "date": date.today().isoformat(),  # noqa: DTZ011  the local date is meant
         "plot": plot_name,
     }
 
@@ -106,7 +106,7 @@ def _processor() -> str:
 
 
 def demo_checkpoint(folder: Path) -> Path:
-    """The demo's checkpoint, fine-tuned at the first call (some minutes)."""
+    """The demo's checkpoint; the first call fine-tunes it, which takes some minutes."""
     if not (folder / "config.json").is_file():
         note(f"fine-tuning the demo's checkpoint into {folder}")
         subprocess.run([sys.executable, DEMO / "finetune.py", folder], check=True, stdout=sys.stderr)
@@ -140,7 +140,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the parts asked for, and write what they found."""
+    """Run the requested parts and write the results."""
     given = arguments()
     own = given.data or given.train
     name = given.name or ("quality" if own else "quality-demo")
@@ -158,7 +158,7 @@ def main() -> None:
         if part in work and part in given.only.split(","):
             start = time.perf_counter()
             note(f"{part} …")
-            earlier = results.get(part, {}) if part == "libraries" else {}  # each of them is a part of its own
+            earlier = results.get(part, {}) if part == "libraries" else {}  # keep results of libraries not run again
             results[part] = earlier | work[part]()
             note(f"{part}: {time.perf_counter() - start:.0f} s")
             (given.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Texts and features that the quality benchmark measures on: labelled files in, arrays out, computed once."""
+"""Texts and features for the quality benchmark: reads labelled files and returns arrays that are computed once."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ _NOT_FOR_TRAINING = ("_test.csv", "_val.csv")
 
 
 def note(*words: object) -> None:
-    """Progress for people, on stderr."""
+    """Print progress on stderr."""
     print(*words, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Labelled texts; whether a label is old or new is for the checkpoint to say. ``outside`` belong to no label."""
+    """Labelled texts; the checkpoint decides which labels are old or new. Texts in ``outside`` have no label."""
 
     name: str
     train: tuple[tuple[str, str], ...]
     test: tuple[tuple[str, str], ...]
     outside: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
-    """Texts of old labels that took part in nothing: on them an export sets what counts as out of scope."""
+    """Texts of old labels not used for training; an export sets the out-of-scope limit on them."""
 
 
 def read_folder(folder: Path) -> Corpus:
-    """A folder of CSV files.
+    """Read a folder of CSV files.
 
     Old labels: ``base_train.csv`` and ``base_test.csv`` (or ``train.csv``, ``test.csv``). New ones: ``new_train.csv``
-    and ``new_test.csv``, or ``new_LABEL.csv`` and ``new_LABEL_test.csv``, or examples only, ``new/LABEL.csv``. Texts of
-    no label, where they are there: ``oos_test.csv``. Fresh texts of old labels: ``base_val.csv``.
+    and ``new_test.csv``, or ``new_LABEL.csv`` and ``new_LABEL_test.csv``; the examples may also be in
+    ``new/LABEL.csv``. Optional: texts of no label in ``oos_test.csv``, fresh texts of old labels in ``base_val.csv``.
     """
     parts = {}
     for part in ("train", "test"):
@@ -69,13 +69,13 @@ def read_folder(folder: Path) -> Corpus:
 
 
 def read_pair(train: Path, test: Path, outside: Path | None = None) -> Corpus:
-    """Two labelled files that hold old and new labels alike, and texts that belong to none."""
+    """Read two labelled files with both old and new labels, and optionally texts of no label."""
     beyond = read_examples(outside).texts if outside else ()
     return Corpus(train.stem, _pairs([train]), _pairs([test]), tuple(beyond))
 
 
 def _first(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of the first pattern that has any; test files do not count as examples."""
+    """The files of the first pattern that matches any; test files do not count as examples."""
     for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if "test" not in pattern:
@@ -96,21 +96,21 @@ def _pairs(paths: Iterable[Path]) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True)
 class NewLabel:
-    """A label that the backbone never saw: features and texts to draw examples from, and those to be measured on."""
+    """A label that the backbone never saw: features and texts to draw examples from, and others to measure on."""
 
     train: Floats
     train_texts: tuple[str, ...]
     test: Floats
     test_texts: tuple[str, ...]
     name: Floats | None = None
-    """Features of the label's name, float32 ``[width]``, where it is words."""
+    """Features of the label's name, float32 ``[width]``, if it consists of words."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """Everything that a measurement needs, as arrays.
 
-    Features are float32 ``[n, width]``, ids INT64 ``[n]`` into the head's labels.
+    Features are float32 ``[n, width]``; ids are INT64 ``[n]`` indices into the head's labels.
     """
 
     name: str
@@ -127,12 +127,12 @@ class Setting:
 
     @cached_property
     def memory(self) -> Memory:
-        """As ``export --train`` keeps it."""
+        """The memory as ``export --train`` builds it."""
         return Memory.build(self.train, self.train_ids, self.head.labels, self.head.split)
 
     @cached_property
     def statistics(self) -> Memory:
-        """The memory without any single sentence."""
+        """The memory with statistics only, without features of single sentences."""
         return Memory.build(self.train, self.train_ids, self.head.labels, self.head.split, per_label=0)
 
     @cached_property
@@ -142,23 +142,23 @@ class Setting:
 
     @cached_property
     def before(self) -> Ints:
-        """The old test set's answers before any patch."""
+        """The predicted ids for the old test set before any patch."""
         answers: Ints = self.logits.argmax(axis=1)
         return answers
 
     @property
     def everything(self) -> Floats:
-        """Old test texts, then those of each new label in turn."""
+        """Features of the old test texts, followed by those of each new label."""
         return np.concatenate([self.test, *(label.test for label in self.new.values())])
 
     @property
     def everything_ids(self) -> Ints:
-        """Their ids, new labels counting on from the old ones in the order of ``new``."""
+        """Ids of ``everything``; new labels are numbered after the old ones in the order of ``new``."""
         counts = [len(label.test) for label in self.new.values()]
         return np.concatenate([self.test_ids, np.repeat(np.arange(len(counts)) + len(self.head.labels), counts)])
 
     def limited(self, examples: int, labels: int | None = None) -> Setting:
-        """The same with those new labels that have so many examples to draw from, and at most so many of them."""
+        """The setting with at most ``labels`` new labels, each with at least ``examples`` examples to draw from."""
         enough = {label: new for label, new in self.new.items() if len(new.train) >= examples}
         for label in self.new.keys() - enough.keys():
             note(f"left out: {label!r} has {len(self.new[label].train)} examples, and {examples} are needed")
@@ -172,9 +172,9 @@ def _fields(setting: Setting) -> dict[str, Any]:
 
 
 def draws_of(setting: Setting, label: str, n: int, draws: int) -> list[Ints]:
-    """Positions of ``n`` examples in a label's train set, ``draws`` times; fewer where there is nothing to choose.
+    """Positions of ``n`` examples in a label's train set, drawn ``draws`` times, or fewer if there is no choice.
 
-    The draw for 5 examples is the beginning of the draw for 10, so that curves over n compare like with like.
+    The draw for 5 examples is the beginning of the draw for 10, so that curves over n are comparable.
     """
     size = len(setting.new[label].train)
     if size < n:
@@ -185,9 +185,9 @@ def draws_of(setting: Setting, label: str, n: int, draws: int) -> list[Ints]:
 
 
 def sequence_of(setting: Setting, n: int, draw: int) -> list[tuple[str, Ints]]:
-    """All new labels in an order drawn anew, with positions of ``n`` examples each; none where there are no more draws.
+    """All new labels in a random order, with positions of ``n`` examples each; empty if a label has too few draws.
 
-    The same for every way of adding them, so that accuracies are compared on the same examples.
+    The sequence is the same for every way of adding the labels, so that accuracies are compared on equal examples.
     """
     found = []
     for position in np.random.default_rng([23, draw]).permutation(len(setting.new)).tolist():
@@ -200,7 +200,7 @@ def sequence_of(setting: Setting, n: int, draw: int) -> list[tuple[str, Ints]]:
 
 
 def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
-    """Features of a corpus by patcher's own export and encoder, kept below ``cache``."""
+    """Compute a corpus's features with patcher's own export and encoder; they are cached below ``cache``."""
     store = _Store(checkpoint, cache)
     head = store.head()
     place = {label: i for i, label in enumerate(head.labels)}
@@ -238,7 +238,7 @@ def load(checkpoint: Path, corpus: Corpus, cache: Path) -> Setting:
 
 
 class _Store:
-    """Head and features of one checkpoint, in a folder named after its weights."""
+    """A cache of one checkpoint's head and features, in a folder named after a hash of its files."""
 
     def __init__(self, checkpoint: Path, cache: Path) -> None:
         self._checkpoint = checkpoint
@@ -269,7 +269,7 @@ class _Store:
             step = max(1, len(texts) // 10)
 
             def progress(done: int) -> None:
-                if done % step < 32:  # about once a tenth: texts come in batches of 32
+                if done % step < 32:  # report about every tenth; texts come in batches of 32
                     note(f"  features of {name}: {done}/{len(texts)}")
 
             np.save(path, extract_features(self._classifier(), texts, progress=progress))

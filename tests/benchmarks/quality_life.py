@@ -1,4 +1,4 @@
-"""A long life: many labels added one after another, and classifiers whose labels do not exclude each other."""
+"""Quality over many patches: a hundred labels added one after another, and multi-label classifiers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ORDERS = 3
 
 
 def many_labels(setting: Setting, n: int, orders: int = ORDERS) -> dict[str, Any]:
-    """A hundred labels added one after another, from ``n`` examples each, in several orders.
+    """Add a hundred labels one after another, from ``n`` examples each, in several orders.
 
-    There are not so many that the backbone never saw: old labels are taken out of the head and the memory, and added
-    again after the new ones. (Those are easier than new ones, as the backbone was fine-tuned on them.)
+    The data has fewer labels that the backbone never saw, so old labels are removed from the head and the memory first
+    and added again among the new ones. (They are easier than new ones, because the backbone was fine-tuned on them.)
     """
     known = len(setting.head.labels)
     fewer = max(2, known - max(0, MANY - len(setting.new)))
@@ -100,9 +100,10 @@ def _one_by_one(setting: Setting, kept: tuple[str, ...], pool: dict[str, Floats]
 
 
 def sigmoids(setting: Setting, n: int, draws: int) -> dict[str, Any]:
-    """The same task with a sigmoid for each label: a new row and its threshold, which is that of all, 0.5.
+    """Add one label to a multi-label classifier: a sigmoid per label, with the common threshold of 0.5.
 
-    The head is fitted on the frozen classifier features, one logistic regression a label; a text has one label.
+    The head is fitted on the frozen classifier features, with one logistic regression per label. Each text has one
+    label.
     """
     head = _sigmoid_head(setting)
     memory = Memory.build(setting.train, setting.train_ids, head.labels, head.split)

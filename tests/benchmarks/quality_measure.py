@@ -1,4 +1,4 @@
-"""What the quality benchmark counts, as pure functions of answers and scores."""
+"""The metrics of the quality benchmark, as pure functions of answers and scores."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "Outcome", "auroc", "outcome", "recall_at_flips", "spread", "summary", "table"]
 
 FIGURES = {"flips": max, "change": min, "recall": min, "precision": min, "f1": min}
-"""Figures of an outcome, and which end of each is the worst."""
+"""Figures of an outcome, and the function that picks the worst value of each."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a patch did, each a share in 0..1.
+    """The effect of a patch, as fractions.
 
-    ``flips``: old test inputs that were right before and are wrong after; ``change``: of the accuracy on old test
-    inputs; ``recall``, ``precision``, ``f1`` of the new label over its own test inputs and all old ones.
+    ``flips``: share of the old test inputs that were right before and are wrong after. ``change``: change in accuracy
+    on the old test inputs. ``recall``, ``precision``, ``f1``: of the new label, over its own test inputs and all old
+    ones.
     """
 
     flips: float
@@ -40,8 +41,8 @@ class Outcome:
 def outcome(truth: Ints, before: Ints, after: Ints, new: Ints, place: int) -> Outcome:
     """Compare answers before and after a patch.
 
-    ``truth``, ``before``, ``after`` INT64 ``[n]`` are of old inputs, ``new`` INT64 ``[m]`` of the new label's, whose id
-    is ``place``.
+    ``truth``, ``before`` and ``after``, INT64 ``[n]``, are ids for the old inputs. ``new``, INT64 ``[m]``, are the
+    answers to the new label's inputs; the new label's id is ``place``.
     """
     was_right, is_right = before == truth, after == truth
     hits, false = int((new == place).sum()), int((after == place).sum())
@@ -55,17 +56,17 @@ def outcome(truth: Ints, before: Ints, after: Ints, new: Ints, place: int) -> Ou
 
 
 def recall_at_flips(old: Floats, right: Bools, new: Floats, rates: Sequence[float]) -> list[float]:
-    """The new label's recall when its bias lets just so many old inputs flip.
+    """The new label's recall when its bias is set so that just a given share of old inputs flips.
 
     Parameters
     ----------
     old, right
-        For each old input by how much its best old logit beats the new one, float ``[n]``, and whether the old answer
-        was right: an input that was wrong cannot flip.
+        For each old input, the margin of its best old logit over the new one, float ``[n]``, and whether the old
+        answer was right; an input that was wrong cannot flip.
     new
-        For each input of the new label by how much the new logit beats the best old one, float ``[m]``.
+        For each input of the new label, the margin of the new logit over the best old one, float ``[m]``.
     rates
-        Shares of the n old inputs that may flip.
+        Allowed flips as shares of the n old inputs.
     """
     margins = np.sort(old[right])
     allowed = [min(int(rate * len(old) + 1e-9), len(margins) - 1) for rate in rates]
@@ -73,7 +74,7 @@ def recall_at_flips(old: Floats, right: Bools, new: Floats, rates: Sequence[floa
 
 
 def auroc(inside: Floats, outside: Floats) -> float:
-    """Chance that an input of a known label scores above one of none (Mann-Whitney), ties counting half."""
+    """AUROC: probability that an in-scope input scores above an out-of-scope one (Mann-Whitney); ties count half."""
     ordered = np.sort(outside)
     below = np.searchsorted(ordered, inside, "left") + np.searchsorted(ordered, inside, "right")
     return float(below.mean() / (2 * len(outside)))
@@ -90,7 +91,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation and both ends."""
+    """Mean, standard deviation, minimum and maximum."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "sd": sd, "min": float(np.min(values)), "max": float(np.max(values))}
 
@@ -102,7 +103,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def figures_row(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The cells of one method: mean ± sd (worst) of each figure, in per cent or points."""
+    """The table cells of one method: mean ± sd (worst) of each figure, in per cent or percentage points."""
     cells = []
     for figure in FIGURES:
         digits = 2 if figure in {"flips", "change"} else 1

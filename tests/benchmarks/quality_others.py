@@ -1,4 +1,4 @@
-"""Everyone else on the same setting: textbook methods, the whole model fine-tuned, libraries from PyPI."""
+"""Other approaches on the same setting: textbook methods, fine-tuning the whole model, libraries from PyPI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["baselines", "finetune", "libraries"]
 
 
 def baselines(setting: Setting, n: int, draws: int) -> dict[str, Any]:
-    """Methods on the frozen classifier features."""
+    """Measure the methods on the frozen classifier features."""
     found = {}
     for name, method in FROZEN.items():
         outcomes, seconds = [], []
@@ -40,7 +40,7 @@ def baselines(setting: Setting, n: int, draws: int) -> dict[str, Any]:
 
 
 def finetune(setting: Setting, checkpoint: Path, n: int, labels: int) -> dict[str, Any]:
-    """The whole model fine-tuned on the examples, for a few labels: it takes its time."""
+    """Fine-tune the whole model on the examples, for a few labels only because it is slow."""
     outcomes, seconds = [], []
     for label in list(setting.new)[:labels]:
         new = setting.new[label]
@@ -56,9 +56,9 @@ def finetune(setting: Setting, checkpoint: Path, n: int, labels: int) -> dict[st
 def libraries(
     setting: Setting, checkpoint: Path, cache: Path, n: int, budgets: dict[str, tuple[int, int]], sequences: int
 ) -> dict[str, Any]:
-    """Libraries from PyPI; ``budgets`` says for each on how many labels and draws: they take their time.
+    """Measure libraries from PyPI, each on the numbers of labels and draws in ``budgets``, because they are slow.
 
-    ``sequences`` are so many orders in which all labels are added one after another.
+    ``sequences`` is the number of orders in which all labels are added one after another.
     """
     found = {}
     for library, (labels, draws) in budgets.items():
@@ -76,7 +76,7 @@ def _library_row(setting: Setting, answers: dict[str, Any]) -> dict[str, Any]:
     def ids(labels: list[str]) -> NDArray[np.int64]:
         return np.array([place[label] for label in labels], np.int64)
 
-    # A library that has a classifier of its own is compared with that one before the addition; else with ours.
+    # A library with a classifier of its own is compared with its own answers before the addition, others with ours.
     before = ids(answers["before"]) if "before" in answers else setting.before
     outcomes = [
         outcome(setting.test_ids, before, ids(add["old"]), ids(add["new"]), place[add["label"]])

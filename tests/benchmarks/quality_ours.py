@@ -1,4 +1,4 @@
-"""What patcher's own fit, gate and scope do on a setting: one label, many one after another, bounds, scope, seconds."""
+"""Measures patcher's own fit, gate and scope: one label, many one after another, the bound on flips, scope, speed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ __all__ = ["BUDGETS", "COUNTS", "RATES", "bound", "methods", "one_label", "scope
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 RATES = tuple(float(rate) for rate in np.geomspace(2.5e-4, 0.1, 27))
-"""Shares of flips at which the curve of recall is drawn."""
+"""Flip rates at which the recall curve is evaluated."""
 NAMED_RATES = (5e-4, 2e-3, 5e-3)
 BUDGETS = (0.001, 0.005, 0.02)
 SPEED_REPEATS, SPEED_SECONDS = 5, 20.0
 IN_SCOPE = 0.5
 """Below this score a text counts as out of scope."""
 MANY = 100
-"""Examples of each new label that the head trained from scratch gets."""
+"""Maximum number of examples of each new label for the reference head that is trained from scratch."""
 
 
 @dataclass(frozen=True)
 class _Patch:
-    """One fit, and what it did."""
+    """One fit and its measured effect."""
 
     outcome: Outcome
     curve: list[float]
@@ -78,13 +78,13 @@ def patch(
 
 
 def names_of(setting: Setting, label: str) -> dict[str, Floats]:
-    """Features of a new label's name, where it is words."""
+    """Features of a new label's name, if it consists of words."""
     name = setting.new[label].name
     return {} if name is None else {label: name}
 
 
 def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
-    """The default method with nothing but the memory, for each count of examples: figures, curve, gate, seconds."""
+    """Measure the default method with the memory alone, per number of examples: figures, curve, gate, seconds."""
     found: dict[str, Any] = {}
     for n in counts:
         patches, passed, warned, estimates, per_label = [], [], [], [], {}
@@ -125,7 +125,7 @@ def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> d
 
 
 def methods(setting: Setting, n: int, draws: int) -> dict[str, Any]:
-    """Every other method and memory at one count of examples."""
+    """Measure every other method and memory with one number of examples."""
     default = fit(_first(setting, n), setting.head, setting.memory).method
     every: list[tuple[str, str, Memory | None, Labelled | None]] = [
         ("auto, statistics only in the memory", "auto", setting.statistics, None),
@@ -142,7 +142,7 @@ def methods(setting: Setting, n: int, draws: int) -> dict[str, Any]:
             patches = [
                 patch(setting, label, setting.new[label].train[picked], memory, method, replay)
                 for label in setting.new
-                for picked in draws_of(setting, label, n, 1 if method == "anchored" else draws)  # it takes its time
+                for picked in draws_of(setting, label, n, 1 if method == "anchored" else draws)  # anchored is slow
             ]
         except InputError as error:
             found[name] = {"failed": str(error)}
@@ -160,7 +160,7 @@ def _first(setting: Setting, n: int) -> dict[str, Floats]:
 
 
 def _unchanged(head: Head, fitted: Fit) -> bool:
-    """Whether the rows of a patched head hold the bits that they held before."""
+    """Whether the old rows of a patched head are bit-identical to those before."""
     before, after = head.rows_hash(), fitted.apply(head).rows_hash()
     return all(after[label] == row for label, row in before.items())
 
@@ -174,11 +174,11 @@ WAYS = {
     "ridge": ("ridge",),
     "ridge for the first one, the default after it": ("ridge", "auto"),
 }
-"""Other ways to add labels one after another: the method of the first patch, and that of the rest."""
+"""Other ways to add labels one after another: the method of the first patch, then that of the rest."""
 
 
 def sequential(setting: Setting, n: int, draws: int) -> dict[str, Any]:
-    """All new labels one after another, each order drawn anew, against heads trained on many examples of each."""
+    """Add all new labels one after another in random orders; compare with heads trained on many examples of each."""
     found = _sequences(setting, n, draws, "the default", ("auto",))
     found["labels"] = len(setting.head.labels) + len(setting.new)
     found["other methods"] = {name: _sequences(setting, n, draws, name, way) for name, way in WAYS.items()}
@@ -198,7 +198,7 @@ def _sequences(setting: Setting, n: int, draws: int, name: str, way: Sequence[st
 
 
 def trained_on_many(setting: Setting) -> dict[str, Any]:
-    """Accuracy of softmax layers trained from scratch on all old data and many examples of each new label."""
+    """Accuracy of softmax layers trained from scratch on all old data and ``MANY`` examples of each new label."""
     labels = len(setting.head.labels) + len(setting.new)
     reference = {}
     for name, width in (("classifier features", setting.head.split), ("all features", setting.head.width)):
@@ -248,7 +248,7 @@ def _many(setting: Setting, width: int) -> Labelled:
 
 
 def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
-    """How often the flips on test stay within the upper bound that the gate states, for several budgets."""
+    """Measure how often the flips on the test set stay within the gate's upper bound, for several budgets."""
     found: dict[str, Any] = {}
     everywhere: list[bool] = []
     for budget in BUDGETS:
@@ -277,7 +277,7 @@ def bound(setting: Setting, n: int, draws: int) -> dict[str, Any]:
 
 
 def scope(setting: Setting, n: int) -> dict[str, Any]:
-    """How well the score tells texts of no label from old test texts, before and after all new labels are added."""
+    """Measure how well the score separates texts of no label from old test texts, before and after adding labels."""
     head, memory = setting.head, setting.memory
     stretch = fit_scope(memory, head, fresh=setting.fresh).stretch
     limits = {"": FINE_TUNED} | ({", limit set on fresh texts": stretch} if len(setting.fresh) else {})
@@ -315,7 +315,7 @@ def _scope_figures(setting: Setting, head: Head, memory: Memory, stretch: float)
 
 
 def speed() -> dict[str, Any]:
-    """Median seconds of a fit from a memory (and of the gate, the memory's growth, the scope) on made-up features."""
+    """Median seconds of fit, gate, memory update and scope, on synthetic features."""
     found = {}
     for labels, split, width in ((150, 384, 384), (150, 384, 768), (5000, 384, 768)):
         head, memory, examples = made_up(labels, split, width)
@@ -345,7 +345,7 @@ def _lap(head: Head, memory: Memory, examples: Floats) -> dict[str, float]:
 
 
 def made_up(labels: int, split: int, width: int, per_label: int = 20) -> tuple[Head, Memory, Floats]:
-    """A head, a memory and ten examples like those of a fine-tuned model: labels far apart, spread within each."""
+    """A synthetic head, memory and ten examples, like a fine-tuned model's: distant labels, with spread within each."""
     rng = np.random.default_rng(5)
     means = rng.standard_normal((labels + 1, width)).astype(np.float32)
     mixing = rng.standard_normal((width, width)).astype(np.float32) / np.sqrt(width)

@@ -1,4 +1,4 @@
-"""The quality benchmark's picture: recall of the new label against flips of the old ones, as the bias moves."""
+"""The quality benchmark's plot: recall of the new label against flips of the old ones, as the bias varies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 _LEAST = 0.01
-"""Per cent: fewer flips than this are drawn here, since a logarithmic axis has no zero."""
+"""Flip rate in per cent; smaller ones are drawn here, because a logarithmic axis has no zero."""
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the curve of the default method for each count of examples, its own bias, and other methods as points."""
+    """Draw the default method's curve per number of examples, its chosen bias, and other methods as points."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,7 +1,7 @@
-"""Other people's libraries, each measured as it is, in an environment of its own.
+"""Runs third-party libraries unmodified, in an environment of their own.
 
-The environment sees the packages of the running one (so torch stays the build that is there) and adds what the
-libraries need beyond them, without dependencies of dependencies: nothing here can pull in another torch.
+The environment sees the packages of the running one, so it uses the same build of torch. What the libraries need beyond
+those is installed with ``--no-deps``, so that nothing can pull in another torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["LIBRARIES", "run_library"]
 
 LIBRARIES = {"adaptive-classifier": "0.3.1", "setfit": "1.2.0"}
-# The last pandas that takes numpy 1, where that is what runs (nvidia-pytriton asks for it).
+# With numpy 1 (nvidia-pytriton requires it), the last pandas that still supports it.
 _PANDAS = "pandas" if int(np.__version__.split(".")[0]) > 1 else "pandas<3"
 _BESIDES: tuple[str, ...] = (
     "charset-normalizer",
@@ -66,9 +66,9 @@ def run_library(
     labels: int | None,
     sequences: int,
 ) -> dict[str, Any]:
-    """Answers of one library: see ``quality_worker.py`` for what it is asked.
+    """Run one library on a job; ``quality_worker.py`` describes the job.
 
-    Returns the worker's document, or ``{"failed": why}`` with the last line that it said.
+    Returns the worker's document, or ``{"failed": reason}`` with the last line that it wrote to stderr.
     """
     try:
         python = _environment(cache / "libraries")
@@ -84,7 +84,7 @@ def run_library(
 
 
 def _environment(folder: Path) -> Path:
-    """The environment's Python, made at the first call."""
+    """The environment's Python; the first call creates the environment."""
     python = folder / "bin" / "python"
     wanted = [*(f"{name}=={version}" for name, version in LIBRARIES.items()), *_BESIDES]
     stamp = folder / "installed.json"
@@ -111,7 +111,7 @@ def _write_job(
     labels: int | None,
     sequences: int,
 ) -> None:
-    """Everything that the worker needs, as one JSON file."""
+    """Write everything that the worker needs to one JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "answers.json").unlink(missing_ok=True)
     texts = [*setting.train_texts, *setting.test_texts]
@@ -144,7 +144,7 @@ def _sequence(setting: Setting, examples: int, draw: int) -> list[dict[str, Any]
 
 
 def _run(command: list[str], answers: Path) -> dict[str, Any]:
-    """Run the worker; its progress goes through to stderr, its last words are kept for the report."""
+    """Run the worker; pass its progress on to stderr, and keep its own stderr to report a failure."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     log = answers.with_name("worker.log")
     with log.open("w") as said:

@@ -16,7 +16,7 @@ _NEEDS_MORE = {"lda": "all rows change", "ridge": "all rows change", "anchored":
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Everything that was measured, as tables; parts that were not run are left out."""
+    """All results as tables; parts that were not run are left out."""
     lines = ["# How right a patched classifier is", "", *_about(results)]
     sections = {
         "baselines ours finetune libraries": _methods,

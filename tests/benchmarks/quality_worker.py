@@ -1,9 +1,9 @@
-"""Runs one library from PyPI on a job that ``quality_pypi.py`` wrote: stands alone, knows nothing of patcher.
+"""Runs one library from PyPI on a job that ``quality_pypi.py`` wrote; standalone, without importing patcher.
 
     python quality_worker.py FOLDER
 
-Reads ``job.json``, writes ``answers.json``: labels answered on old and new test texts, before and after each addition,
-and the seconds it took.
+Reads ``job.json`` and writes ``answers.json``: the labels predicted for old and new test texts, before and after each
+addition, and the seconds each took.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SETFIT_PER_LABEL = 10
 
 
 def adaptive_classifier(job: dict[str, Any]) -> dict[str, Any]:
-    """All old data learned once, then each addition from that state; and one after another.
+    """Train on all old data once, then make each addition from that state; also add labels one after another.
 
-    The library encodes each text once, those of one length together, and its results are looked up from then on: the
-    seconds are, as everyone's here, those without the encoder.
+    The library encodes each text once, sorted by length, and the embeddings are looked up from then on. So the seconds
+    exclude the encoder, as for all other methods here.
     """
     library = import_module("adaptive_classifier")
     model = library.AdaptiveClassifier(job["checkpoint"], device="cpu", use_onnx=False)
-    model.model.float()  # its own layers are in single precision, and it takes no checkpoint in half
+    model.model.float()  # its own layers are in single precision, and it cannot use a checkpoint in half precision
     texts = sorted(set(job["embedded"]), key=len)
     vectors = dict(zip(texts, model._get_embeddings(texts), strict=True))
     print(f"  adaptive-classifier encoded {len(texts)} texts", flush=True)
@@ -60,7 +60,7 @@ def adaptive_classifier(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def setfit(job: dict[str, Any]) -> dict[str, Any]:
-    """A few examples of every label, old and new: contrastive fine-tuning of the encoder, then a logistic head."""
+    """Fine-tune the encoder contrastively on a few examples of every label, old and new, then fit a logistic head."""
     import torch
 
     library, sentences = import_module("setfit"), import_module("sentence_transformers")
@@ -70,7 +70,7 @@ def setfit(job: dict[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = {"steps": SETFIT_STEPS, "adds": []}
     for add in job["adds"]:
         torch.manual_seed(add["draw"])
-        # Half-precision weights are for storage: on a CPU they would train at a tenth of the speed.
+        # Convert half-precision weights: on a CPU they would train at a tenth of the speed.
         encoder = modules.Transformer(job["checkpoint"], model_kwargs={"dtype": torch.float32})
         pooling = modules.Pooling(encoder.get_word_embedding_dimension(), pooling_mode="mean")
         body = sentences.SentenceTransformer(modules=[encoder, pooling], device="cpu")

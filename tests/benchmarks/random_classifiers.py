@@ -1,18 +1,18 @@
-"""Made-up classifiers through all that a label's life does with numbers, and what has to hold after each step.
+"""Takes random synthetic classifiers through additions and removals of labels, and checks invariants after each step.
 
     python tests/benchmarks/random_classifiers.py [--count 2000] [--seed 0]
 
-Each has other labels, widths, scales and spreads, among them what real ones seldom have: features that never vary, a
-mean far from zero, a label with a single sentence, sentences that are all alike. Labels are added and taken out, by
-each method, and after each step:
+Their labels, widths, scales and spreads vary, and include cases that are rare in practice: features that never vary, a
+mean far from zero, a label with a single sentence, sentences that are all alike. Labels are added, with each method,
+and removed. After each step:
 
-* nothing is raised but patcher's own errors, and numpy warns of nothing;
-* a patch of the default method leaves the bits of all old rows;
-* a new row answers a sentence the same whether its features are the true ones or as a memory rounds them to FP16;
-* as many old inputs flip as the gate says, counted here once more in plain numpy;
-* what onnxruntime answers from the head's ONNX file is what numpy computes from its rows, score included.
+* nothing is raised but patcher's own errors, and numpy emits no warnings;
+* a patch with the default method leaves all old rows bit-identical;
+* a new row gives a sentence about the same logit from exact features and from features rounded to FP16 as in a memory;
+* no more old inputs flip than the gate says, counted again here in plain numpy;
+* onnxruntime's answer from the head's ONNX file equals what numpy computes from its rows, score included.
 
-Prints what was found as JSON; ends with 1 where a rule was broken, and names the seed, which makes it again.
+Prints the results as JSON. Exits with 1 if a rule was broken, and names the seed that reproduces it.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 
 _CLOSE = 1e-9
 _MOVED = 2.0
-"""By so much, and a hundredth of the largest, may rounded features move a new label's logits."""
+"""How far rounded features may move a new label's logits, plus a hundredth of the largest logit."""
 RESULTS = Path(__file__).parent / "results" / "random_classifiers.json"
 
 
 class BrokenRule(Exception):
-    """Something that has to hold does not."""
+    """An invariant does not hold."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where sentences of made-up labels lie."""
+    """The distribution of the features of synthetic labels' sentences."""
 
     rng: np.random.Generator
     split: int
@@ -70,7 +70,7 @@ class World:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> World:
-        """Up to nine labels; the last two are not known yet."""
+        """Draw four to nine labels; the classifier does not know the last two yet."""
         split = int(rng.choice([4, 16, 32]))
         width = split * int(rng.choice([1, 2, 2]))
         scale = 10.0 ** rng.integers(-3, 2)
@@ -80,7 +80,7 @@ class World:
         return cls(rng, split, centres.astype(np.float32), away, spread, rng.random(width) < rng.choice([0, 0, 0.3]))
 
     def sentences(self, label: int, count: int) -> Floats:
-        """Features, float32 ``[count, width]``."""
+        """Draw ``count`` sentences of a label; features float32 ``[count, width]``."""
         rows = self.away + self.centres[label] + self.spread * self.rng.standard_normal((count, len(self.dead)))
         rows[:, self.dead] = self.away
         if self.rng.random() < 0.1:
@@ -90,7 +90,7 @@ class World:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A head with its score, what is remembered of its labels, and all sentences that those were made from."""
+    """A head with its score, its memory, and all sentences that these were made from."""
 
     head: Head
     memory: Memory
@@ -98,7 +98,7 @@ class Classifier:
 
     @classmethod
     def draw(cls, world: World) -> Classifier:
-        """One whose rows point at its labels' means, as trained ones do."""
+        """Draw a classifier whose rows point at its labels' means, as those of trained ones do."""
         rng, known = world.rng, len(world.centres) - 2
         labels = [f"label {i}" for i in range(known)]
         each = int(rng.choice([1, 2, 3, 10, 40]))
@@ -113,15 +113,15 @@ class Classifier:
         return cls(head, memory, features).scored()
 
     def scored(self) -> Classifier:
-        """The same with its out-of-scope score fitted anew."""
+        """The classifier with its out-of-scope score fitted anew."""
         return dataclasses.replace(self, head=dataclasses.replace(self.head, scope=fit_scope(self.memory, self.head)))
 
     def without(self, label: str) -> Classifier:
-        """The same when a label was taken out."""
+        """The classifier with a label removed."""
         return dataclasses.replace(self, head=self.head.without(label), memory=self.memory.remove(label)).scored()
 
     def patched(self, examples: Mapping[str, Floats], method: str) -> Classifier:
-        """The same with some labels more; the rules of a patch are looked at."""
+        """The classifier with new labels added; checks the invariants of a patch."""
         made = fit(examples, self.head, self.memory, method=method)
         verdict = judge(self.head, made, examples, self.memory)
         head = made.apply(self.head)
@@ -146,14 +146,15 @@ class Classifier:
         return dataclasses.replace(self, head=head, memory=memory).scored()
 
     def check(self, rows: Floats) -> None:
-        """See that the head's file answers as the head does."""
+        """Check that the head's file answers as the head does."""
         check_head_file(write_head(self.head), self.head, rows)
 
 
 def _flips(before: Classifier, after: Head, examples: Floats) -> float:
-    """The share of remembered sentences that were right and are wrong, or got a label not theirs.
+    """The weighted share of remembered sentences that flip, as a lower bound.
 
-    At least: without those for which two logits are the same but for rounding. A sigmoid may have its own examples.
+    It leaves out sentences whose logits tie up to rounding. With sigmoids, a sentence flips if it gets a new label,
+    unless it is one of that patch's examples.
     """
     memory = before.memory
     rows = memory.sample.astype(np.float32)
@@ -174,7 +175,7 @@ def _flips(before: Classifier, after: Head, examples: Floats) -> float:
 
 
 def _lead(logits: Floats, ids: NDArray[np.int64]) -> Floats:
-    """How far each row's own label is before the best other one."""
+    """Margin of each row's own label over the best other one."""
     others = logits.copy()
     others[np.arange(len(ids)), ids] = -np.inf
     lead: Floats = logits[np.arange(len(ids)), ids] - others.max(axis=1)
@@ -182,11 +183,9 @@ def _lead(logits: Floats, ids: NDArray[np.int64]) -> Floats:
 
 
 def live(seed: int) -> list[str]:
-    """One classifier's life; what was done, or refused.
+    """Take one classifier through a few steps; return what was done or refused.
 
-    Raises
-    ------
-    BrokenRule, or whatever the code under test raises that it must not.
+    Raises BrokenRule, or any unexpected exception of the code under test.
     """
     rng = np.random.default_rng(seed)
     world = World.draw(rng)
@@ -214,7 +213,7 @@ def live(seed: int) -> list[str]:
 
 
 def run(seeds: Sequence[int]) -> dict[str, Any]:
-    """Many of them: how often what was done, and what broke."""
+    """Run many seeds; count what was done, and list what broke."""
     done: collections.Counter[str] = collections.Counter()
     broken: dict[int, str] = {}
     started = time.perf_counter()
@@ -223,13 +222,13 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
             warnings.simplefilter("error", RuntimeWarning)
             try:
                 done.update(live(seed))
-            except Exception as error:  # noqa: BLE001  whatever came out is what was looked for
+            except Exception as error:  # noqa: BLE001  any exception is a finding
                 broken[seed] = f"{type(error).__name__}: {error}"
     return {"classifiers": len(seeds), "steps": dict(done), "broken": broken, "seconds": time.perf_counter() - started}
 
 
 def main() -> int:
-    """Run as many as asked for, and print what they did."""
+    """Run the requested number of seeds and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the first one")

@@ -1,10 +1,10 @@
-"""The whole road on a real checkpoint: parity over gRPC, seconds a new label takes, what it costs, what it gains.
+"""Measures the whole workflow on a real checkpoint: parity over gRPC, and time, cost and gain of a new label.
 
     python tests/benchmarks/road.py --checkpoint DIR --data DIR
 
 ``--checkpoint`` is a fine-tuned ``*ForSequenceClassification`` folder; ``--data`` holds ``base_train.csv``,
-``base_test.csv``, ``new_test.csv`` and ``new/LABEL.csv`` with ten examples of each new label. Prints a table and
-writes ``road.json`` beside the repository it makes.
+``base_test.csv``, ``new_test.csv`` and ``new/LABEL.csv`` with ten examples of each new label. Prints the results as
+JSON and writes them to ``--out``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sha256(path: Path) -> str:
 
 
 def parity(checkpoint: Path, data: Path, repo: Path, url: str) -> dict:
-    """200 sentences over gRPC against the checkpoint in PyTorch."""
+    """Compare the answers to 200 sentences over gRPC with the checkpoint's in PyTorch."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -63,7 +63,7 @@ def parity(checkpoint: Path, data: Path, repo: Path, url: str) -> dict:
 
 
 def add_seconds(data: Path, repo: Path, url: str) -> dict:
-    """Whole process of ``add-label``, from the shell's prompt to the new label answering; median of five."""
+    """Wall time of the whole ``add-label`` process, until the new label is served; median of five."""
     backbone = repo / "intent_backbone" / "1" / "model.onnx"
     before = sha256(backbone)
     seconds, report = [], {}
@@ -85,7 +85,7 @@ def add_seconds(data: Path, repo: Path, url: str) -> dict:
 
 
 def alternative_seconds(checkpoint: Path, data: Path, scratch: Path) -> dict:
-    """What add-label replaces: fine-tune the head on old data and new, export the whole model, load it again."""
+    """Time what add-label replaces: fine-tune the head on old and new data, export the whole model, load it again."""
     script = Path(__file__).with_name("whole_model.py")
     start = time.perf_counter()
     files = (checkpoint, data / "base_train.csv", data / "new" / "payday.csv", scratch / "whole")
@@ -95,9 +95,10 @@ def alternative_seconds(checkpoint: Path, data: Path, scratch: Path) -> dict:
 
 
 def each_alone(data: Path, repo: Path, scratch: Path) -> dict:
-    """Each new label added on its own from its ten examples, whatever the gate says, which is told beside.
+    """Add each new label on its own from its ten examples, even if the gate refuses; the results say what it said.
 
-    The ten are the first in the data, much alike: of ``yes`` they take a quarter of what is remembered of ``no``.
+    The ten examples are the first in the data and much alike: those of ``yes`` flip a quarter of the remembered inputs
+    of ``no``.
     """
     from patcher import ModelRepository, PatchSettings, add_labels, read_examples
     from patcher.evaluation import evaluate_head

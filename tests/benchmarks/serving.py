@@ -1,18 +1,18 @@
-"""How fast the split ensemble answers, beside what else could answer: in one run, on the same texts, in turns.
+"""Compares the speed of the split ensemble with alternatives: in one run, on the same texts, in alternating rounds.
 
     python tests/benchmarks/serving.py [--repo DIR] [--also DIR] [--checkpoint DIR] [--texts FILE] [--rounds 3]
 
-Served by one Triton, measured by perf_analyzer: the ensemble from text, the same graph in one piece (behind the
-tokenizer, as steps of an ensemble), the ensemble from tokens. By Tritons beside it, in the same turns: the repository
-with Triton's default instances and threads, with an encoder that asks Triton for the backbone (as on servers that
-`patcher serve` did not start), and the repositories of ``--also`` (the same classifier in INT8, say). Then random
-arrivals (Poisson) at 70 % of the ensemble's best throughput. At the end of each turn, outside of Triton: onnxruntime
-sorted into batches of 32 (the practical limit), the transformers pipeline one by one, PyTorch in batches, a FastAPI +
-onnxruntime server (where fastapi and uvicorn are installed). Without ``--repo`` the demo's classifier is served, if
-`make demo` was run, else a tiny one made on the spot: that measures the serving, not a model.
+Each round measures with perf_analyzer, on one Triton: the ensemble from text, the same graph in one piece (behind the
+tokenizer, as steps of an ensemble), and the ensemble from tokens. On other Tritons, in the same rounds: the repository
+with Triton's default instances and threads, the repository with an encoder that asks Triton for the backbone (as on
+servers that `patcher serve` did not start), and the repositories of ``--also`` (for example the same classifier in
+INT8). At the end of each round, outside of Triton: onnxruntime on texts sorted into batches of 32 (the practical
+limit), the transformers pipeline one text at a time, PyTorch in batches, and a FastAPI + onnxruntime server (if fastapi
+and uvicorn are installed). Finally, texts arrive at random (Poisson) at 70 % of the ensemble's best throughput.
 
-Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Take ratios within one run, not the
-figures of two.
+Without ``--repo`` it serves the demo's classifier if `make demo` was run, else a generated tiny one, which measures the
+serving and not a model. Prints a table and writes ``serving.json`` and ``serving.png`` under ``--out``. Compare ratios
+within one run, not figures of two runs.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PIPELINE = "transformers pipeline, one by one"
 DEFAULTS = "Triton's default instances and threads"
 ASKING = "asking Triton for the backbone"
 REST = 3.0
-"""Seconds after what ran outside of Triton: its threads still turn on the spot when it has answered."""
+"""Seconds to wait after measuring outside of Triton, because its threads keep spinning for a while."""
 RANDOM = 0.7
-"""Share of the best throughput at which texts arrive at random."""
+"""Rate of random arrivals, as a share of the best throughput."""
 
 
 DEMO = ROOT / "build" / "demo"
@@ -58,14 +58,14 @@ def tell(what: str) -> None:
 
 
 def copied(repository: Path, folder: Path) -> Any:
-    """The classifier of a copy of a repository."""
+    """Copy a repository; return the classifier of the copy."""
     from patcher import ModelRepository
 
     return ModelRepository(shutil.copytree(repository, folder / "model_repository")).classifier()
 
 
 def token_rows(classifier, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The texts as the tokens that perf_analyzer sends to the ensemble without a tokenizer."""
+    """The texts as tokens, for perf_analyzer to send to the ensemble without a tokenizer."""
     from tokenizers import Tokenizer
 
     from patcher.triton.tokenizer.model import encode
@@ -83,7 +83,10 @@ def token_rows(classifier, texts: Sequence[str]) -> list[dict[str, Any]]:
 def in_process(
     classifiers: Mapping[str, Any], checkpoint: Path | None, texts: Sequence[str], found: Rates
 ) -> Iterator[Callable[[], None]]:
-    """What measures everything outside of Triton once, texts a second into ``found``; of ``classifiers``, by title."""
+    """Yield a function that measures everything outside of Triton once and adds texts per second to ``found``.
+
+    ``classifiers`` are keyed by title.
+    """
     import tiny
 
     from tests.benchmarks import serving_contenders as contenders
@@ -110,14 +113,17 @@ def in_process(
 
 
 def titled(what: str, title: str) -> str:
-    """What was measured of the repository with a title."""
+    """``what``, followed by the repository's title if it has one."""
     return f"{what} ({title})" if title else what
 
 
 def served(
     classifiers: Mapping[str, Any], texts: Sequence[str], rounds: int, window: float, after_each: Callable[[], None]
 ) -> list[Any]:
-    """perf_analyzer over all that Triton serves, in turns, each model under its title; ``after_each`` ends a turn."""
+    """Measure everything that Triton serves with perf_analyzer, in rounds; ``after_each`` is called after each round.
+
+    The measurements name each model by its title.
+    """
     from patcher import TritonServer
     from patcher.loadtest import load_test
     from patcher.measurement import Load
@@ -143,7 +149,7 @@ def served(
         found: list[Any] = []
         for turn in range(rounds):
             tell(f"round {turn + 1} of {rounds}")
-            first_one = turn % len(titles)  # another each time
+            first_one = turn % len(titles)  # start with another model each round
             found += measure([*titles][first_one:] + [*titles][:first_one], loads=loads, inputs=rows)
             after_each()
             time.sleep(REST)
@@ -156,7 +162,7 @@ def served(
 
 
 def summary(outside: Rates, measured: Sequence[Any], name: str) -> list[dict[str, Any]]:
-    """Medians, spread, and ratios, all of them round by round: to the limit, and to others under the same load."""
+    """Medians, spread, and ratios to the limit and to others under the same load, all computed round by round."""
     from patcher.measurement import compare
     from tests.benchmarks.serving_monolith import WHOLE
 

@@ -1,4 +1,4 @@
-"""What a classifier is compared with outside of Triton, on the same texts; each gives texts a second."""
+"""Alternatives to Triton that a classifier is compared with on the same texts; each returns texts per second."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _rate(run: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float
 
 
 def onnxruntime_sorted(classifier: Classifier) -> Callable[[Sequence[str]], float]:
-    """The repository's own files in this process, sorted by length, in batches of 32: the practical limit."""
+    """The repository's own files in this process, texts sorted by length, in batches of 32: the practical limit."""
     from patcher.runtime import Encoder, open_session, run_head
 
     encoder = Encoder(classifier.backbone_path, classifier.tokenizer_path)
@@ -64,7 +64,7 @@ def onnxruntime_sorted(classifier: Classifier) -> Callable[[Sequence[str]], floa
 
 
 def transformers_one_by_one(checkpoint: Path) -> Callable[[Sequence[str]], float]:
-    """The pipeline that most begin with."""
+    """The transformers pipeline that most people start with."""
     from transformers import pipeline
 
     classify = pipeline("text-classification", model=str(checkpoint), device="cpu", top_k=5)
@@ -72,7 +72,7 @@ def transformers_one_by_one(checkpoint: Path) -> Callable[[Sequence[str]], float
 
 
 def pytorch_batched(checkpoint: Path) -> Callable[[Sequence[str]], float]:
-    """The checkpoint in PyTorch, sorted by length, in batches of 32."""
+    """The checkpoint in PyTorch, texts sorted by length, in batches of 32."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -89,16 +89,16 @@ def pytorch_batched(checkpoint: Path) -> Callable[[Sequence[str]], float]:
 
 
 class FastApi:
-    """A FastAPI + onnxruntime server, one text a request, as it is usually written; a process of its own.
+    """A typical FastAPI + onnxruntime server in a process of its own, with one text per request.
 
-    ``available`` tells whether fastapi and uvicorn are installed: `pip install fastapi uvicorn`.
+    ``available`` is True if fastapi and uvicorn are installed (`pip install fastapi uvicorn`).
     """
 
     available = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn"))
 
     def __init__(self, classifier: Classifier, port: int) -> None:
         self.port = port
-        self.own = threading.local()  # each client keeps its connection, as perf_analyzer's do
+        self.own = threading.local()  # each client keeps its connection open, as perf_analyzer's clients do
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", SERVER, str(classifier.root.resolve()), classifier.name, str(port)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
@@ -115,7 +115,7 @@ class FastApi:
                 time.sleep(0.1)
 
     def ask(self, text: str) -> bytes:
-        """One question."""
+        """Classify one text; return the response's body."""
         if not hasattr(self.own, "connection"):
             self.own.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         body = json.dumps({"text": text})
@@ -131,11 +131,11 @@ class FastApi:
         return answer
 
     def rate(self, texts: Sequence[str]) -> float:
-        """Texts a second from 16 clients at once."""
+        """Texts per second with 16 concurrent clients."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             return _rate(lambda some: list(pool.map(self.ask, some)), texts)
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         self.process.terminate()
         self.process.wait(timeout=30)

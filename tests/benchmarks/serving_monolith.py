@@ -1,4 +1,4 @@
-"""The models that the split ensemble is measured against, added to a copy of its repository.
+"""Adds the models that the split ensemble is measured against to a copy of its repository.
 
 ``whole`` is the classifier as if it had never been split: tokenizer, then backbone and head merged into one ONNX file.
 ``tokens`` is the split ensemble without its tokenizer. Both are served by the same server under the same settings.
@@ -17,7 +17,7 @@ WHOLE, TOKENS = "whole", "tokens"
 
 
 def merged(backbone: Path, head: Path) -> bytes:
-    """Backbone and head as one graph: token tensors in, the head's answer out."""
+    """Backbone and head merged into one graph, from token tensors to the head's answer."""
     import onnx
     from onnx import compose
 
@@ -43,12 +43,12 @@ def _write(root: Path, name: str, message: Any, data: bytes | None = None) -> No
 
 
 def add_contenders(classifier: Classifier) -> tuple[str, str]:
-    """Write ``whole`` and ``tokens`` into the repository of ``classifier`` (a copy!); returns their names."""
+    """Write ``whole`` and ``tokens`` into the repository of ``classifier`` (must be a copy); return their names."""
     repository, root = classifier.repository, classifier.root
     backbone, head, ensemble = (
         repository.config(name) for name in (classifier.backbone_model, classifier.head_model, classifier.name)
     )
-    # The merged graph under the settings of the backbone: all of them but what goes in and out.
+    # The merged graph gets the backbone's settings, except for outputs and warm-up.
     whole = type(backbone)()
     whole.CopyFrom(backbone)
     del whole.output[:]
@@ -80,13 +80,13 @@ def add_contenders(classifier: Classifier) -> tuple[str, str]:
 
 
 def with_tritons_defaults(classifier: Classifier) -> None:
-    """What a repository serves with when nobody chose instances and threads: two sessions, a thread per core each."""
+    """Remove the repository's choice of instances and threads: two sessions, each with a thread per core."""
     from google.protobuf import text_format
 
     for model in (classifier.backbone_model, classifier.head_model):
         message = classifier.repository.config(model)
         del message.instance_group[:]
-        message.instance_group.add(count=2)  # what the C++ backend starts on a CPU where nothing is said
+        message.instance_group.add(count=2)  # the C++ backend's default on a CPU
         for key in [key for key in message.parameters if key.endswith("thread_count")]:
             del message.parameters[key]
         (classifier.root / model / "config.pbtxt").write_text(text_format.MessageToString(message))

@@ -1,13 +1,13 @@
-"""What clients notice while heads are swapped once a second under load: throughput, p99, failures.
+"""Measures what clients notice while heads are swapped once a second under load: throughput, p99, failures.
 
     python tests/benchmarks/serving_swaps.py [--repo DIR [--classifier NAME] --texts FILE] [--seconds 120]
         [--concurrency 8] [--ask-backbone]
 
-Two head versions are pinned and loaded in turns, each proven by a probe, as every patch and rollback does it. The
-clients are threads of this process: perf_analyzer ends when a version that it knew is gone. Undisturbed
-and disturbed windows alternate. Before that: how long a server takes to start, and a swap without load. Without
-``--repo`` a tiny classifier is served: there a request costs nothing but the serving, so a swap shows most. Prints
-JSON. With PATCHER_SERVER_ONNXRUNTIME=DIR on Triton's C++ backend, each version without a process of its own.
+Two head versions are pinned and loaded alternately, each verified by a probe, as every patch and rollback does. The
+clients are threads of this process, because perf_analyzer ends when a version that it knew is gone. Windows with and
+without swaps alternate. Before that, the script measures the start of a server and a swap without load. Without
+``--repo`` it serves a tiny classifier: a request then costs nothing but the serving, so a swap is most visible. Prints
+JSON. Set PATCHER_SERVER_ONNXRUNTIME=DIR to use Triton's C++ backend, where a version has no process of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # as the command line does it, before numpy is there
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # before numpy is imported, as the command line does
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ WINDOW = 6.0
 
 @contextlib.contextmanager
 def swapping(classifier, triton) -> Iterator[list[float]]:
-    """Swap the head once a second; the list fills with the seconds that each swap took."""
+    """Swap the head once a second; yields a list to which the seconds of each swap are appended."""
     from patcher.lifecycle import rollback
 
     stop, took, failed = threading.Event(), [], []
@@ -57,7 +57,7 @@ def swapping(classifier, triton) -> Iterator[list[float]]:
                     rollback(classifier, to=other, server=server)
                     took.append(time.monotonic() - started)
                     stop.wait(max(0.0, EVERY - took[-1]))
-        except Exception as error:  # noqa: BLE001  raised again where it is seen
+        except Exception as error:  # noqa: BLE001  raised again in the caller's thread
             failed.append(error)
 
     thread = threading.Thread(target=run)
@@ -73,7 +73,7 @@ def swapping(classifier, triton) -> Iterator[list[float]]:
 
 @dataclass(frozen=True)
 class Window:
-    """What the clients saw for some seconds."""
+    """What the clients saw in one window of some seconds."""
 
     throughput: float
     p99_us: float
@@ -81,7 +81,7 @@ class Window:
 
 
 def load(url: str, model: str, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
-    """Ask in a loop with so many clients at once."""
+    """Ask in a loop with ``concurrency`` clients at once."""
     from patcher import TritonServer
     from patcher.errors import ServerError
 
@@ -110,7 +110,7 @@ def load(url: str, model: str, texts: Sequence[str], concurrency: int, seconds: 
 def measure(
     classifier, texts: list[str], seconds: float, concurrency: int, window: float = WINDOW, *, ask: bool = False
 ) -> dict[str, Any]:
-    """Alternate undisturbed and disturbed windows until ``seconds`` of swapping are over."""
+    """Alternate windows without and with swaps, for ``seconds`` of swapping in total."""
     from patcher import add_label
     from patcher.patch import PatchSettings
     from patcher.triton.server import EmbeddedTriton

@@ -1,11 +1,11 @@
-"""Twenty minutes of a working day: mixed traffic, a change every ten seconds, a server restart every five minutes.
+"""Soak test: mixed traffic for twenty minutes, a change every ten seconds, a server restart every five minutes.
 
     python tests/benchmarks/soak.py [--minutes 20] [--clients 4]
 
-The changes are patches, rollbacks, renames, trials on a share of the keys, and removals, in an order drawn with a seed.
-Every answer is held against the head version that it says it comes from: label, number of logits, and the logits
-themselves where the text's features are known. Around a restart a server may refuse, and nothing else; at any
-other time every request has to be answered. Prints a table, writes JSON, ends with 1 where a rule was broken.
+The changes are patches, rollbacks, renames, trials on a share of the keys, and removals, in a random order with a fixed
+seed. Every answer is compared with the head version that it claims to come from: its label, the number of logits, and
+the logits themselves. Around a restart a server may refuse requests; at any other time it must answer all of them.
+Prints the results and writes them as JSON; exits with 1 if a rule was broken.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 CHANGE_SECONDS = 10.0
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 _NEAR_RESTART = 5.0
-"""Seconds after a restart in which a client may still find its connection gone."""
+"""Seconds after a restart in which a client's connection may still be broken."""
 
 
 @dataclass
 class Seen:
-    """What the clients saw, shared by all of them."""
+    """What all clients together saw."""
 
     answers: int = 0
     refused: int = 0
@@ -56,7 +56,7 @@ class Seen:
 
 
 class Day:
-    """The server, what changes it, and what the clients may expect."""
+    """The server, the changes to it, and the clients that check its answers."""
 
     def __init__(self, folder: Path, clients: int) -> None:
         self.classifier: Classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
@@ -72,7 +72,7 @@ class Day:
         self.options = {"log_file": folder / "triton.log", **dict(zip(names, ports, strict=True))}
 
     def start(self) -> EmbeddedTriton:
-        """A server of the repository as it is."""
+        """Start a server on the repository in its current state."""
         models = [*self.classifier.repository.classifiers(), "intent_features"]
         return EmbeddedTriton(self.classifier.root, models, **self.options).start()
 
@@ -88,7 +88,7 @@ class Day:
                         answers = split.classify(texts, [f"key-{i}" for i in rng.integers(0, 1000, size=len(texts))])
                     else:
                         answers = server.classify("intent", texts)
-                except (ServerUnreachable, ServerRefused) as error:  # a server that goes down has no models left
+                except (ServerUnreachable, ServerRefused) as error:  # a server that shuts down unloads its models
                     near = started <= self.restarting + _NEAR_RESTART
                     with self.lock:
                         if near or self.restarting == np.inf:
@@ -97,7 +97,7 @@ class Day:
                             self.seen.failed.append(f"{time.strftime('%X')} {error}")
                     time.sleep(0.1)
                     continue
-                except Exception as error:  # noqa: BLE001  whatever it is, a request has failed
+                except Exception as error:  # noqa: BLE001  any exception means that a request failed
                     with self.lock:
                         self.seen.failed.append(f"{time.strftime('%X')} {type(error).__name__}: {error}")
                     continue
@@ -122,7 +122,7 @@ class Day:
                     self.seen.wrong.append(f"version {answer.head_version}: {answer.labels[0]} for {text!r}")
 
     def change(self, rng: np.random.Generator, server: TritonServer) -> str:
-        """One change, drawn; its name."""
+        """Make one random change; return its name."""
         classifier = self.classifier
         trial = canary.status(classifier)
         labels = classifier.head().labels
@@ -159,7 +159,7 @@ def _row(event: str, begun: float, triton: EmbeddedTriton) -> dict[str, Any]:
 
 
 def run(minutes: float, clients: int, restart_seconds: float = 300.0, seed: int = 0) -> dict[str, Any]:
-    """The day, and what happened in it."""
+    """Run the soak test; return the results."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="patcher-soak-") as name:
         day = Day(Path(name), clients)
@@ -215,7 +215,7 @@ def run(minutes: float, clients: int, restart_seconds: float = 300.0, seed: int 
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run the soak test, print the results and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=4)

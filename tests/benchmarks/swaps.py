@@ -1,10 +1,10 @@
-"""Many swaps under load: requests that fail, answers that contradict themselves, what the server's memory does.
+"""Swaps versions many times under load: counts failed requests and wrong answers, and watches the server's memory.
 
     python tests/benchmarks/swaps.py [--swaps 1000] [--clients 4]
 
-Each swap makes another version serve (the file of version 1 or 2, by pin, load and probe, as ``patcher rollback`` does)
-while clients ask in a loop. The server's memory is that of tritonserver with all its stubs (proportional set size); its
-stubs, open files and shared memory are counted, too. Prints what was found as JSON.
+Each swap switches between versions 1 and 2 (by pin, load and probe, as ``patcher rollback`` does) while clients ask in
+a loop. Memory is the proportional set size of tritonserver and all its stubs; stubs, open files and shared memory are
+counted, too. Prints the results as JSON.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from patcher.triton.server import EmbeddedTriton
 
 
 def usage(pid: int) -> dict[str, int]:
-    """What a process and its children hold."""
+    """Resources that a process and its children hold."""
     root = psutil.Process(pid)
     everyone = [root, *root.children(recursive=True)]
     sizes = []
     for process in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):  # the stub of an old version, just gone
+        with contextlib.suppress(psutil.NoSuchProcess):  # the stub of an old version may just have exited
             sizes.append(process.memory_full_info().pss)
     shared = os.scandir("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
     return {
@@ -51,7 +51,7 @@ def usage(pid: int) -> dict[str, int]:
 
 
 def settled(pid: int, seconds: float = 15.0) -> dict[str, int]:
-    """The same once the stubs of old versions have gone, which takes the server a moment (or after some seconds)."""
+    """``usage`` once the stubs of old versions have exited, which takes a moment; waits ``seconds`` at most."""
     fewest, until = usage(pid), time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.5)
@@ -72,13 +72,13 @@ class Found:
 
 
 def ask(url: str, number: int, heads: dict[int, Any], found: Found, stop: threading.Event) -> None:
-    """Ask in a loop, and hold every answer against the head that it says it comes from."""
+    """Ask in a loop, and compare every answer with the head that it claims to come from."""
     with TritonServer(url) as server:
         texts = [tiny.sentences(label, 1, seed=number)[0] for label in (*tiny.OLD, "payday")]
         while not stop.is_set():
             try:
                 answers = server.classify("intent", texts)
-            except Exception as error:  # noqa: BLE001 - whatever it is, a request has failed
+            except Exception as error:  # noqa: BLE001 - any exception means that a request failed
                 found.failed.append(repr(error))
                 continue
             found.asked[number] += 1
@@ -91,7 +91,7 @@ def ask(url: str, number: int, heads: dict[int, Any], found: Found, stop: thread
 
 
 def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
-    """Swap so often; ``warm`` is the swap after which growth counts."""
+    """Swap ``swaps`` times; memory growth is measured from swap ``warm`` on."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")
@@ -120,13 +120,13 @@ def run(swaps: int, clients: int, warm: int = 100) -> dict[str, Any]:
                         print(table[-1], file=sys.stderr, flush=True)
                     try:
                         rollback(classifier, 1 if classifier.serving() == 2 else 2, server)
-                    except NotServed as error:  # put back, so that the clients should see nothing of it
+                    except NotServed as error:  # the old version was restored, so clients should notice nothing
                         refused.append(f"swap {number}: {error}")
             table.append({"swaps": swaps, **settled(pid)})
             stop.set()
             for thread in threads:
                 thread.join()
-        # Medians of three, as traffic of the moment counts, too.
+        # Medians of three, because the current traffic affects memory, too.
         base, last = (
             statistics.median(row["pss_mb"] for row in rows)
             for rows in ([row for row in table if row["swaps"] >= min(warm, swaps)][:3], table[-3:])

@@ -1,9 +1,10 @@
-"""Several patchers at once on one repository with a live server: no label may be lost.
+"""Runs several patchers at once on one repository with a live server: no label may be lost.
 
     python tests/benchmarks/together.py [--patchers 8] [--labels 10]
 
-Each patcher is a process that adds its labels one by one by the command line. Then every label must be served, every
-patch be a version of the lineage, and each version be reachable by a rollback. Prints what was found as JSON.
+Each patcher is a process that adds its labels one by one through the command line. Afterwards every label must be
+served, every patch must be a version in the lineage, and every version must be reachable by a rollback. Prints the
+results as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from patcher import rollback
 from patcher.lifecycle import history
 from patcher.triton.server import EmbeddedTriton
 
-# One process a patcher: importing everything anew for each label would only keep them from meeting.
+# One process per patcher: importing everything again for each label would make collisions rarer.
 _PATCHER = """
 import sys
 from patcher.cli import main
@@ -37,7 +38,7 @@ for label in sys.argv[3:]:
 
 
 def run(patchers: int, labels: int) -> dict[str, Any]:
-    """Let them run, and look at what is there afterwards."""
+    """Run the patchers, then check the repository and the server."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         classifier = tiny.make_repository(folder / "model_repository", folder / "scratch")

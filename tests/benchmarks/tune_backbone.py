@@ -1,18 +1,18 @@
-"""Train the backbone on which fit settings are tuned: it never saw the labels that pose as new.
+"""Trains a backbone for tuning the fit's settings; it never sees the labels that later pose as new ones.
 
-Labels that a backbone was fine-tuned on are collapsed in its features, so they are no stand-in for a new label
-(see docs/results.md). This script fine-tunes a small encoder on a part of the old labels, and writes the features of
-all old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
+Labels that a backbone was fine-tuned on are collapsed in its features, so they cannot stand in for new labels (see
+docs/results.md). This script fine-tunes a small encoder on a part of the old labels, and writes the features of all
+old sentences to `OUT/{train,fresh,pose,names,oos}.npz`:
 
-* `train`  sentences the encoder was fine-tuned on (the memory is built from these, as in real life);
+* `train`  sentences the encoder was fine-tuned on (the memory is built from these, as in practice);
 * `fresh`  other sentences of the same labels (flips are counted on these);
 * `pose`   sentences of the labels it never saw (examples and recall);
 * `names`  the labels themselves, as words;
 * `oos`    sentences of no label.
 
-The encoder is kept in `OUT/model`, and taken from there the next time.
+The last layer goes to `OUT/head.npz`. The encoder is saved in `OUT/model` and reused the next time.
 
-`places` are the sentences' places in the data: those that lie together are often of one author, and alike.
+`places` are the sentences' positions in the data: neighbours are often by one author, and similar.
 
     python tests/benchmarks/tune_backbone.py --data ../shared/data/clinc150 --out build/tune
 """
@@ -47,7 +47,7 @@ def shipped_encoder() -> Path:
 
 
 def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffled batches of about equal length (less padding, a third of the time)."""
+    """Shuffled batches of sentences of similar length: less padding, so training takes a third of the time."""
     order = rng.permutation(len(lengths))
     chunks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
     sorted_chunks = (chunk[np.argsort(lengths[chunk])] for chunk in chunks)
@@ -57,7 +57,7 @@ def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np
 
 
 def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> None:  # type: ignore[no-untyped-def]
-    """Fine-tune everything but the word embeddings (they cost half the optimiser's time and change little)."""
+    """Fine-tune everything but the word embeddings, which cost half the optimiser's time and change little."""
     model.base_model.embeddings.word_embeddings.weight.requires_grad_(requires_grad=False)
     model.train()
     rng = np.random.default_rng(seed)
@@ -84,8 +84,10 @@ def train(model, tokenizer, rows, ids, epochs: int, rate: float, seed: int) -> N
 
 @torch.inference_mode()
 def features(model, tokenizer, texts: list[str]) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Classifier features, and means over the tokens of some layers, float32 [n, width]: an export's ``clf`` and
-    ``three``, and others."""
+    """Classifier features (``clf``) and means over tokens of several sets of layers, float32 ``[n, width]`` each.
+
+    An export uses ``clf`` and ``three``.
+    """
     model.eval()
     order = np.argsort([len(text) for text in texts], kind="stable")
     found: dict[str, list[np.ndarray]] = {}

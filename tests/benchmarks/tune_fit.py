@@ -1,12 +1,12 @@
-"""Choose the figures of a fit and the features it sees by old labels posing as new ones; test files take no part.
+"""Compares settings and features of the fit, with old labels posing as new ones; test files are not used.
 
     python tests/benchmarks/tune_backbone.py --seed 0 --out build/tune0
     python tests/benchmarks/tune_backbone.py --seed 1 --out build/tune1
     python tests/benchmarks/tune_fit.py build/tune0 build/tune1
 
-Each folder holds the features of a backbone that never saw the posing labels, and sentences of its own labels that it
-was not trained on. Prints one line a variant: one figure of ``patcher.fit.settings`` changed, or other features.
-``recall at f`` is the new label's recall where the bias lets just a share f of the old inputs flip: it judges the
+Each folder holds features from a backbone that never saw the posing labels, including sentences of its own labels that
+it was not trained on. Prints one line per variant: one value of ``patcher.fit.settings`` changed, or other features.
+``recall at f`` is the new label's recall when the bias lets exactly a share f of the old inputs flip, so it judges the
 direction of a row alone.
 """
 
@@ -65,13 +65,13 @@ SCOPES: tuple[dict[str, float], ...] = (
     {"ridge_hidden": 0.3},
 )
 CLUSTERS = (1, 3, 5)
-"""Of a label, at most."""
+"""Maximum number of clusters per label."""
 DIRECTIONS = (32, 64)
-"""In which the out-of-scope score compares."""
+"""Number of directions in which the out-of-scope score compares, ``scope._RANK``."""
 WIDENINGS = (1e9, 3.0, 2.0, 1.5)
-"""``scope._FRESHER``: with the first an added label lies as close as any other."""
+"""Values of ``scope._FRESHER``; with the first, an added label is treated like any other."""
 STRETCHES = (1.0, 1.5, 2.0, 2.5)
-"""``scope.FINE_TUNED``."""
+"""Values of ``scope.FINE_TUNED``."""
 PRIORS = tuple((prior, penalty) for prior in ("imprint", "lda") for penalty in (1e-3, 1e-2, 1e-1))
 CHANGES: dict[str, tuple[float, ...]] = {
     "ridge_classifier": (0.5, 2.0),
@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """One backbone: its head and memory, sentences of its own labels, and those of the posing ones."""
+    """One backbone: its head and memory, and sentences of its own labels and of the posing ones."""
 
     head: Head
     memory: Memory
@@ -102,7 +102,7 @@ class Tuning:
 
 
 def load(folder: Path, parts: Sequence[str], **memory: int) -> Tuning:
-    """Features of one folder that ``tune_backbone.py`` wrote; ``memory``: what its memory is built with."""
+    """Load a folder that ``tune_backbone.py`` wrote; ``memory`` are options of ``Memory.build``."""
     files = {name: np.load(folder / f"{name}.npz") for name in ("train", "fresh", "pose", "names", "oos", "head")}
     rows = {
         name: np.concatenate([file[part] for part in parts], axis=1).astype(np.float32)
@@ -142,10 +142,10 @@ def figures(
     method: str = "auto",
     every: int = 1,
 ) -> Iterator[list[float]]:
-    """Flips, recall, F1 and the recalls at fixed flips of each posing label and draw, in per cent.
+    """Flips, recall, F1 and recall at fixed flip rates for each posing label and draw, in per cent.
 
-    ``name`` takes the label's name as one example more; ``first`` takes the first examples in the data,
-    which resemble each other, instead of a draw; ``every`` leaves labels out where a method is slow.
+    ``name`` uses the label's name as one more example. ``first`` takes the first examples in the data, which resemble
+    each other, instead of random ones. With ``every``, only each n-th label is measured, for slow methods.
     """
     answers = tuning.head.logits(tuning.fresh).argmax(axis=1)
     last = len(tuning.head.labels)
@@ -170,7 +170,7 @@ def figures(
 
 
 def variants(groups: Sequence[str]) -> Iterator[tuple[str, Sequence[str], dict[str, Any]]]:
-    """Name, features and what is different in each."""
+    """Title, features and changed options of each variant."""
     made: dict[str, Iterator[tuple[str, Sequence[str], dict[str, Any]]]] = {
         "features": ((f"features: {name}", parts, {}) for name, parts in FEATURES.items()),
         "name": (
@@ -196,7 +196,7 @@ def _changed(changes: dict[str, Any], method: str = "auto") -> tuple[str, Sequen
 
 
 def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
-    """How well fresh texts are told from those of the posing labels, and from those of no label at all."""
+    """How well the score separates fresh texts from those of the posing labels, and from those of no label."""
 
     def row(title: str, parts: Sequence[str], settings: Settings, **memory: int) -> list[str]:
         cells = []
@@ -223,7 +223,10 @@ def scopes(folders: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def called_out(tuning: Tuning, stretch: float, count: int) -> str:
-    """Shares of a posing label's other texts when it was added, of fresh texts and of no label's; and the AUROC."""
+    """Shares called out of scope after adding a posing label: its other texts, fresh texts, texts of no label; AUROC.
+
+    The AUROC compares fresh texts with texts of no label.
+    """
     found = []
     for place, label in enumerate(sorted(set(tuning.pose_labels.tolist()))):
         mine = np.random.default_rng([place, 0]).permutation(np.flatnonzero(tuning.pose_labels == label))
@@ -239,7 +242,7 @@ def called_out(tuning: Tuning, stretch: float, count: int) -> str:
 
 
 def added(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
-    """What becomes of the other texts of a posing label that was added, where fresh texts had set the limit."""
+    """``called_out`` for several values of ``scope._FRESHER``, with the limit set on fresh texts."""
     for value in WIDENINGS:
         cells = []
         for folder in folders:
@@ -252,7 +255,7 @@ def added(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
 
 
 def stretches(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
-    """The same where no fresh texts set the limit: so many times that of the remembered ones."""
+    """``called_out`` without fresh texts, with the limit at several multiples of the remembered texts' own."""
     tunings = [load(folder, EXPORTED) for folder in folders]
     own = [fit_scope(each.memory, each.head, fresh=each.fresh[::2]).stretch for each in tunings]
     for title, values in [*((f"{value}", [value] * len(tunings)) for value in STRETCHES), ("as fresh texts say", own)]:
@@ -270,12 +273,12 @@ SEQUENCES: tuple[tuple[str, dict[str, float]], ...] = (
     *(("ridge", {"refit_ridge": value}) for value in (0.1, 1.0)),
     *(("lda", {"refit_taken_weight": value}) for value in (0.25, 0.5, 1.0)),
 )
-"""Methods and what is different, compared by ten labels one after another."""
+"""Methods and changed settings, compared by adding ten labels one after another."""
 IN_TURN, ORDERS = 10, 3
 
 
 def in_turn(tuning: Tuning, settings: Settings, count: int, method: str, order: int) -> tuple[float, float]:
-    """Share of fresh texts, and of the posing labels' other ones, right after ten posing labels came in turn."""
+    """Accuracy on fresh texts and on the posing labels' other texts after adding ten posing labels one by one."""
     rng = np.random.default_rng([100, order])
     head, memory, rest = tuning.head, tuning.memory, []
     for label in rng.permutation(sorted(set(tuning.pose_labels.tolist())))[:IN_TURN].tolist():
@@ -292,7 +295,7 @@ def in_turn(tuning: Tuning, settings: Settings, count: int, method: str, order: 
 
 
 def sequences(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
-    """Texts of old labels, of new ones, and of all labels answered rightly, each label asked for equally often."""
+    """Accuracy on old, new and all labels after ``in_turn``, with every label weighted equally."""
     tunings = [load(folder, EXPORTED) for folder in folders]
     for method, changes in SEQUENCES:
         title = " ".join([method, *(f"{name} {value}" for name, value in changes.items())])
@@ -307,7 +310,7 @@ def sequences(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Print the table, and write it where ``--out`` says."""
+    """Print the tables and write them to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="what tune_backbone.py wrote")
     parser.add_argument("--examples", type=int, default=10)

@@ -1,11 +1,11 @@
-"""What leaving out the work on padding is worth: the same backbone exported both ways, in one process, in turns.
+"""Measures what skipping the work on padding gains: the same backbone exported both ways, alternating in one process.
 
     python tests/benchmarks/unpadding.py [--checkpoint DIR] [--texts FILE] [--rounds 7]
 
-As many texts as wait in front of the encoder (1, 4, 16, 32, at random) are put into batches as it does for either
-graph, and the backbone answers them; beside it, all texts sorted by length in batches of 32. In FP32 and INT8. Without
-arguments the demo's checkpoint and texts, if `make demo` was run. Prints a table and writes ``unpadding.json`` under
-``--out``; ratios are taken round by round.
+For 1, 4, 16 and 32 waiting texts in random order, texts are batched as the encoder batches them for each graph, and the
+backbone is timed; also for all texts sorted by length in batches of 32. Runs in FP32 and INT8. Without arguments it
+uses the demo's checkpoint and texts, if `make demo` was run. Prints a table and writes ``unpadding.json`` under
+``--out``; ratios are computed round by round.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEMO = ROOT / "build" / "demo" / "checkpoint"
 
 
 class Graph:
-    """One exported backbone behind its tokenizer, with the encoder's rule for what shares a batch."""
+    """An exported backbone with its tokenizer and the encoder's rule for which texts share a batch."""
 
     def __init__(self, path: Path, tokenizer_json: str, *, unpadded: bool) -> None:
         from tokenizers import Tokenizer
@@ -49,7 +49,7 @@ class Graph:
         self.slack, self.power = int(settings.get(SLACK, PADDING_SLACK)), int(settings.get("padding_power", 1))
 
     def batches(self, texts: Sequence[str], waiting: int) -> list[list[str]]:
-        """``waiting`` texts at a time, those of like length together."""
+        """Take ``waiting`` texts at a time and group those of similar length into batches."""
         from patcher.triton.tokenizer.model import like_lengths
 
         found = []
@@ -60,7 +60,7 @@ class Graph:
         return found
 
     def answer(self, batches: Sequence[Sequence[str]]) -> list[Any]:
-        """Features of all of them, in their order."""
+        """Features of each batch, in order."""
         from patcher.triton.tokenizer.model import encode
 
         given = [encode(self.tokenizer, batch, self.names) for batch in batches]
@@ -88,7 +88,7 @@ def exported(checkpoint: Path, folder: Path) -> dict[str, Graph]:
 
 
 def measure(graphs: dict[str, Graph], texts: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Texts a second of either graph, and the ratio of the two round by round."""
+    """Texts per second of both graphs, and their ratio round by round."""
     rows = []
     for precision in ("fp32", "int8"):
         pair = [graphs[f"{precision} {kind}"] for kind in ("padded", "unpadded")]

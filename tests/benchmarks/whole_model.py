@@ -1,9 +1,9 @@
-"""The usual way to a new label: a row more, the head fine-tuned on all data, the whole model exported and loaded again.
+"""Times the usual way to add a label: one more row, fine-tune the head on all data, export and load the whole model.
 
     python tests/benchmarks/whole_model.py CHECKPOINT TRAIN.csv EXAMPLES.csv FOLDER
 
-The backbone stays frozen, which is the cheapest form of it, and the old data takes part, since fine-tuning on the new
-examples alone makes the head forget the rest. Prints the seconds of its stages as one JSON line.
+The backbone stays frozen, which is the cheapest variant. The old data is included, because fine-tuning on the new
+examples alone makes the head forget the rest. Prints the seconds of each stage as one JSON line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BATCH = 32
 
 
 def frozen_inputs(model, tokenizer, texts):
-    """What enters the last layer, for all texts, in batches of like length: the backbone itself is not trained."""
+    """Compute the last layer's inputs for all texts, in batches of similar length; the backbone is not trained."""
     import torch
 
     given = []
