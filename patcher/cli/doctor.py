@@ -15,14 +15,14 @@ _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 @click.option(
     "--repair",
     is_flag=True,
-    help="Finish or undo interrupted changes, write off versions whose files are gone, begin a journal anew that "
-    "cannot be read (the old one is kept), and make every server serve the pinned version.",
+    help="Finish or undo interrupted changes, write off versions whose files are gone, replace a journal that cannot "
+    "be read with a new one (the old one is kept), and make every server serve the pinned version.",
 )
 @common_options("server", "control")
 def doctor_command(repair: bool, options: CommonOptions) -> int:
     """Check what is installed, the repository and the servers, and whether they agree.
 
-    Exits with 1 if anything is at fault: also if no server answers at an address that --url or $TRITON_URL names.
+    Exits with 1 if anything is at fault, or if no server answers at an address that --url or $TRITON_URL names.
     """
     from patcher import doctor
     from patcher.errors import TlsError, WrongPort

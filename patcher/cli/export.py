@@ -55,7 +55,7 @@ _CONTRADICTED = 0.5
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
-    help="Truncate texts after this many tokens.  [default: what tokenizer and model allow, at most 2048]",
+    help="Truncate texts after this many tokens.  [default: what the tokenizer and the model allow, at most 2048]",
 )
 @click.option("--tensorrt", is_flag=True, help="Run the backbone with TensorRT on the GPU.")
 @click.option("--backbone", metavar="NAME", help="Name for the backbone's models, to share it between classifiers.")

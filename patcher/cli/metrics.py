@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--texts",
     type=FILE,
-    help="File of texts, the first 200 of which to classify at each scrape, for quantiles of score and in_scope.",
+    help="File of texts; the first 200 are classified at each scrape, for quantiles of score and in_scope.",
 )
 @click.option(
     "--audit-log",

@@ -222,7 +222,7 @@ memory_option = click.option(
     type=click.Choice(["features", "statistics"]),
     default="features",
     show_default=True,
-    help="Whether to keep the features of a few texts, or nothing of any single text.",
+    help="What to keep: the features of a few texts of each label, or only statistics and nothing of any single text.",
 )
 allow_pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Read weights from a pickle, which can run code."

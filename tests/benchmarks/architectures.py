@@ -118,7 +118,7 @@ _CUT: dict[str, Any] = {"return_tensors": "pt", "truncation": True}
 def main() -> int:
     """Try all architectures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="these only")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="architectures to try; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "build")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -246,8 +246,8 @@ def worker(kind: str, inputs: int) -> None:
 def main() -> int:
     """Run the requested readers and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000, help="of each reader")
-    parser.add_argument("--readers", help="some of them, with commas; all by default")
+    parser.add_argument("--inputs", type=int, default=100_000, help="number of inputs for each reader")
+    parser.add_argument("--readers", help="comma-separated readers; all by default")
     parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -284,12 +284,12 @@ def render(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=1000)
-    parser.add_argument("--adds", type=int, default=30, help="heads added to both servers in turns")
-    parser.add_argument("--own", type=int, default=5, help="classifiers with an ensemble and a process each")
+    parser.add_argument("--adds", type=int, default=30, help="heads added to the two servers alternately")
+    parser.add_argument("--own", type=int, default=5, help="classifiers that each have an ensemble and a process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=float, default=1.5)
-    parser.add_argument("--repo", type=Path, help="take the backbone of this repository")
-    parser.add_argument("--backbone", help="which, if it has several")
+    parser.add_argument("--repo", type=Path, help="repository whose backbone to use")
+    parser.add_argument("--backbone", help="which backbone, if it has several")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="patcher-many-") as name:

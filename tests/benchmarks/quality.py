@@ -116,18 +116,20 @@ def demo_checkpoint(folder: Path) -> Path:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a fine-tuned classifier; else the demo's")
-    parser.add_argument("--data", type=Path, help="a folder of CSV files; else the demo's")
-    parser.add_argument("--train", type=Path, help="instead of --data: labelled texts, old and new labels together")
-    parser.add_argument("--test", type=Path, help="the same, to measure on")
+    parser.add_argument("--checkpoint", type=Path, help="a fine-tuned classifier; by default the demo's")
+    parser.add_argument("--data", type=Path, help="a folder of CSV files; by default the demo's")
+    parser.add_argument("--train", type=Path, help="instead of --data: texts labelled with old and new labels")
+    parser.add_argument("--test", type=Path, help="the same kind of texts, to measure on")
     parser.add_argument("--outside", type=Path, help="texts that belong to no label")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--libraries", default=",".join(LIBRARY_BUDGETS), help="which of these from PyPI")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="draws of examples for each new label")
-    parser.add_argument("--labels", type=int, help="at most so many new labels")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"comma-separated parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--libraries", default=",".join(LIBRARY_BUDGETS), help="which libraries from PyPI to run")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="how often to draw examples for each new label")
+    parser.add_argument("--labels", type=int, help="maximum number of new labels")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "quality")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "benchmarks" / "results")
-    parser.add_argument("--name", help="of the results; `quality`, or `quality-demo` for the demo's data")
+    parser.add_argument(
+        "--name", help="name for the results; by default `quality`, or `quality-demo` for the demo's data"
+    )
     given = parser.parse_args()
     unknown = set(given.only.split(",")) - set(PARTS)
     if unknown:

@@ -231,7 +231,9 @@ def main() -> int:
     """Run the requested number of seeds and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first one")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first classifier; each further one has the next"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     found = run(range(asked.seed, asked.seed + asked.count))

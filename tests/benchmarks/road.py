@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--repo", type=Path, help="an export of the checkpoint, to save the minutes of another")
+    parser.add_argument("--repo", type=Path, help="an existing export of the checkpoint, which saves minutes")
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/results/road.json"))
     arguments = parser.parse_args()
     from patcher.triton.server import EmbeddedTriton

@@ -211,10 +211,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, help="a model repository with one classifier")
-    parser.add_argument("--also", type=Path, action="append", default=[], help="another repository, in the same turns")
-    parser.add_argument("--checkpoint", type=Path, help="the checkpoint it was exported from")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="another repository, in the same rounds")
+    parser.add_argument("--checkpoint", type=Path, help="the checkpoint that it was exported from")
     parser.add_argument("--texts", type=Path, help="the texts to send")
-    parser.add_argument("--window", type=float, default=1.0, help="seconds; a measurement is three of them")
+    parser.add_argument("--window", type=float, default=1.0, help="seconds per window; a measurement takes three")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()

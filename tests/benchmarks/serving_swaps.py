@@ -155,11 +155,15 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path)
-    parser.add_argument("--classifier", help="one of several in --repo, in a head store too")
+    parser.add_argument("--classifier", help="which classifier in --repo, if several; it may be in a head store")
     parser.add_argument("--texts", type=Path)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of swapping")
+    parser.add_argument("--seconds", type=float, default=120.0, help="seconds of swapping in total")
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--ask-backbone", action="store_true", help="as on servers that `patcher serve` did not start")
+    parser.add_argument(
+        "--ask-backbone",
+        action="store_true",
+        help="have encoders ask Triton for the backbone, as on servers that `patcher serve` did not start",
+    )
     arguments = parser.parse_args()
     if arguments.classifier and not arguments.repo:
         parser.error("--classifier names one of --repo; expected both")

@@ -312,7 +312,7 @@ def sequences(folders: Sequence[Path], count: int) -> Iterator[list[str]]:
 def main() -> None:
     """Print the tables and write them to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="what tune_backbone.py wrote")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that tune_backbone.py wrote")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument(

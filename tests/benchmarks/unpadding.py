@@ -141,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="a fine-tuned classifier; else the demo's")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="a fine-tuned classifier; by default the demo's")
     parser.add_argument("--texts", type=Path, default=ROOT / "tests" / "demo" / "data" / "train.csv")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
