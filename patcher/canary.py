@@ -17,7 +17,7 @@ from patcher import configs
 from patcher.arguments import listed, require
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
-from patcher.fleet import each, present
+from patcher.fleet import each, members, present
 from patcher.limits import check_share
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from patcher.head import Head
+    from patcher.triton.client import ModelStatistics
     from patcher.triton.tensors import Answer
 
 __all__ = [
@@ -220,7 +221,11 @@ def _serve(trial: Classifier, head: Head, replica: TritonServer) -> None:
 
 
 def status(classifier: Classifier, server: TritonServer | None = None) -> Canary | None:
-    """The canary with both arms as the server saw them since they were loaded; None where there is none."""
+    """The canary with both arms as the server saw them since they were loaded; None where there is none.
+
+    Raises ServerUnreachable where no server answers, and ServerRefused where one of several does not have the trial:
+    what the others counted would be taken for all there is.
+    """
     trial = on_trial(classifier)
     if trial is None:
         return None
@@ -336,7 +341,8 @@ def _release(name: str, server: TritonServer | None, before: str = "") -> None:
 
 
 def _arm(classifier: Classifier, server: TritonServer) -> Arm:
-    found = [entry for replica in present(server) for entry in replica.statistics(classifier.head_model)]
+    # Where none of several is there, one of them says so: no count is not a count of 0.
+    found = [entry for replica in present(server) or members(server) for entry in _counted(classifier, replica)]
     served = [entry for entry in found if entry.version == str(classifier.serving())]
     requests = sum(entry.successes for entry in served)
     spent = sum(entry.queue_ns + entry.compute_ns for entry in served)
@@ -347,3 +353,10 @@ def _arm(classifier: Classifier, server: TritonServer) -> Arm:
         failures=sum(entry.failures for entry in served),
         mean_ms=spent / requests / 1e6 if requests else None,
     )
+
+
+def _counted(classifier: Classifier, replica: TritonServer) -> list[ModelStatistics]:
+    try:
+        return replica.statistics(classifier.head_model)
+    except ServerRefused as error:
+        raise ServerRefused(f"{as_sentence(error)} `patcher sync` has it serve what the repository pins") from error
