@@ -175,6 +175,9 @@ def test_a_trial_on_several_servers_is_counted_on_all_that_are_there(live, tmp_p
         with Fleet([server.url, second.url]) as both:
             with pytest.raises(ServerRefused, match=rf"{second.url} refused .* `patcher sync` has it serve"):
                 canary.status(classifier, both)
+            said = [check.finding for check in doctor.diagnose(classifier.root, both, "url") if check.state == "fault"]
+            assert len(said) == 1
+            assert said[0].startswith(f"{second.url}: ")
             assert sync(classifier, both) == {server.url: "agreed", second.url: "caught up"}
             assert canary.status(classifier, both).version == report.version
 
