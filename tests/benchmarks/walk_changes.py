@@ -238,8 +238,11 @@ class Changes(Drawing):
             plan.change = begun
         else:
             plan = Plan("canary", [] if what == "show" else ["--eval", self.old_data(twin)], [], {0})
-            if not draw.server:
-                plan.codes = {1} if twin.trial else {0}
+            replicas = [draw.world.replicas[place] for place in draw.up]
+            # One that does not have the trial counts nothing.
+            counted = replicas and all(name in each.trying and name in each.answering for each in replicas)
+            if twin.trial and not counted:
+                plan.codes = {1}
             return plan
         if not draw.server:
             plan.codes = {1, 2}

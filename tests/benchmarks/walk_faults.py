@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -236,13 +237,15 @@ class Faults:
         tried = on_trial(classifier)
         trial = None if tried is None else tried.serving()
         told = f"{walk.log[-1]}: {classifier.versions()}, {classifier.serving()} serves, {trial} on trial"
-        choices = (then,) if done else (first, then)
+        # Between the two: it serves, and `--keep` has taken no version away yet.
+        middle = dataclasses.replace(then, versions={**first.versions, **then.versions})
+        choices = (then,) if done else (first, middle, then)
         versions, numbers = set(classifier.versions()), {twin.serving for twin in choices}
         rule = "a killed verb leaves before or after"
         walk.rules.need(rule, versions in [set(each.versions) for each in choices], told)
         walk.rules.need(rule, classifier.serving() in numbers, told)
         walk.rules.need(rule, trial in [each.trial for each in choices], told)
-        twin = then if versions == set(then.versions) else first
+        twin = next(each for each in reversed(choices) if versions == set(each.versions))
         twin.serving, twin.trial = classifier.serving(), trial
         twin.highest = max(twin.highest, classifier.next_version() - 1)
         walk.world.twins[name] = twin
