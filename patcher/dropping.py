@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import require
 from patcher.canary import require_free
-from patcher.errors import InputError, ServerError, ServerUnreachable, as_sentence
+from patcher.errors import InputError, PatcherError, ServerError, ServerUnreachable, as_sentence
 from patcher.fleet import Fleet, present
 from patcher.names import CANARY, check_name
 from patcher.repository import ModelRepository
-from patcher.rollout import forget, let_go, require_live
+from patcher.rollout import forget, let_go, require_answer, require_live, serve
+from patcher.signals import uninterrupted
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         where there is none of that name, or a version of it is on trial.
     ServerError
         where a server does not answer, or would not let go of a classifier with an ensemble of its own: then the files
-        are as they were. A head store forgets a classifier when its files are gone, so that there the files are deleted
-        although a store would not hear of it.
+        are as they were, and servers that had let go of it serve it again. A head store forgets a classifier when its
+        files are gone, so that there the files are deleted although a store would not hear of it.
     """
     require(ModelRepository, repository=repository)
     require(str, name=name)
@@ -54,8 +55,16 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         versions = repository.versions_of(name)
         if classifier is not None and not classifier.in_store:
             require_free(classifier)
-        # Also of a trial that ended without a server hearing of it.
-        held = [_unload(model, server) for model in (name, name + CANARY)]
+        models = (name, name + CANARY)  # also of a trial that ended without a server hearing of it
+        for replica in present(server):  # first: one that takes no control would keep what others let go of
+            if any(replica.is_ready(f"{model}_head") for model in models):
+                replica.check_control()
+        try:
+            held = [_unload(model, server) for model in models]
+        except BaseException:
+            if classifier is not None and not classifier.in_store:
+                _bring_back(classifier, server)
+            raise
         there = repository.has_remains(name)
         if there:
             repository.remove_classifier(name)
@@ -90,6 +99,16 @@ def _unload(name: str, server: TritonServer | None) -> bool:
     """Have the servers let go of a classifier; whether one held it."""
     held = [let_go(name, replica) for replica in present(server)]
     return any(held)
+
+
+def _bring_back(classifier: Classifier, server: TritonServer | None) -> None:
+    """Have every server that answers serve it again: it is still in the repository."""
+    with uninterrupted(), contextlib.suppress(PatcherError):
+        head = classifier.head()
+        for replica in present(server):
+            with contextlib.suppress(PatcherError):
+                require_answer(replica)
+                serve(classifier, head, replica)
 
 
 def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> bool:
