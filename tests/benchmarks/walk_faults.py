@@ -131,6 +131,8 @@ class Faults:
         after.stop(victim)
         if plan.verb in _WRITE and process.returncode in (0, 4) and "--canary" not in plan.options:
             self._served_as_pinned(plan, told)
+        if plan.verb == "drop-classifier" and process.returncode == 1:
+            self._still_served(plan.words[0], told)
         if plan.verb in ("new-classifier", "drop-classifier") and process.returncode not in (0, 2, 3):
             self.finish(plan)
         self.mend()
@@ -148,6 +150,16 @@ class Faults:
         for url in names.split(","):
             found = walk.rules.version_at(url, name)
             walk.rules.need("a server that lives serves what is pinned", found == pinned, f"{url}: {found}; {told}")
+
+    def _still_served(self, name: str, told: str) -> None:
+        """A classifier that could not be dropped everywhere is dropped nowhere."""
+        walk = self.walk
+        if name not in ModelRepository(walk.location).classifiers():
+            return
+        for replica in (walk.world.replicas[place] for place in walk.world.up):
+            if may := replica.answering.get(name):
+                found = walk.rules.version_at(replica.url, name)
+                walk.rules.need("what could not be dropped is served", found in may, f"{replica.url}: {found}; {told}")
 
     def scraped(self) -> None:
         """``metrics`` tells the version that each server answers from, until Ctrl-C."""
