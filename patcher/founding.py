@@ -338,11 +338,14 @@ def publish_new(
 ) -> Classifier:
     """Version 1 of the classifier ``name`` into the repository and onto the server, or neither.
 
-    Raises NotServed where the server would not serve it; then it is taken out of the repository again. ServerError
-    where it serves, and one of its name that was dropped does so, too.
+    Raises ControlRefused, with nothing changed, where a server takes no model control from here. NotServed where it
+    would not serve it; then it is taken out of the repository again. ServerError where it serves, and one of its name
+    that was dropped does so, too.
     """
     repository = base.repository
     require_live(server)
+    for replica in () if in_store and repository.has_store(base.backbone_name) else present(server):
+        replica.check_control()
     with repository.lock(), contextlib.ExitStack() as undo:
         repository.refuse_existing(name)  # another patcher may have been quicker
         if in_store and not repository.has_store(base.backbone_name):

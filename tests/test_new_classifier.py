@@ -293,6 +293,19 @@ def test_where_one_of_several_servers_will_not_let_go_all_serve_it(triton, tmp_p
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("in_store", [False, True])
+def test_a_server_that_takes_no_model_from_here_is_found_before_anything_is_published(
+    triton, tree, monkeypatch, in_store
+):
+    repository = ModelRepository(triton.repository)
+    before = tree(repository.root)
+    monkeypatch.setattr(ModelRepository, "has_store", lambda *_: False)
+    with TritonServer(triton.url, admin_key="another") as server, pytest.raises(ControlRefused):
+        new_classifier(repository, "refused", examples(), server=server, settings=FoundingSettings(in_store=in_store))
+    assert tree(repository.root) == before
+
+
+@pytest.mark.server
 def test_what_is_no_classifier_is_left_alone(triton, tree):
     repository = ModelRepository(triton.repository)
     theirs = repository.root / "theirs"
