@@ -30,10 +30,11 @@ _CODES = {0, 1, 2, 3, 4, 130}
 _SERVED = "patcher_head_version{"
 _ALONE = {"ended": 0.04, "damaged": 0.06}
 _RACED = {
-    "ended": 0.03, "scraped": 0.01, "deserted": 0.03, "killed": 0.05, "together": 0.03, "full": 0.02, "damaged": 0.03,
+    "ended": 0.03, "scraped": 0.01, "deserted": 0.03, "crippled": 0.02, "killed": 0.05, "together": 0.03, "full": 0.02,
+    "damaged": 0.03,
 }  # fmt: skip
 _SEVERAL = {"ended": 0.06, "hung": 0.02}
-_OF_SERVERS, _OF_FOLDERS = {"ended", "scraped", "deserted", "hung"}, {"full", "damaged"}
+_OF_SERVERS, _OF_FOLDERS = {"ended", "scraped", "deserted", "crippled", "hung"}, {"full", "damaged"}
 
 
 class Faults:
@@ -109,10 +110,25 @@ class Faults:
         replica.up = True
         walk.log.append(f"server {place} goes on")
 
-    def deserted(self) -> None:
-        """A server dies while a verb changes something: the others serve what is pinned when the verb has ended."""
+    def crippled(self) -> None:
+        """A process dies in which a server runs a model; the server lives. ``sync`` has it serve again."""
         walk = self.walk
-        plan = walk.verbs.draw(walk.world, changing=True)
+        place = int(walk.rng.choice(walk.world.up))
+        if not (there := walk.servers.processes(place)):
+            return
+        victim = int(walk.rng.choice(there))
+        walk.servers.kill_process(victim)
+        walk.log.append(f"a process of server {place} is killed")
+        walk.counts["a process of a server is killed"] += 1
+        plan = Plan("sync", [], [], {0}, named=walk.world.up)
+        synced = walk.call(plan)
+        walk.rules.need("sync brings a model back whose process died", synced.code == 0, f"{walk.log[-1]}: {synced}")
+        walk.world.sync(walk.world.up)
+
+    def deserted(self) -> None:
+        """A server dies while a verb is at work: the others serve what is pinned when the verb has ended."""
+        walk = self.walk
+        plan = walk.verbs.draw(walk.world, changing=bool(walk.rng.random() < 0.8))
         victims = [place for place in walk.named(plan) if place in walk.world.up]
         if not victims:
             return
@@ -125,7 +141,8 @@ class Faults:
         self.note(plan, f"server {victim} dies", process.returncode, f"a server dies during {plan.verb}")
         told = f"{walk.log[-1]}: {said}"
         walk.rules.need("no traceback", "Traceback" not in said, told)
-        walk.rules.need("the exit code that the model expects", process.returncode in {*plan.codes, 1, 4}, told)
+        allowed = {*plan.codes, 1, 4} | ({0} if plan.verb == "doctor" else set())  # which may then find nobody
+        walk.rules.need("the exit code that the model expects", process.returncode in allowed, told)
         if plan.change and plan.does():
             plan.change(after)
         after.stop(victim)

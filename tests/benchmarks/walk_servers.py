@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,19 @@ class Servers:
         triton = self._running[place]
         if triton and triton.pid:
             os.kill(triton.pid, signal.SIGSTOP if still else signal.SIGCONT)
+
+    def processes(self, place: int) -> list[int]:
+        """The processes in which one runs its models."""
+        triton = self._running[place]
+        if not triton or not triton.pid:
+            return []
+        threads = Path(f"/proc/{triton.pid}/task").glob("*/children")  # each knows the children that it started
+        return sorted(int(each) for thread in threads for each in thread.read_text().split())
+
+    def kill_process(self, number: int) -> None:
+        """``kill -9`` one of these, and wait until it is gone."""
+        os.kill(number, signal.SIGKILL)
+        time.sleep(0.1)
 
     def left(self) -> list[str]:
         """What lies in shared memory although none of them runs."""
