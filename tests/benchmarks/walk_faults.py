@@ -55,7 +55,9 @@ class Faults:
 
     def spawn(self, plan: Plan, before: str = "") -> subprocess.Popen[bytes]:
         """A verb in a process of its own, after what is to be done ``before``; when this returns, it begins."""
-        code = "import sys; from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
+        # In the background of a script SIGINT is ignored, which a child would inherit.
+        code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
         code += "import patcher.canary, patcher.lifecycle, patcher.founding; "
         code += before + "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, *self.walk.arguments(plan)]
