@@ -17,7 +17,7 @@ from patcher import configs
 from patcher.arguments import listed, require
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
-from patcher.fleet import each, present
+from patcher.fleet import each, members, present
 from patcher.limits import check_share
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
@@ -226,7 +226,11 @@ def _serve(trial: Classifier, head: Head, replica: TritonServer) -> None:
 
 
 def status(classifier: Classifier, server: TritonServer | None = None) -> Canary | None:
-    """The canary, with the server's statistics of both arms since they were loaded; None if no version is on trial."""
+    """The canary, with the server's statistics of both arms since they were loaded; None if no version is on trial.
+
+    Raises ServerUnreachable if no server answers, and ServerRefused if one of several has not loaded the trial: what
+    the others counted would be mistaken for all there is.
+    """
     trial = on_trial(classifier)
     if trial is None:
         return None
@@ -348,7 +352,8 @@ def _release(name: str, server: TritonServer | None, before: str = "") -> None:
 
 
 def _arm(classifier: Classifier, server: TritonServer) -> Arm:
-    found = [entry for replica in present(server) for entry in _statistics(classifier, replica)]
+    # If none of several answers, one of them has to say so: no count is not a count of 0.
+    found = [entry for replica in present(server) or members(server) for entry in _statistics(classifier, replica)]
     served = [entry for entry in found if entry.version == str(classifier.serving())]
     requests = sum(entry.successes for entry in served)
     spent = sum(entry.queue_ns + entry.compute_ns for entry in served)

@@ -375,5 +375,6 @@ def _served(repository: ModelRepository, name: str, server: TritonServer) -> Che
             raise
         if repository.storage.busy():
             return Check(what, "note", f"another patcher is running: {error}")
-        return Check(what, "fault", f"{error} (in its own repository: `patcher doctor --repair`)")
+        said = str(error) if server.url in str(error) else f"{server.url}: {error}"  # it may be one of several
+        return Check(what, "fault", f"{said} (in its own repository: `patcher doctor --repair`)")
     return Check(what, "ok", f"answers from version {head.lineage.version}, {len(head.labels)} labels")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import require
 from patcher.canary import require_free
-from patcher.errors import InputError, ServerError, ServerUnreachable, as_sentence
+from patcher.errors import InputError, PatcherError, ServerError, ServerUnreachable, as_sentence
 from patcher.fleet import Fleet, present
 from patcher.names import CANARY, check_name
 from patcher.repository import ModelRepository
-from patcher.rollout import forget, let_go, require_live
+from patcher.rollout import forget, let_go, require_answer, require_live, serve
+from patcher.signals import uninterrupted
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
     InputError
         if there is no such classifier, or a version of it is on trial.
     ServerError
-        if a server does not answer, or would not unload a classifier with an ensemble of its own; the files are then
-        unchanged. A head store forgets a classifier only once its files are gone: if a store cannot be told to, the
-        files have been deleted already.
+        if a server does not answer, or would not unload a classifier with an ensemble of its own. The files are then
+        unchanged, and servers that had unloaded it already serve it again. A head store forgets a classifier only once
+        its files are gone: if a store cannot be told to, the files have been deleted already.
     """
     require(ModelRepository, repository=repository)
     require(str, name=name)
@@ -54,8 +55,17 @@ def drop_classifier(repository: ModelRepository, name: str, server: TritonServer
         versions = repository.versions_of(name)
         if classifier is not None and not classifier.in_store:
             require_free(classifier)
-        # Includes a trial that has ended in the repository but is still loaded on a server.
-        held = [_unload(model, server) for model in (name, name + CANARY)]
+        models = (name, name + CANARY)  # the trial may have ended in the repository and still be loaded on a server
+        # Checked on all servers first: one that refuses model control would keep what the others unload.
+        for replica in present(server):
+            if any(replica.is_ready(f"{model}_head") for model in models):
+                replica.check_control()
+        try:
+            held = [_unload(model, server) for model in models]
+        except BaseException:
+            if classifier is not None and not classifier.in_store:
+                _bring_back(classifier, server)
+            raise
         there = repository.has_remains(name)
         if there:
             repository.remove_classifier(name)
@@ -91,6 +101,16 @@ def _unload(name: str, server: TritonServer | None) -> bool:
     """Have the servers unload a classifier's ensemble and head; returns whether a server had loaded them."""
     held = [let_go(name, replica) for replica in present(server)]
     return any(held)
+
+
+def _bring_back(classifier: Classifier, server: TritonServer | None) -> None:
+    """Have every server that answers serve the classifier again, which is still in the repository."""
+    with uninterrupted(), contextlib.suppress(PatcherError):
+        head = classifier.head()
+        for replica in present(server):
+            with contextlib.suppress(PatcherError):
+                require_answer(replica)
+                serve(classifier, head, replica)
 
 
 def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> bool:

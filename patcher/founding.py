@@ -341,11 +341,14 @@ def publish_new(
 ) -> Classifier:
     """Publish version 1 of the classifier ``name`` and have the server serve it, or change nothing.
 
-    Raises NotServed if the server would not serve it; it was then removed from the repository again. Raises ServerError
-    if it serves, but an earlier classifier of that name, which was dropped, may still be served, too.
+    Raises ControlRefused, with nothing changed, if a server refuses model control; NotServed if the server would not
+    serve the classifier, which was then removed from the repository again; ServerError if it serves, but an earlier
+    classifier of that name, which was dropped, may still be served, too.
     """
     repository = base.repository
     require_live(server)
+    for replica in () if in_store and repository.has_store(base.backbone_name) else present(server):
+        replica.check_control()
     with repository.lock(), contextlib.ExitStack() as undo:
         repository.refuse_existing(name)  # checked again: another patcher may have added it before we got the lock
         if in_store and not repository.has_store(base.backbone_name):

@@ -335,7 +335,7 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
-            f"to retry: `patcher rollback --to {previous}`; a restarted server serves it"
+            "`patcher sync` has it serve that version, and so does a restart"
         )
     else:
         classifier.note("undone", serving=previous)

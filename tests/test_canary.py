@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from patcher import (
+    Fleet,
     ModelRepository,
     PatchSettings,
     SplitClient,
@@ -159,6 +160,26 @@ def test_a_restarted_server_serves_both(live, tmp_path):
     ):
         assert server.classify("intent", ["hello"])[0].head_version == 1
         assert server.classify("intent_canary", ["hello"])[0].head_version == report.version
+
+
+@pytest.mark.server
+def test_a_trial_on_several_servers_is_counted_on_all_that_are_there(live, tmp_path):
+    classifier, server = live
+    report = on_trial(live)
+    with pytest.raises(ServerUnreachable), Fleet(["127.0.0.1:1", "127.0.0.1:2"]) as nobody:
+        canary.status(classifier, nobody)
+    with Fleet([server.url, "127.0.0.1:1"]) as one:
+        assert canary.status(classifier, one).version == report.version
+    # The other one has the classifier and does not know of the trial.
+    with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "triton.log") as second:
+        with Fleet([server.url, second.url]) as both:
+            with pytest.raises(ServerRefused, match=rf"{second.url} has not loaded .* `patcher sync` loads it"):
+                canary.status(classifier, both)
+            said = [check.finding for check in doctor.diagnose(classifier.root, both, "url") if check.state == "fault"]
+            assert len(said) == 1
+            assert said[0].startswith(f"{second.url}: ")
+            assert sync(classifier, both) == {server.url: "agreed", second.url: "caught up"}
+            assert canary.status(classifier, both).version == report.version
 
 
 @pytest.mark.server

@@ -11,6 +11,7 @@ import sys
 import pytest
 import tiny
 
+from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
 from patcher.loadtest import load_test, parse_loads
 from patcher.measurement import Load, Measurement, StepTime, check_targets, compare, plot, warnings, write_csv
@@ -115,6 +116,17 @@ def test_a_model_on_another_server_is_asked_there(client):
 
 def measured(model, throughput, **more):
     return Measurement(model, 4, None, throughput, 1.0, 2.0, 3.0, more.pop("failures", 0), (), **more)
+
+
+@pytest.mark.server
+def test_of_several_servers_the_one_that_is_measured_is_named(client, tiny_original, capsys):
+    options = ["--repo", str(tiny_original), "--concurrency", "1", "--window", "0.3", "--json"]
+    assert main(["loadtest", "--url", f"127.0.0.1:1,{client.url}", *options]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 1
+    assert f"warning: only {client.url} is measured" in err
+    assert main(["loadtest", "--url", client.url, *options]) == 0
+    assert "warning: only" not in capsys.readouterr().err
 
 
 def test_compares_round_by_round():

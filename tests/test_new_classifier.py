@@ -32,7 +32,15 @@ from patcher import (
 from patcher.backbone import Backbone
 from patcher.classifier import Classifier, add_classifier
 from patcher.cli import main
-from patcher.errors import ExamplesError, InputError, LabelError, ServerError, ServerRefused, ServerUnreachable
+from patcher.errors import (
+    ControlRefused,
+    ExamplesError,
+    InputError,
+    LabelError,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+)
 from patcher.fit.holding_out import hold_out
 from patcher.fit.softmax import fit_softmax
 from patcher.lifecycle import evaluate, history
@@ -259,6 +267,42 @@ def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch
         assert drop_classifier(repository, "kept", server) == (1,)
         with pytest.raises(InputError, match="no classifier 'kept'"):
             drop_classifier(repository, "kept", server)
+
+
+@pytest.mark.server
+def test_where_one_of_several_servers_will_not_let_go_all_serve_it(triton, tmp_path):
+    repository = ModelRepository(triton.repository)
+    with TritonServer(triton.url) as server:
+        new_classifier(repository, "kept", examples(), server=server)
+    models, log = ["intent", "kept"], tmp_path / "triton.log"
+    with EmbeddedTriton(triton.repository, models, admin_key="another", log_file=log) as other:
+        with Fleet([triton.url, other.url]) as both:
+            first, second = both.members
+            asked: list[str] = []
+            first.unload = asked.append
+            with pytest.raises(ControlRefused):
+                drop_classifier(repository, "kept", both)
+            assert asked == []  # the one that has no key for us is found before
+            del first.unload
+            second.check_control = lambda: None
+            with pytest.raises(ControlRefused):
+                drop_classifier(repository, "kept", both)
+            assert "kept" in repository.classifiers()
+            assert [each.classify("kept", ["hello"])[0].head_version for each in both.members] == [1, 1]
+            assert drop_classifier(repository, "kept", first) == (1,)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("in_store", [False, True])
+def test_a_server_that_takes_no_model_from_here_is_found_before_anything_is_published(
+    triton, tree, monkeypatch, in_store
+):
+    repository = ModelRepository(triton.repository)
+    before = tree(repository.root)
+    monkeypatch.setattr(ModelRepository, "has_store", lambda *_: False)
+    with TritonServer(triton.url, admin_key="another") as server, pytest.raises(ControlRefused):
+        new_classifier(repository, "refused", examples(), server=server, settings=FoundingSettings(in_store=in_store))
+    assert tree(repository.root) == before
 
 
 @pytest.mark.server

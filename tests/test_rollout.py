@@ -232,6 +232,7 @@ def test_when_the_way_back_fails_too_the_message_says_so(classifier):
     with classifier.repository.lock(), pytest.raises(NotServed, match="could not be brought back to it") as caught:
         roll_out(classifier, next_head(classifier), None, server)
     assert caught.value.report == {"version": 2, "parent_version": 1, "published": True, "served": False}
+    assert str(caught.value).count("to retry: ") == 1
     assert classifier.serving() == 1
     server = Server(classifier, load=[KeyboardInterrupt(), ServerUnreachable("dead now")])
     with classifier.repository.lock(), pytest.raises(NotServed, match="KeyboardInterrupt"):

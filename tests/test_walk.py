@@ -17,7 +17,15 @@ from walk_model import Broken
 def test_a_short_walk_breaks_no_rule():
     found = walk.run(steps=25, seed=12, raced=False)
     assert found["versions"] > 5
-    assert {"labels", "logits are those of the file", "doctor finds nothing"} <= set(found["checks"])
+    assert {"labels", "logits are those of the file", "doctor finds nothing else"} <= set(found["checks"])
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_short_walk_with_two_servers_breaks_no_rule():
+    found = walk.run(steps=20, seed=3, raced=False, servers=2)
+    assert found["versions"] > 3
+    assert {"the version that answers", "doctor names what is behind, and nothing else"} <= set(found["checks"])
 
 
 @pytest.mark.server

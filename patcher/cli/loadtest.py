@@ -66,6 +66,7 @@ def loadtest_command(
     patcher loadtest --concurrency 4 --against intent@other-host:8001 --rounds 5
     """
     from patcher.examples import read_examples
+    from patcher.fleet import members
     from patcher.loadtest import load_test, parse_loads
     from patcher.measurement import check_targets, compare, plot, warnings, write_csv
 
@@ -78,6 +79,8 @@ def loadtest_command(
     texts = read_examples(file).texts if file else _TEXTS
     models = [options.address, *([against] if against else [])]
     with options.server() as server:
+        if len(members(server)) > 1:
+            tell(f"warning: only {server.url} is measured, no other server in --url", err=True)
         found = load_test(
             server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)
         )

@@ -1,4 +1,4 @@
-"""What ``walk.py`` holds a repository and its server against: a model of what is there, and the rules.
+"""What ``walk.py`` holds a repository and its servers against: a model of what is there, and the rules.
 
 The model knows labels, versions, parents, counts of the memory, and what each version answered; it knows nothing of how
 patcher does any of it.
@@ -22,11 +22,11 @@ from patcher.features import extract_features
 from patcher.names import CANARY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from patcher.classifier import Classifier
 
-__all__ = ["TEXTS", "Broken", "Rules", "Twin", "Version", "World"]
+__all__ = ["TEXTS", "Broken", "Replica", "Rules", "Twin", "Version", "World"]
 
 TEXTS = [tiny.sentences(label, 1, seed=90)[0] for label in (*tiny.OLD, *tiny.NEW)]
 TEXTS += ["please tell me the", "balance1 pizza2 payday3", "ünknown words , only", "weather4 " * 30]
@@ -62,8 +62,6 @@ class Twin:
     serving: int = 1
     highest: int = 1
     trial: int | None = None
-    answering: set[int] = field(default_factory=set)
-    """The versions that a running server may answer from; empty where it has not been told of the classifier."""
     reach: dict[int, int | None] = field(default_factory=dict)
     """Parents of all versions that ever were."""
 
@@ -89,19 +87,94 @@ class Twin:
 
 
 @dataclass
+class Replica:
+    """What one server was told, which is what it may answer from."""
+
+    url: str = "127.0.0.1:9"
+    """Where it listens, or did; at first where nobody does."""
+    up: bool = False
+    answering: dict[str, set[int]] = field(default_factory=dict)
+    """The versions that each classifier may be answered from; one that the server was not told of is missing."""
+    trying: dict[str, int] = field(default_factory=dict)
+    """The versions on trial that it holds, also where the trial has ended without its being told."""
+    dropped: set[str] = field(default_factory=set)
+    """The classifiers that it was told to let go of."""
+
+    def tell(self, name: str, twin: Twin) -> None:
+        """It is told what serves."""
+        self.answering[name] = {twin.serving}
+        self.dropped.discard(name)
+
+    def agrees(self, name: str, twin: Twin) -> bool | None:
+        """Whether it answers as is pinned, and holds the trial that there is; None where the model cannot know."""
+        may = self.answering.get(name, set())
+        if self.trying.get(name) != twin.trial or twin.serving not in may:
+            return False
+        return True if len(may) == 1 else None
+
+
+@dataclass
 class World:
-    """All classifiers of a repository, and the ones that a server may hold although they are dropped."""
+    """All classifiers of a repository, and its servers."""
 
     twins: dict[str, Twin] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
+    replicas: list[Replica] = field(default_factory=list)
 
     def copy(self) -> World:
         """The same, to be changed."""
         return copy.deepcopy(self)
 
+    @property
+    def up(self) -> tuple[int, ...]:
+        """The servers that run."""
+        return tuple(place for place, replica in enumerate(self.replicas) if replica.up)
+
+    def start(self, place: int, url: str) -> None:
+        """A server starts, and reads the files."""
+        self.replicas[place] = Replica(url, up=True)
+        self.sync([place])
+
+    def stop(self, place: int) -> None:
+        """A server ends."""
+        self.replicas[place] = Replica(self.replicas[place].url)
+
+    def tell(self, name: str, places: Iterable[int]) -> None:
+        """These servers are told what serves of a classifier; the head store of another may read it, too."""
+        twin, told = self.twins[name], set(places)
+        for place, replica in enumerate(self.replicas):
+            if place in told:
+                replica.tell(name, twin)
+            elif name in replica.answering and twin.in_store:
+                replica.answering[name].add(twin.serving)
+
+    def sync(self, places: Iterable[int]) -> None:
+        """These servers have all classifiers as pinned."""
+        for place in places:
+            replica = self.replicas[place]
+            replica.trying = {name: twin.trial for name, twin in self.twins.items() if twin.trial}
+            for name, twin in self.twins.items():
+                replica.tell(name, twin)
+
+    def end_trial(self, name: str, places: Iterable[int]) -> None:
+        """These servers let go of a version on trial."""
+        for place in places:
+            self.replicas[place].trying.pop(name, None)
+
+    def drop(self, name: str, places: Iterable[int]) -> None:
+        """These servers let go of a classifier."""
+        for place in places:
+            replica = self.replicas[place]
+            replica.answering.pop(name, None)
+            replica.trying.pop(name, None)
+            replica.dropped.add(name)
+
+    def left(self, places: Iterable[int]) -> set[str]:
+        """The dropped classifiers that these servers may go on answering for."""
+        return {name for place in places for name in self.replicas[place].answering} - set(self.twins)
+
 
 class Rules:
-    """What has to hold of the repository at ``location`` and of what a server at ``url`` answers, after every step."""
+    """What has to hold of the repository at ``location`` and of what its servers answer, after every step."""
 
     def __init__(self, location: Any) -> None:
         self.location = location
@@ -203,17 +276,45 @@ class Rules:
         self.need("numpy computes what the file answers", bool((off < _CLOSE).all()), f"{classifier.name}, {number}")
         return tuple(found)
 
-    def served(self, world: World, url: str) -> None:
-        """Each classifier answers from a version that it may answer from, as its file says, with the bits of ever."""
+    def served(self, world: World, replica: Replica) -> None:
+        """Each classifier is answered from a version that it may be, as its file says, with the bits of ever."""
         repository = ModelRepository(self.location)
-        with TritonServer(url) as server:
+        with TritonServer(replica.url) as server:
             for name, twin in world.twins.items():
-                if twin.answering:
-                    self._answer(repository.classifier(name), twin, twin.answering, server)
-                if twin.trial and twin.answering:
+                if name in replica.answering:
+                    self._answer(repository.classifier(name), twin, replica.answering[name], server)
+                if twin.trial and replica.trying.get(name) == twin.trial:
                     self._answer(repository.classifier(name + CANARY), twin, {twin.trial}, server, of=name)
-            for name in world.dropped - set(world.twins):
+            for name in replica.dropped - set(world.twins):
                 self.need("a dropped classifier is not answered for", not self._answers_for(server, name), name)
+
+    def version_at(self, url: str, name: str) -> int:
+        """The version that a server answers from."""
+        with TritonServer(url) as server:
+            (answer,) = server.classify(ModelRepository(self.location).classifier(name).address, TEXTS[:1])
+        return answer.head_version
+
+    def diagnosis(self, world: World, code: int, found: list[dict[str, str]]) -> None:
+        """``doctor`` finds which servers are away, and what is behind on each that is not, and nothing else."""
+        faults = {each["finding"] for each in found if each["state"] == "fault"}
+        behind = []
+        for replica in world.replicas:
+            if not replica.up:
+                if world.up:
+                    told = any(each.startswith(f"no server answers at {replica.url},") for each in faults)
+                    self.need("doctor names who is away", told, faults)
+                continue
+            mine = {each["what"] for each in _section(found, replica.url) if each["state"] == "fault"}
+            states = {name: replica.agrees(name, twin) for name, twin in world.twins.items()}
+            behind += [state for state in states.values() if state is not True]
+            for name, state in states.items():
+                named = bool({f"{name}, served", f"{name}{CANARY}, served"} & mine)
+                told = f"{replica.url}, {name}: {mine}, {replica}"
+                if state is not None:
+                    self.need("doctor names what is behind, and nothing else", named is not state, told)
+        away = world.up and len(world.up) < len(world.replicas)
+        if None not in behind:
+            self.need("doctor finds nothing else", code == int(bool(behind or away)), [code, *faults])
 
     def _answers_for(self, server: TritonServer, name: str) -> bool:
         if server.is_ready(name) or server.is_ready(name + CANARY):
@@ -270,3 +371,15 @@ class Rules:
         kept = len(before) - len(found["removed"])
         self.need("diff adds up", kept + len(found["added"]) == len(after), (found, before, after))
         self.need("diff's rows", found["same_rows"] + len(found["changed_rows"]) == kept, found)
+
+
+def _section(found: list[dict[str, str]], url: str) -> list[dict[str, str]]:
+    """What doctor says of one server: all that follows where it begins with it."""
+    there = False
+    mine = []
+    for each in found:
+        if each["what"] == "server":
+            there = each["finding"].endswith(f" at {url}")
+        elif there:
+            mine.append(each)
+    return mine
