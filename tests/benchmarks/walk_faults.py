@@ -72,9 +72,9 @@ class Faults:
         self.walk.counts[counted] += 1
 
     def mend(self) -> None:
-        """``doctor --repair`` ends what was interrupted; a server that is away is then its only fault."""
+        """``doctor --repair`` ends what was interrupted; servers that are away are then its only faults."""
         walk = self.walk
-        away = 0 < len(walk.world.up) < len(walk.world.replicas)
+        away = len(walk.world.up) < len(walk.world.replicas)
         repaired = walk.call(Plan("doctor", ["--repair"], [], {int(away)}))
         faults = [each for each in repaired.document if each["state"] == "fault"]
         faults = [each for each in faults if not (away and ("no server answers" in each["finding"] or _away(each)))]

@@ -83,8 +83,8 @@ class Looks(Drawing):
     # -- what mends -------------------------------------------------------------------------------------------------
 
     def doctor(self, draw: Draw) -> Plan:
-        """Repairs, where something is to be repaired; a server that is away is a fault beside others, not alone."""
-        codes = {1} if draw.server and draw.away else {0}
+        """Repairs what there is to repair; a server that is away is a fault."""
+        codes = {1} if draw.away else {0}
         return Plan("doctor", ["--repair"], [], codes, lambda world: world.sync(draw.up), done=frozenset(codes))
 
     def sync(self, draw: Draw) -> Plan:

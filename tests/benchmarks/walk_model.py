@@ -312,7 +312,7 @@ class Rules:
                 told = f"{replica.url}, {name}: {mine}, {replica}"
                 if state is not None:
                     self.need("doctor names what is behind, and nothing else", named is not state, told)
-        away = world.up and len(world.up) < len(world.replicas)
+        away = len(world.up) < len(world.replicas)
         if None not in behind:
             self.need("doctor finds nothing else", code == int(bool(behind or away)), [code, *faults])
 
@@ -374,7 +374,11 @@ class Rules:
 
 
 def _section(found: list[dict[str, str]], url: str) -> list[dict[str, str]]:
-    """What doctor says of one server: all that follows where it begins with it."""
+    """What doctor says of one server: each finding names it if there are several, else all that follow its own line."""
+    suffix = f" at {url}"
+    named = [{**each, "what": each["what"].removesuffix(suffix)} for each in found if each["what"].endswith(suffix)]
+    if named:
+        return named
     there = False
     mine = []
     for each in found:
