@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.labelled import LabelIds
 
-__all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
+__all__ = ["LIMITS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
 
-PRECISIONS = ("fp32", "fp16", "int8")
 MOST_TEXTS = 2000
 """Training texts on which a precision is checked, drawn at random; a file given for it is taken whole."""
 # Scopes of the exported module: what is not of the model is the pooling that export adds behind it.

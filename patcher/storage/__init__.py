@@ -59,6 +59,9 @@ class Storage(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Make the place where there is none, with a file in it, unless that is there already."""
 
+    def refuse_unwritable(self) -> None:
+        """StorageError where it can be told without a change that nothing can be written."""
+
     def remove(self, name: str) -> None:
         """Remove a file, which need not be there."""
 
