@@ -11,6 +11,7 @@ from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
 from patcher.examples import as_examples
 from patcher.features import extract_features
+from patcher.lineage import MERGE
 from patcher.repository import one_classifier
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Difference:
     gains: tuple[Flip, ...] | None = None
     unknown: int = 0
     """Texts with a label that neither version has: no answer to them is right."""
+    merged: tuple[tuple[str, str], ...] = ()
+    """Labels that the older version has, and what they were merged into, as which they count in labelled texts."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields; lists of flips as objects."""
@@ -66,14 +69,15 @@ def diff(
 ) -> Difference:
     """Compare version ``a`` with version ``b``, on ``examples`` too where they are given (with ``features``, if known).
 
-    A label that was only renamed between the two counts as the same, under its name in ``b``. Raises VersionError
-    where one of the two is not there, LabelError where neither has any label of the examples.
+    A label that was only renamed between the two counts as the same, under its name in ``b``. On the examples, and in
+    the answers to them, a label that was merged counts as the one that it was merged into. Raises VersionError where
+    one of the two is not there, LabelError where neither has any label of the examples.
     """
     require(int, a=a, b=b)
     classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
     # A name that went to another label means that one in ``b``; what had it in ``a`` is another label, and is gone.
-    names = _renames(classifier, before, after)
+    names, merged = _new_names(classifier, before, after)
     taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
     now = {**names, **taken}
     before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
@@ -86,18 +90,24 @@ def diff(
         added=tuple(label for label in after.labels if label not in rows_before),
         removed=tuple(label for label in before.labels if label not in rows_after),
         renamed=tuple(names.items()),
+        merged=tuple(merged.items()),
         same_rows=len(common) - len(changed),
         changed_rows=changed,
     )
     if examples is None:
         return difference
-    examples = as_examples(examples, "examples")
+    examples, became = as_examples(examples, "examples"), {**names, **merged}
     expected = [
-        frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
+        frozenset(became.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
     ]
     strange = set(unknown_labels(expected, {*before.labels, *after.labels}, f"versions {a} and {b}"))
     features = extract_features(classifier, examples.texts) if features is None else features
-    rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
+    # Whichever of the two is the older one has the labels that were merged.
+    given = (
+        [frozenset(merged.get(label, label) for label in each) for each in answers(head, features)]
+        for head in (before, after)
+    )
+    rows = zip(examples.texts, expected, *given, strict=True)
     flips = [
         (text, right, first, second) for text, right, first, second in rows if (first == right) != (second == right)
     ]
@@ -114,27 +124,42 @@ def _flip(text: str, right: frozenset[str], before: frozenset[str], after: froze
     return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
 
 
-def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str]:
-    """Names in ``before`` that are other names in ``after``, where one of them is an ancestor of the other."""
+def _new_names(classifier: Classifier, before: Head, after: Head) -> tuple[dict[str, str], dict[str, str]]:
+    """Names in ``before`` that are other names in ``after``, and labels of the older one that were merged into others.
+
+    Both are empty unless one of the two is an ancestor of the other. Names are those in ``after`` where it has the
+    label.
+    """
     a, b = before.lineage.version, after.lineage.version
     if a > b:
-        return {new: old for old, new in _renames(classifier, after, before).items()}
+        names, merged = _new_names(classifier, after, before)
+        earlier = {new: old for old, new in names.items()}
+        return earlier, {old: earlier.get(new, new) for old, new in merged.items()}
     steps, version = [], b
     while version > a:
         try:
             lineage = classifier.lineage(version)
         except VersionError:  # pruned, with what it renamed
-            return _same_rows(before, after)
+            return _same_rows(before, after), {}
         steps.append(lineage)
         version = lineage.parent or 0
     if version != a:
-        return {}
+        return {}, {}
     # What came after it, or left on the way, had no other name in ``before``, whatever became of its own.
-    names = {label: label for label in before.labels}
+    names, joined = {label: label for label in before.labels}, set()
     for step in reversed(steps):
         renamed = dict(step.renamed)
-        names = {first: renamed.get(now, now) for first, now in names.items() if now not in step.removed}
-    return {first: now for first, now in names.items() if first != now}
+        into = dict.fromkeys(step.removed, step.added[0]) if step.method == MERGE and step.added else {}
+        joined |= {first for first, now in names.items() if now in into}
+        names = {
+            first: into.get(now, renamed.get(now, now))
+            for first, now in names.items()
+            if now in into or now not in step.removed
+        }
+    changed = {first: now for first, now in names.items() if first != now}
+    # A name that another label has by now means that one.
+    merged = {first: now for first, now in changed.items() if first in joined and first not in after.labels}
+    return {first: now for first, now in changed.items() if first not in joined}, merged
 
 
 def _same_rows(before: Head, after: Head) -> dict[str, str]:
