@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
+__all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits", "quiet_transformers"]
 
 _SUFFIX = "ForSequenceClassification"
 _PLAIN = r"[^/\\]+\.safetensors"
@@ -87,7 +87,7 @@ def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_re
     """
     name, local_files_only = locate(source) if isinstance(source, str) else source
     common = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    with _quiet():
+    with quiet_transformers():
         config = _read(name, "configuration", AutoConfig, **common)
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
@@ -293,7 +293,7 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the progress bars and load reports of transformers; what matters in them becomes an error of ours."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)

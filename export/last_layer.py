@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from export.checkpoint import quiet_transformers
 from export.parity import check_parity
 from export.precision import LIMITS, precision_of
 from export.stages import split_off
@@ -90,8 +91,9 @@ def save(model: Any, tokenizer: Any, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".patcher-", dir=target.parent) as name:
             fresh = Path(name) / "checkpoint"
-            model.save_pretrained(fresh, safe_serialization=True)
-            tokenizer.save_pretrained(fresh)
+            with quiet_transformers():
+                model.save_pretrained(fresh, safe_serialization=True)
+                tokenizer.save_pretrained(fresh)
             if target.is_dir():
                 target.rmdir()
             fresh.rename(target)
