@@ -10,7 +10,7 @@ from patcher.telemetry import turn_off
 if TYPE_CHECKING:
     from export.callback import ExportCallback
     from export.classifier import export_classifier, run_export
-    from export.plan import ExportOptions
+    from export.options import ExportOptions
     from export.report import ExportReport
     from export.to_transformers import to_transformers
 
@@ -19,7 +19,7 @@ turn_off()  # must run before anything here imports onnxruntime
 # Name -> module, imported on first access, because the callback pulls in all of transformers' Trainer.
 _HOMES = {
     "ExportCallback": "export.callback",
-    "ExportOptions": "export.plan",
+    "ExportOptions": "export.options",
     "ExportReport": "export.report",
     "export_classifier": "export.classifier",
     "run_export": "export.classifier",

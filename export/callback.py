@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from export.classifier import run_export
-from export.plan import ExportOptions, foresee
+from export.options import ExportOptions, settle
+from export.plan import foresee
 from patcher.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class ExportCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002  the same
         **kwargs: Any,
     ) -> None:
-        """Raise now what the export would raise at the end of training."""
-        foresee(kwargs["model"], self.repository_dir, {**self.options, "tokenizer": self._tokenizer(kwargs)})
+        """Refuse now what would be refused at the end."""
+        model, options = kwargs["model"], ExportOptions(**self.options)
+        options["tokenizer"] = self._tokenizer(kwargs)
+        foresee(model, settle(model, self.repository_dir, options))
 
     def on_train_end(
         self,

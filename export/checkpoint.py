@@ -5,26 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import json
 import logging
 import pickle
 import re
-import ssl
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from export.source import Place, locate, unread
 from patcher.errors import CheckpointError, ExamplesError
 from patcher.examples import check_label
 from patcher.head import MULTI_LABEL, SINGLE_LABEL
@@ -37,19 +33,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["HUB", "Checkpoint", "from_objects", "load_checkpoint", "own_logits"]
+__all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits", "quiet_transformers"]
 
-HUB = "hf://"
-"""Prefix of an id on the hub; with it, no local folder is looked for."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SUFFIX = "ForSequenceClassification"
 _PLAIN = r"[^/\\]+\.safetensors"
 """Pattern for a safetensors file in the same folder as the file that names it."""
 _LONG = 100
-"""Above this many tokens in a batch, an error hints at ``--max-length``."""
-_HUB_SECONDS = 5.0
-# What transformers and the libraries under it raise for files that are missing, damaged, foreign or not trusted.
+"""Tokens of a batch that is worth a word on its length."""
+# What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
     SafetensorError,
@@ -76,13 +67,13 @@ class Checkpoint:
     """dtype of the weights as stored; ``model`` has them in float32."""
 
 
-def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
+def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
     """Read a fine-tuned classifier and its tokenizer from a folder or, by its id, from the Hugging Face hub.
 
     Parameters
     ----------
     source
-        A folder, or an id on the hub. ``hf://ID`` always means the hub, even if the id looks like a mistyped folder.
+        ``hf://ID`` names the hub alone, where an id looks like a mistyped folder; a ``Place`` was located already.
     allow_pickle
         Read weights from a pickle file if there is no safetensors file; unpickling can run code.
     trust_remote_code
@@ -94,20 +85,16 @@ def load_checkpoint(source: str, *, allow_pickle: bool = False, trust_remote_cod
         if the checkpoint is missing or damaged, is no sequence classifier or a regression, has fewer than two labels,
         keeps its weights in a pickle, or needs code of its own without the flag that allows it.
     """
-    name = _checked_source(source)
-    # The hub's own library tries six times for each file, which takes a minute if nothing answers.
-    common = {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": not Path(name).is_dir() and not _hub_answers(),
-    }
-    with _quiet():
+    name, local_files_only = locate(source) if isinstance(source, str) else source
+    common = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    with quiet_transformers():
         config = _read(name, "configuration", AutoConfig, **common)
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
         _refuse_unfit(config, name)
         _refuse_kernels(config, name)
         if not allow_pickle:
-            _refuse_pickle(name, config, local_files_only=common["local_files_only"])
+            _refuse_pickle(name, config, local_files_only=local_files_only)
         model, found = _read(
             name,
             "weights",
@@ -177,59 +164,6 @@ def _ready(
     return Checkpoint(model, tokenizer, labels, problem, name)
 
 
-def _checked_source(name: str) -> str:
-    if name.startswith(HUB):
-        return _hub_id(name.removeprefix(HUB))
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{name} holds no config.json; expected the folder of a saved transformers model")
-        return name
-    near = _near(path)
-    if path.exists() or near or not _HUB_ID.fullmatch(name):
-        what = "a file" if path.exists() else "no folder that is there"
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        if near and not path.exists() and _HUB_ID.fullmatch(name):
-            hint += f" {HUB}{name} is the hub's"
-        raise CheckpointError(
-            f"{name!r} is {what}; expected the folder of a checkpoint, or an id of the hub (owner/name){hint}"
-        )
-    return name
-
-
-def _hub_id(name: str) -> str:
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{HUB + name!r}: {name!r} is no id of the hub; expected {HUB}owner/name")
-    if Path(name).exists():  # transformers would read that folder instead
-        raise CheckpointError(f"{name} lies in this folder, where {HUB}{name} cannot be read; run this from another")
-    return name
-
-
-def _near(path: Path) -> list[str]:
-    """Checkpoint folders beside ``path`` with similar names."""
-    try:
-        there = {each.name: str(each) for each in path.parent.iterdir() if (each / "config.json").is_file()}
-    except OSError:
-        return []
-    return [there[name] for name in difflib.get_close_matches(path.name, there)]
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached; True without trying if the environment forbids network access."""
-    if hub.HF_HUB_OFFLINE:
-        return True
-    try:
-        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")  # noqa: S310  the hub library's own address
-        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()  # noqa: S310  the same
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # leave certificate errors to the hub's own library
-    except OSError:
-        return False
-    return True
-
-
 def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
     try:
         return reader.from_pretrained(name, **options)
@@ -239,9 +173,7 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
             reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust its source"
         elif "ignore_mismatched_sizes" in str(error):
             reason = "their shapes are not those that its config.json says"
-        looked = "no hub answers to be asked for it" if options["local_files_only"] else "it was looked for on the hub"
-        where = "" if Path(name).is_dir() else f" (no folder of that name is here, and {looked})"
-        raise CheckpointError(f"cannot read the {what} of {name}{where}: {reason}") from error
+        raise unread(Place(name, options["local_files_only"]), what, reason) from error
 
 
 def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: bool) -> None:
@@ -361,8 +293,8 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and load reports of transformers; we raise errors for what matters in them."""
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers; what matters in them becomes an error of ours."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

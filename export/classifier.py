@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from export.plan import ExportOptions, foresee
+from export.options import ExportOptions, settle
 from export.report import ExportReport
-from export.stages import make
 from patcher.errors import InputError
 from patcher.repository import ModelRepository
 from patcher.scratch import scratch
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from export.plan import Plan, Source
+    from export.options import Source
+    from export.plan import Plan
     from export.stages import Made
     from patcher.layout import BackboneFiles
 
@@ -58,8 +58,13 @@ def export_classifier(
 def run_export(model: Source, repository_dir: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
     """Do what ``export_classifier`` does, and return the figures of the export together with the repository."""
     watch = Stopwatch()
+    settled = settle(model, repository_dir, options)
+    # What is settled so far needed no torch, whose import takes longer than all of it.
+    from export.plan import foresee
+    from export.stages import make
+
     with watch("load"):
-        plan = foresee(model, repository_dir, options)
+        plan = foresee(model, settled)
     with scratch("patcher-export-") as folder:
         made = make(plan, folder, options.get("progress") or _silent, watch)
         with watch("publish"):

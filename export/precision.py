@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.labelled import LabelIds
 
-__all__ = ["LIMITS", "PRECISIONS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
+__all__ = ["LIMITS", "Limits", "PrecisionCheck", "check_precision", "convert", "precision_of", "sample"]
 
-PRECISIONS = ("fp32", "fp16", "int8")
 MOST_TEXTS = 2000
 """Maximum number of randomly drawn training texts on which a precision is checked; an evaluation file is used whole."""
 # Name prefix of the model's own nodes; nodes outside it belong to the pooling that export adds.

@@ -11,6 +11,7 @@ from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
 from patcher.examples import as_examples
 from patcher.features import extract_features
+from patcher.lineage import MERGE
 from patcher.repository import one_classifier
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Difference:
     gains: tuple[Flip, ...] | None = None
     unknown: int = 0
     """Number of texts with a label that neither version has, so that no answer to them is right."""
+    merged: tuple[tuple[str, str], ...] = ()
+    """Labels of the older version, each with the label that it was merged into and counts as in labelled texts."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields, with flips as objects."""
@@ -67,15 +70,16 @@ def diff(
     """Compare version ``a`` with version ``b``, and their answers to ``examples``, if given.
 
     ``features``, float32 ``[n, width]``, are those of the examples, if they are known already. A label that was only
-    renamed between the two versions counts as the same, under its name in ``b``. Raises VersionError if a version does
-    not exist, LabelError if neither version has any label of the examples.
+    renamed between the two versions counts as the same, under its name in ``b``. On the examples and in the answers to
+    them, a merged label counts as the one that it was merged into. Raises VersionError if a version does not exist,
+    LabelError if neither version has any label of the examples.
     """
     require(int, a=a, b=b)
     classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
     # A rename may take the name of a label of ``a`` that is gone in ``b``. The name then stands for the renamed label;
     # the old one gets a name of its own.
-    names = _renames(classifier, before, after)
+    names, merged = _new_names(classifier, before, after)
     taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
     now = {**names, **taken}
     before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
@@ -88,18 +92,24 @@ def diff(
         added=tuple(label for label in after.labels if label not in rows_before),
         removed=tuple(label for label in before.labels if label not in rows_after),
         renamed=tuple(names.items()),
+        merged=tuple(merged.items()),
         same_rows=len(common) - len(changed),
         changed_rows=changed,
     )
     if examples is None:
         return difference
-    examples = as_examples(examples, "examples")
+    examples, became = as_examples(examples, "examples"), {**names, **merged}
     expected = [
-        frozenset(names.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
+        frozenset(became.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
     ]
     strange = set(unknown_labels(expected, {*before.labels, *after.labels}, f"versions {a} and {b}"))
     features = extract_features(classifier, examples.texts) if features is None else features
-    rows = zip(examples.texts, expected, answers(before, features), answers(after, features), strict=True)
+    # Whichever of the two is the older one has the labels that were merged.
+    given = (
+        [frozenset(merged.get(label, label) for label in each) for each in answers(head, features)]
+        for head in (before, after)
+    )
+    rows = zip(examples.texts, expected, *given, strict=True)
     flips = [
         (text, right, first, second) for text, right, first, second in rows if (first == right) != (second == right)
     ]
@@ -116,31 +126,42 @@ def _flip(text: str, right: frozenset[str], before: frozenset[str], after: froze
     return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
 
 
-def _renames(classifier: Classifier, before: Head, after: Head) -> dict[str, str]:
-    """Labels that were renamed: names in ``before`` to names in ``after``.
+def _new_names(classifier: Classifier, before: Head, after: Head) -> tuple[dict[str, str], dict[str, str]]:
+    """Renamed labels, from names in ``before`` to names in ``after``; and merged labels, with what they merged into.
 
     Follows the lineage if one version is an ancestor of the other. If versions between them were pruned, equal rows
-    tell which labels were renamed. Empty for unrelated versions.
+    tell which labels were renamed, and merges are not found. Both are empty for unrelated versions.
     """
     a, b = before.lineage.version, after.lineage.version
     if a > b:
-        return {new: old for old, new in _renames(classifier, after, before).items()}
+        names, merged = _new_names(classifier, after, before)
+        earlier = {new: old for old, new in names.items()}
+        return earlier, {old: earlier.get(new, new) for old, new in merged.items()}
     steps, version = [], b
     while version > a:
         try:
             lineage = classifier.lineage(version)
         except VersionError:  # pruned, and its record of renamed labels with it
-            return _same_rows(before, after)
+            return _same_rows(before, after), {}
         steps.append(lineage)
         version = lineage.parent or 0
     if version != a:
-        return {}
+        return {}, {}
     # Follow only labels of ``before``, until they are removed: a label that was added later had no name there.
-    names = {label: label for label in before.labels}
+    names, joined = {label: label for label in before.labels}, set()
     for step in reversed(steps):
         renamed = dict(step.renamed)
-        names = {first: renamed.get(now, now) for first, now in names.items() if now not in step.removed}
-    return {first: now for first, now in names.items() if first != now}
+        into = dict.fromkeys(step.removed, step.added[0]) if step.method == MERGE and step.added else {}
+        joined |= {first for first, now in names.items() if now in into}
+        names = {
+            first: into.get(now, renamed.get(now, now))
+            for first, now in names.items()
+            if now in into or now not in step.removed
+        }
+    changed = {first: now for first, now in names.items() if first != now}
+    # A name that another label has by now means that one.
+    merged = {first: now for first, now in changed.items() if first in joined and first not in after.labels}
+    return {first: now for first, now in changed.items() if first not in joined}, merged
 
 
 def _same_rows(before: Head, after: Head) -> dict[str, str]:

@@ -14,7 +14,7 @@ from patcher.examples import split_labels
 from patcher.wording import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -63,14 +63,22 @@ class Evaluation:
         }
 
 
-def evaluate_head(head: Head, features: NDArray[np.float32], labels: Sequence[str]) -> Evaluation:
+def evaluate_head(
+    head: Head, features: NDArray[np.float32], labels: Sequence[str], names: Mapping[str, str] | None = None
+) -> Evaluation:
     """Compare the head's answers with ``labels``; texts of a label that the head lacks count as answered wrong.
 
+    ``names`` gives labels other names, in the answers and in ``labels``; several may get the same name.
     Raises LabelError if the head has none of the labels, which is certainly a mistake.
     """
-    expected, answered = expected_sets(head, labels), answers(head, features)
+    names = names or {}
+    expected, answered = (
+        [frozenset(names.get(label, label) for label in each) for each in sets]
+        for sets in (expected_sets(head, labels), answers(head, features))
+    )
     occurring = sorted(frozenset().union(*expected))
-    unknown = unknown_labels(expected, head.labels, f"version {head.lineage.version}")
+    known = {names.get(label, label) for label in head.labels}
+    unknown = unknown_labels(expected, known, f"version {head.lineage.version}")
     right = sum(a == b for a, b in zip(expected, answered, strict=True))
     scores = _scores(expected, answered)
     confusions = Counter(

@@ -11,10 +11,12 @@ from patcher.provenance import author, now
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
 
-__all__ = ["CHECKPOINT", "next_lineage"]
+__all__ = ["CHECKPOINT", "MERGE", "next_lineage"]
 
 CHECKPOINT = "checkpoint"
 """The lineage detail that names the exported checkpoint; each version copies it, as the first may be pruned."""
+MERGE = "merge"
+"""The method of a version in which the added label stands for those that were removed."""
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:

@@ -10,10 +10,12 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import resource
 import time
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from patcher.configs import asked_by
@@ -33,9 +35,12 @@ __all__ = ["load_test", "parse_loads"]
 
 _WINDOWS = 3
 """Windows that perf_analyzer measures at each level; it reports their mean."""
+_WIDENED = 1.2
+"""perf_analyzer's windows are longer than requested by this factor."""
 _TRIES = 3
 _MOST_TEXTS = 20_000
 _MOST_LEVELS = 100
+_MOST_INTERVALS = 100_000
 
 
 def parse_loads(concurrency: str | None = None, request_rate: str | None = None) -> list[Load]:
@@ -167,6 +172,7 @@ class _Bench:
                     steps=times,
                     client_share=round(share, 3),
                     delayed=re.search(r"not able to keep up", outcome.stdout + outcome.stderr) is not None,
+                    planned=_planned(load.request_rate, window) if load.request_rate else 0,
                 )
             said = outcome.stdout + outcome.stderr
             # The window had no answers, or too few to measure: try again with a longer one.
@@ -193,8 +199,17 @@ class _Bench:
             "--stability-percentage=999",
             f"-f{self.folder / 'report.csv'}",
             *tls_arguments(self.server.tls),
-            *load.arguments,
+            *self._load_arguments(load, window),
         ]
+
+    def _load_arguments(self, load: Load, window: float) -> list[str]:
+        if not load.request_rate:
+            return [f"--concurrency-range={load.concurrency}"]
+        # perf_analyzer's own Poisson distribution starts from the same seed each time, with a stretch of few requests:
+        # of 5 a second it would send 3.
+        gaps = _intervals(load.request_rate, min(max(_planned(load.request_rate, window), 1), _MOST_INTERVALS))
+        (self.folder / "intervals.txt").write_text("".join(f"{gap}\n" for gap in gaps))
+        return [f"--request-intervals={self.folder / 'intervals.txt'}"]
 
     def _report(self) -> tuple[float, float, float, float]:
         try:
@@ -215,6 +230,18 @@ class _Bench:
         if reasons:
             return ServerError(f"{model} failed a request under {load}: {reasons[0]}")
         return ToolError(f"perf_analyzer ended without a result for {model} under {load}: {' '.join(lines[-3:])}")
+
+
+def _planned(rate: float, window: float) -> int:
+    return round(rate * _WINDOWS * _WIDENED * window)
+
+
+def _intervals(rate: float, count: int) -> list[int]:
+    """Microseconds between requests of a Poisson process that has exactly ``count`` of them in ``count / rate``."""
+    drawn = random.Random(0)  # noqa: S311  the same for every model, so that they can be compared
+    moments = list(accumulate((drawn.expovariate(1.0) for _ in range(count)), initial=0.0))
+    scale = count / rate * 1e6 / moments[-1]
+    return [late - early for early, late in pairwise(round(moment * scale) for moment in moments)]
 
 
 def _text_rows(texts: Sequence[str], classifier: str = "") -> list[dict[str, Any]]:

@@ -35,13 +35,6 @@ class Load:
     def __str__(self) -> str:
         return f"concurrency {self.concurrency}" if self.concurrency else f"{self.request_rate:g} requests/s"
 
-    @property
-    def arguments(self) -> list[str]:
-        """perf_analyzer's command-line arguments for this load."""
-        if self.concurrency:
-            return [f"--concurrency-range={self.concurrency}"]
-        return [f"--request-rate-range={self.request_rate:g}", "--request-distribution=poisson"]
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -75,6 +68,8 @@ class Measurement:
     """The share of this machine's CPU time that perf_analyzer itself used."""
     delayed: bool = False
     """Whether perf_analyzer could not send requests at the requested rate."""
+    planned: int = 0
+    """Under a request rate, the number of requests that were to be sent during the measurement."""
 
     @property
     def load(self) -> Load:
@@ -127,14 +122,29 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
                 f"{where}: perf_analyzer took {percent(each.client_share, 0)} of this machine's cores; the client may "
                 "be the bottleneck: measure from another machine"
             )
-        if each.delayed or (each.request_rate and each.throughput < _KEPT_UP * each.request_rate):
+        if _fell_short(each):
             said.append(
                 f"{where}: only {each.throughput:.1f} texts/s came through; either the server or the client could not "
                 "keep up, and latencies grow with the length of the test"
             )
+        elif each.delayed:
+            said.append(
+                f"{where}: more than 1 % of the requests were sent late, because answers to earlier ones were still "
+                "awaited; either the server or the client can hardly keep up, and latencies may grow with the length "
+                "of the test"
+            )
         if each.failures:
             said.append(f"{where}: {each.failures} requests failed")
     return list(dict.fromkeys(said))
+
+
+def _fell_short(each: Measurement) -> bool:
+    if not each.request_rate:
+        return False
+    # The last requests are still under way when the measurement ends, which tells nothing of a short one.
+    under_way = 1 + each.request_rate * each.p50_us / 1e6
+    allowed = max(1 - _KEPT_UP, under_way / each.planned if each.planned else 0.0)
+    return 1 - each.throughput / each.request_rate > allowed
 
 
 def check_targets(csv_file: Path | None, plot_file: Path | None) -> None:

@@ -16,7 +16,7 @@ from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
-from patcher.lineage import next_lineage
+from patcher.lineage import MERGE, next_lineage
 from patcher.patch import PatchSettings
 from patcher.recovery import changing
 from patcher.repository import one_classifier
@@ -152,7 +152,7 @@ def merge_labels(
             raise GateRefused(f"the gate refused the merge: {verdict.sentence}", {"verdict": verdict.to_dict()})
         merged = memory.merge(labels, into) if memory else None
         change = _publish(
-            classifier, parent, made.apply(head), merged, server, "merge",
+            classifier, parent, made.apply(head), merged, server, MERGE,
             gate="passed" if verdict.passed else "forced",
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +96,10 @@ def make_report(
     if parent is not None:
         difference = diff(classifier, parent, number, examples, features)
     if examples is not None and features is not None:
-        # A renamed label counts as the same label in both versions, whichever name the file uses; so does `diff`.
-        names = dict(difference.renamed) if difference else {}
-        labels = [names.get(label, label) for label in examples.labelled()]
-        after = evaluate_head(head, features, labels)
+        # A renamed or merged label counts as the same in both versions, whichever name the file uses; so does `diff`.
+        names = dict((*difference.renamed, *difference.merged)) if difference else {}
+        labels = examples.labelled()
+        after = evaluate_head(head, features, labels, names)
         before = None if parent is None else _before(classifier.head(parent), names, features, labels)
     memory = classifier.memory(number)
     changed = [*about.lineage.added, *(new for _, new in about.lineage.renamed)]
@@ -117,9 +116,8 @@ def make_report(
 
 def _before(head: Head, names: Mapping[str, str], features: Floats, labels: Sequence[str]) -> Evaluation | None:
     """The parent's evaluation, with its labels under their new names; None if it has none of the texts' labels."""
-    renamed = dataclasses.replace(head, labels=tuple(names.get(label, label) for label in head.labels))
     try:
-        return evaluate_head(renamed, features, labels)
+        return evaluate_head(head, features, labels, names)
     except LabelError:
         return None
 

@@ -73,6 +73,9 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 <td class="n">{{ report.after.macro_f1|percent }}</td></tr>
 </tbody>
 </table>
+{% for old, new in (report.difference.merged if report.difference else ()) %}
+<p>Texts labelled {{ old }} count as {{ new }}, into which it was merged.</p>
+{% endfor %}
 {% if report.after.unknown %}
 <p>Labels of the file that the version lacks, counted as wrong: {{ report.after.unknown|join(", ") }}.</p>
 {% endif %}

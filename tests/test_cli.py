@@ -347,6 +347,44 @@ def test_help_answers_at_once_and_without_heavy_imports():
     assert min(seconds) < 0.5
 
 
+def test_a_mistake_is_refused_before_torch_is_imported(classifier, tmp_path):
+    (tmp_path / "file").touch()
+    there = tmp_path / "checkpoint"
+    there.mkdir()
+    (there / "config.json").touch()
+    repo, new = ["--repo", str(classifier.root)], ["--repo", str(tmp_path / "new")]
+    mistakes = [
+        (["export", "nosuch", *new], 2, "cannot read the configuration of nosuch (no folder of that name"),
+        (["export", "nosuch", *new, "--train", str(tmp_path / "no.csv")], 2, "no.csv: No such file or directory"),
+        (["export", "nosuch", *new, "--name", "foo bar"], 2, "'foo bar' cannot name a model"),
+        (["export", "nosuch", *new, "--tensorrt"], 2, "TensorRT runs on GPUs"),
+        (["export", "nosuch", *repo], 2, "holds a classifier 'intent' already"),
+        (["export", "nosuch", "--repo", str(tmp_path / "file" / "below")], 1, "file/below: Not a directory; nothing"),
+        (["to-transformers", str(tmp_path), *repo], 2, "already exists and is not empty"),
+        (["to-transformers", str(tmp_path / "to"), *repo, "--version", "7"], 2, "version 7"),
+        (["to-transformers", str(tmp_path / "to"), *repo], 2, "nothing says what intent was exported from"),
+        (["to-transformers", str(tmp_path / "to"), *repo, "--checkpoint", "./no"], 2, "no folder that is there"),
+        (["to-transformers", str(tmp_path / "to"), *repo, "--checkpoint", str(tmp_path)], 2, "no config.json"),
+        (["to-transformers", str(tmp_path / "file" / "to"), *repo, "--checkpoint", str(there)], 1, "to: File exists"),
+    ]
+    script = (
+        "import sys, json; from patcher.cli import main; codes = [main(each) for each in json.loads(sys.argv[1])]; "
+        "print(json.dumps([codes, [name for name in ('torch', 'transformers') if name in sys.modules]]))"
+    )
+    commands = json.dumps([command for command, _, _ in mistakes])
+    done = subprocess.run(
+        [sys.executable, "-c", script, commands],
+        capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    codes, imported = json.loads(done.stdout)
+    said = done.stderr.splitlines()
+    assert [(code, part in line) for code, (_, _, part), line in zip(codes, mistakes, said, strict=True)] == [
+        (code, True) for _, code, _ in mistakes
+    ], said
+    assert imported == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "file", "model_repository"]
+
+
 def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
     from patcher.errors import PatcherError
 

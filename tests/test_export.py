@@ -30,6 +30,7 @@ import export.checkpoint  # noqa: E402
 import export.stages  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.checkpoint import from_objects  # noqa: E402
+from export.source import locate  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
 from patcher.cli import main  # noqa: E402
@@ -200,7 +201,7 @@ def test_a_source_that_is_no_checkpoint(tmp_path, source, reason):
 @pytest.mark.parametrize("mistyped", ["my-finetunedbert", "./my-finetuned-brt", "below/my_finetuned_bert"])
 def test_a_folder_that_is_mistyped_is_told_without_asking_the_hub(mistyped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("export.source._hub_answers", lambda: pytest.fail("the hub was asked"))
     for folder in (Path("my-finetuned-bert"), Path("below/my-finetuned-bert")):
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
@@ -215,7 +216,7 @@ def test_an_id_of_the_hub_is_taken_for_one_when_it_says_so(bert, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bert, "bert-mini")
     asked = []
-    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: asked.append(1))
+    monkeypatch.setattr("export.source._hub_answers", lambda: asked.append(1))
     with pytest.raises(CheckpointError, match=r"^cannot read .* of bertmini \(no folder of that name is"):
         run_export("hf://bertmini", tmp_path / "model_repository")
     assert asked == [1]
@@ -281,7 +282,39 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as refusing:
         threading.Thread(target=refusing.handle_request).start()
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{refusing.server_port}")
-        assert export.checkpoint._hub_answers()
+        assert export.source._hub_answers()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_id_that_the_hub_does_not_know_is_refused_at_once(tmp_path, monkeypatch, known):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200 if known or self.path == "/" else 404)
+            if self.path != "/":
+                self.send_header("ETag", '"x"')
+                self.send_header("X-Repo-Commit", "a" * 40)
+                self.send_header("X-Error-Code", "" if known else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
+        try:
+            if known:
+                assert locate("nobody/nothing") == ("nobody/nothing", False)
+            else:
+                with pytest.raises(CheckpointError, match=r"it was looked for on the hub\): nobody/nothing is not a"):
+                    locate("nobody/nothing")
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.parametrize("written", ["balance", "0", "LABEL_9"])
@@ -331,7 +364,7 @@ def test_no_index_of_a_checkpoint_names_a_pickle(copy, tmp_path, monkeypatch, in
     (hub / "refs" / "main").write_text("a" * 40)
     shutil.copytree(copy, hub / "snapshots" / ("a" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("export.checkpoint._hub_answers", lambda: False)
+    monkeypatch.setattr("export.source._hub_answers", lambda: False)
     with pytest.raises(
         CheckpointError, match=r"w\.bin.*; expected files beside|transformers_weights\); expected a file"
     ):
@@ -773,7 +806,7 @@ def test_what_a_killed_export_left_is_taken_away_by_the_next(bert, tmp_path, mon
         assert [path.name for path in folder.iterdir()] == [".patcher-alive"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.classifier.make", killed)
+    monkeypatch.setattr("export.stages.make", killed)
     with pytest.raises(KeyboardInterrupt):
         export_classifier(bert, tmp_path / "models", name="intent")
     assert not list(tmp_path.iterdir())

@@ -8,12 +8,13 @@ import shutil
 import stat
 import sys
 
+import numpy as np
 import pytest
 import tiny
 
 from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError
-from patcher.loadtest import load_test, parse_loads
+from patcher.loadtest import _intervals, load_test, parse_loads
 from patcher.measurement import Load, Measurement, StepTime, check_targets, compare, plot, warnings, write_csv
 from patcher.triton import perf_analyzer
 from patcher.triton.client import TritonServer
@@ -90,6 +91,15 @@ def test_measures_each_model_under_each_load(client, texts, tmp_path):
 
 
 @pytest.mark.server
+def test_a_request_rate_is_what_the_server_gets(client):
+    idle, flooded = load_test(client, ["intent"], ["a", "b"], [Load(request_rate=5), Load(request_rate=50_000)])
+    assert (idle.planned, idle.failures) == (36, 0)
+    assert idle.throughput == pytest.approx(5, rel=0.1)
+    assert not [said for said in warnings([idle]) if "came through" in said]
+    assert "could not keep up" in "".join(warnings([flooded]))
+
+
+@pytest.mark.server
 def test_says_what_went_wrong(client):
     with pytest.raises(ServerRefused, match=r"does not serve nobody; .patcher doctor"):
         load_test(client, ["nobody"], ["a"], [Load(1)])
@@ -142,6 +152,25 @@ def test_says_what_makes_figures_doubtful():
     assert "3 requests failed" in warnings([measured("a", 90.0, failures=3)])[0]
     slow = Measurement("a", None, 100.0, 60.0, 1.0, 2.0, 3.0, 0, ())
     assert "could not keep up" in warnings([slow])[0]
+    late = Measurement("a", None, 100.0, 99.0, 1.0, 2.0, 3.0, 0, (), delayed=True, planned=720)
+    (said,) = warnings([late])
+    assert "sent late" in said
+    assert "came through" not in said
+
+
+@pytest.mark.parametrize(
+    "throughput,p50_ms,short", [(4.3, 3, False), (3.5, 3, True), (3.5, 300, False), (1, 300, True)]
+)
+def test_the_last_requests_of_a_short_test_are_no_overload(throughput, p50_ms, short):
+    measured = Measurement("a", None, 5.0, throughput, p50_ms * 1e3, 0.0, 0.0, 0, (), planned=7)
+    assert bool(warnings([measured])) == short
+
+
+def test_request_intervals_keep_the_rate_and_are_random():
+    gaps = _intervals(20.0, 144)
+    assert sum(gaps) == pytest.approx(144 / 20 * 1e6)
+    assert len(gaps) == 144
+    assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.25)
 
 
 def test_nobody_there():

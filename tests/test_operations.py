@@ -37,6 +37,7 @@ from patcher import (
     canary,
     doctor,
     prune,
+    read_examples,
     rollback,
     sync,
 )
@@ -910,6 +911,42 @@ def test_a_merge_is_judged_by_the_texts_of_each_label(classifier, monkeypatch):
     stands_for = [count / rows for count, rows in zip(counts.values(), kept, strict=True)]
     assert weights.tolist() == pytest.approx(np.repeat(stands_for, kept).tolist())
     assert weights.sum() == sum(counts.values())
+
+
+def test_a_merge_is_no_harm(classifier, tmp_path, capsys):
+    held_out = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 20, seed=9) for label in tiny.OLD})
+    examples = read_examples(held_out)
+    merge_labels(classifier, ["balance", "transfer"], "money", force=True)
+    rename_label(classifier, "money", "cash")
+    remove_label(classifier, "alarm")
+    added = add_label(classifier, "payday", TEN, settings=PatchSettings(force=True)).version
+    pairs = (("balance", "cash"), ("transfer", "cash"))
+    found = diff(classifier, 1, added, examples)
+    assert (found.merged, found.renamed) == (pairs, ())
+    assert found.removed == ("balance", "transfer", "alarm")
+    assert (found.unknown, {flip.label for flip in found.flips}) == (0, {"alarm"})
+    back = diff(classifier, added, 1, examples)
+    assert (back.merged, back.renamed) == (pairs, ())
+    assert (len(back.gains), len(back.flips)) == (len(found.flips), len(found.gains))
+    # In the new label's name the file is judged alike.
+    lines = held_out.read_text().replace(",balance", ",cash").replace(",transfer", ",cash")
+    held_out.write_text(lines)
+    assert diff(classifier, 1, added, read_examples(held_out)).flips == found.flips
+    assert main(["diff", "1", str(added), "--eval", str(held_out), "--repo", str(classifier.root)]) == 0
+    said = capsys.readouterr().out
+    assert "; balance merged into cash; transfer merged into cash\n" in said
+    assert "merged labels: texts labelled balance, transfer count as cash\n" in said
+
+
+def test_a_merge_into_one_of_the_labels_and_a_name_that_comes_again(classifier):
+    merge_labels(classifier, ["balance", "transfer"], "balance", force=True)
+    rename_label(classifier, "balance", "money")
+    assert diff(classifier, 1, 3).merged == (("transfer", "money"),)
+    assert diff(classifier, 1, 3).renamed == (("balance", "money"),)
+    back = diff(classifier, 3, 1)
+    assert (back.merged, back.renamed) == ((("transfer", "balance"),), (("money", "balance"),))
+    rename_label(classifier, "music", "transfer")  # texts of that name are this label's by now
+    assert diff(classifier, 1, 4).merged == ()
 
 
 def test_a_name_that_another_label_has_had_is_no_rename(classifier):

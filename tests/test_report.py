@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import add_label, read_examples, rename_label
+from patcher import add_label, merge_labels, read_examples, rename_label
 from patcher.cli import main
 from patcher.errors import ToolError
 from patcher.feature_map import feature_map
@@ -111,6 +111,18 @@ def test_a_label_that_was_only_renamed_is_the_same_before_and_after(patched, hel
     assert "wages" in found.after.per_label
     assert (found.after.unknown, found.before.unknown) == ((), ())
     assert found.before.per_label == found.after.per_label
+
+
+def test_a_merged_label_is_the_same_before_and_after(patched, tmp_path):
+    texts = {label: tiny.sentences(label, 20, seed=9) for label in tiny.OLD}
+    held_out = read_examples(tiny.write_csv(tmp_path / "old.csv", texts))
+    merge_labels(patched, ["balance", "transfer"], "money", force=True)
+    found = make_report(patched, 3, held_out)  # the file has the old names
+    assert found.difference.flips == ()
+    assert (found.after.unknown, found.before.unknown) == ((), ())
+    assert found.before.per_label["money"].support == found.after.per_label["money"].support == 40
+    assert found.after.accuracy >= found.before.accuracy
+    assert "Texts labelled transfer count as money, into which it was merged." in render(found)
 
 
 def test_versions_without_a_parent_a_gate_or_a_map(patched):

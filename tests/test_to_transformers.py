@@ -123,8 +123,12 @@ def test_what_does_not_fit_is_refused_and_nothing_written(bert, patched, tmp_pat
 
 def test_the_verb(bert, patched, tmp_path, capsys):
     command = ["to-transformers", str(tmp_path / "new"), "--checkpoint", str(bert), "--repo", str(patched.root)]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
     assert main([*command, "--version", "1", "--json"]) == 0, capsys.readouterr().err
-    found = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == ""  # no progress bars of transformers
+    assert transformers.utils.logging.is_progress_bar_enabled() == bars
+    found = json.loads(said.out)
     assert (found["version"], found["refitted"], found["agreement"]) == (1, [], 1.0)
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err

@@ -104,26 +104,26 @@ def export_command(
 
     try:
         from export import run_export
-    except ModuleNotFoundError as error:
-        raise not_installed("export", error) from error
 
-    report = run_export(
-        model,
-        repo,
-        name=name,
-        train=train,
-        per_label=FEATURES_A_LABEL if kind == "features" else 0,
-        evaluation=evaluation,
-        precision=precision,
-        device=device,
-        max_length=max_length,
-        tensorrt=tensorrt,
-        backbone=backbone,
-        in_store=in_store,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        progress=lambda text: tell(text, err=True),
-    )
+        report = run_export(
+            model,
+            repo,
+            name=name,
+            train=train,
+            per_label=FEATURES_A_LABEL if kind == "features" else 0,
+            evaluation=evaluation,
+            precision=precision,
+            device=device,
+            max_length=max_length,
+            tensorrt=tensorrt,
+            backbone=backbone,
+            in_store=in_store,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            progress=lambda text: tell(text, err=True),
+        )
+    except ModuleNotFoundError as error:  # torch is imported when all that needs none of it is looked through
+        raise not_installed("export", error) from error
     _warn(report, train)
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))

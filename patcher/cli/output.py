@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from patcher.errors import ToolError
-from patcher.wording import install_hint, percent
+from patcher.wording import install_hint, listing, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,6 +60,9 @@ def changed_answers(difference: Difference, then: str) -> Iterator[str]:
         f"of {difference.examples} texts: {lost} right before and wrong {then} "
         f"({percent(lost / difference.examples)}), {gained} wrong before and right {then}"
     )
+    for into in dict.fromkeys(new for _, new in difference.merged):
+        labels = listing([old for old, new in difference.merged if new == into])
+        yield f"merged labels: texts labelled {labels} count as {into}"
     if difference.unknown:
         yield f"texts with a label that neither version knows: {difference.unknown}"
 

@@ -47,16 +47,17 @@ def to_transformers_command(
     """
     try:
         from export import to_transformers
+
+        made = to_transformers(
+            options.classifier,
+            checkpoint,
+            folder,
+            version,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
     except ModuleNotFoundError as error:
         raise not_installed("to-transformers", error) from error
-    made = to_transformers(
-        options.classifier,
-        checkpoint,
-        folder,
-        version,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
     options.emit({**vars(made), "folder": str(made.folder), "refitted": list(made.refitted)})
     if not options.json:
         options.say(f"{made.folder}: version {made.version} with {made.labels} labels")

@@ -86,7 +86,8 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
         return
     options.say(f"version {a} -> {b}: added {', '.join(difference.added) or 'nothing'}; "
                  f"removed {', '.join(difference.removed) or 'nothing'}"
-        + "".join(f"; {old} renamed to {new}" for old, new in difference.renamed))  # fmt: skip
+        + "".join(f"; {old} renamed to {new}" for old, new in difference.renamed)
+        + "".join(f"; {old} merged into {new}" for old, new in difference.merged if a < b))  # fmt: skip
     options.say(
         f"rows of labels in both: {difference.same_rows} identical, {len(difference.changed_rows)} changed"
         + (f" ({listing(difference.changed_rows)})" if difference.changed_rows else "")

@@ -59,6 +59,9 @@ class Storage(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Create the location if it does not exist, and the file in it if that does not exist."""
 
+    def refuse_unwritable(self) -> None:
+        """StorageError where it can be told without a change that nothing can be written."""
+
     def remove(self, name: str) -> None:
         """Remove a file, which need not exist."""
 

@@ -6,6 +6,7 @@ A new folder is written to a staging folder, flushed to disk and renamed into pl
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from filelock import BaseFileLock
 
-__all__ = ["STAGING", "Disk", "read_bytes", "storage_errors"]
+__all__ = ["STAGING", "Disk", "read_bytes", "storage_errors", "try_writing"]
 
 _LOCK_FILE = ".patcher.lock"
 _WORKING = ".patcher-working"
@@ -66,6 +67,11 @@ class Disk:
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / name).exists():
                 replace(self.root / name, data)
+
+    def refuse_unwritable(self) -> None:
+        """StorageError where neither the folder nor a file in it could be made."""
+        with storage_errors(self.root):
+            try_writing(self.root)
 
     def remove(self, name: str) -> None:
         """Remove a file, which need not exist."""
@@ -305,6 +311,15 @@ class Disk:
                 yield path
             finally:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def try_writing(folder: Path) -> None:
+    """OSError where no file can be made in ``folder``, or in what is there of the folders that lead to it."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def _parent(name: str) -> str:

@@ -73,6 +73,9 @@ class ObjectStore:
             with contextlib.suppress(LockLost):  # somebody else created it first
                 self.bucket.put(name, data, None)
 
+    def refuse_unwritable(self) -> None:
+        """Nothing: who may write shows when something is written."""
+
     def remove(self, name: str) -> None:
         """Delete an object, which need not exist."""
         self._check()
