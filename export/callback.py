@@ -45,7 +45,7 @@ class ExportCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002  the same
         **kwargs: Any,
     ) -> None:
-        """Refuse now what would be refused at the end."""
+        """Raise now what the export would raise at the end of training."""
         model, options = kwargs["model"], ExportOptions(**self.options)
         options["tokenizer"] = self._tokenizer(kwargs)
         foresee(model, settle(model, self.repository_dir, options))

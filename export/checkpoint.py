@@ -39,8 +39,8 @@ _SUFFIX = "ForSequenceClassification"
 _PLAIN = r"[^/\\]+\.safetensors"
 """Pattern for a safetensors file in the same folder as the file that names it."""
 _LONG = 100
-"""Tokens of a batch that is worth a word on its length."""
-# What transformers and what it reads with raise for files that are missing, damaged, foreign or not trusted.
+"""Above this many tokens in a batch, an error hints at ``--max-length``."""
+# What transformers and the libraries under it raise for files that are missing, damaged, foreign or not trusted.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError),
     SafetensorError,
@@ -73,7 +73,8 @@ def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_re
     Parameters
     ----------
     source
-        ``hf://ID`` names the hub alone, where an id looks like a mistyped folder; a ``Place`` was located already.
+        A folder, or an id on the hub. ``hf://ID`` always means the hub, even if the id looks like a mistyped folder.
+        A ``Place`` has been found by ``locate`` already.
     allow_pickle
         Read weights from a pickle file if there is no safetensors file; unpickling can run code.
     trust_remote_code
@@ -294,7 +295,7 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and load reports of transformers; what matters in them becomes an error of ours."""
+    """Silence the progress bars and load reports of transformers; we raise errors for what matters in them."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

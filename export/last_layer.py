@@ -1,4 +1,4 @@
-"""A checkpoint's last layer: proven to be what was exported, replaced by a head's rows, and saved with the rest."""
+"""Proves that a checkpoint is the one exported, replaces its last layer with a head's rows, and saves it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = ["proven_layer", "put_in", "save"]
 
 
 def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
-    """Name of the checkpoint's last layer, on ``width`` features; ParityError where it is not what was exported."""
-    # An export settles padding in model and tokenizer; what goes back keeps its own.
+    """Name of the checkpoint's last layer, on ``width`` features; ParityError if it is not the exported checkpoint."""
+    # `prepare_tokenizer` changes the padding of model and tokenizer; work on copies, so what is written keeps its own.
     loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model), tokenizer=copy.deepcopy(loaded.tokenizer))
     other = f"{classifier.name} was not exported from {loaded.source}"
     served = json.loads(classifier.repository.tokenizer_json(classifier.backbone_name))
@@ -59,7 +59,7 @@ def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
 
 
 def put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
-    """Put the head's rows and labels into the checkpoint, in its own precision; returns the rows as they are there."""
+    """Put the head's rows and labels into the checkpoint, in its dtype; return the head with the rows so rounded."""
     model: Any = loaded.model
     old = model.get_submodule(layer)
     if not isinstance(old, nn.Linear):
@@ -86,7 +86,7 @@ def put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
 
 
 def save(model: Any, tokenizer: Any, target: Path) -> None:
-    """All or nothing: written beside the target, then renamed."""
+    """Write to a folder beside the target and rename it, so that the target is complete or absent."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".patcher-", dir=target.parent) as name:

@@ -1,4 +1,4 @@
-"""What an export is asked for, and all of it that can be refused without torch, whose import takes ten seconds."""
+"""The options of an export, and every check on them that needs no torch, whose import takes ten seconds."""
 
 from __future__ import annotations
 
@@ -32,41 +32,45 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 
 class ExportOptions(TypedDict, total=False):
-    """What can be chosen about an export.
-
-    ``name`` is what clients call; ``backbone`` the name under which the backbone's models stand (``name`` by default),
-    and one that is there already is shared if it is the same to the byte. ``train``, a labelled file or ``Examples``,
-    builds the memory beside head version 1, with ``per_label`` real features of each label (20 by default; 0 keeps
-    statistics alone). ``precision`` is the backbone's (``fp32``, ``int8`` for CPUs, ``fp16`` for
-    GPUs; by default ``fp16`` for the device ``gpu``, else ``fp32``); what a lower one costs is measured on
-    ``evaluation``, labelled texts that took no part in the fine-tuning, or else on a part of ``train``; with
-    ``evaluation`` the share of fresh texts that count as out of scope is set, too. ``device`` ``gpu`` places the
-    backbone on the GPUs, ``tensorrt`` has TensorRT run it there. ``max_length`` is the tokens beyond which a text is
-    cut (by default what tokenizer and model allow, 2048 at most). ``tokenizer`` belongs to a model in memory.
-    ``in_store`` leaves the classifier's answers to the backbone's head store instead of an ensemble and a head model of
-    its own. ``allow_pickle`` and ``trust_remote_code`` let a checkpoint run code. ``progress`` hears in words what is
-    going on.
-    """
+    """Options of an export; all can be left out."""
 
     name: str
+    """Name of the classifier, which clients ask for; ``intent`` by default."""
     backbone: str | None
+    """Name of the backbone's models, ``name`` by default. An existing backbone is shared if its bytes are the same."""
     train: ExamplesLike | None
+    """Labelled file or ``Examples`` from which the memory beside head version 1 is built."""
     per_label: int
+    """Real features that the memory keeps of each label, 20 by default; with 0 it keeps statistics only."""
     evaluation: ExamplesLike | None
+    """Labelled texts that took no part in the fine-tuning.
+
+    They measure what a lower precision costs (otherwise a part of ``train`` does), and set the share of fresh texts
+    that count as out of scope.
+    """
     precision: str | None
+    """``fp32``, ``int8`` (for CPUs) or ``fp16`` (for GPUs); by default ``fp16`` on device ``gpu``, else ``fp32``."""
     device: str
+    """``cpu``, the default, or ``gpu``."""
     tensorrt: bool
+    """Run the backbone with TensorRT; needs the device ``gpu``."""
     max_length: int | None
+    """Tokens beyond which a text is cut; by default what tokenizer and model allow, but at most 2048."""
     tokenizer: PreTrainedTokenizerBase | None
+    """Tokenizer of a model in memory."""
     in_store: bool
+    """Serve the classifier from the backbone's head store instead of an ensemble and a head model of its own."""
     allow_pickle: bool
+    """Read weights from a pickle, which can run code."""
     trust_remote_code: bool
+    """Run Python code that comes with the checkpoint."""
     progress: Callable[[str], None] | None
+    """Called with messages about the progress of the export."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the backbone is made for."""
+    """Where and in which precision the backbone will run."""
 
     precision: str
     device: str
@@ -74,7 +78,7 @@ class Target:
 
     @property
     def unpads(self) -> bool:
-        """Whether to leave out the work on padding: not on GPUs, where a few more nodes cost more than it saves."""
+        """Whether to skip the work on padding; not on GPUs, where the extra nodes cost more than they save."""
         return self.device == "cpu" and self.precision != "fp16"
 
     @property
@@ -85,21 +89,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Settled:
-    """What is asked for, looked through as far as that goes without the checkpoint."""
+    """The options of an export, checked as far as possible without reading the checkpoint."""
 
     name: str
     backbone: str
     in_store: bool
     target: Target
     files: tuple[Examples | None, Examples | None]
-    """For training and evaluation."""
+    """The labelled texts of ``train`` and ``evaluation``."""
     place: Place | None
-    """Of the checkpoint; None for a model in memory."""
+    """Where the checkpoint is; None for a model in memory."""
     options: ExportOptions
 
 
 def settle(model: Source, repository_dir: str | os.PathLike[str], options: ExportOptions) -> Settled:
-    """Refuse what can be refused before torch is imported; raises as ``export_classifier`` does."""
+    """Check everything that can be checked before torch is imported; raises as ``export_classifier`` does."""
     if unknown := set(options) - set(ExportOptions.__annotations__):
         raise InputError(
             f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
@@ -109,6 +113,8 @@ def settle(model: Source, repository_dir: str | os.PathLike[str], options: Expor
     _refuse_taken(repository_dir, name, backbone, in_store=in_store)
     target = _target(options)
     train, evaluation = options.get("train"), options.get("evaluation")
+    if train is None and options.get("per_label") == 0:
+        raise InputError("a memory of statistics is built from training texts; expected --train FILE (train=...)")
     files = (
         None if train is None else as_examples(train, "train"),
         None if evaluation is None else as_examples(evaluation, "evaluation"),
@@ -119,7 +125,7 @@ def settle(model: Source, repository_dir: str | os.PathLike[str], options: Expor
 
 
 def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:
-    """InputError where ``name`` cannot be added to the repository at ``location``, which need not be there yet."""
+    """Raise InputError if ``name`` cannot be added to the repository at ``location``, which need not exist yet."""
     check_name(name)
     check_name(backbone)
     if in_store:

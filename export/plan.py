@@ -53,7 +53,7 @@ class Plan:
 
 
 def foresee(model: Source, settled: Settled) -> Plan:
-    """What is left to refuse before the work begins, is refused here; raises as ``export_classifier`` does."""
+    """Check what ``settle`` could not check without the checkpoint; raises as ``export_classifier`` does."""
     options = settled.options
     checkpoint = _checkpoint(settled.place or model, options)
     given, held_out = (_labelled(each, checkpoint) for each in settled.files)

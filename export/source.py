@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, or an id of the hub; what is neither is refused without importing torch."""
+"""Where a checkpoint is: in a folder, or on the hub. Anything else is refused here, without importing torch."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from patcher.errors import CheckpointError
 __all__ = ["HUB", "Place", "locate", "unread"]
 
 HUB = "hf://"
-"""Before an id of the hub: no folder is meant, whatever lies here."""
+"""Prefix of an id on the hub; with it, no local folder is looked for."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_SECONDS = 5.0
 
 
 class Place(NamedTuple):
-    """A folder's path or an id of the hub, and whether the hub cannot be asked for it."""
+    """A folder's path or an id on the hub, and whether only local files can be read because the hub does not answer."""
 
     name: str
     local_files_only: bool
 
 
 def locate(source: str) -> Place:
-    """Where ``source`` lies; CheckpointError where it is no folder of a checkpoint, and no id that can be read."""
+    """Find ``source``; CheckpointError if it is neither a checkpoint's folder nor an id on the hub that can be read."""
     name = _checked_source(source)
     if Path(name).is_dir():
         return Place(name, local_files_only=False)
-    # The hub's own library asks six times for each file, which takes a minute where nobody answers.
+    # The hub's own library tries six times for each file, which takes a minute if nothing answers.
     place = Place(name, local_files_only=not _hub_answers())
     if _is_cached(name):
         return place
@@ -55,27 +55,27 @@ def locate(source: str) -> Place:
 
 
 def unread(place: Place, what: str, reason: str) -> CheckpointError:
-    """The error that says why ``what`` of a checkpoint cannot be read."""
+    """The error for a part of a checkpoint (``what``) that cannot be read."""
     looked = "no hub answers to be asked for it" if place.local_files_only else "it was looked for on the hub"
     where = "" if Path(place.name).is_dir() else f" (no folder of that name is here, and {looked})"
     return CheckpointError(f"cannot read the {what} of {place.name}{where}: {reason}")
 
 
 def _is_cached(name: str) -> bool:
-    with contextlib.suppress(ValueError):  # not an id of the hub after all: what reads checkpoints says why
+    with contextlib.suppress(ValueError):  # not a valid id after all: the reader of checkpoints says why
         return try_to_load_from_cache(name, "config.json") is not None
     return True
 
 
 def _is_unknown(name: str) -> bool:
-    """Whether the hub says that it has no such repository; what else it says is for what reads checkpoints to hear."""
+    """Whether the hub has no such repository; any other answer is left to the reader of checkpoints."""
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
-    except GatedRepoError:  # it is there, for some
+    except GatedRepoError:  # it exists, but access is restricted
         return False
     except RepositoryNotFoundError:
         return True
-    except Exception:  # noqa: BLE001  each version of the hub's library has another client with errors of its own
+    except Exception:  # noqa: BLE001  the errors depend on the HTTP client of the hub library's version
         return False
     return False
 
@@ -103,13 +103,13 @@ def _checked_source(name: str) -> str:
 def _hub_id(name: str) -> str:
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{HUB + name!r}: {name!r} is no id of the hub; expected {HUB}owner/name")
-    if Path(name).exists():  # what reads checkpoints would take that
+    if Path(name).exists():  # transformers would read that folder instead
         raise CheckpointError(f"{name} lies in this folder, where {HUB}{name} cannot be read; run this from another")
     return name
 
 
 def _near(path: Path) -> list[str]:
-    """Folders of checkpoints beside ``path`` whose names are like its own."""
+    """Checkpoint folders beside ``path`` with similar names."""
     try:
         there = {each.name: str(each) for each in path.parent.iterdir() if (each / "config.json").is_file()}
     except OSError:
@@ -118,7 +118,7 @@ def _near(path: Path) -> list[str]:
 
 
 def _hub_answers() -> bool:
-    """Whether anybody answers at the hub's address; True also where the environment forbids to ask: it is not asked."""
+    """Whether the hub can be reached; True without trying if the environment forbids network access."""
     if hub.HF_HUB_OFFLINE:
         return True
     try:
@@ -127,7 +127,7 @@ def _hub_answers() -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # whom to trust is for the hub's library to say
+        return isinstance(error.reason, ssl.SSLError)  # leave certificate errors to the hub's own library
     except OSError:
         return False
     return True

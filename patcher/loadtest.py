@@ -114,8 +114,9 @@ def load_test(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(scratch("patcher-load-"))
         benches = {}
-        if len(set(models)) < len(models):
-            raise InputError(f"got {models[0]} against itself; expected another model, or one at another address")
+        for model in models:
+            if models.count(model) > 1:
+                raise InputError(f"got {model} against itself; expected another model, or one at another address")
         for number, model in enumerate(models):
             address, _, url = model.partition("@")
             name, _, classifier = address.partition("/")

@@ -358,6 +358,7 @@ def test_a_mistake_is_refused_before_torch_is_imported(classifier, tmp_path):
         (["export", "nosuch", *new, "--train", str(tmp_path / "no.csv")], 2, "no.csv: No such file or directory"),
         (["export", "nosuch", *new, "--name", "foo bar"], 2, "'foo bar' cannot name a model"),
         (["export", "nosuch", *new, "--tensorrt"], 2, "TensorRT runs on GPUs"),
+        (["export", "nosuch", *new, "--memory", "statistics"], 2, "expected --train FILE"),
         (["export", "nosuch", *repo], 2, "holds a classifier 'intent' already"),
         (["export", "nosuch", "--repo", str(tmp_path / "file" / "below")], 1, "file/below: Not a directory; nothing"),
         (["to-transformers", str(tmp_path), *repo], 2, "already exists and is not empty"),
