@@ -1,4 +1,4 @@
-"""Wall-clock time: seconds by stage for the reports, and how far long work has come."""
+"""Wall-clock time: seconds by stage for reports, and the progress of long work."""
 
 from __future__ import annotations
 

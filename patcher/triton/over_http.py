@@ -1,4 +1,4 @@
-"""What a server is asked over its HTTP by the process that started it: whether it is up, and to turn requests away."""
+"""HTTP requests to a server from the process that started it: health checks, and draining it before it stops."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["drain", "says"]
 
 _POLL_SECONDS = 0.02
 _DRAIN_SECONDS = 2.0
-"""What a server that is to stop may take to answer: one that hangs is not waited for."""
+"""Timeout of each request while draining, so that a server that hangs does not delay its stop."""
 
 
 def says(address: str, what: str) -> bool:
-    """Whether the server at ``address`` says yes to ``what``: ``health/live``, ``models/NAME/ready``."""
+    """Whether the server at ``address`` confirms ``what``: ``health/live`` or ``models/NAME/ready``."""
     try:
         with _no_proxy().open(f"http://{address}/v2/{what}", timeout=5.0):
             return True
@@ -30,14 +30,15 @@ def says(address: str, what: str) -> bool:
 
 
 def drain(address: str, key: str, models: Sequence[str], seconds: float) -> None:
-    """Turn new requests away, and let those in flight finish while an encoder may still ask its backbone.
+    """Refuse new requests, and let those in flight finish while encoders can still ask their backbones.
 
-    A server that was told to stop lets ensembles go on, but refuses what one model asks of another.
+    Waits up to ``seconds``. A server that was told to stop lets ensembles finish, but refuses requests from one of its
+    models to another.
     """
     deadline = time.monotonic() + seconds
-    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # it is gone, or hangs
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # the server is gone, or hangs
         for model in models:
-            if not model.endswith("_backbone"):  # which is still asked
+            if not model.endswith("_backbone"):  # encoders still need it
                 _control(address, key, f"models/{model}/unload")
         while time.monotonic() < deadline:
             states = {each.get("state") for each in json.loads(_control(address, key, "index"))}
@@ -47,7 +48,7 @@ def drain(address: str, key: str, models: Sequence[str], seconds: float) -> None
 
 
 def _control(address: str, key: str, what: str) -> bytes:
-    """Ask the server's model control by HTTP, which takes the key beside TLS, too."""
+    """Send a request to model control over HTTP, which accepts the key even if gRPC uses TLS."""
     request = urllib.request.Request(f"http://{address}/v2/repository/{what}", b"{}", {"admin-key": key})
     with _no_proxy().open(request, timeout=_DRAIN_SECONDS) as answer:
         data: bytes = answer.read()
@@ -55,5 +56,5 @@ def _control(address: str, key: str, what: str) -> bytes:
 
 
 def _no_proxy() -> urllib.request.OpenerDirector:
-    # A proxy from the environment would be asked for this very machine, too.
+    # A proxy set in the environment would be used even for this machine.
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,4 +1,4 @@
-"""A real Triton server on this machine: started, watched, and ended with the process that started it."""
+"""Runs a Triton server on this machine: starts it, watches it, and stops it with the process that started it."""
 
 from __future__ import annotations
 
@@ -47,59 +47,62 @@ if TYPE_CHECKING:
 __all__ = ["START_SECONDS", "EmbeddedTriton"]
 
 START_SECONDS = 120.0
-"""A server that starts is given up where it told nothing for so long."""
+"""A start fails once the server's log has had nothing new for this long."""
 _POLL_SECONDS = 0.02
 _PORT_TRIES = 3
 _KEY_VARIABLE = "PATCHER_ADMIN_KEY"
 _PYTHON_BACKENDS = ("python", "onnxruntime")
-# Model control can run code, the trace and log settings can write files, and whoever registers shared memory may have
-# answers written over what the server's own processes keep in it: all an administrator's.
+# For administrators only: model control can run code, the trace and log settings can write files, and whoever registers
+# shared memory can have answers written over the regions of the server's own processes.
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
-# Triton's HTTP knows no TLS, and deeply nested JSON without a key ends the server. Beside gRPC with TLS it keeps to
-# loopback; there, and where others can reach it, it asks for a key for all but health.
+# Triton's HTTP does not support TLS, and deeply nested JSON crashes the server, even if sent without a key. If gRPC uses
+# TLS, HTTP listens on loopback only; there, and where others can reach it, all but health checks require a key.
 _ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 
 
 class EmbeddedTriton:
     """A tritonserver that serves ``models`` of ``repository``, from :meth:`start` until :meth:`stop`.
 
-    ``repository`` is a folder, or the URL of an object store as tritonserver takes it, whose credentials it finds
-    in the environment as this process does; ``environment`` adds what is not in this process's.
+    ``repository`` is a folder, or the URL of an object store in tritonserver's notation. The server finds the
+    credentials in the environment, as this process does; ``environment`` adds variables that this process lacks.
 
-    Model control is explicit: the models named are loaded (an ensemble brings its steps with it), anything else only
-    when a client asks. The server listens on ``host`` alone; a port of 0 picks a free one. Its log is ``log_file``,
-    by default in the user's state folder; the one before it is kept with ``.1`` behind its name. ``exit_timeout`` is
-    how many seconds :meth:`stop` lets requests in flight finish. When the process that started the server dies, however
-    it does, the server is told to stop, too.
+    Model control is explicit: the server loads ``models`` (an ensemble with its steps), and anything else only on
+    request. It listens on ``host`` only; a port of 0 means a free one. It logs to ``log_file``, by default in the
+    user's state folder; the previous log is kept with ``.1`` appended to its name. ``exit_timeout`` is the number of
+    seconds that :meth:`stop` gives requests in flight to finish. If the process that started the server dies, for
+    whatever reason, the server is told to stop, too.
 
-    ``admin_key`` restricts model control, trace and log settings over gRPC and HTTP to those who send the key. The
-    server takes it on its command line only (no file, no environment variable), which other users of the machine can
-    list; so it is put there where they cannot, in the memory of the server before it runs. Where the system forbids a
-    parent to trace its child, the key is overwritten as soon as the server has read it, after some tenths of a second
-    (``key_was_listed``), and where it forbids to write its child's memory, the key stays there (``key_hidden`` is
-    False): where that matters, do not share the machine, or mount /proc with hidepid=2.
+    ``admin_key`` restricts model control, shared memory, and trace and log settings to clients that send the key, over
+    gRPC and HTTP. The server accepts the key on its command line only (not in a file or an environment variable), which
+    other users of the machine can list. So the key is written directly into the memory of the server before it runs.
+    If the system does not let a parent trace its child, the key is listed for some tenths of a second
+    (``key_was_listed``) and then overwritten, once the server has read it. If the system does not let a parent write
+    its child's memory either, the key stays listed (``key_hidden`` is False). Where that matters, do not share the
+    machine, or mount /proc with hidepid=2.
 
-    Without ``admin_key`` the server makes a key for itself. :meth:`client` has it, and so has every
-    :class:`TritonServer` of the same user, or of root, on this machine: it is in ``key_file`` while the server runs,
-    which nobody else may read. With ``open_control`` gRPC asks for no key: every user of the machine may then load
-    models, which runs code as this one. HTTP asks for one even so, since any page in a browser of this machine may post
-    to loopback.
+    Without ``admin_key`` the server gets a generated key. While it runs, the key is in ``key_file``, which nobody else
+    can read; :meth:`client` uses it, and so does every :class:`TritonServer` of the same user, or of root, on this
+    machine. With ``open_control`` gRPC requires no key: every user of the machine can then load models, which runs code
+    as the user who started the server. HTTP still requires one, since any web page that a browser on this machine shows
+    can post to loopback.
 
-    On a ``host`` that others can reach, HTTP answers health checks alone, for one request of nested JSON ends the
-    server (Triton reads it without a limit); ``http`` has it answer all else there, too (not beside TLS).
+    On a ``host`` that others can reach, HTTP answers only health checks without the key, since a single request with
+    nested JSON crashes the server (Triton parses it without a depth limit). ``http`` opens the rest of HTTP there, too
+    (not with TLS).
 
-    ``tls`` encrypts gRPC, and with a client authority lets in only clients that it vouches for. Triton's HTTP and
-    metrics know no TLS: both then listen on loopback only (``metrics_host`` moves the metrics), and HTTP answers health
-    checks alone; everything else there takes the key, where there is none, one that nobody knows.
+    ``tls`` encrypts gRPC; with a client CA, only clients whose certificate it signed are admitted. Triton does not
+    support TLS for HTTP and metrics, so both then listen on loopback only (``metrics_host`` moves the metrics), and
+    HTTP answers only health checks without the key; with ``open_control``, nobody knows that key.
 
-    ``encoder_runs_backbone`` has an encoder run its backbone in its own process where that is on a CPU or the only GPU
-    and in a folder, which saves the way there and back; else it asks Triton for it, as on servers that others start.
+    With ``encoder_runs_backbone`` an encoder runs its backbone in its own process, which saves a round trip through
+    Triton. That needs a repository in a folder and a backbone on a CPU or on the only GPU; otherwise the encoder asks
+    Triton, as it does on servers that were started without patcher.
 
     ``onnxruntime_backend`` is a folder with Triton's C++ backend, to be used instead of the Python-based one (see
     :func:`~patcher.triton.installation.find_installation`).
 
-    Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key no header can carry, a key
-    beside ``open_control``, and ``http`` beside ``tls``.
+    Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key that cannot be sent in a
+    header or on Triton's command line, a key together with ``open_control``, or ``http`` together with ``tls``.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class EmbeddedTriton:
         self._admin_key = admin_key
         self._options = tuple(options)
         self._environment = dict(environment or {})
-        # From an object store each model comes into a folder of its own under /tmp, where anybody can put others.
+        # Triton copies each model from an object store to a separate folder in /tmp, where anybody can create others.
         self.encoder_runs_backbone = encoder_runs_backbone and not is_url(repository)
         self.onnxruntime_backend = onnxruntime_backend
         self._process: subprocess.Popen[bytes] | None = None
@@ -197,32 +200,32 @@ class EmbeddedTriton:
 
     @property
     def pid(self) -> int | None:
-        """The server's process, while there is one."""
+        """The process id of the server; None if it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     @property
     def key_file(self) -> Path | None:
-        """Where the key is that the server made for itself; None where it did not."""
+        """The file with the generated key; None if no key was generated."""
         return self._kept.path if self._kept else None
 
     def client(self, timeout: float = 60.0, tls: ClientTls | None = None) -> TritonServer:
-        """A client that may control models; a server with TLS wants ``tls``."""
+        """A client that may control models; ``tls`` is required if the server uses TLS."""
         return TritonServer(self.url, admin_key=self._admin_key, timeout=timeout, tls=tls)
 
     def start(self, timeout: float = START_SECONDS) -> Self:
-        """Start the server and wait until every model answers, as long as it gets on.
+        """Start the server and wait until every model answers, for as long as it makes progress.
 
-        It is given up where its log has told nothing new for ``timeout`` seconds: thousands of models take long, and
-        each that is loaded is told there.
+        It fails once the log has had nothing new for ``timeout`` seconds. Thousands of models take long to load, but
+        the log names each one that is loaded.
 
         Raises
         ------
         ToolError
-            where no tritonserver is installed, or something that it needs is missing.
+            if tritonserver, or something that it needs, is not installed.
         ServerError
-            where it does not get ready, with what its log says about that.
+            if the server does not become ready; the message quotes its log.
         InputError
-            where a port is taken, or the log, or the key that it made for itself, cannot be written.
+            if a port is taken, or the log or the generated key cannot be written.
         """
         if self.pid:
             return self
@@ -232,7 +235,7 @@ class EmbeddedTriton:
                     self._admin_key = self._http_key = self._kept.write()
                 self._launch()
                 self.wait_ready(timeout)
-                if self._kept:  # not before: until then the address may be another server's
+                if self._kept:  # not earlier: until then the address may be another server's
                     self._kept.show(self.url)
             except ServerError as error:
                 self.stop()
@@ -247,9 +250,9 @@ class EmbeddedTriton:
         return self
 
     def wait_ready(self, timeout: float) -> None:
-        """Wait until every model answers; ServerError with the log's words where that does not come about.
+        """Wait until every model answers; ServerError, which quotes the log, if that does not happen.
 
-        The server is given ``timeout`` seconds from each word of its log.
+        The ``timeout``, in seconds, starts anew whenever the log grows.
         """
         require(float, timeout=timeout)
         told, deadline = server_log.size(self.log_file), time.monotonic() + timeout
@@ -257,12 +260,12 @@ class EmbeddedTriton:
         with self.client(timeout=5.0) as client:
 
             def ready(model: str = "") -> bool:
-                # With TLS we may lack what the server asks of clients; health over HTTP is open on loopback.
+                # With TLS the server may require a client certificate; health over HTTP is open on loopback.
                 if self.tls:
                     return over_http.says(self.http_url, f"models/{model}/ready" if model else "health/live")
                 return client.is_ready(model) if model else client.is_live()
 
-            # HTTP and metrics come a little after gRPC.
+            # HTTP and metrics start a little later than gRPC.
             while not (
                 ready() and all(map(ready, self.models)) and all(accepts(host, int(port)) for host, port in addresses)
             ):
@@ -283,7 +286,7 @@ class EmbeddedTriton:
                 time.sleep(_POLL_SECONDS)
 
     def stop(self) -> int | None:
-        """End the server; requests in flight may finish. Its exit code, or None where none ran."""
+        """Stop the server after requests in flight have finished; return its exit code, or None if it did not run."""
         if self._kept:
             self._kept.remove()
         process = self._process
@@ -296,29 +299,29 @@ class EmbeddedTriton:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        except KeyboardInterrupt:  # asked again: no more waiting
+        except KeyboardInterrupt:  # Ctrl-C while stopping: do not wait any longer
             process.kill()
             process.wait()
             raise
         finally:
             self._process = None
-        # A server that was killed leaves its stubs behind: they are of its process group.
+        # If the server was killed, its stubs still run, in its process group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         regions.free(self._shared_memory)
         return process.returncode
 
     def wait(self) -> None:
-        """Wait for as long as the server runs; ServerError with its log's words when it ends by itself.
+        """Wait while the server runs; ServerError, which quotes its log, when it ends by itself.
 
-        It is ended when it hangs, and when one of its Python processes dies (see :mod:`~patcher.triton.watching`).
+        A server that hangs, or one of whose Python processes died, is killed (see :mod:`~patcher.triton.watching`).
         """
         if self._process is not None:
             watch(self._process, lambda: over_http.says(self.http_url, "health/live"), self.log_file)
 
     @cached_property
     def installation(self) -> Installation:
-        """The tritonserver that is started; ToolError or InputError where there is none."""
+        """The tritonserver to start; ToolError or InputError if there is none."""
         return find_installation(self.onnxruntime_backend)
 
     def command(self) -> list[str]:
@@ -341,7 +344,7 @@ class EmbeddedTriton:
             f"--http-port={self.http_port}",
             f"--metrics-port={self.metrics_port}",
             "--strict-readiness=false",  # with true, every swap and every refused load turns the server unready
-            "--disable-auto-complete-config",  # configurations are complete; completing costs a process for each load
+            "--disable-auto-complete-config",  # they are complete; completing them takes a process per load
             f"--exit-timeout-secs={self.exit_timeout}",
             *(f"--backend-config={name},shm-region-prefix-name={self._shared_memory}" for name in _PYTHON_BACKENDS),
         ]
@@ -350,13 +353,13 @@ class EmbeddedTriton:
         return [*command, *(self.tls.options() if self.tls else ()), *self._options]
 
     def _launch(self) -> None:
-        from patcher.triton.tokenizer.model import BACKEND  # here, for it brings the tokenizers
+        from patcher.triton.tokenizer.model import BACKEND  # imported here, since it imports tokenizers
 
         hosts = (self.host, self.http_host, self.metrics_host)
         self.grpc_port, self.http_port, self.metrics_port = free_ports(hosts, self._wanted_ports)
         if self.log_file is None:
             folder = state_folder()
-            make_private(folder)  # that of an earlier patcher was open to all
+            make_private(folder)  # earlier versions created it readable for all
             self.log_file = folder / f"triton-{self.grpc_port}.log"
         command = self.command()
         if self._admin_key is not None:
@@ -367,7 +370,7 @@ class EmbeddedTriton:
         runs = str(installation.backends / "onnxruntime" / "model.py") if self.encoder_runs_backbone else ""
         turn_off()
         environment = {**self._environment, **os.environ, **installation.environment, BACKEND: runs}
-        environment.pop(_KEY_VARIABLE, None)  # for clients: models that run in the server have no use for it
+        environment.pop(_KEY_VARIABLE, None)  # for clients only: models in the server do not need it
         with server_log.open_log(self.log_file) as log, regions.mine(self._shared_memory) as mark:
             kept = [mark.fileno(), *installation.kept]
             self._process, hidden = start_with_parent(command, environment, log.fileno(), kept, self._http_key)

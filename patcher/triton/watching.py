@@ -1,4 +1,4 @@
-"""Whether a server that runs still does its work: it is ended where it hangs, or where one of its processes died."""
+"""Watches a running server, and kills it if it hangs or one of its Python processes dies."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SILENT_SECONDS, _MISSED = 60.0, 3
 
 
 def watch(process: subprocess.Popen[bytes], lives: Callable[[], bool], log_file: Path | None) -> NoReturn:
-    """Wait for as long as the server runs; ServerError with its log's words when it ends by itself.
+    """Wait while the server runs; ServerError, which quotes its log, when it ends or has to be killed.
 
-    ``lives`` asks it whether it lives. It is ended when one of its Python processes dies: Triton starts none again,
-    says that all is well, and answers no request to the models of that process. And when it hangs: it has not even
-    said that it lives for a minute.
+    It is killed if it hangs, which means that ``lives``, its liveness check, has failed for a minute. It is also killed
+    if one of its Python processes dies: Triton does not restart that process, still reports itself as healthy, and
+    answers no request to the models in it.
     """
 
     def ended(why: str) -> ServerError:
@@ -39,14 +39,14 @@ def watch(process: subprocess.Popen[bytes], lives: Callable[[], bool], log_file:
             heard, missed = time.monotonic(), 0
         else:
             missed += 1
-        # Asked several times: a machine that was paused may have passed the minute in one step.
+        # Several checks must have failed, since the minute passes in one step if the machine is suspended.
         if missed > _MISSED and time.monotonic() - heard > _SILENT_SECONDS and process.poll() is None:
             process.kill()
             raise ended(
                 f"tritonserver hung: it did not answer for {_SILENT_SECONDS:.0f} s, so it was stopped; start it again"
             )
         before, dead = dead, set(_dead_children(process.pid))
-        if before & dead:  # one that Triton itself ended may be seen once, before it asks
+        if before & dead:  # seen only once, Triton may have ended it itself and not yet reaped it
             process.kill()
             raise ended(
                 "a Python process of tritonserver died (killed, or out of memory?), and the models in it could not "
@@ -57,13 +57,13 @@ def watch(process: subprocess.Popen[bytes], lives: Callable[[], bool], log_file:
 
 
 def _dead_children(pid: int) -> list[int]:
-    """Children of a process that ended without its asking whether they did, as Triton's stubs when they are killed.
+    """Ids of a process's zombies: children that ended and that it has not waited for, such as Triton's killed stubs.
 
-    Triton asks after each that it ends itself, or that fails to start.
+    Triton does wait for stubs that it ends itself or that fail to start.
     """
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it is gone meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
             if (state, parent) == ("Z", str(pid)):
                 found.append(int(path.parent.name))

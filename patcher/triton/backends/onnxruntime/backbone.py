@@ -1,6 +1,6 @@
-"""What runs a backbone in the process of its encoder, which then need not ask Triton for it.
+"""Runs a backbone in the process of its encoder, which then need not send requests to Triton.
 
-No head's start loads this file.
+A separate file, so that starting a head does not load it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ __all__ = ["give_back", "runner"]
 
 
 def runner(folder: Path, instances: int = 1) -> Run | None:
-    """What runs the model in ``folder`` in the process of another one that asks it alone.
+    """Open the model in ``folder`` in the process of its encoder, with the model's own configuration.
 
-    The model's own configuration counts, as if Triton had loaded it. None where Triton is to be asked for it: it would
-    have to choose a GPU, or TensorRT would build its engines twice, or this onnxruntime has no GPU, or the model has
-    fewer instances than the one that asks, which has ``instances`` (each would be a session more; by CUDA graphs that
-    pays), or it is not there. Raises LoadError where Triton would refuse it on a CPU.
+    Returns None if the encoder has to ask Triton instead: the model is missing, Triton would have to choose a GPU,
+    TensorRT would build its engines twice, this onnxruntime cannot use the GPU, or the model has fewer instances than
+    the encoder, which has ``instances``. In the last case each extra instance would need a session of its own, which
+    pays off only with CUDA graphs.
+
+    Raises LoadError if Triton would refuse the model on a CPU.
     """
     from google.protobuf import json_format, text_format
 
@@ -52,9 +54,9 @@ def runner(folder: Path, instances: int = 1) -> Run | None:
 
 
 def _on_the_gpu(config: Mapping[str, Any], path: Path) -> Run | None:
-    """A runner that is warm: Triton makes its calls to that end to the model alone, not to who runs it.
+    """Open the model and warm it up, since Triton sends its warm-up requests only to the model that it loaded itself.
 
-    None where this onnxruntime cannot have the GPU: the server's own may.
+    Returns None if this onnxruntime cannot use the GPU; that of the server may be able to.
     """
     try:
         run = open_runner(config, path, "GPU", 0)
@@ -69,7 +71,7 @@ def _on_the_gpu(config: Mapping[str, Any], path: Path) -> Run | None:
 
 
 def _message() -> Any:
-    """Triton's message, from the client's generated file alone: its package brings grpc, which nothing here needs."""
+    """An empty ModelConfig, from the client's generated file alone: its package imports grpc, which is not needed."""
     package = importlib.util.find_spec("tritonclient")
     folders = package.submodule_search_locations if package else None
     file = Path(next(iter(folders or ["tritonclient"])), "grpc", "model_config_pb2.py")
@@ -82,6 +84,6 @@ def _message() -> Any:
 
 
 def give_back() -> None:
-    """Have the C library return to the system what reading a model's file took: as much as the weights."""
-    with contextlib.suppress(AttributeError):  # another C library than Triton's
+    """Have the C library return freed memory to the system: reading a model file takes as much as its weights."""
+    with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

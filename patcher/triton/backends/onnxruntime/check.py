@@ -1,4 +1,4 @@
-"""Whether a model's file fits its configuration: what Triton's C++ backend refuses at load is refused here."""
+"""Checks a model file against its configuration, and refuses at load what Triton's C++ backend refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_model"]
 
-_ELEMENTS = {  # Triton's data types in onnxruntime's words; other ONNX types cannot pass through Triton
+_ELEMENTS = {  # onnxruntime's names of Triton's data types; Triton cannot transport other ONNX types
     "TYPE_BOOL": "bool",
     "TYPE_UINT8": "uint8",
     "TYPE_UINT16": "uint16",
@@ -33,12 +33,12 @@ _UNSUPPORTED = ("sequence_batching", "batch_input", "batch_output", "model_opera
 
 
 def check_model(config: Mapping[str, Any], session: Any) -> None:
-    """LoadError where the file contradicts the configuration, by the C++ backend's rules.
+    """Raise LoadError if the file contradicts the configuration, by the C++ backend's rules.
 
-    As many required inputs as the file has, every name in the file, equal data types, a free first axis under
-    ``max_batch_size``, no optional input under it. Dims of an output equal the file's exactly; of an input only where
-    the file fixes them. Outputs may be left out. (ValidateInputs, ValidateOutputs and CompareDimsSupported of
-    triton-inference-server/onnxruntime_backend.)
+    The configuration must name as many required inputs as the file has, only tensors that exist in the file, and their
+    data types. With ``max_batch_size`` the first axis must be dynamic, and no input may be optional. The dims of an
+    output must equal the file's exactly, those of an input only where the file fixes them. Outputs may be left out.
+    (See ValidateInputs, ValidateOutputs and CompareDimsSupported in triton-inference-server/onnxruntime_backend.)
     """
     for key in _UNSUPPORTED:
         if config.get(key):
@@ -97,7 +97,7 @@ def _check_tensor(kind: str, entry: Mapping[str, Any], there: Mapping[str, Signa
 
 
 def _signatures(tensors: Sequence[Any]) -> dict[str, Signature]:
-    """What an ONNX file says of its tensors: Triton's data type and dims, -1 where they are not fixed."""
+    """Triton's data type and the dims (-1 where not fixed) of tensors of an ONNX file, by name."""
     there = {}
     for tensor in tensors:
         if tensor.type not in _DATA_TYPES:

@@ -1,10 +1,10 @@
-"""Calls of a few fixed shapes as CUDA graphs: recorded once, then launched whole.
+"""Runs calls of a few fixed shapes as CUDA graphs, which are recorded once and then launched as a whole.
 
 A short text's time on a GPU is the sum of the launches of some hundred kernels. A CUDA graph launches them all at once,
 but only for tensors of the shape and at the address that it was recorded with. So each shape has tensors of its own on
-the device, into which the inputs are copied; a call of any other shape runs as before.
+the device, into which the inputs are copied. A call of any other shape runs without a graph.
 
-It is loaded where a configuration asks for them on a GPU.
+This file is loaded only if a configuration asks for CUDA graphs on a GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["GraphedSession", "check_version", "parse_shapes"]
 
 _SOUND = (1, 31)
 _NEAR = 1e-2
-"""Far more than rounding in FP16, and far less than what a graph gives that reads memory of somebody else."""
+"""Tolerance: far above FP16 rounding, far below the error of a graph that reads memory which is not its own."""
 _IDS = 5
-"""Tokens that every vocabulary has."""
+"""Every vocabulary has the token ids below this."""
 _ID = "gpu_graph_id"
 _NONE = "-1"
-"""The id of a run that is neither recorded nor taken from a recording."""
+"""The graph id of a run that neither records a graph nor launches one."""
 
 
 class _Recording(NamedTuple):
@@ -37,10 +37,11 @@ class _Recording(NamedTuple):
 
 
 class GraphedSession:
-    """Runs a session, by CUDA graphs where all inputs have one of some ``shapes``, (batch, length) each.
+    """Runs a session, with CUDA graphs if all inputs have one of ``shapes``, each (batch, length).
 
-    ``session`` takes inputs of one shape ``[batch, length]`` and was opened with the provider's option
-    ``enable_cuda_graph``; ``device`` is where its tensors lie, ``cuda`` but for tests. Not for several threads at once.
+    The inputs of ``session`` all have the same shape ``[batch, length]``; it was opened with the provider option
+    ``enable_cuda_graph``. Its tensors are on ``device`` ``number``; ``device`` is ``cuda`` except in tests. Not
+    thread-safe.
     """
 
     def __init__(self, session: Any, shapes: frozenset[tuple[int, int]], device: str = "cuda", number: int = 0) -> None:
@@ -54,12 +55,13 @@ class GraphedSession:
         self._plain.add_run_config_entry(_ID, _NONE)
 
     def record(self) -> None:
-        """Record all shapes now, some milliseconds each, so that no client waits for one.
+        """Record all shapes now, which takes a few milliseconds each, so that no client waits for a recording.
 
-        ValueError where one then answers other inputs than those of the recording otherwise than a plain run does.
+        Raises ValueError if a recorded graph, given inputs other than those it was recorded with, answers differently
+        from a run without a graph.
         """
         names = [each.name for each in self._session.get_inputs()]
-        shapes = sorted(self._shapes, reverse=True)  # the largest first: the others then find memory enough
+        shapes = sorted(self._shapes, reverse=True)  # largest first: its memory then suffices for the others
         for shape in shapes:
             self.run(self._names, {name: np.zeros(shape, np.int64) for name in names})
         for batch, length in shapes:
@@ -78,7 +80,7 @@ class GraphedSession:
         if shapes or shape not in self._shapes or names != self._names:
             return list(self._session.run(names, inputs, self._plain))
         recorded = self._recorded.get(shape)
-        if recorded is None:  # onnxruntime does the work as ever, and then once more to record it
+        if recorded is None:  # onnxruntime runs the model as usual, then once more to record it
             recorded = self._recorded[shape] = self._bind(shape, inputs)
         else:
             for name, value in inputs.items():
@@ -105,17 +107,17 @@ class GraphedSession:
 
 
 def check_version(version: str) -> None:
-    """ValueError where this onnxruntime is not known to record right.
+    """Raise ValueError if this version of onnxruntime is not known to record correctly.
 
-    Earlier ones copied small tables from a block of memory that the next run filled with others (its pull request
-    32121), so that a graph could compute with those of another shape.
+    Earlier versions copied small tables from a block of memory that the next run overwrote with its own, so that a
+    graph could compute with the tables of another shape (onnxruntime's pull request 32121).
     """
     if tuple(map(int, version.split(".")[:2])) < _SOUND:
         raise ValueError(f"onnxruntime {version} may record them wrongly; expected {_SOUND[0]}.{_SOUND[1]} or later")
 
 
 def parse_shapes(text: str) -> frozenset[tuple[int, int]]:
-    """The shapes of a setting such as ``1,2,4 x 8,16``: each batch with each length; ValueError for another text."""
+    """Parse a setting such as ``1,2,4 x 8,16``: each batch size with each length; ValueError if it is malformed."""
     batches, lengths = (sorted({int(size) for size in part.split(",")}) for part in text.split("x"))
     if min(batches[0], lengths[0]) < 1:
         raise ValueError(text)

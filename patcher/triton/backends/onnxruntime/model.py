@@ -1,15 +1,16 @@
-"""Triton's ``onnxruntime`` backend as a Python-based one: runs ``model.onnx`` where the C++ backend is not installed.
+"""A Python-based ``onnxruntime`` backend for Triton: runs ``model.onnx`` where the C++ backend is not installed.
 
-It stands in for NVIDIA's C++ backend, so that the repository which serves in production serves from ``pip`` alone. What
-that one refuses at load, this one refuses (``check.py``): a stand-in that accepts more would hide a fault until
-production. It reads the same settings: ``parameters`` (threads, memory, execution mode), ``optimization.graph.level``,
-``default_model_filename``, the instances' kind and device. Sequence batching, ragged batches and custom operators it
-has not, and says so.
+It stands in for NVIDIA's C++ backend, so that a production repository can be served with packages from ``pip`` alone.
+It refuses at load what the C++ backend refuses (``check.py``), since a stand-in that accepted more would hide a fault
+until production. It reads the same settings: ``parameters`` (threads, memory, execution mode),
+``optimization.graph.level``, ``default_model_filename``, and the kind and device of instances. It does not support
+sequence batching, ragged batches and custom operators, and refuses configurations that ask for them.
 
 Triton's stub loads this file by its path, and so does an encoder that runs its backbone itself. Each other file of the
-folder is a stage: ``settings.py`` reads the configuration, ``session.py`` opens the session, ``check.py`` holds the
-model against the configuration, ``graphs.py`` records CUDA graphs, ``backbone.py`` is for encoders. All run in a stub's
-process, where the rest of this package need not be installed: they import each other relatively, nothing else of it.
+folder is a stage: ``settings.py`` reads the configuration, ``session.py`` opens the session, ``check.py`` checks the
+model against the configuration, ``graphs.py`` records CUDA graphs, and ``backbone.py`` is for encoders. All run in the
+process of a stub, where the rest of this package need not be installed. So they import each other relatively, and
+nothing else of the package.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
 
 try:
     import triton_python_backend_utils as pb_utils
-except ImportError:  # imported outside Triton: what opens a session works there too
+except ImportError:  # imported outside Triton, where opening a session works too
     pb_utils = None
 
 BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
-"""Environment variable, the encoder's own: set where encoders run their backbones themselves, with this file."""
+"""Environment variable that encoders read, too; set if they run their backbones themselves, with this file."""
 _FOLDER = "patcher_onnxruntime"
 
 
 def _beside(name: str) -> Any:
-    """A module of this file's folder, which is a package to those alone that import this file by its whole name."""
+    """Import a module of this file's folder, which need not be a package: Triton loads this file by its path."""
     package = __package__ or _FOLDER
     if package not in sys.modules:
         sys.modules[package] = folder = ModuleType(package)
@@ -53,10 +54,10 @@ _session, _settings = _beside("session"), _beside("settings")
 
 
 class Asyncio(ModuleType):
-    """Stands for `asyncio` until more of it is asked for than Triton's stub asks.
+    """Stands in for `asyncio` until more of it is used than Triton's stub uses.
 
-    After the first ``execute`` the stub imports `asyncio` to learn whether the answer is a coroutine. That costs ten
-    times what the head's session does, and the first answer of every new head version would wait for it.
+    After the first ``execute`` the stub imports `asyncio` to find out whether the answer is a coroutine. The import
+    takes ten times as long as the head's session, and the first answer of every new head version would wait for it.
     """
 
     @staticmethod
@@ -70,10 +71,10 @@ class Asyncio(ModuleType):
 
 
 class TritonPythonModel:
-    """One instance of one model: a session, fed with all requests of a call at once where their shapes agree."""
+    """One instance of one model: a session, which gets all requests of a call with equal shapes as one batch."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the session and hold the file against the configuration."""
+        """Open the session and check the file against the configuration."""
         config = json.loads(args["model_config"])
         try:
             path = _settings.model_path(config, args["model_repository"], args["model_version"])
@@ -85,14 +86,14 @@ class TritonPythonModel:
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
-        # On a GPU Triton's own calls to warm it up would open it again.
+        # Only on a CPU: on a GPU, Triton's warm-up requests would open the session again at once.
         runs_here = os.environ.get(BACKEND) and _settings.device_kind(config) == "CPU"
         if runs_here and _encoder_runs(Path(args["model_repository"])):
-            self._run = self._opened_late  # it can be opened, and that is enough until somebody comes with tokens
+            self._run = self._opened_late  # that it opens is proven; open it again only if tokens arrive
             _beside("backbone").give_back()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request; a request that onnxruntime cannot answer gets its error alone."""
+        """Return one response for each request; if one fails in onnxruntime, only that one gets an error."""
         responses: list[Any] = [None] * len(requests)
         feeds: list[dict[str, Any]] = []
         groups: dict[Any, list[int]] = {}
@@ -128,8 +129,8 @@ class TritonPythonModel:
         feed = {name: np.concatenate([feeds[i][name] for i in members]) for name in first} if joined else first
         try:
             results = dict(zip(names, self._run(names, feed), strict=True))
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen kinds; the client gets it, the server goes on
-            if joined:  # find the request that is at fault
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen types; the client gets the error
+            if joined:  # answer one by one, to find the request at fault
                 for index in members:
                     self._answer(requests, feeds, [index], responses)
             else:
@@ -145,19 +146,19 @@ class TritonPythonModel:
 
 
 def runner(folder: Path, instances: int = 1) -> Run | None:
-    """What runs the model in ``folder`` in the process of an encoder with ``instances``; see ``backbone.py``."""
+    """Open the model in ``folder`` in the process of an encoder with ``instances``; see ``backbone.py``."""
     found: Run | None = _beside("backbone").runner(folder, instances)
     return found
 
 
 def _encoder_runs(folder: Path) -> bool:
-    """Whether the model in ``folder`` is a backbone whose encoder, beside it, knows how to run it."""
+    """Whether the model in ``folder`` is a backbone whose encoder, in the folder next to it, can run it itself."""
     name, _, role = folder.name.rpartition("_")
     program = folder.with_name(f"{name}_encoder") / "1" / "model.py"
     return role == "backbone" and program.is_file() and BACKEND in program.read_text(encoding="utf-8")
 
 
 def _decode(value: Any) -> Any:
-    # Triton hands bytes, onnxruntime takes str
+    # Triton passes bytes, onnxruntime takes str
     flat = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in value.reshape(-1)]
     return np.array(flat, dtype=object).reshape(value.shape)

@@ -1,4 +1,4 @@
-"""From a configuration and an ONNX file to what runs it: providers, options, a session, CUDA graphs where asked."""
+"""Opens an ONNX file under a configuration: providers, options, a session, and CUDA graphs if configured."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _TENSORRT_NAMES = {
 
 
 def open_runner(config: Mapping[str, Any], path: Path, kind: str, device: int) -> Run:
-    """What runs the model: names of outputs and inputs by name to outputs.
+    """Open the model as a function that takes the names of outputs and the inputs by name, and returns the outputs.
 
-    On a GPU it does so by CUDA graphs for the shapes that the configuration names, where each node has a kernel there;
-    else the log says why not. Raises LoadError as ``open_session`` and ``check_model`` do, and for a setting that names
-    no shapes.
+    On a GPU it uses CUDA graphs for the shapes that the configuration names, provided that every node has a kernel
+    there; otherwise the log says why not. Raises LoadError as ``open_session`` and ``check_model`` do, and if the
+    setting for CUDA graphs names no shapes.
     """
     run = _recorded(config, path, device) if kind == "GPU" and parameter(config, GRAPHS) else None
     if run is not None:
@@ -49,9 +49,9 @@ def open_runner(config: Mapping[str, Any], path: Path, kind: str, device: int) -
 
 
 def _recorded(config: Mapping[str, Any], path: Path, device: int) -> Run | None:
-    """What runs the model by CUDA graphs; None where it cannot, which the log tells.
+    """Like ``open_runner``, with CUDA graphs; None, with a warning in the log, if they cannot be used.
 
-    Raises LoadError for a setting that names no shapes, and as ``check_model`` does.
+    Raises LoadError if the setting names no shapes, and as ``check_model`` does.
     """
     from .graphs import GraphedSession, check_version, parse_shapes
 
@@ -77,17 +77,17 @@ def _recorded(config: Mapping[str, Any], path: Path, device: int) -> Run | None:
 
 
 def warn(text: str) -> None:
-    """Tell it in the log."""
+    """Write a warning to Triton's log."""
     print(f"warning: {text}", file=sys.stderr)  # noqa: T201 - Triton's log
 
 
 def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int, *, graphs: bool = False) -> Any:
-    """A session on the instance's device, with the options that the configuration asks for.
+    """Open a session on the instance's device, with the options that the configuration asks for.
 
-    One for CUDA ``graphs`` can be recorded, and is refused where a node has no kernel on the GPU.
+    With ``graphs``, CUDA graphs can be recorded; onnxruntime then refuses a model with a node that has no GPU kernel.
 
-    Raises LoadError for an accelerator that is unknown or not there, a setting that makes no sense, and for a file that
-    onnxruntime does not read.
+    Raises LoadError for an accelerator that is unknown or unavailable, an invalid setting, or a file that onnxruntime
+    cannot read.
     """
     providers = _providers(config, kind, device)
     if graphs:
@@ -99,10 +99,10 @@ def open_session(config: Mapping[str, Any], path: Path, kind: str, device: int, 
         _prepare_cuda()
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # noqa: BLE001 - whatever onnxruntime finds wrong with the file, Triton reports
+    except Exception as error:  # noqa: BLE001 - Triton reports whatever onnxruntime finds wrong with the file
         raise LoadError(f"onnxruntime {ort.__version__} cannot read '{path}': {error}") from None
     wanted = providers[0][0]
-    if session.get_providers()[0] != wanted:  # onnxruntime goes on silently with the CPU
+    if session.get_providers()[0] != wanted:  # onnxruntime silently falls back to the CPU
         needs = (
             "TensorRT's libraries of its version, which no extra of it brings"
             if wanted == "TensorrtExecutionProvider"
@@ -140,7 +140,7 @@ def _providers(config: Mapping[str, Any], kind: str, device: int) -> list[tuple[
 
 
 def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, str]:
-    """The provider's options from an accelerator's parameters; onnxruntime refuses the names that it does not know."""
+    """Provider options from an accelerator's parameters; onnxruntime itself refuses unknown ``trt_`` names."""
     options = {"device_id": str(device)}
     for name, value in accelerator.get("parameters", {}).items():
         if name == "precision_mode":
@@ -158,17 +158,17 @@ def _tensorrt_options(accelerator: Mapping[str, Any], device: int) -> dict[str, 
 
 
 def _prepare_cuda() -> None:
-    """Have CUDA's libraries found where `pip` puts them, and no attention that is slow on shapes it has not seen."""
-    # cuDNN's attention, the default on an H100 since some version, builds a plan for each batch and length: 40 ms.
+    """Load CUDA's libraries from where `pip` installs them, and avoid an attention that is slow on new shapes."""
+    # cuDNN's attention, in newer versions the default on an H100, takes 40 ms to plan each new batch size and length.
     os.environ.setdefault("ORT_ENABLE_CUDNN_FLASH_ATTENTION", "0")
-    preload = getattr(ort, "preload_dlls", None)  # since 1.21; what is not there, the system's linker may know
+    preload = getattr(ort, "preload_dlls", None)  # since 1.21; the system's linker may find what it misses
     if preload is not None:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
+        with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it misses
             preload()
 
 
 def session_options(config: Mapping[str, Any]) -> Any:
-    """The session's options from ``parameters`` and ``optimization``, by the C++ backend's names and defaults."""
+    """Session options from ``parameters`` and ``optimization``, with the C++ backend's names and defaults."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))

@@ -1,4 +1,4 @@
-"""What a model's configuration says of how it runs, and where; what it cannot mean is a LoadError."""
+"""Reads from a model's configuration how and where it runs; invalid settings raise LoadError."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = [
 ]
 
 GRAPHS = "cuda_graphs"
-"""Parameter: the shapes of calls that a GPU gets as CUDA graphs, as batches x lengths."""
+"""Parameter: the shapes of calls that run as CUDA graphs on a GPU, as batch sizes x lengths."""
 SHRINK = "memory.enable_memory_arena_shrinkage"
-"""Parameter: the devices on which memory is given back after each call."""
+"""Parameter: the devices whose unused memory is returned after each call."""
 GPUS = ("/dev/nvidiactl", "/dev/dxg")
-"""One of these is there where Triton may find a GPU."""
+"""Device files, one of which exists if Triton may find a GPU."""
 DEVICES = Path("/dev")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class LoadError(Exception):
-    """The model cannot be served under its configuration; the message says what was got and what was expected."""
+    """The model cannot be served under its configuration; the message says what was found and what was expected."""
 
 
 def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
-    """Where the model's file lies; LoadError when it is missing."""
+    """The path of the model file; LoadError if it is missing."""
     path = Path(folder, version, config.get("default_model_filename") or "model.onnx")
     if path.is_dir():
         path /= "model.onnx"
@@ -47,7 +47,7 @@ def model_path(config: Mapping[str, Any], folder: str, version: str) -> Path:
 
 
 def device_kind(config: Mapping[str, Any]) -> str:
-    """CPU or GPU, where it is clear which one the model runs on, and with what; else empty."""
+    """``CPU``, or ``GPU`` (the only one, without an accelerator), if it is clear where the model runs; else empty."""
     kinds = {group.get("kind", "KIND_AUTO") for group in config.get("instance_group", [{}])}
     if kinds == {"KIND_GPU"} and len(list(DEVICES.glob("nvidia[0-9]*"))) == 1:
         accelerators = config.get("optimization", {}).get("execution_accelerators", {})
@@ -61,13 +61,13 @@ def has_gpu() -> bool:
 
 
 def parameter(config: Mapping[str, Any], name: str) -> str | None:
-    """What ``parameters`` has under ``name``; None where it has nothing."""
+    """The value of ``name`` in ``parameters``; None if it is not set."""
     entry = config.get("parameters", {}).get(name)
     return None if entry is None else str(entry["string_value"])
 
 
 def integer(config: Mapping[str, Any], name: str) -> int:
-    """A whole number, 0 where it is not set; LoadError for another text."""
+    """The value of an integer parameter, 0 if it is not set; LoadError if it is not an integer."""
     value = parameter(config, name)
     try:
         return int(value or 0)
@@ -76,7 +76,7 @@ def integer(config: Mapping[str, Any], name: str) -> int:
 
 
 def boolean(config: Mapping[str, Any], name: str) -> bool:
-    """A flag, on where it is not set; LoadError for another text."""
+    """The value of a flag, True if it is not set; LoadError if it is not a boolean."""
     value = parameter(config, name)
     if value is None:
         return True
