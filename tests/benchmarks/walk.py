@@ -1,16 +1,16 @@
-"""A random walk over the whole life of labels, beside a model of what has to be there, with faults on the way.
+"""A model-based random test: random verbs and faults on real servers, checked against a model after every step.
 
     python tests/benchmarks/walk.py [--steps 200] [--seeds 8,9] [--servers 2] [--store] [--export]
 
-Verbs are drawn at random and run by the real command line on a repository of tiny classifiers (softmax, sigmoids, in a
-head store) that real servers serve; between them servers stop, die and start, verbs are killed or run two at a time,
-head files are damaged and the folder is read-only. After every step the rules of ``walk_model.py`` are looked at. With
-``--servers 2`` (or more) every verb names several servers, some of which may be away or left out. With ``--store`` the
-repository lies on moto's S3 server; with ``--export`` a checkpoint is exported into it, too.
-Prints what was found as JSON; ends with 1 where a rule was broken, and names the seed and the last steps.
+Verbs are drawn at random and run through the real command line, on a repository of tiny classifiers (softmax, sigmoids,
+in a head store) that real servers serve. In between, servers stop, die and start, verbs are killed or run two at a
+time, head files are damaged, and the disk is full. After every step the rules in ``walk_model.py`` are checked. With
+``--servers 2`` (or more) every verb names several servers, some of which may be down or not named. With ``--store`` the
+repository is on moto's S3 server; with ``--export`` a checkpoint is exported into it, too.
+Prints the results as JSON. If a rule is broken, exits with 1 and prints the seed and the last steps.
 
-Which verbs there are, and what each does to the model, is in ``walk_changes.py`` and ``walk_looks.py``; the faults are
-in ``walk_faults.py``.
+``walk_changes.py`` and ``walk_looks.py`` define the verbs and what each does to the model, ``walk_faults.py`` the
+faults.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results" / "walk.json"
 CODES = {0, 1, 2, 3, 4, 130}
 WATCH = "0.1"
-"""Seconds that the first of several servers serves a version alone."""
+"""Seconds that the first of several servers serves a new version alone."""
 _WARNED = {
     *("add-label", "rename-label", "remove-label", "merge-labels", "remember", "rollback", "canary", "new-classifier"),
     *("sync", "classify", "loadtest"),
 }
-"""The verbs that say of a server that it is left out."""
+"""The verbs that warn if a server is left out."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a verb said, and how it ended."""
+    """The exit code and the output of a verb."""
 
     code: int
     out: str
@@ -67,12 +67,12 @@ class Done:
 
     @property
     def document(self) -> Any:
-        """The one of ``--json``."""
+        """The JSON document that ``--json`` prints."""
         return json.loads(self.out)
 
 
 class Walk:
-    """One walk, in ``folder``, with so many ``servers``."""
+    """One walk, in ``folder``, with ``servers`` servers."""
 
     def __init__(
         self, folder: Path, seed: int, location: Path | str | None = None, *, raced: bool = True, servers: int = 1
@@ -94,7 +94,7 @@ class Walk:
         self.verbs = Verbs(self.rng, folder / "files", self.location, in_folder=location is None)
 
     def _found(self) -> None:
-        """A softmax over words, and beside it sigmoids on the same backbone."""
+        """Create the repository: a softmax classifier, and one with sigmoids on the same backbone."""
         first = tiny.make_repository(self.location, self.folder / "scratch")
         kinds = {label: (label,) for label in tiny.OLD}
         counts = dict.fromkeys(tiny.OLD, 40)
@@ -116,7 +116,7 @@ class Walk:
     # -- a verb -----------------------------------------------------------------------------------------------------
 
     def arguments(self, plan: Plan) -> list[str]:
-        """As they stand on the command line; labels come last, as one may begin with a dash."""
+        """The command-line arguments; labels come last, after ``--``, since one may start with a dash."""
         urls = [self.world.replicas[place].url for place in self.named(plan)]
         options = [] if plan.verb == "export" else ["--url", ",".join(urls), "--watch", WATCH]
         words = ["--", *plan.words] if plan.words else []
@@ -127,7 +127,7 @@ class Walk:
         return plan.named or tuple(range(len(self.world.replicas)))
 
     def call(self, plan: Plan, *, as_json: bool = True) -> Done:
-        """Run a verb here."""
+        """Run a verb in this process."""
         arguments = self.arguments(plan)
         if as_json:
             arguments.insert(1, "--json")
@@ -139,7 +139,7 @@ class Walk:
         return done
 
     def look(self, plan: Plan, done: Done, as_json: bool) -> None:
-        """What holds of every run of every verb."""
+        """Check the rules for every run of every verb."""
         said = f"{self.arguments(plan)} ended with {done.code}: {done.err[-1500:]}"
         self.rules.need("exit codes of the contract", done.code in CODES, said)
         faults = ("Traceback", BUG, "Warning:")
@@ -159,7 +159,7 @@ class Walk:
             self.rules.need("who is left out is named", warned, said)
 
     def step(self) -> None:
-        """One thing: mostly a verb, now and then a fault."""
+        """Take one step: usually a verb, sometimes a fault or the start of a server that is down."""
         down = sorted(set(range(len(self.world.replicas))) - set(self.world.up))
         fault = self.faults.draw()
         if down and self.rng.random() < (0.15 if self.world.up else 0.35):
@@ -173,7 +173,7 @@ class Walk:
         self.check()
 
     def verb(self) -> None:
-        """Draw one and run it; the model goes along."""
+        """Draw a verb, run it, and apply it to the model."""
         plan = self.verbs.draw(self.world)
         as_json = bool(self.rng.random() < 0.8)
         done = self.call(plan, as_json=as_json)
@@ -185,7 +185,7 @@ class Walk:
             self.take(plan, done.document if as_json else None)
 
     def take(self, plan: Plan, document: Any) -> None:
-        """A verb was done: the model does it, too."""
+        """Apply a completed verb to the model, and check its document."""
         if plan.change:
             before = set(self.world.twins)
             plan.change(self.world)
@@ -197,13 +197,13 @@ class Walk:
     # -- rules ------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Everything that has to hold after a step."""
+        """Check everything that must hold after a step."""
         self.rules.repository(self.world)
         for place in self.world.up:
             self.rules.served(self.world, self.world.replicas[place])
         mine = self.servers.left()
         self.rules.need("nothing is left in shared memory", not mine, mine)
-        left = [path.name for path in self.temporary.iterdir() if path.name != ".ses"]  # of the servers'
+        left = [path.name for path in self.temporary.iterdir() if path.name != ".ses"]  # the servers'
         self.rules.need("nothing is left in the temporary folder", not left, left)
         if self.rng.random() < 0.2:
             done = self.call(Plan("doctor", [], [], {0, 1}))
@@ -212,7 +212,7 @@ class Walk:
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """With these in the environment."""
+    """Set these environment variables for the duration of the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     tempfile.tempdir = None
@@ -236,11 +236,11 @@ def run(
     raced: bool = True,
     servers: int = 1,
 ) -> dict[str, Any]:
-    """One walk of so many steps, in a folder of its own, or in an empty place of an object store.
+    """Take one walk of ``steps`` steps, in a folder of its own or at an empty location in an object store.
 
-    Without ``raced`` nothing is killed and nothing runs at once, so that each run does the same.
+    Without ``raced``, no verb is killed and nothing runs concurrently, so that every run does the same.
 
-    Raises Broken with the steps that led there.
+    Raises Broken, with the last steps, if a rule is broken.
     """
     with tempfile.TemporaryDirectory() as name:
         walk = Walk(Path(name), seed, location, raced=raced, servers=servers)
@@ -272,7 +272,7 @@ def run(
 
 
 def main() -> int:
-    """Run all seeds, and print what they did."""
+    """Run all seeds and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", default="8,9")
@@ -303,7 +303,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def store() -> Iterator[str]:
-    """An object store on this machine, and where a repository may lie in it."""
+    """Run an object store on this machine; yields a URL for a repository in it."""
     import s3_server
 
     server = s3_server.S3Server()
@@ -317,7 +317,7 @@ def store() -> Iterator[str]:
 
 @contextlib.contextmanager
 def exported() -> Iterator[Path]:
-    """A tiny checkpoint, to be exported."""
+    """Create a tiny checkpoint to export."""
     import checkpoints
 
     with tempfile.TemporaryDirectory() as name:

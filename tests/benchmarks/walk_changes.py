@@ -1,4 +1,4 @@
-"""The verbs of ``walk.py`` that change something: what stands on the command line, and what the model then does."""
+"""The verbs of ``walk.py`` that change something: their command lines, and what they do to the model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FIT = ("ridge", "lda", "anchored")
 
 
 class Changes(Drawing):
-    """Each draws one run of a verb that changes labels, versions or classifiers."""
+    """Each method draws one run of a verb that changes labels, versions or classifiers."""
 
     def loading(self, draw: Draw, plan: Plan) -> tuple[int, ...]:
-        """With servers or without, as most verbs take it; which are told."""
+        """Draw whether the verb contacts servers, as most verbs can; returns the places of those that it tells."""
         if self.maybe(0.1 if draw.server else 0.6):
             plan.options.append("--no-load")
             return ()
@@ -33,7 +33,7 @@ class Changes(Drawing):
         return draw.up
 
     def next_version(self, draw: Draw, plan: Plan, version: Version, *, keep: int | None = None) -> Plan:
-        """A verb that publishes and serves a version."""
+        """Complete the plan of a verb that publishes ``version`` and has it served."""
         told = self.loading(draw, plan)
         name = draw.name
         self.used.update(version.kinds)
@@ -49,7 +49,7 @@ class Changes(Drawing):
         return plan
 
     def add_label(self, draw: Draw) -> Plan:  # noqa: C901  each option is a draw
-        """New labels, from a few sentences each."""
+        """Add labels from a few sentences each."""
         twin, now = draw.twin, draw.twin.now
         taken = {kind for kinds in now.kinds.values() for kind in kinds}
         free = [kind for kind in KINDS if kind not in taken] or list(KINDS)
@@ -119,7 +119,7 @@ class Changes(Drawing):
         return plan
 
     def rename_label(self, draw: Draw) -> Plan:
-        """Another name, which may be taken, have been another label's, or be none."""
+        """Rename a label, to a name that may be taken, may once have been another label's, or may be invalid."""
         twin, now = draw.twin, draw.twin.now
         old = str(self.pick(now.labels)) if self.maybe(0.93) else "nowhere"
         new = self.new_name(draw) if self.maybe(0.9) else str(self.pick([*now.labels, *NO_LABELS]))
@@ -127,12 +127,12 @@ class Changes(Drawing):
         kinds = {new if label == old else label: kinds for label, kinds in now.kinds.items()}
         counts = now.counts and {new if label == old else label: count for label, count in now.counts.items()}
         plan = Plan("rename-label", [], [old, new], {2} if wrong else {0})
-        if "\0" in new:  # no process can be started with it
+        if "\0" in new:  # no process can be started with a null character
             plan.words[1] = ""
         return self.next_version(draw, plan, Version(kinds, twin.serving, counts, "rename"))
 
     def remove_label(self, draw: Draw) -> Plan:
-        """One label less."""
+        """Remove a label."""
         twin, now = draw.twin, draw.twin.now
         label = str(self.pick(now.labels)) if self.maybe(0.95) else "nowhere"
         wrong = label not in now.kinds or len(now.kinds) <= 2
@@ -142,7 +142,7 @@ class Changes(Drawing):
         return self.next_version(draw, plan, Version(kinds, twin.serving, counts, "remove"))
 
     def merge_labels(self, draw: Draw) -> Plan:
-        """Some labels into one of them, into a new one, or into another that is there already."""
+        """Merge labels into one of them, into a new one, or into another existing one."""
         twin, now = draw.twin, draw.twin.now
         labels = self.some(now.labels, 2, 3) if self.maybe(0.9) else list(now.labels)
         into = str(self.pick([labels[0], labels[-1], self.new_name(draw), *now.labels]))
@@ -161,7 +161,7 @@ class Changes(Drawing):
         return self.next_version(draw, plan, Version(kinds, twin.serving, counts, "merge"))
 
     def remember(self, draw: Draw) -> Plan:
-        """The memory anew, for all labels or some."""
+        """Build the memory anew, for all labels or some."""
         twin, now = draw.twin, draw.twin.now
         labels = list(now.labels) if self.maybe(0.5) else self.some(now.labels, 1, len(now.labels))
         count = int(self.pick([1, 3, 25, 40]))
@@ -172,7 +172,7 @@ class Changes(Drawing):
         return self.next_version(draw, plan, Version(now.kinds, twin.serving, counts, "remember"))
 
     def rollback(self, draw: Draw) -> Plan:
-        """To the version before, or to any."""
+        """Roll back to the parent, or switch to any version."""
         twin, name = draw.twin, draw.name
         to: int | None = None
         plan = Plan("rollback", [], [], {0})
@@ -194,12 +194,12 @@ class Changes(Drawing):
         return plan
 
     def prune(self, draw: Draw) -> Plan:
-        """Old versions away."""
+        """Delete old versions."""
         keep, name = int(self.rng.integers(1, 8)), draw.name
         return Plan("prune", ["--keep", str(keep)], [], {0}, lambda world: _prune(world.twins[name], keep))
 
     def canary(self, draw: Draw) -> Plan:
-        """A trial: begun, looked at, promoted, discarded."""
+        """Begin, show, compare, promote or discard a trial."""
         twin, name = draw.twin, draw.name
         what = str(self.pick(["begin", "begin", "show", "compare", "promote", "promote", "discard"]))
         if what == "promote":
@@ -239,7 +239,7 @@ class Changes(Drawing):
         else:
             plan = Plan("canary", [] if what == "show" else ["--eval", self.old_data(twin)], [], {0})
             replicas = [draw.world.replicas[place] for place in draw.up]
-            # One that does not have the trial counts nothing.
+            # A server without the trial has no statistics of it.
             counted = replicas and all(name in each.trying and name in each.answering for each in replicas)
             if twin.trial and not counted:
                 plan.codes = {1}
@@ -250,7 +250,7 @@ class Changes(Drawing):
         return plan
 
     def new_classifier(self, draw: Draw) -> Plan:
-        """One more, in the head store or with a model of its own."""
+        """Create a classifier, in the head store or with a head model of its own."""
         name = str(self.pick(["topics", "mail", "forum", "voice", *draw.world.twins]))
         kinds = {kind if self.maybe(0.7) else self.new_name(draw): (kind,) for kind in self.some(KINDS, 2, 5)}
         groups = {label: self.sentences(kind, int(self.pick([3, 10, 25]))) for label, kind in kinds.items()}
@@ -269,7 +269,7 @@ class Changes(Drawing):
 
         def change(world: World) -> None:
             world.twins[name] = twin
-            for replica in world.replicas:  # what one may hold of another that had this name
+            for replica in world.replicas:  # forget an earlier classifier of this name
                 replica.answering.pop(name, None)
                 replica.dropped.discard(name)
             world.tell(name, told)
@@ -278,17 +278,17 @@ class Changes(Drawing):
         return plan
 
     def drop_classifier(self, draw: Draw) -> Plan:
-        """One less, or what servers still hold of one that is dropped; those of the beginning stay."""
+        """Drop a classifier, or what servers still hold of a dropped one; the initial and the exported ones stay."""
         left = draw.world.left(draw.up)
         names = {*draw.world.twins, *left, "nothing"} - {"intent", "tags", "exported"}
         name = str(self.pick(sorted(names)))
         there = draw.world.twins.get(name)
         plan = Plan("drop-classifier", ["--yes"], [name], {0} if there and not there.trial else {2})
         told = self.loading(draw, plan)
-        if name in left and told:  # a head store may have seen by itself that it is gone
+        if name in left and told:  # a head store may have noticed already that it is gone
             plan.codes = {0, 2}
             plan.done = frozenset({0, 2})
-        if told and draw.away:  # it would go on there
+        if told and draw.away:  # it would still be served there
             plan.codes = {1}
 
         def change(world: World) -> None:

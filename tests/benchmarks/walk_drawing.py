@@ -1,4 +1,4 @@
-"""What a verb of ``walk.py`` is drawn with: sentences, labels, files, and the servers that it names."""
+"""What the verbs of ``walk.py`` are drawn from: sentences, labels, files, and the servers that a verb names."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ NO_LABELS = ["", " ", " padded", "line\nbreak", "nul\0", "y" * 600]
 
 @dataclass
 class Plan:
-    """A verb to run: its options, its words (which follow ``--``), the codes that it may end with.
+    """A verb to run: its options, its positional arguments (``words``, after ``--``), and the allowed exit codes.
 
-    ``change`` has the model do what the verb does where it ends with one of ``done``, ``check`` looks at its document.
-    ``named`` are the servers in its ``--url``, all where there is none.
+    If the verb exits with one of the codes ``done``, ``change`` applies it to the model and ``check`` checks its
+    document. ``named`` are the places of the servers in its ``--url``; if empty, all servers.
     """
 
     verb: str
@@ -43,13 +43,13 @@ class Plan:
     named: tuple[int, ...] = ()
 
     def does(self) -> bool:
-        """Whether the model expects that it may be done."""
+        """Whether, according to the model, the verb may succeed and change something."""
         return self.change is not None and bool(self.done & self.codes)
 
 
 @dataclass
 class Draw:
-    """What a verb is drawn for: a classifier, and servers, some of which may be away."""
+    """What a verb is drawn for: a classifier, and the servers that it names, some of which may be down."""
 
     world: World
     name: str
@@ -62,28 +62,28 @@ class Draw:
 
     @property
     def up(self) -> tuple[int, ...]:
-        """Those of the named servers that run, in the order that they are named in."""
+        """The named servers that run, in the order in which they are named."""
         return tuple(place for place in self.named if self.world.replicas[place].up)
 
     @property
     def server(self) -> bool:
-        """Whether one of them runs."""
+        """Whether one of the named servers runs."""
         return bool(self.up)
 
     @property
     def away(self) -> bool:
-        """Whether one of them does not."""
+        """Whether one of the named servers is down."""
         return len(self.up) < len(self.named)
 
     @property
     def answering(self) -> set[int]:
-        """The versions that an answer may come from: the first server that runs gives it."""
+        """The versions that an answer may come from; the first named server that runs gives it."""
         return self.world.replicas[self.up[0]].answering.get(self.name, set()) if self.up else set()
 
 
 @dataclass
 class Drawing:
-    """Draws sentences, labels and files, which lie in ``folder``."""
+    """Draws sentences, labels, and files, which it writes to ``folder``."""
 
     rng: np.random.Generator
     folder: Path
@@ -92,36 +92,36 @@ class Drawing:
     checkpoint: Path | None = None
     seeds: int = 100
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Every label that was ever tried, and what it stood for last."""
+    """Every label that was ever used, with the kinds of sentences that it stood for last."""
 
     def maybe(self, chance: float) -> bool:
-        """True now and then."""
+        """True with probability ``chance``."""
         return bool(self.rng.random() < chance)
 
     def pick(self, values: Iterable[Any]) -> Any:
-        """One of them."""
+        """One of the values."""
         values = list(values)
         return values[int(self.rng.integers(len(values)))]
 
     def some(self, values: Iterable[Any], least: int, most: int) -> list[Any]:
-        """A few of them, in any order."""
+        """Between ``least`` and ``most`` of the values, in random order."""
         values = list(values)
         count = min(len(values), int(self.rng.integers(least, most + 1)))
         return [values[i] for i in self.rng.permutation(len(values))[:count]]
 
     def kinds_of(self, label: str) -> tuple[str, ...]:
-        """What a label stood for when it was used last."""
+        """The kinds of sentences that a label stood for when it was last used."""
         return self.used[label]
 
     def sentences(self, kinds: Iterable[str], count: int) -> list[str]:
-        """Sentences of a label, different ones each time."""
+        """``count`` sentences of the given kinds, different ones in each call."""
         self.seeds += 1
         kinds = list(kinds)
         each = [tiny.sentences(kind, count, self.seeds) for kind in kinds]
         return [each[i % len(kinds)][i] for i in range(count)]
 
     def file(self, groups: Mapping[str, Iterable[str]]) -> str:
-        """A labelled file."""
+        """Write a labelled file; returns its path."""
         self.seeds += 1
         path = self.folder / f"{self.seeds}.csv"
         rows = [(text, label) for label, texts in groups.items() for text in texts]
@@ -130,18 +130,18 @@ class Drawing:
         return str(path)
 
     def old_data(self, twin: Twin, count: int = 6, **more: Any) -> str:
-        """Labelled texts of the labels that serve."""
+        """Write a labelled file with texts of the serving version's labels, and ``more``."""
         known = {label: self.sentences(kinds, count) for label, kinds in twin.now.kinds.items()}
         return self.file(known | more)
 
     def new_name(self, draw: Draw) -> str:
-        """A name for a label: its plain one, an odd one, one that was used before."""
+        """A name for a label: an ordinary one, an odd one, or one that was used before."""
         chosen = self.rng.random()
         if chosen < 0.35 and self.used:
             return str(self.pick(self.used))
         return str(self.pick(ODD)) if chosen < 0.7 else f"label_{self.seeds}_{draw.name}"
 
     def no_label(self, twin: Twin, label: str) -> bool:
-        """Whether no label can have this name."""
+        """Whether the name is invalid for a label."""
         fine = label.strip() == label and label and label.isprintable() and len(label.encode()) <= 512
         return not fine or (not twin.exclusive and "|" in label)

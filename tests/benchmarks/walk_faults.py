@@ -1,4 +1,4 @@
-"""What goes wrong in a walk: servers and verbs die, verbs meet, disks fill, files are damaged."""
+"""The faults of a walk: servers and verbs die, two verbs run at once, the disk is full, files are damaged."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _OF_SERVERS, _OF_FOLDERS = {"ended", "scraped", "deserted", "crippled", "hung"},
 
 
 class Faults:
-    """Each brings one fault to a walk, and sees that it harms nothing but what it met."""
+    """Each method injects one fault into a walk, and checks that it harms nothing else."""
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
 
     def draw(self) -> Callable[[], None] | None:
-        """One of them, or mostly none; without races only those that come out the same each time."""
+        """Draw a fault, or most of the time none; without races, only faults with a deterministic outcome."""
         walk = self.walk
         chances = {**_RACED, **(_SEVERAL if len(walk.world.replicas) > 1 else {})} if walk.raced else _ALONE
         names = [*chances, ""]
@@ -54,8 +54,8 @@ class Faults:
         return getattr(self, name) if name and possible else None
 
     def spawn(self, plan: Plan, before: str = "") -> subprocess.Popen[bytes]:
-        """A verb in a process of its own, after what is to be done ``before``; when this returns, it begins."""
-        # In the background of a script SIGINT is ignored, which a child would inherit.
+        """Start a verb in a process of its own, after the code ``before``; returns when the verb is about to begin."""
+        # A script's background processes ignore SIGINT, and their children would, too.
         code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         code += "from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
         code += "import patcher.canary, patcher.lifecycle, patcher.founding; "
@@ -67,12 +67,12 @@ class Faults:
         return process
 
     def note(self, plan: Plan, what: str, code: int, counted: str) -> None:
-        """Into the log, and the counts."""
+        """Add the run to the log and the counts."""
         self.walk.log.append(f"{' '.join(self.walk.arguments(plan))}, {what} -> {code}")
         self.walk.counts[counted] += 1
 
     def mend(self) -> None:
-        """``doctor --repair`` ends what was interrupted; servers that are away are then its only faults."""
+        """Run ``doctor --repair``, after which servers that are down must be its only faults."""
         walk = self.walk
         away = len(walk.world.up) < len(walk.world.replicas)
         repaired = walk.call(Plan("doctor", ["--repair"], [], {int(away)}))
@@ -84,7 +84,7 @@ class Faults:
     # -- servers ----------------------------------------------------------------------------------------------------
 
     def ended(self) -> None:
-        """A server stops, or is killed."""
+        """Stop or kill a server."""
         walk = self.walk
         place = int(walk.rng.choice(walk.world.up))
         if walk.rng.random() < 0.5:
@@ -96,7 +96,7 @@ class Faults:
             walk.servers.kill(place, walk.world)
 
     def hung(self) -> None:
-        """A server hangs for two verbs, and then goes on with what it knew: it is behind, which no restart mends."""
+        """A server hangs during two verbs and then resumes with its old state: behind, and without a restart."""
         walk = self.walk
         place = int(walk.rng.choice(walk.world.up))
         replica = walk.world.replicas[place]
@@ -113,7 +113,7 @@ class Faults:
         walk.log.append(f"server {place} goes on")
 
     def crippled(self) -> None:
-        """A process dies in which a server runs a model; the server lives. ``sync`` has it serve again."""
+        """Kill a process in which a server runs a model; ``sync`` must make the server serve that model again."""
         walk = self.walk
         place = int(walk.rng.choice(walk.world.up))
         if not (there := walk.servers.processes(place)):
@@ -128,7 +128,7 @@ class Faults:
         walk.world.sync(walk.world.up)
 
     def deserted(self) -> None:
-        """A server dies while a verb is at work: the others serve what is pinned when the verb has ended."""
+        """Kill a server during a verb; when the verb has ended, the other servers must serve the pinned version."""
         walk = self.walk
         plan = walk.verbs.draw(walk.world, changing=bool(walk.rng.random() < 0.8))
         victims = [place for place in walk.named(plan) if place in walk.world.up]
@@ -143,7 +143,7 @@ class Faults:
         self.note(plan, f"server {victim} dies", process.returncode, f"a server dies during {plan.verb}")
         told = f"{walk.log[-1]}: {said}"
         walk.rules.need("no traceback", "Traceback" not in said, told)
-        allowed = {*plan.codes, 1, 4} | ({0} if plan.verb == "doctor" else set())  # which may then find nobody
+        allowed = {*plan.codes, 1, 4} | ({0} if plan.verb == "doctor" else set())  # all servers may be gone
         walk.rules.need("the exit code that the model expects", process.returncode in allowed, told)
         if plan.change and plan.does():
             plan.change(after)
@@ -158,7 +158,7 @@ class Faults:
         self.settle(plan, after, done=process.returncode == 0)
 
     def _served_as_pinned(self, plan: Plan, told: str) -> None:
-        """Neither more nor less than what the files say is served by those that the verb named."""
+        """Check that the servers that the verb named, and that run, serve exactly the pinned version."""
         walk, name = self.walk, plan.options[-1]
         if "--no-load" in plan.options:
             return
@@ -171,7 +171,7 @@ class Faults:
             walk.rules.need("a server that lives serves what is pinned", found == pinned, f"{url}: {found}; {told}")
 
     def _still_served(self, name: str, told: str) -> None:
-        """A classifier that could not be dropped everywhere is dropped nowhere."""
+        """Check that a classifier that could not be dropped everywhere is dropped nowhere."""
         walk = self.walk
         if name not in ModelRepository(walk.location).classifiers():
             return
@@ -181,7 +181,7 @@ class Faults:
                 walk.rules.need("what could not be dropped is served", found in may, f"{replica.url}: {found}; {told}")
 
     def scraped(self) -> None:
-        """``metrics`` tells the version that each server answers from, until Ctrl-C."""
+        """``metrics`` must report the version that each server answers from, and end on Ctrl-C."""
         walk = self.walk
         process = self.spawn(Plan("metrics", ["--port", "0"], [], {0}))
         assert process.stdout
@@ -208,7 +208,7 @@ class Faults:
     # -- verbs ------------------------------------------------------------------------------------------------------
 
     def killed(self) -> None:
-        """``kill -9``, or Ctrl-C, at a random moment; then doctor mends."""
+        """Send SIGKILL or SIGINT to a verb at a random moment, then have doctor repair."""
         walk = self.walk
         plan = walk.verbs.draw(walk.world, changing=True)
         process = self.spawn(plan)
@@ -233,7 +233,7 @@ class Faults:
         self.settle(plan, after, done=process.returncode in plan.done)
 
     def finish(self, plan: Plan) -> None:
-        """A classifier that was half made or half dropped: what is left of it goes by ``drop-classifier``."""
+        """Remove what is left of a half created or half dropped classifier, with ``drop-classifier``."""
         walk, name = self.walk, plan.words[0]
         there = name in ModelRepository(walk.location).classifiers()
         if not walk.world.up or (plan.verb == "new-classifier" and there):
@@ -242,7 +242,7 @@ class Faults:
         walk.rules.need("what is left is dropped", done.code in (0, 2), done.err)
 
     def settle(self, plan: Plan, after: World, *, done: bool) -> None:
-        """Which of the two, before and after, the killed verb left."""
+        """Find out whether the killed verb left the state before or the state ``after`` it, and update the model."""
         walk = self.walk
         repository, before = ModelRepository(walk.location), walk.world
         there = {name for name in repository.classifiers() if not name.endswith("_canary")}
@@ -268,7 +268,7 @@ class Faults:
         tried = on_trial(classifier)
         trial = None if tried is None else tried.serving()
         told = f"{walk.log[-1]}: {classifier.versions()}, {classifier.serving()} serves, {trial} on trial"
-        # Between the two: it serves, and `--keep` has taken no version away yet.
+        # A state in between: the new version serves, but `--keep` has not deleted any version yet.
         middle = dataclasses.replace(then, versions={**first.versions, **then.versions})
         choices = (then,) if done else (first, middle, then)
         versions, numbers = set(classifier.versions()), {twin.serving for twin in choices}
@@ -282,7 +282,7 @@ class Faults:
         walk.world.twins[name] = twin
 
     def together(self) -> None:
-        """Two verbs at once: one waits for the other, or is refused."""
+        """Run two verbs at once: one must wait for the other or be refused."""
         walk = self.walk
         plans = [walk.verbs.draw(walk.world, changing=True, all_named=True) for _ in range(2)]
         if any(plan.verb in ("new-classifier", "drop-classifier", "prune", "canary") for plan in plans):
@@ -298,7 +298,7 @@ class Faults:
         self.adopt(pruned=any("--keep" in plan.options for plan in plans))
 
     def adopt(self, *, pruned: bool) -> None:
-        """Take new versions into the model as they lie there, where it cannot tell in which order they came."""
+        """Add new versions to the model as found in the repository, since it cannot know in which order they came."""
         walk = self.walk
         repository = ModelRepository(walk.location)
         for name, twin in walk.world.twins.items():
@@ -328,7 +328,7 @@ class Faults:
     # -- files ------------------------------------------------------------------------------------------------------
 
     def full(self) -> None:
-        """No file can be written: whatever is tried, nothing changes."""
+        """Run a verb that cannot write files beyond a few bytes, as on a full disk; nothing may change."""
         walk = self.walk
         plan = walk.verbs.draw(walk.world, changing=True)
         if plan.verb not in _WRITE or plan.change is None:  # a dry run writes nothing
@@ -345,11 +345,11 @@ class Faults:
         walk.rules.need("what cannot be written fails", fits, f"{walk.log[-1]}, expected {codes}: {said}")
         self.mend()
         walk.world.sync(walk.world.up)
-        for name, twin in walk.world.twins.items():  # a number that was begun is not given again
+        for name, twin in walk.world.twins.items():  # a version number that was taken is not reused
             twin.highest = ModelRepository(walk.location).classifier(name).next_version() - 1
 
     def damaged(self) -> None:
-        """A byte of a head's file is another: doctor says so, no change is built on it, what serves goes on."""
+        """Flip a bit in a head file: doctor must report it, and no change may be built on that version."""
         walk = self.walk
         name = str(walk.rng.choice(sorted(walk.world.twins)))
         twin = walk.world.twins[name]
@@ -391,5 +391,5 @@ class Faults:
 
 
 def _away(check: dict[str, str]) -> bool:
-    """Whether a repair says of a server that it is away."""
+    """Whether a repair reports a server as away."""
     return check["finding"].endswith(": away")

@@ -1,4 +1,4 @@
-"""The verbs of ``walk.py`` that look, measure, or mend what is behind."""
+"""The verbs of ``walk.py`` that inspect, measure, or repair."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Looks"]
 
 
 class Looks(Drawing):
-    """Each draws one run of a verb that changes no label."""
+    """Each method draws one run of a verb that changes no label."""
 
     def labels(self, draw: Draw) -> Plan:
-        """The labels of a version."""
+        """List the labels of a version."""
         twin, number = draw.twin, int(self.pick(draw.twin.versions))
 
         def check(rules: Rules, _: World, found: Any) -> None:
@@ -26,22 +26,22 @@ class Looks(Drawing):
         return Plan("labels", ["--version", str(number)], [], {0}, check=check)
 
     def history(self, draw: Draw) -> Plan:
-        """The lineage."""
+        """List the versions."""
         twin, name = draw.twin, draw.name
         return Plan("history", [], [], {0}, check=lambda rules, _, found: rules.history(twin, name, found))
 
     def diff(self, draw: Draw) -> Plan:
-        """Two versions."""
+        """Compare two versions."""
         twin = draw.twin
         a, b = (int(self.pick(twin.versions)) for _ in range(2))
         options = ["--eval", self.old_data(twin)] if self.maybe(0.5) else []
-        codes = {0, 2} if options else {0}  # neither version need have any label of the file
+        codes = {0, 2} if options else {0}  # possibly neither version has any label of the file
         plan = Plan("diff", options, [str(a), str(b)], codes)
         plan.check = lambda rules, _, found: rules.difference(twin, a, b, found)
         return plan
 
     def evaluate(self, draw: Draw) -> Plan:
-        """How right the serving version is on fresh sentences."""
+        """Measure the accuracy of the serving version on fresh sentences."""
         twin = draw.twin
 
         def check(rules: Rules, _: World, found: Any) -> None:
@@ -51,14 +51,14 @@ class Looks(Drawing):
         return Plan("evaluate", [], [self.old_data(twin)], {0}, check=check)
 
     def report(self, draw: Draw) -> Plan:
-        """A page about a version."""
+        """Write a report about a version."""
         number = int(self.pick(draw.twin.versions))
         options = ["--version", str(number), "--html", str(self.folder / "page.html")]
         options += ["--eval", self.old_data(draw.twin)] if self.maybe(0.5) else []
         return Plan("report", options, [], {0, 2} if "--eval" in options else {0})
 
     def classify(self, draw: Draw) -> Plan:
-        """What is answered to a few texts."""
+        """Classify a few texts."""
         texts, may = self.sentences(self.some(KINDS, 1, 3), 3), draw.answering
         codes = {0} if may else {0, 1} if draw.server else {1}
 
@@ -69,7 +69,7 @@ class Looks(Drawing):
         return Plan("classify", [], texts, codes, check=check)
 
     def loadtest(self, draw: Draw) -> Plan:
-        """Two loads, for moments."""
+        """Measure two loads, briefly."""
         file, texts = self.old_data(draw.twin), str(self.folder / "load.csv")
         options = ["--concurrency", "1:2:1", "--window", "0.2", "--input", file, "--csv", texts]
         codes = {0} if draw.answering else {0, 1} if draw.server else {1}
@@ -83,12 +83,12 @@ class Looks(Drawing):
     # -- what mends -------------------------------------------------------------------------------------------------
 
     def doctor(self, draw: Draw) -> Plan:
-        """Repairs what there is to repair; a server that is away is a fault."""
+        """Repair whatever needs it; a server that is down is a fault."""
         codes = {1} if draw.away else {0}
         return Plan("doctor", ["--repair"], [], codes, lambda world: world.sync(draw.up), done=frozenset(codes))
 
     def sync(self, draw: Draw) -> Plan:
-        """Every server has every classifier as pinned."""
+        """Make every server serve every classifier as pinned."""
         replicas = [draw.world.replicas[place] for place in draw.named]
         agreed = {
             (name, replica.url): replica.agrees(name, twin) if replica.up else None
@@ -104,7 +104,7 @@ class Looks(Drawing):
                     rules.need("sync tells who is away", state == "away", each)
                 elif behind:
                     rules.need("sync tells who was behind", state == "caught up", each)
-                else:  # it may have had what is left of a dropped one
+                else:  # it may have caught up by unloading a dropped one
                     rules.need("sync tells who agrees", state in ("agreed", "caught up"), each)
             told = {(each["classifier"], each["url"]) for each in found}
             rules.need("sync tells of every classifier and server", told == set(agreed), found)
@@ -115,7 +115,7 @@ class Looks(Drawing):
         return plan
 
     def upgrade(self, _: Draw) -> Plan:
-        """Nothing is of an earlier version here."""
+        """Upgrade, which must find nothing to change."""
         options = [[], ["--dry-run"], ["--force"], ["--backbone", "intent"]][int(self.rng.integers(4))]
         check = lambda rules, _, found: rules.need("upgrade", found["changed"] == [], found)  # noqa: E731
         return Plan("upgrade", options, [], {0}, check=check)
@@ -123,7 +123,7 @@ class Looks(Drawing):
     # -- with a checkpoint ------------------------------------------------------------------------------------------
 
     def export(self, draw: Draw) -> Plan:
-        """The checkpoint, into the same repository."""
+        """Export the checkpoint into the same repository."""
         import checkpoints
 
         there = "exported" in draw.world.twins
@@ -142,13 +142,13 @@ class Looks(Drawing):
         return Plan("export", options, [str(self.checkpoint)], {2} if there else {0}, change)
 
     def to_transformers(self, draw: Draw) -> Plan:
-        """A checkpoint of what serves; only what was exported has one."""
+        """Write the serving version back into its checkpoint; only an exported classifier has one."""
         self.seeds += 1
-        codes = {0, 2} if draw.name == "exported" else {1, 2}  # rows of an early label may have nothing remembered
+        codes = {0, 2} if draw.name == "exported" else {1, 2}  # the memory may keep nothing of a patched-in label
         return Plan("to-transformers", [], [str(self.folder / f"checkpoint-{self.seeds}")], codes)
 
     def tune(self, draw: Draw) -> Plan:
-        """Other settings, which a server that is started again takes up."""
+        """Tune the settings, which servers adopt when they restart."""
         file = self.old_data(draw.twin)
         options = ["--input", file, "--seconds", "5", "--concurrency", "2", *(["--dry-run"] if self.maybe(0.5) else [])]
         return Plan("tune", options, [], {0})

@@ -1,7 +1,7 @@
-"""What ``walk.py`` holds a repository and its servers against: a model of what is there, and the rules.
+"""The model that ``walk.py`` compares a repository and its servers with, and the rules that it checks.
 
-The model knows labels, versions, parents, counts of the memory, and what each version answered; it knows nothing of how
-patcher does any of it.
+The model knows labels, versions, parents, the memory's counts, and what each version answered. It knows nothing about
+how patcher works.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Version:
-    """What has to be in a version: each label with the kinds of sentences it stands for, and what is remembered."""
+    """The expected content of a version: each label's kinds of sentences, and the counts of the memory."""
 
     kinds: Mapping[str, tuple[str, ...]]
     parent: int | None
@@ -48,13 +48,13 @@ class Version:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """In the order of the logits."""
+        """The labels in the order of the logits."""
         return tuple(self.kinds)
 
 
 @dataclass
 class Twin:
-    """One classifier as it has to be."""
+    """The expected state of one classifier."""
 
     exclusive: bool
     in_store: bool
@@ -63,15 +63,15 @@ class Twin:
     highest: int = 1
     trial: int | None = None
     reach: dict[int, int | None] = field(default_factory=dict)
-    """Parents of all versions that ever were."""
+    """The parent of every version that ever existed."""
 
     @property
     def now(self) -> Version:
-        """The version that serves."""
+        """The version that should serve."""
         return self.versions[self.serving]
 
     def add(self, version: Version, *, serve: bool = True) -> int:
-        """The next version."""
+        """Add a version, which serves at once unless ``serve`` is False; returns its number."""
         self.highest += 1
         self.versions[self.highest] = version
         self.reach[self.highest] = version.parent
@@ -80,7 +80,7 @@ class Twin:
         return self.highest
 
     def descends(self, version: int | None, ancestor: int) -> bool:
-        """Whether a version was made from another, or is it."""
+        """Whether ``version`` is ``ancestor`` or descends from it."""
         while version is not None and version != ancestor:
             version = self.reach.get(version)
         return version == ancestor
@@ -88,25 +88,25 @@ class Twin:
 
 @dataclass
 class Replica:
-    """What one server was told, which is what it may answer from."""
+    """What one server was told to serve, and so may answer from."""
 
     url: str = "127.0.0.1:9"
-    """Where it listens, or did; at first where nobody does."""
+    """Its address, or its last one; initially one at which nothing listens."""
     up: bool = False
     answering: dict[str, set[int]] = field(default_factory=dict)
-    """The versions that each classifier may be answered from; one that the server was not told of is missing."""
+    """By classifier, the versions that it may answer from; without the classifiers that it was never told to load."""
     trying: dict[str, int] = field(default_factory=dict)
-    """The versions on trial that it holds, also where the trial has ended without its being told."""
+    """The versions on trial that it has loaded, including those of trials that ended without it being told."""
     dropped: set[str] = field(default_factory=set)
-    """The classifiers that it was told to let go of."""
+    """The classifiers that it was told to unload."""
 
     def tell(self, name: str, twin: Twin) -> None:
-        """It is told what serves."""
+        """The server is told which version serves."""
         self.answering[name] = {twin.serving}
         self.dropped.discard(name)
 
     def agrees(self, name: str, twin: Twin) -> bool | None:
-        """Whether it answers as is pinned, and holds the trial that there is; None where the model cannot know."""
+        """Whether it serves the pinned version and the trial, if there is one; None if the model cannot know."""
         may = self.answering.get(name, set())
         if self.trying.get(name) != twin.trial or twin.serving not in may:
             return False
@@ -115,31 +115,31 @@ class Replica:
 
 @dataclass
 class World:
-    """All classifiers of a repository, and its servers."""
+    """The expected state of a repository's classifiers and of its servers."""
 
     twins: dict[str, Twin] = field(default_factory=dict)
     replicas: list[Replica] = field(default_factory=list)
 
     def copy(self) -> World:
-        """The same, to be changed."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     @property
     def up(self) -> tuple[int, ...]:
-        """The servers that run."""
+        """The places of the servers that run."""
         return tuple(place for place, replica in enumerate(self.replicas) if replica.up)
 
     def start(self, place: int, url: str) -> None:
-        """A server starts, and reads the files."""
+        """A server starts and loads what the repository says."""
         self.replicas[place] = Replica(url, up=True)
         self.sync([place])
 
     def stop(self, place: int) -> None:
-        """A server ends."""
+        """A server stops and forgets everything."""
         self.replicas[place] = Replica(self.replicas[place].url)
 
     def tell(self, name: str, places: Iterable[int]) -> None:
-        """These servers are told what serves of a classifier; the head store of another may read it, too."""
+        """These servers are told which version of a classifier serves; head stores of others may notice it, too."""
         twin, told = self.twins[name], set(places)
         for place, replica in enumerate(self.replicas):
             if place in told:
@@ -148,7 +148,7 @@ class World:
                 replica.answering[name].add(twin.serving)
 
     def sync(self, places: Iterable[int]) -> None:
-        """These servers have all classifiers as pinned."""
+        """These servers get all classifiers as pinned."""
         for place in places:
             replica = self.replicas[place]
             replica.trying = {name: twin.trial for name, twin in self.twins.items() if twin.trial}
@@ -156,12 +156,12 @@ class World:
                 replica.tell(name, twin)
 
     def end_trial(self, name: str, places: Iterable[int]) -> None:
-        """These servers let go of a version on trial."""
+        """These servers unload the version on trial."""
         for place in places:
             self.replicas[place].trying.pop(name, None)
 
     def drop(self, name: str, places: Iterable[int]) -> None:
-        """These servers let go of a classifier."""
+        """These servers unload a classifier."""
         for place in places:
             replica = self.replicas[place]
             replica.answering.pop(name, None)
@@ -169,12 +169,12 @@ class World:
             replica.dropped.add(name)
 
     def left(self, places: Iterable[int]) -> set[str]:
-        """The dropped classifiers that these servers may go on answering for."""
+        """The dropped classifiers that these servers may still answer for."""
         return {name for place in places for name in self.replicas[place].answering} - set(self.twins)
 
 
 class Rules:
-    """What has to hold of the repository at ``location`` and of what its servers answer, after every step."""
+    """The rules for the repository at ``location`` and for its servers' answers, checked after every step."""
 
     def __init__(self, location: Any) -> None:
         self.location = location
@@ -184,19 +184,19 @@ class Rules:
         self._features: dict[str, Any] = {}
 
     def forget(self, name: str) -> None:
-        """A classifier was dropped: another may have its name, and begins with version 1 again."""
+        """Forget a dropped classifier: another one may take its name and starts again with version 1."""
         for known in (self._files, self._answers):
             for key in [key for key in known if key[0] == name]:
                 del known[key]  # type: ignore[attr-defined]
 
     def need(self, rule: str, holds: bool, found: object) -> None:
-        """Count a check; Broken where it does not hold."""
+        """Count a check of ``rule``; raise Broken if it does not hold."""
         self.checks[rule] += 1
         if not holds:
             raise Broken(f"{rule}: {found}")
 
     def repository(self, world: World, *, damaged: bool = False) -> None:
-        """What lies there is what the model says."""
+        """Check that the repository contains what the model expects."""
         repository = ModelRepository(self.location)
         trials = {name + CANARY for name, twin in world.twins.items() if twin.trial}
         self.need("classifiers", {*world.twins, *trials} == {*repository.classifiers()}, repository.classifiers())
@@ -218,7 +218,7 @@ class Rules:
     def _version(self, classifier: Classifier, twin: Twin, number: int, version: Version) -> None:
         key = (classifier.name, number)
         if key in self._files and not classifier.storage.in_one_step and self.checks["parent"] % 8:
-            return  # it takes long to read all of an object store
+            return  # reading everything from an object store takes long
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in classifier.files(number).items()}
         if key in self._files:
             self.need("no file of a version changes", hashes == self._files[key], f"{key}: {hashes}")
@@ -236,7 +236,7 @@ class Rules:
         self._files[key] = hashes
 
     def _step(self, classifier: Classifier, version: Version, number: int) -> None:
-        """From a version's parent to itself."""
+        """Check what changed between a version's parent and the version."""
         key = (classifier.name, number)
         assert version.parent
         parent, head = classifier.head(version.parent), classifier.head(number)
@@ -264,7 +264,7 @@ class Rules:
         self.need("no more is sampled than was seen", bool((held <= new.counts).all()), f"{key}: {held} {new.counts}")
 
     def expected(self, classifier: Classifier, number: int) -> tuple[Any, ...]:
-        """What onnxruntime answers from a version's file as it lies there, on features computed here."""
+        """What onnxruntime computes from the file of a version, on features computed in this process."""
         backbone = classifier.backbone_name
         if backbone not in self._features:
             self._features[backbone] = extract_features(classifier, TEXTS, None)
@@ -277,7 +277,7 @@ class Rules:
         return tuple(found)
 
     def served(self, world: World, replica: Replica) -> None:
-        """Each classifier is answered from a version that it may be, as its file says, with the bits of ever."""
+        """Check that a server answers from allowed versions, as their files do, and always with the same bits."""
         repository = ModelRepository(self.location)
         with TritonServer(replica.url) as server:
             for name, twin in world.twins.items():
@@ -289,13 +289,13 @@ class Rules:
                 self.need("a dropped classifier is not answered for", not self._answers_for(server, name), name)
 
     def version_at(self, url: str, name: str) -> int:
-        """The version that a server answers from."""
+        """The version of the classifier ``name`` that the server at ``url`` answers from."""
         with TritonServer(url) as server:
             (answer,) = server.classify(ModelRepository(self.location).classifier(name).address, TEXTS[:1])
         return answer.head_version
 
     def diagnosis(self, world: World, code: int, found: list[dict[str, str]]) -> None:
-        """``doctor`` finds which servers are away, and what is behind on each that is not, and nothing else."""
+        """``doctor`` must report which servers are down and what is behind on the others, and nothing else."""
         faults = {each["finding"] for each in found if each["state"] == "fault"}
         behind = []
         for replica in world.replicas:
@@ -331,7 +331,7 @@ class Rules:
         (number,) = {answer.head_version for answer in answers}
         self.need("the version that answers", number in may, f"{classifier.name}: {number}, not {may}")
         if number not in twin.versions:
-            return  # pruned where the server was not asked
+            return  # pruned without contacting the server
         _, scores, logits, in_scope = self.expected(classifier, number)
         known = twin.versions[number].labels
         for row, answer in enumerate(answers):
@@ -350,7 +350,7 @@ class Rules:
         self.need("a version answers the same bits whenever it serves", bits == before, f"{classifier.name} {number}")
 
     def history(self, twin: Twin, name: str, found: list[dict[str, Any]]) -> None:
-        """The lineage is a tree in order, with one that serves."""
+        """Check a history: all versions in order, each after its parent, and the serving one marked."""
         numbers = [entry["version"] for entry in found]
         self.need("history has every version, in order", numbers == sorted(twin.versions), f"{name}: {numbers}")
         serving = [entry["version"] for entry in found if entry["serving"]]
@@ -362,7 +362,7 @@ class Rules:
             self.need("a parent comes first", earlier and entry["parent"] == version.parent, f"{name}: {entry}")
 
     def difference(self, twin: Twin, a: int, b: int, found: dict[str, Any]) -> None:
-        """A diff's words fit the labels of both."""
+        """Check that a diff is consistent with the labels of both versions."""
         before, after = list(twin.versions[a].labels), list(twin.versions[b].labels)
         renamed = [tuple(pair) for pair in found["renamed"]]
         self.need("diff renames labels that were there", {old for old, _ in renamed} <= set(before), found)
@@ -374,7 +374,7 @@ class Rules:
 
 
 def _section(found: list[dict[str, str]], url: str) -> list[dict[str, str]]:
-    """What doctor says of one server: each finding names it if there are several, else all that follow its own line."""
+    """Doctor's findings about one server: those that name it, or, with a single server, all after its own line."""
     suffix = f" at {url}"
     named = [{**each, "what": each["what"].removesuffix(suffix)} for each in found if each["what"].endswith(suffix)]
     if named:

@@ -1,4 +1,4 @@
-"""The servers of a walk: real processes on one repository, each at its own port, which it keeps when it comes back."""
+"""The servers of a walk: real processes on one repository, each with a port that it keeps across restarts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Servers"]
 
-_SHARED = Path("/dev/shm")  # noqa: S108 - where Triton's stubs keep theirs
+_SHARED = Path("/dev/shm")  # noqa: S108 - where Triton's stubs have their shared memory
 
 
 class Servers:
-    """So many servers of the repository at ``location``; their logs lie in ``folder``."""
+    """``count`` servers of the repository at ``location``; their logs are in ``folder``."""
 
     def __init__(self, location: Any, folder: Path, count: int) -> None:
         self.location, self.folder = location, folder
@@ -30,7 +30,7 @@ class Servers:
         self._ports = [0] * count
 
     def start(self, place: int, world: World) -> None:
-        """Start one on what the files say; the model goes along."""
+        """Start a server on the repository as it is, and tell the model."""
         repository = ModelRepository(self.location)
         triton = EmbeddedTriton(
             repository.storage.served_from,
@@ -43,14 +43,14 @@ class Servers:
         world.start(place, triton.url)
 
     def stop(self, place: int, world: World) -> None:
-        """Stop one."""
+        """Stop a server."""
         if triton := self._running[place]:
             triton.stop()
         self._running[place] = None
         world.stop(place)
 
     def kill(self, place: int, world: World) -> None:
-        """``kill -9``; what it leaves is cleared away, as the process that started it does."""
+        """Kill a server with SIGKILL and clean up after it, as the process that started it would."""
         triton = self._running[place]
         if triton and triton.pid:
             with contextlib.suppress(ProcessLookupError):
@@ -58,26 +58,26 @@ class Servers:
         self.stop(place, world)
 
     def hang(self, place: int, *, still: bool) -> None:
-        """Have one answer nobody, or go on."""
+        """Suspend a server, or resume it."""
         triton = self._running[place]
         if triton and triton.pid:
             os.kill(triton.pid, signal.SIGSTOP if still else signal.SIGCONT)
 
     def processes(self, place: int) -> list[int]:
-        """The processes in which one runs its models."""
+        """Ids of the processes in which a server runs its models."""
         triton = self._running[place]
         if not triton or not triton.pid:
             return []
-        threads = Path(f"/proc/{triton.pid}/task").glob("*/children")  # each knows the children that it started
+        threads = Path(f"/proc/{triton.pid}/task").glob("*/children")  # each lists the children that it started
         return sorted(int(each) for thread in threads for each in thread.read_text().split())
 
     def kill_process(self, number: int) -> None:
-        """``kill -9`` one of these, and wait until it is gone."""
+        """Kill one of these processes with SIGKILL, and give it time to end."""
         os.kill(number, signal.SIGKILL)
         time.sleep(0.1)
 
     def left(self) -> list[str]:
-        """What lies in shared memory although none of them runs."""
+        """Names of shared-memory regions that are left although no server runs."""
         if any(self._running):
             return []
         return [entry.name for entry in _SHARED.iterdir() if entry.name.startswith(f"patcher_{os.getpid()}_")]

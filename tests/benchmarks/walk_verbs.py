@@ -1,4 +1,4 @@
-"""The verbs that ``walk.py`` draws: how often each comes, and which servers it names."""
+"""Draws the verbs of ``walk.py``: how likely each is, and which servers it names."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _LOOKS = {
     "upgrade": 1, "loadtest": 1, "tune": 0.3,
 }  # fmt: skip
 _OF_ALL = ("new-classifier", "drop-classifier", "sync", "doctor", "export")
-"""Those that are not for one classifier."""
+"""The verbs that do not work on a single classifier."""
 
 
 class Verbs(Changes, Looks):
-    """Draws verbs."""
+    """Draws a verb at random."""
 
     def draw(
         self, world: World, *, changing: bool = False, classifier: str | None = None, all_named: bool = False
     ) -> Plan:
-        """The next verb: only one that changes something, or only on one classifier, where that is asked for.
+        """Draw the next verb; with ``changing`` one that changes something, with ``classifier`` one for it.
 
-        It names all servers, or now and then only some, so that the others are behind.
+        It names all servers, or sometimes only a few (never with ``all_named``), so that the others are then behind.
         """
         name = classifier or str(self.rng.choice(sorted(world.twins)))
         chances = dict(_CHANGES if changing else {**_CHANGES, **_LOOKS})
