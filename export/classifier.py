@@ -59,7 +59,7 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
     """Do what ``export_classifier`` does, and return the figures of the export together with the repository."""
     watch = Stopwatch()
     settled = settle(model, repository_dir, options)
-    # What is settled so far needed no torch, whose import takes longer than all of it.
+    # The checks so far do not need torch, whose import takes longer than all of them.
     from export.plan import foresee
     from export.stages import make
 

@@ -1,4 +1,4 @@
-"""Proves that a checkpoint is the one exported, replaces its last layer with a head's rows, and saves it."""
+"""Verifies that a checkpoint is the exported one, replaces its last layer with a head's rows, and saves it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["proven_layer", "put_in", "save"]
 
 
 def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
-    """Name of the checkpoint's last layer, on ``width`` features; ParityError if it is not the exported checkpoint."""
+    """Name of the last layer, which takes ``width`` features; ParityError if this is not the exported checkpoint."""
     # `prepare_tokenizer` changes the padding of model and tokenizer; work on copies, so what is written keeps its own.
     loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model), tokenizer=copy.deepcopy(loaded.tokenizer))
     other = f"{classifier.name} was not exported from {loaded.source}"
@@ -39,7 +39,7 @@ def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
         encoder = prepare_tokenizer(loaded, served["truncation"]["max_length"])
     except CheckpointError:
         raise
-    except InputError as error:  # the length that was exported is too long here
+    except InputError as error:  # the exported length is too long for this checkpoint
         raise ParityError(f"{other}: it was exported for {error}") from error
     path = classifier.backbone_path
     wanted = {tensor.name for tensor in open_session(path).get_inputs()}
@@ -59,7 +59,7 @@ def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
 
 
 def put_in(loaded: Checkpoint, layer: str, plain: Head) -> Head:
-    """Put the head's rows and labels into the checkpoint, in its dtype; return the head with the rows so rounded."""
+    """Put the head's rows and labels into the checkpoint, in its dtype; return the head with rows rounded to it."""
     model: Any = loaded.model
     old = model.get_submodule(layer)
     if not isinstance(old, nn.Linear):

@@ -77,7 +77,7 @@ def to_transformers(
         try_writing(target.absolute().parent)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    # What is refused so far needed no torch, whose import takes longer than all of it.
+    # The checks so far do not need torch, whose import takes longer than all of them.
     from export.checkpoint import load_checkpoint
     from export.last_layer import proven_layer, put_in, save
 

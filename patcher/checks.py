@@ -68,7 +68,7 @@ def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
 
 
 def of_settings(repository: ModelRepository, server: TritonServer) -> Iterator[Check]:
-    """Report models that a server still runs with the settings or program of before a `tune` or an `upgrade`."""
+    """Report models that a server still runs with settings or a program from before a `tune` or an `upgrade`."""
     for name in repository.backbones():
         with contextlib.suppress(PatcherError):  # not loaded there, or not readable: other checks report it
             backbone = repository.backbone(name)

@@ -159,7 +159,7 @@ def _new_names(classifier: Classifier, before: Head, after: Head) -> tuple[dict[
             if now in into or now not in step.removed
         }
     changed = {first: now for first, now in names.items() if first != now}
-    # A name that another label has by now means that one.
+    # If another label now has the name of a merged label, that name means the other label.
     merged = {first: now for first, now in changed.items() if first in joined and first not in after.labels}
     return {first: now for first, now in changed.items() if first not in joined}, merged
 

@@ -16,7 +16,7 @@ __all__ = ["CHECKPOINT", "MERGE", "next_lineage"]
 CHECKPOINT = "checkpoint"
 """The lineage detail that names the exported checkpoint; each version copies it, as the first may be pruned."""
 MERGE = "merge"
-"""The method of a version in which the added label stands for those that were removed."""
+"""The method of a version that merged labels: the added one replaces the removed ones."""
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:

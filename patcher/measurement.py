@@ -141,7 +141,7 @@ def warnings(measurements: Sequence[Measurement]) -> list[str]:
 def _fell_short(each: Measurement) -> bool:
     if not each.request_rate:
         return False
-    # The last requests are still under way when the measurement ends, which tells nothing of a short one.
+    # Requests still in flight when the measurement ends are not a shortfall; in a short one they are a large share.
     under_way = 1 + each.request_rate * each.p50_us / 1e6
     allowed = max(1 - _KEPT_UP, under_way / each.planned if each.planned else 0.0)
     return 1 - each.throughput / each.request_rate > allowed

@@ -127,7 +127,7 @@ def merge_labels(
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         head, features = parent, []
         for label in labels:
-            parent.index(label)  # which names all labels that there are, not those that are left by then
+            parent.index(label)  # its error lists all existing labels, not only the remaining ones
             head = head.without(label)
             features.append(_remembered(memory, label))
         if into in head.labels:

@@ -1,4 +1,4 @@
-"""Generates certificates for tests: authorities, servers, clients, good and bad ones."""
+"""Generates certificates for tests: for CAs, servers and clients, valid and invalid ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pair:
 
 
 class Authority:
-    """Writes the certificates it signs to ``folder``; its own is the file ``ca``."""
+    """Writes the certificates that it signs to ``folder``; its own is in the file ``ca``."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder = folder

@@ -39,7 +39,7 @@ _XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "pad_token_id
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80, "bos_token_id": 2, "eos_token_id": 2}
 _DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 80}
 
-# Architecture: class prefix, settings, tokenizer, and where its last linear layer is, which the export has to find out.
+# Architecture: class prefix, settings, tokenizer, and the name of its last linear layer, which the export must find.
 ARCHITECTURES = {
     "bert": ("Bert", _SMALL, "bert", "classifier"),
     "roberta": ("Roberta", {**_SMALL, "pad_token_id": 1}, "roberta", "classifier.out_proj"),

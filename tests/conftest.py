@@ -48,7 +48,7 @@ def tree():
     """A function that returns every file below a folder with its bytes, to check that a repository is unchanged."""
 
     def read(root):
-        # The lock comes and goes, and the journal also records what was tried and undone.
+        # The lock comes and goes, and the journal also records attempts that were undone.
         paths = (path for path in root.rglob("*") if path.name != ".patcher.lock" and path.suffix != ".journal")
         return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 

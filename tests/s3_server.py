@@ -66,7 +66,7 @@ class S3Server:
         self.requests.clear()
 
     def written(self) -> list[tuple[str, str]]:
-        """What was written and deleted since the last call, but for the lock."""
+        """Objects written and deleted since the last call, except the lock."""
         found = [each for each in self.requests if each[0] in ("PUT", "DELETE") and not each[1].endswith(".lock")]
         self.requests.clear()
         return found

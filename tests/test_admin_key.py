@@ -1,4 +1,4 @@
-"""The key that a server makes for itself if it is given none: who can find it, who cannot, and how it is removed."""
+"""The admin key that a server generates if it is given none: who can find it, who cannot, and how it is removed."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ for user in (None, {NOBODY}):  # the first imports what the second may not read
 
 @pytest.fixture(autouse=True)
 def state(tmp_path, monkeypatch):
-    """A state folder of this test's own, where servers and verbs look."""
+    """A separate state folder for the test, used by servers and verbs."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state" / "patcher"
 
 
 @pytest.fixture
 def other_user():
-    """A folder that another user may read; needs root, who alone can act as two users."""
+    """A folder that another user may read; needs root, since only root can act as two users."""
     if os.geteuid() != 0:
         pytest.skip("only root can start a process as another user")
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def serving(root, *options, ports=FREE, prefix=(), **more):
 
 
 def plainly(url):
-    """Load a model like a script that uses Triton's own client, without a key."""
+    """Load a model as a script with Triton's own client would, without a key."""
     with grpc.InferenceServerClient(url) as client:
         client.load_model("intent_head")
 
@@ -163,7 +163,7 @@ class TestServe:
             assert str(other_user / ".local" / "state" / "patcher") in server.output.readline()
             assert refused(server.url)
             verb = [*RENAME, "--repo", str(root), "--url", server.url]
-            assert main(verb) == 1  # that user's home, as the system knows it, is elsewhere
+            assert main(verb) == 1  # according to the system, that user's home is elsewhere
             monkeypatch.setattr(pwd, "getpwuid", {NOBODY: home}.__getitem__)
             assert main(verb) == 0
 
@@ -180,7 +180,7 @@ class TestServe:
         before = stale.read_text()
         host, port = server.url.split(":")
         assert find_key(host, int(port)) is None
-        # Servers that others start at that address: without a key, and with a key that is not ours.
+        # Servers that others start at the same address: one without a key, and one with another key.
         with EmbeddedTriton(classifier.root, MODELS, grpc_port=int(port), open_control=True, log_file=tmp_path / "log"):
             for url in (server.url, f"localhost:{port}"):
                 with TritonServer(url) as client:
@@ -260,7 +260,7 @@ def test_servers_at_several_ports_have_keys_of_their_own(classifier, state, tmp_
 
 
 class Trap(grpcio.GenericRpcHandler):
-    """A foreign server, which records what it receives and refuses everything."""
+    """Another user's server, which records what it receives and refuses everything."""
 
     def __init__(self):
         self.heard = []
@@ -304,7 +304,7 @@ def test_with_tls_it_is_the_certificate_that_tells_who_gets_it(classifier, tmp_p
 
 @pytest.mark.server
 def test_a_live_key_that_is_not_that_of_the_server(classifier, tmp_path):
-    """Whoever started a server here ended it, and somebody started another by hand at its address."""
+    """The key belongs to a server that was stopped; another one was then started by hand at the same address."""
     with EmbeddedTriton(classifier.root, MODELS, admin_key="k" * 20, log_file=tmp_path / "log") as server:
         mine = KeptKey()
         mine.write()
@@ -320,7 +320,7 @@ class TestKeptKey:
     def test_others_leave_its_file_alone(self, state):
         first, second = KeptKey(), KeptKey()
         key = first.write()
-        assert find_key("127.0.0.1", 1) is None  # no server is ready there yet
+        assert find_key("127.0.0.1", 1) is None  # the key is not shown yet
         first.show("127.0.0.1:1")
         assert find_key("localhost", 1) == ("127.0.0.1:1", key)
         other = second.write()
@@ -378,10 +378,10 @@ class TestKeptKey:
         os.mkfifo(path)
         assert find_key("127.0.0.1", 1) is None
         mine.remove()
-        assert path.exists()  # it is not the file that KeptKey wrote
+        assert path.exists()  # not the file that KeptKey wrote
 
     def test_a_folder_that_somebody_else_made_is_not_used(self, other_user, monkeypatch):
-        """As in a shared folder, where anyone may create it before us."""
+        """In a shared parent folder, anyone could have created it first."""
         monkeypatch.setenv("XDG_STATE_HOME", str(other_user))
         folder = other_user / "patcher"
         folder.mkdir(mode=0o777)

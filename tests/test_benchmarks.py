@@ -27,7 +27,7 @@ PARTS = (("train", 1), ("test", 2))
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """The tiny classifier's labels as old ones, its unseen labels as new ones, filler words as texts of no label."""
+    """The tiny classifier's labels as old ones, unseen labels as new ones, and filler words as texts of no label."""
     folder = tmp_path_factory.mktemp("quality")
     old = {part: {label: tiny.sentences(label, PER_LABEL, seed) for label in tiny.OLD} for part, seed in PARTS}
     new = {part: {label: tiny.sentences(label, 12, seed) for label in tiny.NEW} for part, seed in PARTS}
@@ -73,7 +73,7 @@ def test_outcome_counts_flips_and_the_new_labels_figures():
 def test_recall_at_flips_moves_the_bias_until_so_many_flip():
     old, right = np.array([0.5, 1.0, 2.0, -3.0], np.float32), np.array([True, True, True, False])
     new = np.array([1.0, -0.7, -1.5, -9.0], np.float32)
-    # No flip: the bias rises by 0.5 at most; one flip: by 1.0; two: by 2.0. What was wrong before cannot flip.
+    # Without a flip the bias rises by at most 0.5, with one by 1.0, with two by 2.0. Wrong answers cannot flip.
     assert quality_measure.recall_at_flips(old, right, new, [0.0, 0.25, 0.5]) == [0.25, 0.5, 0.75]
 
 

@@ -1,4 +1,4 @@
-"""A version tried on a share of the requests, on a real tritonserver."""
+"""Trials: a version serves a share of the requests, on a real tritonserver."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_trial_on_several_servers_is_counted_on_all_that_are_there(live, tmp_p
         canary.status(classifier, nobody)
     with Fleet([server.url, "127.0.0.1:1"]) as one:
         assert canary.status(classifier, one).version == report.version
-    # The other one has the classifier and does not know of the trial.
+    # The other server has loaded the classifier, but not the trial.
     with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "triton.log") as second:
         with Fleet([server.url, second.url]) as both:
             with pytest.raises(ServerRefused, match=rf"{second.url} has not loaded .* `patcher sync` loads it"):
@@ -225,7 +225,7 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
     assert canary.status(classifier).version == report.version
     monkeypatch.undo()
     monkeypatch.setattr(server, "unload", hang)
-    for _ in range(2):  # the second time there is nothing left in the files
+    for _ in range(2):  # the second time, the files are already gone
         with pytest.raises(ServerError, match=r"^the trial has ended .* `patcher sync` ends it there too"):
             canary.discard(classifier, server)
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
     assert sync(classifier, server) == {server.url: "caught up"}
     assert not server.is_ready("intent_canary")
     assert faults() == []
-    # A trial whose models a server has lost.
+    # A server has lost the models of the trial.
     canary.begin(classifier, report.version, 10, server)
     server.unload("intent_canary")
     server.unload("intent_canary_head")

@@ -1,4 +1,4 @@
-"""The command line without a server: output, exit codes, and that bad input changes nothing."""
+"""The command line without a server: its output and exit codes; bad input must change nothing."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_doctor_finds_what_is_wrong(patcher, classifier, monkeypatch):
     code, out, _ = patcher("doctor", "--json")
     checks = {check["what"]: check for check in json.loads(out)}
     assert (code, checks["intent"]["state"], checks["server"]["state"]) == (1, "ok", "fault")
-    monkeypatch.delenv("TRITON_URL")  # then there need not be one
+    monkeypatch.delenv("TRITON_URL")  # without it, no server is expected
     code, out, _ = patcher("doctor", "--json")
     assert (code, {check["what"]: check for check in json.loads(out)}["server"]["state"]) == (0, "note")
     backbone = classifier.root / "intent_backbone" / "1" / "model.onnx"
@@ -513,7 +513,7 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
     log = tmp_path / "audit.jsonl"
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
     assert patcher("rollback", "--no-load")[0] == 2  # there is no earlier version
-    assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 1  # nobody is there, although one is named
+    assert patcher("doctor", "--url", "127.0.0.1:1")[0] == 1  # a server is named, but none answers
     assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 1
     events = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(event["verb"], event["outcome"], event.get("classifier")) for event in events]

@@ -1,4 +1,4 @@
-"""Writes to a folder that fail midway: they take effect completely or not at all, and messages tell the truth."""
+"""Writes to a folder that fail midway: they take effect completely or not at all, and error messages are accurate."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_flushed_is_as_it_was(storage, monkeypatch, before
 
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_what_was_not_made_is_not_dated_anew(storage, monkeypatch, hard_links):
-    """With a new modification time, a server would load the model again."""
+    """A new modification time would make a server reload the model."""
     storage.add({"model": {"config.pbtxt": b"old", "1/model.py": b"program"}})
     path = storage.root / "model" / "config.pbtxt"
     os.utime(path, ns=(10**18,) * 2)
@@ -126,7 +126,7 @@ def test_configurations_are_replaced_all_or_none_on_a_full_disk(classifier, monk
 
 
 def test_a_way_back_goes_on_after_a_step_that_fails_and_names_all_that_did(classifier, monkeypatch):
-    """The disk takes three new configurations and no more, and two of them cannot be renamed back."""
+    """The disk is full after three new configurations, and two of them cannot be renamed back."""
     models = (classifier.encoder_model, classifier.backbone_model, classifier.head_model)
     paths = [classifier.root / model / "config.pbtxt" for model in models]
     before = [path.read_text() for path in paths]

@@ -1,4 +1,4 @@
-"""docker/ as far as it can be checked without an engine: what the files say, and what their two scripts do."""
+"""docker/, as far as it can be tested without a container engine: the contents of the files and the two scripts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 KEY = "0123456789abcdef" * 2
-# NVIDIA's image of the default release carries this Python.
+# NVIDIA's image of the default release contains this Python version.
 IMAGE = {"python_version": "3.10", "sys_platform": "linux", "platform_machine": "x86_64"}
 
 
@@ -101,7 +101,7 @@ def test_compose_reserves_a_gpu_and_waits_for_the_classifier() -> None:
 
 @pytest.fixture
 def container(tmp_path: Path) -> dict[str, str]:
-    """The environment of a container with a repository, and a tritonserver and patcher that print what they get."""
+    """The environment of a container with a repository; its tritonserver and patcher print what they are given."""
     models = ("intent", "intent_head", "intent_features", "topic", "topic_head", "stored_head")
     for model in (*models, "intent_heads", "intent_any"):
         (tmp_path / "models" / model).mkdir(parents=True)
@@ -216,7 +216,7 @@ def damage_another(root: Path) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("runs", ["0", "1"])
 def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp_path: Path) -> None:
-    """From start to stop as in the image, except that the server is the wheel's, on other ports."""
+    """Start to stop as in the image, except that tritonserver is from the wheel and uses other ports."""
     installation = find_installation()
     exports = "".join(f"export {name}='{value}'\n" for name, value in installation.environment.items())
     program = tmp_path / "bin" / "tritonserver"
@@ -280,9 +280,9 @@ def test_entrypoint_wants_a_clear_word_on_the_encoder(container: dict[str, str])
 
 
 class Ready(http.server.BaseHTTPRequestHandler):
-    """Answers like a Triton that reports ready, although only `intent` and a head store are.
+    """Answers like a Triton that reports itself ready although only `intent` and a head store are.
 
-    `inference` is the status of each answer, which takes `seconds`.
+    `inference` is the HTTP status of each answer; an answer takes `seconds`.
     """
 
     inference, seconds = 200, 0.0
@@ -308,7 +308,7 @@ class Ready(http.server.BaseHTTPRequestHandler):
 
 
 def checked(folder: Path, *options: str, repository: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The health check beside a stand-in for the server's HTTP; ``folder`` says what the container serves."""
+    """Run the health check against a stand-in for the server's HTTP; ``folder`` lists what the container serves."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         command = [sys.executable, str(DOCKER / "healthcheck.py"), *options, f"127.0.0.1:{server.server_port}"]
@@ -371,7 +371,7 @@ def test_health_of_a_head_store_is_any_answer_of_it(
 
 
 def test_health_of_a_busy_server_is_known_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The health checker waits for five seconds, however many classifiers there are."""
+    """Docker and Kubernetes wait for five seconds, however many classifiers there are."""
     (tmp_path / "classifiers").write_text("intent\n" * 20)
     monkeypatch.setattr(Ready, "seconds", 1.2)
     started = time.monotonic()

@@ -43,7 +43,7 @@ def test_a_parquet_column_whose_name_is_no_text(tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
-    # The name is replaced everywhere, because it occurs in several places: metadata, schema, footer.
+    # The name occurs in several places (metadata, schema, footer), so it is replaced everywhere.
     parquet.write_table(pa.table({"sentence": ["hello"], "intent": ["greeting"]}), path)
     path.write_bytes(path.read_bytes().replace(b"intent", b"\xb4ntent"))
     with pytest.raises(ExamplesError):

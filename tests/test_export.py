@@ -1,4 +1,4 @@
-"""What export refuses and why, what it leaves alone, and that its output is reproducible to the byte."""
+"""What an export refuses and why, what it leaves unchanged, and that its output is reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -602,7 +602,7 @@ def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
 
 def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
     again = [(f" {text.upper()}  ", label) for text, label in checkpoints.TRAIN[:3]]
-    other = (checkpoints.TRAIN[0][0], checkpoints.TRAIN[-1][1])  # two labels for a text; neither is known to be wrong
+    other = (checkpoints.TRAIN[0][0], checkpoints.TRAIN[-1][1])  # one text with two labels: either may be right
     made = {}
     for name, rows in (("once", [*checkpoints.TRAIN, other]), ("often", [*checkpoints.TRAIN, other, *again, *again])):
         arguments = ["export", str(bert), "--repo", str(tmp_path / name), "--train", str(train_file(tmp_path, rows))]
@@ -776,7 +776,7 @@ def test_a_disk_that_is_full_leaves_no_trace(bert, tmp_path, monkeypatch, tree):
         raise StorageError("no space left on device")
 
     kept = run_export(bert, tmp_path / "kept")
-    (kept.repository.root / "patcher.json").write_text('{"format": 1}')  # an older patcher's, which must still read it
+    (kept.repository.root / "patcher.json").write_text('{"format": 1}')  # older versions must still be able to read it
     before = tree(kept.repository.root)
     monkeypatch.setattr(ModelRepository, "add_classifier", full)
     for root in (tmp_path / "fresh", kept.repository.root):
@@ -813,7 +813,7 @@ def test_what_a_killed_export_left_is_taken_away_by_the_next(bert, tmp_path, mon
 
 
 def alter(monkeypatch, part, change):
-    """Make exports write backbones in which the weights of that name are changed."""
+    """Make exports write backbones in which the weights ``name`` are changed."""
     honest = export.stages.export_backbone
 
     def altered(model, split, inputs, path, *, unpad):
@@ -841,7 +841,7 @@ def test_a_backbone_that_answers_otherwise_is_not_published(bert, tmp_path, monk
 
 @pytest.mark.parametrize("change, lies", [(1e-6, False), (1e-3, True)])
 def test_a_row_whose_large_terms_cancel_is_judged_by_them(tmp_path, monkeypatch, change, lies):
-    """A small logit that is the sum of large terms has their rounding error."""
+    """A small logit that is a sum of large terms has the rounding error of those terms."""
     tokenizer = checkpoints.make_tokenizer()
     model = checkpoints.make_model("bert", tokenizer).eval()
     with torch.no_grad():

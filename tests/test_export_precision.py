@@ -1,4 +1,4 @@
-"""Backbones in lower precision: what is converted, what it may cost, and where the configuration places it."""
+"""Backbones in lower precision: what is converted, how much accuracy it may cost, and how it is configured."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_converted_and_what_is_not(exported):
         assert len(halves) > 20
         made = {out: node for node in model.graph.node for out in node.output}
         (states,) = [node for node in model.graph.node if node.name == "/Mul"]
-        assert made[states.input[0]].op_type == "Cast"  # what is summed over the tokens is FP32 again
+        assert made[states.input[0]].op_type == "Cast"  # the sum over tokens is FP32 again
     embeddings = [name for name in kinds if "word_embeddings" in name]
     expected = onnx.TensorProto.FLOAT if precision == "int8" else onnx.TensorProto.FLOAT16
     assert [kinds[name] for name in embeddings] == [expected]

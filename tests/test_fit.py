@@ -69,7 +69,7 @@ def test_several_labels_at_once_do_not_steal_from_each_other():
 
 @pytest.mark.parametrize("method", ["auto", "ridge", "lda"])
 def test_a_row_does_not_live_on_how_features_are_rounded(method):
-    # A feature that is constant in all texts (a saturated tanh, say) has another value in the memory's FP16.
+    # A feature that is constant in all texts (such as a saturated tanh) has a rounded value in the memory, in FP16.
     head, memory, features, ids, new = world()
     features, examples = features.copy(), new(10)
     for rows in (features, examples):

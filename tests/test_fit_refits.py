@@ -135,7 +135,7 @@ def test_anchored_holds_back_inputs_of_every_label_however_the_file_is_ordered()
 
 def test_refitted_rows_are_scaled_on_inputs_of_every_label():
     head, _, features, ids, new = world(labels=3, per_label=700)
-    turns = np.argsort(np.arange(len(ids)) % 700, kind="stable")  # every third one is of the same label
+    turns = np.argsort(np.arange(len(ids)) % 700, kind="stable")  # every third input has the same label
     task = Task.of(new(5), head, None, Labelled(features[turns], ids[turns]), 0.005, SETTINGS)
     assert np.bincount(_some(task.inputs, task.old)[1], minlength=3).min() > 250
 

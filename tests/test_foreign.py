@@ -93,7 +93,7 @@ def test_an_ensemble_asks_no_foreign_model(model, classifier):
 
 
 def test_the_files_are_listed_once(classifier, monkeypatch):
-    """On an object store each call lists the whole bucket."""
+    """On an object store, each listing covers the whole bucket."""
     repository, calls = ModelRepository(classifier.root), []
     listed = repository.storage.glob
     monkeypatch.setattr(repository.storage, "glob", lambda *patterns: calls.append(patterns) or listed(*patterns))

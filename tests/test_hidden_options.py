@@ -36,7 +36,7 @@ while True:
 
 @pytest.fixture
 def listed():
-    """A function that stops watching the process list and returns the keys that it saw."""
+    """Watch the process list; yields a function that ends the watch and returns the keys that were seen."""
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout.readline() == "watching\n"
 
@@ -86,7 +86,7 @@ def test_where_the_system_forbids_that_it_is_soon_gone_from_there(forbid, classi
         assert b"kkkk" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
         with server.client() as client:
             client.load("intent_head")
-        assert "k" * 64 in listed()  # shows that the test above would have noticed
+        assert "k" * 64 in listed()  # proves that the test above would notice a listed key
 
 
 def test_serve_tells_where_the_key_could_be_seen():
@@ -134,7 +134,7 @@ def test_what_is_masked():
 
 
 def test_a_child_that_is_not_stopped_is_not_waited_for(monkeypatch):
-    """As on a system that promises to trace the child and does not: the start must not hang."""
+    """On a system that reports the child as traced although it is not, the start must not hang."""
     monkeypatch.setattr(hidden_options, "_SECONDS", 0.1)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert not hidden_options.move_options(child.pid, {})

@@ -1,4 +1,4 @@
-"""What comes from elsewhere (labels, lineages, texts, URLs) stays data: it moves no cursor and stops no verb."""
+"""Untrusted data (labels, lineages, texts, URLs) is only data: it neither controls the terminal nor stops a verb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker/kubernetes as far as it can be checked without a cluster: schemas, rendered overlays, what has to agree."""
+"""docker/kubernetes, as far as it can be tested without a cluster: schemas, rendered overlays, consistent values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def changed(document: dict[str, Any], operations: list[dict[str, Any]]) -> dict[str, Any]:
-    """JSON patches (RFC 6902) of the two kinds that the overlays use."""
+    """Apply a JSON patch (RFC 6902); supports the operations that the overlays use."""
     document = copy.deepcopy(document)
     for operation in operations:
         *way, last = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
@@ -39,7 +39,7 @@ def changed(document: dict[str, Any], operations: list[dict[str, Any]]) -> dict[
 
 
 def render(folder: Path) -> list[dict[str, Any]]:
-    """What the overlay is made of, without the common labels and the namespace that kustomize adds."""
+    """The documents of an overlay, without the common labels and the namespace that kustomize adds."""
     plan = yaml.safe_load((folder / "kustomization.yaml").read_text())
     found = []
     for name in plan["resources"]:

@@ -1,4 +1,4 @@
-"""Adding labels with files of old data beside the examples: which of their texts count."""
+"""Adding labels with files of old data in addition to the examples: which of their texts count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEW = {"payday": tiny.sentences("payday", 10)}
 
 
 def file(texts, seed=7):
-    """The same number of texts of each old label."""
+    """Write a file with the same number of texts of each old label."""
     pairs = [(text, label) for label in tiny.OLD for text in tiny.sentences(label, texts, seed)]
     return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "old.csv")
 

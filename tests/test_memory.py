@@ -304,7 +304,7 @@ def renewed(classifier, label, per_label=20) -> Memory:
 
 
 def of(memory: Memory, label: str) -> tuple[np.ndarray, ...]:
-    """Everything that a memory holds of one label."""
+    """Everything that a memory keeps of one label."""
     place = memory.labels.index(label)
     mine = memory.clusters.labels == place
     clusters = memory.clusters.means[mine], memory.clusters.counts[mine]
@@ -348,7 +348,7 @@ def test_labels_of_which_there_are_only_statistics_are_told(classifier, capsys, 
 
 
 def test_doctor_tells_of_labels_that_the_memory_lacks_until_there_are_texts_of_them(classifier) -> None:
-    """As after a patcher that could not read the memory built a new one from the texts it was given."""
+    """Happens if a patcher that cannot read the memory builds a new one from the texts that it is given."""
     (classifier.version_path(1) / "memory.safetensors").unlink()
     texts = tiny.train_set()
     remember(classifier, flat({label: texts[label] for label in tiny.OLD[1:]}))
@@ -375,7 +375,7 @@ def test_several_labels_leave_as_one_after_the_other_does(seed: int, first: int,
     both = both.add(["newer"], 1 + rng.normal(size=(second, 6)), np.zeros(second, int))
     names = sorted(
         ["new", "newer"], key=lambda name: both.counts[both.labels.index(name)]
-    )  # the label that is known exactly goes first
+    )  # first remove the label that is known exactly
     one, at_once = both.remove(names[0]).remove(names[1]), both.without(["newer", "new"])
     assert at_once.labels == LABELS
     for name, array in one.arrays().items():

@@ -1,4 +1,4 @@
-"""The exporter and the audit log on a real server, and that every metric in the dashboard and the alerts exists."""
+"""The exporter and the audit log on a real server; every metric in the dashboard and the alerts must exist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scrape(address):
 
 
 def sample(text, name, **labels):
-    """The value of the one series of that name with those labels."""
+    """The value of the only series with this name and these labels."""
     pattern = re.compile(rf"^{name}{{(.*)}} (\S+)$", re.MULTILINE)
     wanted = {f'{key}="{value}"' for key, value in labels.items()}
     (found,) = [value for each, value in pattern.findall(text) if wanted <= set(each.split(","))]
@@ -47,7 +47,7 @@ def events(log):
 
 @pytest.fixture(scope="module")
 def two(tiny_original, tmp_path_factory):
-    """Two replicas over one repository."""
+    """Two replicas of one repository."""
     folder = tmp_path_factory.mktemp("metrics")
     shutil.copytree(tiny_original, folder / "model_repository")
     models = ["intent", "intent_features"]
@@ -216,7 +216,7 @@ def test_history_shows_the_data(classifier, capsys, tmp_path):
 
 
 def expressions():
-    """Every PromQL expression of the dashboard and of the rules."""
+    """Every PromQL expression in the dashboard and in the alert rules."""
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
@@ -248,7 +248,7 @@ def test_every_metric_in_use_exists(exported, two):
 
 
 def test_a_replica_that_hangs_is_waited_for_once(monkeypatch):
-    """And not once for each of its classifiers, which would outlast the scrape."""
+    """Waiting once for each classifier would take longer than the scrape's timeout."""
     monkeypatch.setattr(metrics, "_TIMEOUT", 0.3)
     monkeypatch.setattr(metrics, "probe_replica", lambda *_: pytest.fail("it hangs"))
     with socket.create_server(("127.0.0.1", 0)) as hanging:

@@ -14,7 +14,7 @@ import pytest
 
 COMMITTED = Path(__file__).parent.parent / "model_repository"
 WIDTH = 384
-"""Width of the last hidden state, as in MiniLM, so that the configurations show a realistic width, 384 + 384."""
+"""Width of the last hidden state, as in MiniLM, so that the configurations show a realistic width: 384 + 384."""
 DATA = {"model.onnx", "memory.safetensors", "tokenizer.json", ".patcher.lock", "intent.journal"}
 """Files that belong to one checkpoint: binary, or not meant for reading."""
 _FINGERPRINT = re.compile(r'(key: "fingerprint"\s+value \{\s+string_value: ")[0-9a-f]{64}"')

@@ -77,7 +77,7 @@ def test_a_share_of_every_label_is_held_out():
 
 
 def test_the_fit_is_the_one_that_there_is():
-    """Compare with scipy's solution of the same convex problem, written down independently."""
+    """Compare with scipy's solution of the same convex problem, which is formulated here independently."""
     from scipy.optimize import minimize
 
     features, ids = clusters(30)
@@ -242,7 +242,7 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, com
     assert name in capsys.readouterr().err
     assert json.loads(patcher("classify", question, "--classifier", "intent", "--json"))[0]["head_version"] == 1
     patcher("doctor")
-    patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)  # the name is free again
+    patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)  # the name can be used again
     (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
     assert answer["head_version"] == 1
 
@@ -262,7 +262,7 @@ def test_a_server_that_will_not_let_go_keeps_the_files(triton, tree, monkeypatch
             drop_classifier(repository, "kept", server)
         assert tree(repository.root) == before
         monkeypatch.undo()
-        server.unload("kept")  # as if the patcher was killed after this
+        server.unload("kept")  # as if the patcher had been killed after this
         server.unload("kept_head")
         assert drop_classifier(repository, "kept", server) == (1,)
         with pytest.raises(InputError, match="no classifier 'kept'"):
@@ -282,7 +282,7 @@ def test_where_one_of_several_servers_will_not_let_go_all_serve_it(triton, tmp_p
             first.unload = asked.append
             with pytest.raises(ControlRefused):
                 drop_classifier(repository, "kept", both)
-            assert asked == []  # the one that has no key for us is found before
+            assert asked == []  # the server that refuses our key is found first
             del first.unload
             second.check_control = lambda: None
             with pytest.raises(ControlRefused):
@@ -434,7 +434,7 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
     in_store, held = FoundingSettings(in_store=True), TritonServer.held
 
     def older(server, store, name, width):
-        """An older store does not know the parameter: it answers from the head, or refuses."""
+        """Imitate an older store, which ignores the parameter: it answers from the head, or refuses."""
         server.head_logits(f"{store}/{name}", np.zeros((1, width), np.float32))
 
     with TritonServer(triton.url) as server:
@@ -449,7 +449,7 @@ def test_a_store_of_an_earlier_version_tells_by_refusals(triton, monkeypatch):
 
 @pytest.mark.server
 def test_what_was_dropped_without_the_server_and_is_answered_still_is_named(triton, monkeypatch):
-    """Other repositories' models are not named, and the repository is not called faulty."""
+    """Doctor reports it as a note, not a fault, and does not report models of other repositories."""
     repository, stored = ModelRepository(triton.repository), FoundingSettings(in_store=True)
     with TritonServer(triton.url) as server:
 
@@ -514,7 +514,7 @@ def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkey
 
 @pytest.mark.server
 def test_a_head_store_that_fails_stops_no_classifier_beside_it(triton, monkeypatch):
-    """It answers for no classifier, and so not for an earlier one of the same name."""
+    """A failing store answers for no classifier, so not for an earlier one of the same name either."""
     repository, name = ModelRepository(triton.repository), "beside"
 
     def dead(*_):

@@ -1,4 +1,4 @@
-"""Repositories on an object store: a real S3-speaking server on loopback, real tritonservers that read from it."""
+"""Repositories on an object store: a real S3-compatible server on loopback, real tritonservers that read from it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def server():
 
 @pytest.fixture
 def store(server, monkeypatch, tmp_path):
-    """The server with an empty bucket, and the environment that names it."""
+    """The server with an empty bucket; the environment variables point to it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in {
@@ -88,7 +88,7 @@ def store(server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def remote(store, tiny_original):
-    """The tiny classifier on the store, as an export puts it there."""
+    """The tiny classifier on the store, as an export writes it."""
     local = ModelRepository(tiny_original).classifier()
     repository = ModelRepository.create(URL)
     with repository.lock():
@@ -117,7 +117,7 @@ def faults(server=None):
 
 
 def objects():
-    """Every object with its ETag, except lock and journal, to check that the repository is unchanged."""
+    """The ETags of all objects except lock and journal, to check that the repository is unchanged."""
     return {name: tag for name, tag in Bucket(URL).names().items() if not name.endswith((".patcher.lock", ".journal"))}
 
 
@@ -202,7 +202,7 @@ def test_a_version_is_there_whole_before_it_is_pinned_and_is_never_written_again
 
 @pytest.mark.server
 def test_an_encoder_runs_nothing_that_somebody_put_beside_it(remote, tmp_path):
-    """Triton fetches each model into a folder of its own, by default under /tmp."""
+    """Triton downloads each model to a folder of its own, by default in /tmp, where others can write."""
     decoy = tmp_path / "fetched" / "intent_backbone"
     (decoy / "1").mkdir(parents=True)
     (decoy / "config.pbtxt").write_text("no configuration")
@@ -390,8 +390,8 @@ class TestKilled:
         assert remote.serving() == 1
         assert any("interrupted" in check.finding for check in faults())
         started = time.monotonic()
-        assert main(["doctor", "--repair", "--repo", URL, "--url", "127.0.0.1:1"]) == 1  # nobody is there
-        assert time.monotonic() - started < 10  # the lock of a holder on this machine that has ended is not waited for
+        assert main(["doctor", "--repair", "--repo", URL, "--url", "127.0.0.1:1"]) == 1  # no server answers
+        assert time.monotonic() - started < 10  # it does not wait for a lock whose holder on this machine has ended
         config = f"{remote.head_model}/config.pbtxt"
         assert {name: tag for name, tag in objects().items() if name != config} == {
             name: tag for name, tag in before.items() if name != config
@@ -546,7 +546,7 @@ class TestTwo:
 
     @pytest.mark.parametrize("asleep_before", ["publish", "model.onnx", "switch", "config.pbtxt", "done"])
     def test_one_that_was_only_slow_writes_nothing_over_the_others(self, remote, monkeypatch, asleep_before):
-        """The worst case: the holder of the lock sleeps until its lease lapses, just before one of its writes."""
+        """The worst case: just before one of its writes, the holder of the lock sleeps until its lease has expired."""
         asleep, awake = threading.Event(), threading.Event()
         put = Bucket.put
 
@@ -583,7 +583,7 @@ class TestTwo:
         assert not sleeper.is_alive()
         assert remote.serving() == back.version > first.version
         assert "music" in remote.head().labels
-        if asleep_before == "done":  # only the record was missing, and the other change built on it
+        if asleep_before == "done":  # only the journal entry was missing, and the other change built on it
             assert errors == []
             assert "payday" in remote.head().labels
         else:
@@ -756,7 +756,7 @@ class TestFaults:
 
 
 class TestNewClassifier:
-    """A classifier with an ensemble of its own works there; a head store does not, because it reads a folder."""
+    """A classifier with an ensemble of its own works on an object store; a head store needs a folder."""
 
     def examples(self):
         pairs = [(text, label) for label in tiny.NEW for text in tiny.sentences(label, 12, seed=3)]
@@ -802,7 +802,7 @@ class TestNewClassifier:
 
 
 class TestExport:
-    """An export straight to the store is complete, or leaves nothing."""
+    """An export straight to the store is complete or leaves nothing behind."""
 
     def test_to_the_store(self, store, bert, capsys):
         assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 0, capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Repositories written by earlier versions of this project; ``data`` holds each as it was written."""
+"""Repositories written by earlier versions of this project, which are kept unchanged in ``data``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
 
 EARLIER = (Path(__file__).parent / "data" / "repository-0.1.0" / "intent_tokenizer" / "1" / "model.py").read_bytes()
-"""A program of an earlier version."""
+"""The program of a model, as an earlier version wrote it."""
 
 
 def test_it_opens_as_it_was(older, tree):
@@ -224,7 +224,7 @@ def test_it_says_that_answers_may_change_where_a_quantized_backbone_gets_an_enco
 
 @pytest.fixture
 def outdated(classifier, tmp_path):
-    """A repository of two backbones, the second without a classifier, both with a program of an earlier version."""
+    """A repository with two backbones, the second without a classifier, both with programs of an earlier version."""
     repository = classifier.repository
     with repository.lock():
         repository.add_backbone("second", tiny.backbone_files(tmp_path))

@@ -1,4 +1,4 @@
-"""What an ONNX file from elsewhere may not do: read other files, need foreign operators, be larger than it should."""
+"""What an untrusted ONNX file must not do: read other files, use non-standard operators, or be too large."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
 
 
 def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
-    """The lock is held all the time, but its holders finish changes: a waiter keeps waiting until they stop."""
+    """As long as the holders of the lock complete changes, a waiter keeps waiting; it gives up once they stop."""
 
     def hold():
         with classifier.repository.lock():
@@ -342,7 +342,7 @@ class TestFaults:
             assert done.returncode == 1, (limit, done.stderr)
             assert "File too large; nothing was changed" in done.stderr
             assert tree(classifier.root) == before
-        # With some limits not even "undone" fitted into the journal; the next change records it.
+        # With some limits not even "undone" fits into the journal; the next change then records it.
         assert patched(classifier) > 1
         assert faults(classifier) == []
 
@@ -384,7 +384,7 @@ class TestFaults:
             monkeypatch.undo()
             assert classifier.serving() == 1
             with triton.client() as server:
-                # What the undo could not do, the next command does.
+                # The next command completes what the undo could not do.
                 assert classifier.journal.pending()
                 with changing(classifier, server):
                     pass
@@ -446,7 +446,7 @@ class TestFaults:
                 assert waited < 3.5
                 assert sync(other, server) == {triton.url: "agreed"}
                 (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
-                (state,) = sync(other, server).values()  # which does not keep `patcher sync` from the others
+                (state,) = sync(other, server).values()  # `patcher sync` continues with the others
                 assert state.startswith("failed: ") and "other_head/1/model.onnx" in state
 
     @pytest.mark.server
@@ -483,7 +483,7 @@ class TestFaults:
     def test_a_server_that_lacks_the_backbone_reads_another_repository(self, classifier, tmp_path):
         other = shutil.copytree(classifier.root, tmp_path / "other")
         with EmbeddedTriton(other, ["intent"], log_file=tmp_path / "log") as triton, triton.client() as server:
-            shutil.rmtree(other / "intent_backbone")  # the encoder has it in its own process
+            shutil.rmtree(other / "intent_backbone")  # the encoder still runs it in its own process
             told = r"has no model intent_backbone.*failed to poll.*is --repo the repository that this server serves"
             with pytest.raises(ServerError, match=told):
                 add_label(classifier.repository, "payday", TEN, server=server)
@@ -502,7 +502,7 @@ class TestFaults:
             health = [sys.executable, str(HEALTH), triton.http_url]
 
             def seen():
-                """Whether doctor, both of the container's checks, and the exporter notice it."""
+                """Whether doctor, the container's health and liveness checks, and the exporter each notice it."""
                 (probe,) = _probes(Targets((triton.url,), ("intent",)))
                 codes = [
                     subprocess.run([*health, *live], env=environment, capture_output=True, check=False).returncode
@@ -554,7 +554,7 @@ class TestFaults:
 
     @pytest.mark.server
     def test_what_lies_beside_or_was_loaded_by_others_does_not_serve(self, classifier, tmp_path):
-        """Traps of Triton: a restart beside a corrupt version, readiness after a refused load, a load by bytes."""
+        """Triton's traps: a restart beside a corrupt version, readiness after a refused load, a load of raw bytes."""
         patched(classifier)
         rollback(classifier)
         corrupt = classifier.root / "intent_head" / "9"
@@ -699,7 +699,7 @@ class TestFleet:
                 add_label(classifier.repository, "pizza", tiny.sentences("pizza", 10), server=server)
             assert asked == []
             assert versions() == [2, 2, 2]
-        # No replica was there at the start. That one is there now proves nothing about what it serves.
+        # No replica answered at the start. That one does now proves nothing about what it serves.
         with Fleet(["127.0.0.1:1", "127.0.0.1:2"]) as server:
             server.is_live = lambda: True
             with pytest.raises(ServerUnreachable, match="nothing was changed"):
@@ -928,7 +928,7 @@ def test_a_merge_is_no_harm(classifier, tmp_path, capsys):
     back = diff(classifier, added, 1, examples)
     assert (back.merged, back.renamed) == (pairs, ())
     assert (len(back.gains), len(back.flips)) == (len(found.flips), len(found.gains))
-    # In the new label's name the file is judged alike.
+    # With the new name in the file, the result is the same.
     lines = held_out.read_text().replace(",balance", ",cash").replace(",transfer", ",cash")
     held_out.write_text(lines)
     assert diff(classifier, 1, added, read_examples(held_out)).flips == found.flips
@@ -945,7 +945,7 @@ def test_a_merge_into_one_of_the_labels_and_a_name_that_comes_again(classifier):
     assert diff(classifier, 1, 3).renamed == (("balance", "money"),)
     back = diff(classifier, 3, 1)
     assert (back.merged, back.renamed) == ((("transfer", "balance"),), (("money", "balance"),))
-    rename_label(classifier, "music", "transfer")  # texts of that name are this label's by now
+    rename_label(classifier, "music", "transfer")  # by then, texts with that name belong to this label
     assert diff(classifier, 1, 4).merged == ()
 
 
@@ -1017,7 +1017,7 @@ class TestDamage:
     def test_of_a_damaged_memory_no_label_is_taken_over_and_that_is_told(self, damaged, tmp_path, capsys):
         classifier = damaged(2, "memory.safetensors")
         train = tiny.train_set()
-        data = tiny.write_csv(tmp_path / "train.csv", train)  # of all labels but that of the patch
+        data = tiny.write_csv(tmp_path / "train.csv", train)  # of all labels except the patch's
         assert main(["remember", "--data", str(data), "--no-load", "--repo", str(classifier.root)]) == 0
         assert set(classifier.memory().labels) == set(train)
         assert "warning: the memory has no texts' features of 1 of 7 labels (payday)" in capsys.readouterr().err

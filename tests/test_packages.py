@@ -16,7 +16,7 @@ from patcher.triton import perf_analyzer
 
 ROOT = Path(__file__).parents[1]
 OURS = {"patcher", "export", "triton_python_backend_utils"}
-"""The last one is provided by Triton, to programs that run inside it."""
+"""The last one is provided by Triton to programs that run inside it."""
 
 
 def declared(*extras):

@@ -1,4 +1,4 @@
-"""The public interface: what is exported, what the light core imports, how errors end a process."""
+"""The public interface: exported names, the imports of the light core, and exit codes of errors."""
 
 from __future__ import annotations
 

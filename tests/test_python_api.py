@@ -43,7 +43,7 @@ from patcher import (
 DRY = PatchSettings(dry_run=True, force=True)
 TEN = tiny.sentences("payday", 10)
 NOBODY = "127.0.0.1:1"
-"""No server listens here, so whatever is refused with it is refused without asking a server."""
+"""No server listens at this address, so whatever is refused with it is refused without contacting a server."""
 
 
 class Grpc:
@@ -82,7 +82,7 @@ def connected(*outputs):
 
 @pytest.fixture
 def files(tmp_path):
-    """Labelled texts of the old labels: train and held out."""
+    """Files with labelled texts of the old labels: for training and held out."""
     return [
         tiny.write_csv(tmp_path / f"{seed}.csv", {label: tiny.sentences(label, 5, seed) for label in tiny.OLD})
         for seed in (21, 22)

@@ -1,6 +1,6 @@
-"""What a failing server, a full disk or Ctrl-C leaves behind, with a stand-in that fails where a real server will not.
+"""What a failing server, a full disk or Ctrl-C leaves behind, with a stand-in that fails as no real server would.
 
-The real server's part is in ``test_road.py``.
+Tests with a real server are in ``test_road.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from patcher.triton.tensors import Answer
 
 
 class Server:
-    """Answers from the files, like a server that loads what is pinned; ``faults`` make its next calls fail."""
+    """Answers from the files, like a server that loads the pinned version; ``faults`` make its next calls fail."""
 
     url = "stand-in:1"
 
@@ -304,7 +304,7 @@ def test_going_back_to_a_damaged_file_is_refused(classifier, tree):
     before = tree(classifier.root)
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="was changed after it was published"):
         roll_back(classifier, 1)
-    classifier.journal.path.unlink()  # as from a patcher that wrote none
+    classifier.journal.path.unlink()  # as if from a patcher that wrote none
     with classifier.repository.lock(), pytest.raises(RepositoryError, match="ONNX Runtime cannot load"):
         roll_back(classifier, 1)
     assert tree(classifier.root) == before
@@ -335,7 +335,7 @@ def test_a_head_that_is_not_what_it_says_is_not_published(classifier):
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(classifier, tmp_path):
-    """Whatever the moment, the repository opens and serves the version before or the one after."""
+    """Afterwards the repository can be opened, and serves the version before the change or the one after it."""
     file = tiny.write_csv(tmp_path / "a.csv", {"payday": tiny.sentences("payday", 10)})
     command = [sys.executable, "-m", "patcher", "add-label", "--no-load", "--repo", str(classifier.root)]
     start = time.perf_counter()

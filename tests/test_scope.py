@@ -91,7 +91,7 @@ def test_a_scorer_of_version_0_2_has_no_stretch():
     arrays = {f"scope_{name}": value for name, value in vars(scope.distance).items()}
     settings = {"kind": "distance", "problem": SINGLE_LABEL, "false_alarms": 0.05}
     assert Scope.from_arrays(settings, arrays).stretch == 1.0
-    del arrays["scope_scale"]  # which came with version 0.7
+    del arrays["scope_scale"]  # introduced in version 0.7
     assert (Scope.from_arrays(settings, arrays).distance.scale == 1.0).all()
 
 

@@ -1,4 +1,4 @@
-"""Temporary folders of processes that were killed, and of those that live."""
+"""Temporary folders of killed processes are removed, those of running ones are not."""
 
 from __future__ import annotations
 

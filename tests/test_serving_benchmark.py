@@ -1,4 +1,4 @@
-"""The serving benchmarks, on a small scale: they measure what they say."""
+"""The serving benchmarks measure what they claim to; run on a small scale."""
 
 from __future__ import annotations
 

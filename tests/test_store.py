@@ -45,7 +45,7 @@ TEXTS = [tiny.sentences(label, 1, seed=6)[0] for label in LABELS]
 
 
 def found(repository, number, server=None, *, settings=IN_STORE, name=None):
-    """Add classifier ``s<number>``: three labels of the tiny language, different ones for each number."""
+    """Add the classifier ``s<number>`` with three of the tiny labels, which depend on the number."""
     labels = [LABELS[(number + step) % len(LABELS)] for step in range(3)]
     pairs = [(text, label) for label in labels for text in tiny.sentences(label, 12, seed=3)]
     examples = Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
@@ -66,7 +66,7 @@ def stored(tiny_original, tmp_path_factory):
 
 @pytest.fixture
 def triton(stored, tmp_path):
-    """A server on a copy of it."""
+    """A server on a copy of that repository."""
     root = tmp_path / "model_repository"
     shutil.copytree(stored.root, root)
     models = served_models(ModelRepository(root))
@@ -127,7 +127,7 @@ def test_one_head_is_read_again_and_no_other(stored, tmp_path):
     before = {name: heads.get(name) for name in ("s1", "s2")}
     forced = PatchSettings(force=True)
     add_label(ModelRepository(root), "new", ["good day", "hello there"], classifier="s1", settings=forced)
-    assert heads.get("s1") is before["s1"]  # unchanged until it is told
+    assert heads.get("s1") is before["s1"]  # unchanged until the store is told
     assert heads.refresh("s1").version == 2
     assert heads.get("s2") is before["s2"]
     path = root / "s1_head" / "2" / "model.onnx"
@@ -284,7 +284,7 @@ def test_several_servers_of_one_repository(live, tmp_path):
             late = found(repository, 3, fleet, name="late")
             assert second.classify(late.address, ["hello"])[0].head_version == 1
             add_label(repository, "balance", tiny.sentences("balance", 10), server=server, classifier="late")
-            assert second.classify(late.address, ["hello"])[0].head_version == 1  # it was not told
+            assert second.classify(late.address, ["hello"])[0].head_version == 1  # the store was not told
             assert set(sync(late, fleet).values()) == {"agreed", "caught up"}
             assert second.classify(late.address, ["hello"])[0].head_version == 2
             rollback(late, None, fleet)

@@ -85,7 +85,7 @@ def test_no_import_leads_back():
 
 
 def test_imports_that_are_relative_count():
-    """Those between the files of Triton's backend, which is not always a part of this package."""
+    """Triton's backend uses them between its files, since it does not always run as a part of this package."""
     backend = "patcher.triton.backends.onnxruntime"
     assert {f"{backend}.settings", f"{backend}.check", f"{backend}.graphs"} <= imports(f"{backend}.session")
 

@@ -1,4 +1,4 @@
-"""The tokenizer that runs inside Triton: what it emits, and that a bad text affects no other."""
+"""The tokenizer that runs inside Triton: its output, and that an invalid text does not affect the others."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_longest_text():
 
 
 def tokenizer_of(kind):
-    """A tokenizer of a kind, each with its own way to split words; trained on a few sentences, cut at 16 tokens."""
+    """A tokenizer of the given kind, trained on a few sentences; it truncates texts to 16 tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     unknown = "<unk>"
@@ -259,7 +259,7 @@ def test_no_text_is_cut_and_no_group_pads_more_than_allowed(lengths, slack, larg
 
 
 def test_a_text_that_is_asked_for_again_alone_is_as_short_as_it_is(tokenizer, tmp_path, monkeypatch):
-    """The backbone refuses two texts together, and then gets each alone, without the padding of the shared batch."""
+    """The backbone refuses two texts together; each is then sent alone, without the padding of the shared batch."""
     utils = SimpleNamespace(
         Tensor=lambda name, value: SimpleNamespace(name=name, value=value),
         InferenceResponse=lambda tensors: {tensor.name: tensor.value for tensor in tensors},
@@ -378,7 +378,7 @@ def test_a_text_that_cannot_be_tokenized_fails_its_own_request_alone(server):
 
 @pytest.fixture(scope="module", params=["runs the backbone", "asks for it"])
 def encoder(tiny_original, tmp_path_factory, request):
-    """A server that was told to load only the ensemble, and waits long enough for texts to share a batch."""
+    """A server that was told to load only the ensemble and that waits long enough for texts to share a batch."""
     runs = request.param == "runs the backbone"
     root = shutil.copytree(tiny_original, tmp_path_factory.mktemp("encoder") / "model_repository")
     path = root / "intent_encoder" / "config.pbtxt"
@@ -448,7 +448,7 @@ def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path
 
 @pytest.mark.server
 def test_who_comes_with_tokens_gets_the_features_that_the_encoder_finds(tiny_original, tmp_path):
-    """The backbone's own model closed its session when the encoder opened one, and opens it again."""
+    """The model of the backbone closes its session when the encoder runs the backbone, and opens it again if asked."""
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     models = ["intent_features", "intent_backbone"]
     with EmbeddedTriton(root, models, log_file=tmp_path / "log") as running, running.client() as client:
@@ -567,7 +567,7 @@ def test_refuses_a_backbone_that_triton_would_refuse(tiny_original, tmp_path, mo
 
 @pytest.mark.server
 def test_a_backbone_whose_encoder_does_not_run_it_keeps_its_session(tiny_original, tmp_path, monkeypatch):
-    """An encoder of 0.5 asks the backbone's model, and the first answer does not wait for the file to load."""
+    """An encoder from 0.5 asks the model of the backbone, and its first answer does not wait for the file to load."""
     root = shutil.copytree(tiny_original, tmp_path / "model_repository")
     program = root / "intent_encoder" / "1" / "model.py"
     assert backend.BACKEND == tokenizer_model.BACKEND

@@ -1,4 +1,4 @@
-"""The Python-based onnxruntime backend on the real server: it refuses what the C++ one refuses, and answers right.
+"""The Python-based onnxruntime backend on a real server: it refuses what the C++ one refuses, and answers correctly.
 
 With ``PATCHER_SERVER_ONNXRUNTIME=DIR`` the same tests run on Triton's C++ backend. If the two word an error
 differently, the pattern below matches both.
@@ -62,7 +62,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def load(server, request):
-    """Load a model made for the test, under the test's own name; gives the name."""
+    """A function that loads a model made for the test under the test's name, and returns that name."""
 
     def write_and_load(data, config):
         name = "m" + str(abs(hash(request.node.name)))
@@ -82,7 +82,7 @@ def ask(server, model, name, value, data_type, outputs=()):
 
 
 def free_axis():
-    """Logits whose label axis is free: Slice to an end that is known at run time only."""
+    """A model whose logits have a dynamic label axis: a Slice whose end is known only at run time."""
     nodes = [
         helper.make_node("MatMul", ["features", "weight"], ["raw"]),
         helper.make_node("Shape", ["features"], ["shape"]),
@@ -230,7 +230,7 @@ print(*parts())
 
 
 def test_the_files_find_each_other_where_patcher_is_not_installed(tmp_path):
-    """As in Triton's stub, which loads one file by its path; and a head's start loads what it needs alone."""
+    """Triton's stub loads one file by its path. Starting a head must load only the files that it needs."""
     folder = shutil.copytree(Path(backend.__file__).parent, tmp_path / "onnxruntime")
     (tmp_path / "session.py").write_text("raise SystemExit('not this one')")
     done = subprocess.run(
@@ -249,7 +249,7 @@ def test_the_files_find_each_other_where_patcher_is_not_installed(tmp_path):
     assert set(last.split()) == head | {"patcher_onnxruntime.backbone"}
 
 
-# --- GPUs: what the providers get; there is none here ----------------------------------------------------------------
+# --- GPUs: provider options, tested without a GPU --------------------------------------------------------------------
 
 
 def accelerator(name, **parameters):
@@ -311,7 +311,7 @@ def test_a_gpu_that_is_not_there_is_no_cpu(tmp_path, monkeypatch, capfd):
         assert os.environ.pop("ORT_ENABLE_CUDNN_FLASH_ATTENTION") == "0"
 
 
-# --- CUDA graphs: what is done without a GPU --------------------------------------------------------------------------
+# --- CUDA graphs: what can be tested without one-----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def session(tmp_path):
 
 
 class Spy:
-    """A session that counts its runs, and can be made to answer wrongly for a recording's tensors."""
+    """A session that counts its runs, and can be made to answer wrongly when it runs on the tensors of a recording."""
 
     def __init__(self, session, wrong=False):
         self.session, self.wrong = session, wrong
@@ -345,7 +345,7 @@ def tokens(shape, rng):
 
 
 def test_a_recorded_shape_answers_as_any_other_run(session):
-    """Uses a recording's tensors on the CPU; a graph on a GPU reads and writes the same ones."""
+    """On the CPU, runs use the tensors of the recording, which a graph on a GPU would read and write."""
     spy = Spy(session)
     graphed = graphs.GraphedSession(spy, graphs.parse_shapes("1,2 x 3,4"), device="cpu")
     graphed.record()
@@ -391,7 +391,7 @@ def backbone_of(setting, **parameters):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Let the CPU pose as a GPU; records what was opened on it, with graphs or without."""
+    """Make the CPU pose as a GPU; ``asked`` lists the kind of each session, and whether it is for graphs."""
     opened, asked = backend.open_session, []
 
     def open_on_the_cpu(config, path, kind, device, *, graphs=False):
@@ -442,7 +442,7 @@ def test_what_cannot_be_recorded_runs_without(problem, reason, tmp_path, gpu, mo
     run = backend.open_runner(backbone_of("1 x 3", **more), tmp_path / "model.onnx", "GPU", 0)
     assert f"warning: m runs without CUDA graphs: {reason}" in capfd.readouterr().err
     assert gpu.asked == [("GPU", False)]
-    if problem != "memory":  # a device that this CPU does not have
+    if problem != "memory":  # a device that does not exist here
         assert run(["features"], tokens((1, 3), np.random.default_rng(0)))[0].shape == (1, 2)
 
 

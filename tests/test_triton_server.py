@@ -87,7 +87,7 @@ class TestServer:
         listening = {tuple(each[1].split(":")) for each in lines if each[3] == "0A" and each[1].split(":")[1] in ports}
         assert {port for _, port in listening} == ports
         assert {address[-8:] for address, _ in listening} == {"0100007F"}
-        assert {address[:-8].replace("0", "") for address, _ in listening} <= {"", "FFFF"}  # gRPC's is IPv4 within IPv6
+        assert {address[:-8].replace("0", "") for address, _ in listening} <= {"", "FFFF"}  # gRPC's is IPv4-mapped IPv6
 
     def test_logs_where_it_was_told(self, server):
         assert "Started GRPCInferenceService" in server.log_file.read_text()
@@ -118,7 +118,7 @@ class TestServer:
             "def start():\n"
             "    global server\n"
             "    server = EmbeddedTriton(sys.argv[1], ['intent'], log_file=sys.argv[2]).start()\n"
-            # from a thread that ends: what counts is the end of the process
+            # started in a thread that ends: only the end of the process counts
             "import threading; thread = threading.Thread(target=start); thread.start(); thread.join()\n"
             "print(server.pid, server.url, flush=True)\ntime.sleep(300)\n"
         )
@@ -570,7 +570,7 @@ class TestInstallation:
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     def test_a_cache_that_is_closed_to_us(self, monkeypatch, tmp_path):
-        """As after `sudo patcher serve` created it: even listing it is refused."""
+        """As if `sudo patcher serve` had created it: even listing it is refused."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         is_dir = Path.is_dir
 
@@ -620,7 +620,7 @@ class TestInstallation:
 
 
 class TestPreparedFolders:
-    """What earlier installations left in the cache."""
+    """Folders that earlier installations left in the cache."""
 
     @pytest.fixture
     def base(self, monkeypatch, tmp_path):
@@ -722,7 +722,7 @@ class TestTheOtherBackend:
         (tmp_path / "backend").mkdir()
         (tmp_path / "backend" / "libtriton_onnxruntime.so").write_bytes(b"no library")
         (tmp_path / "backend" / "libonnxruntime.so.1").write_bytes(b"none either")
-        (tmp_path / "backend" / "model.py").write_text("raise SystemExit")  # as an assembled folder of ours has one
+        (tmp_path / "backend" / "model.py").write_text("raise SystemExit")  # as in the folders that patcher assembles
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         plain = installation.find_installation()
         monkeypatch.setenv("PATCHER_SERVER_ONNXRUNTIME", str(tmp_path / "backend"))
@@ -747,7 +747,7 @@ class TestTheOtherBackend:
 
 @pytest.mark.server
 def test_a_python_that_a_relative_path_led_to_runs_the_models_as_any_other(classifier, tmp_path, monkeypatch):
-    """``PATH=.venv/bin:$PATH patcher serve``: a link to a relative path led nowhere."""
+    """With ``PATH=.venv/bin:$PATH patcher serve``, a link to a relative path used to lead nowhere."""
     monkeypatch.setattr(sys, "executable", os.path.relpath(sys.executable))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with EmbeddedTriton(classifier.root, ["intent_features"], log_file=tmp_path / "log") as running:

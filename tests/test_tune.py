@@ -228,7 +228,7 @@ def test_a_backbone_for_gpus_is_warm_before_it_is_ready(classifier, tmp_path):
 
     path = classifier.root / "intent_backbone" / "config.pbtxt"
     mine = parse(path.read_text())
-    assert not mine.model_warmup  # on a CPU it made the start longer and the first answer no faster
+    assert not mine.model_warmup  # on a CPU, warming up lengthened the start and made no answer faster
     tokens = [tensor.name for tensor in mine.input]
     asked = backbone_config("intent_backbone", tokens, classifier.width(), "f", device="gpu", longest=64)
     mine.model_warmup.extend(parse(model_config.render(asked)).model_warmup)
@@ -236,7 +236,7 @@ def test_a_backbone_for_gpus_is_warm_before_it_is_ready(classifier, tmp_path):
     log = tmp_path / "log"
     with EmbeddedTriton(classifier.root, list(MODELS), log_file=log, options=["--log-verbose=1"]):
         said = log.read_text()
-    for sample in ("1 x 8", "64 x 64"):  # no longer than a text may be, or a backbone that fails at it would not load
+    for sample in ("1 x 8", "64 x 64"):  # not longer than any text: a backbone that fails on it would not load
         assert f"running warmup sample '{sample}'" in said
 
 

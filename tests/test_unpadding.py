@@ -1,4 +1,4 @@
-"""The unpadded graph: it gives the same answers, and a graph that reads padding is left alone."""
+"""The unpadded graph gives the same answers, and a graph that reads padding is left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short walk of ``benchmarks/walk.py``, the same each time."""
+"""Short, deterministic walks of ``benchmarks/walk.py``."""
 
 from __future__ import annotations
 

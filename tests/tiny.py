@@ -1,7 +1,7 @@
 """A classifier small enough for tests, made without torch: an embedding backbone, a fitted head, real files.
 
-Sentences are a few key words of their label among filler words; embeddings are random, so that labels can be told
-apart, and new ones too.
+Sentences consist of a few key words of their label and filler words. Embeddings are random, so that all labels can be
+told apart, including new ones.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def backbone_onnx(seed: int = 0) -> bytes:
     """input_ids, attention_mask -> features: tanh of a projection of the mean embedding, then the mean itself."""
     rng = np.random.default_rng(seed)
     vocabulary = 4 + len(FILLERS) + WORDS_A_LABEL * len(OLD + NEW)
-    # Words of one label are near each other, as in a trained model, and filler words say little.
+    # Words of one label are close to each other, as in a trained model, and filler words carry little information.
     embedding = rng.standard_normal((vocabulary, WIDTH - SPLIT)).astype(np.float32) * 0.5
     embedding[: 4 + len(FILLERS)] *= 0.2
     embedding[4 + len(FILLERS) :] += np.repeat(

@@ -65,7 +65,7 @@ def lookup() -> bytes:
 
 
 def write_model(root: Path, name: str, data: bytes | None, config: str) -> Path:
-    """A model folder with version 1; ``config`` is what config.pbtxt says besides name and backend."""
+    """Write a model folder with version 1; ``config`` is the config.pbtxt without name and backend."""
     folder = root / name
     (folder / "1").mkdir(parents=True)
     if data is not None:

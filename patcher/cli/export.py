@@ -122,7 +122,7 @@ def export_command(
             allow_pickle=allow_pickle,
             progress=lambda text: tell(text, err=True),
         )
-    except ModuleNotFoundError as error:  # torch is imported when all that needs none of it is looked through
+    except ModuleNotFoundError as error:  # only now, since torch is imported after all checks that do not need it
         raise not_installed("export", error) from error
     _warn(report, train)
     if as_json:

@@ -157,7 +157,7 @@ class CommonOptions:
 
 
 def refuse_overwriting(output: Path | None, *inputs: Path | None) -> None:
-    """InputError where what a verb is to write would take the place of a file that it reads."""
+    """Raise InputError if ``output`` would overwrite one of the files that the verb reads."""
     for path in inputs:
         if output and path and output.exists() and path.exists() and output.samefile(path):
             raise InputError(f"{output} is read by this very command; name another file to write to")

@@ -60,7 +60,7 @@ class Storage(Protocol):
         """Create the location if it does not exist, and the file in it if that does not exist."""
 
     def refuse_unwritable(self) -> None:
-        """StorageError where it can be told without a change that nothing can be written."""
+        """Raise StorageError if nothing can be written, as far as that shows without changing anything."""
 
     def remove(self, name: str) -> None:
         """Remove a file, which need not exist."""

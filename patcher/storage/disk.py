@@ -69,7 +69,7 @@ class Disk:
                 replace(self.root / name, data)
 
     def refuse_unwritable(self) -> None:
-        """StorageError where neither the folder nor a file in it could be made."""
+        """Raise StorageError if the folder, or a file in it, could not be created."""
         with storage_errors(self.root):
             try_writing(self.root)
 
@@ -314,7 +314,7 @@ class Disk:
 
 
 def try_writing(folder: Path) -> None:
-    """OSError where no file can be made in ``folder``, or in what is there of the folders that lead to it."""
+    """Raise OSError if no file can be created in ``folder`` or, if that is missing, its nearest existing parent."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())

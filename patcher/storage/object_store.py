@@ -74,7 +74,7 @@ class ObjectStore:
                 self.bucket.put(name, data, None)
 
     def refuse_unwritable(self) -> None:
-        """Nothing: who may write shows when something is written."""
+        """Do nothing: whether writing is allowed shows only when something is written."""
 
     def remove(self, name: str) -> None:
         """Delete an object, which need not exist."""
