@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from patcher.examples import Examples
     from patcher.head import Head
 
-__all__ = ["Report", "make_report", "render", "write_page"]
+__all__ = ["Report", "check_target", "make_report", "render", "write_page"]
 
 _SHOWN = 100
 """The maximum number of flips and of gains listed on the page; the counts include all."""
