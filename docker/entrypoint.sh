@@ -59,11 +59,15 @@ try:
 except PatcherError as error:
     sys.exit(f"warning: the heads were not checked: {error}")
 '
-if damaged="$(python3 -I -c "$find" "$repository")"; then
+if found="$(python3 -I -c "$find" "$repository")"; then
+  declare -A damaged=()
+  while read -r name why; do
+    if [ -n "$name" ]; then damaged["$name"]="$why"; fi
+  done <<<"$found"
   whole=()
   for name in "${names[@]}"; do
-    if why="$(grep "^$name " <<<"$damaged")"; then
-      echo "warning: $name is not served: ${why#"$name "}; once that is repaired, restart this container" >&2
+    if [ -n "${damaged["$name"]:-}" ]; then
+      echo "warning: $name is not served: ${damaged["$name"]}; once that is repaired, restart this container" >&2
     else
       whole+=("$name")
     fi
