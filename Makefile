@@ -8,6 +8,9 @@ VENV ?= .venv
 # Index of torch's CPU builds; used only if the configured package index has none.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
+# Test processes at once. Most tests wait for a server half of their time.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 # Byte-compiling 2.1 GB of packages takes longer than unpacking them. Only what verbs import is compiled, since each run
 # would take half a second longer without it if Python is told to write no bytecode.
@@ -41,11 +44,11 @@ $(STAMP): pyproject.toml constraints.txt Makefile .ci/preflight.py
 demo: setup ## fine-tune, export, serve, add a label, roll back: the whole workflow on this machine
 	@$(BIN)/python tests/demo/run.py
 
-test: setup ## run the tests
-	@$(BIN)/python -m pytest
+test: setup ## run the tests (WORKERS=1 for one after another)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-fast: setup ## run the tests that take no more than ten seconds each
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 lint: setup ## run ruff, mypy and hadolint
 	$(BIN)/ruff check .

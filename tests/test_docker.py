@@ -142,6 +142,11 @@ def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str,
     assert (Path(container["TMPDIR"]) / "classifiers").read_text().split() == names[:3]
 
 
+def test_entrypoint_gives_the_server_large_stacks(container: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "tritonserver").write_text("#!/bin/bash\nulimit -s\n")
+    assert enter(container).stdout.split() == ["1048576"]
+
+
 def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str, str], tmp_path: Path) -> None:
     environment = {**container, "TLS_FOLDER": str(tmp_path)}
     outcome = enter(environment)

@@ -109,6 +109,20 @@ def test_a_program_gets_the_options_that_were_given(secret, tmp_path):
     assert hidden
 
 
+@pytest.mark.parametrize(
+    "limits, size", [("-S -s 4096", 1 << 20), ("-s 4096", 4096), ("-S -s 4096; ulimit -v 9000000", 4096)]
+)
+def test_the_server_gets_large_stacks_where_they_cost_nothing(limits, size):
+    code = (
+        "import os, sys; from patcher.triton import process\n"
+        "command = ['/bin/sh', '-c', 'ulimit -s']\n"
+        "process.start_with_parent(command, dict(os.environ), sys.stdout.fileno(), [], 'key')[0].wait()"
+    )
+    shell = ["bash", "-c", f'ulimit {limits}; {sys.executable} -c "$0"', code]
+    said = subprocess.run(shell, capture_output=True, check=True)
+    assert int(said.stdout) == size
+
+
 def test_a_program_that_is_not_there(tmp_path):
     with (tmp_path / "log").open("wb") as log:
         started, hidden = process.start_with_parent(["/nowhere", "key"], dict(os.environ), log.fileno(), [], "key")

@@ -148,6 +148,17 @@ def test_nested_json_is_not_read_where_others_reach_http(tiny_original, tmp_path
         assert running.pid
 
 
+def test_neither_a_large_form_nor_nested_json_ends_the_server(tiny_original, tmp_path):
+    """Triton's HTTP library copies the one to the stack of a thread; its JSON parser recurses for the other."""
+    shutil.copytree(tiny_original, tmp_path / "model_repository")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    with EmbeddedTriton(tmp_path / "model_repository", MODELS, log_file=tmp_path / "log") as running:
+        for address, path in ((running.http_url, "/v2/health/live"), (running.metrics_url, "/metrics")):
+            assert post(address, path, "b" * 20_000_000, form) == 405
+        assert post(running.http_url, "/v2/models/intent/infer", NESTED) in (400, 500)
+        assert get(running.http_url, "/v2/models/intent/ready") == 200
+
+
 def test_http_opens_to_others_when_asked_to(tiny_original, tmp_path):
     shutil.copytree(tiny_original, tmp_path / "model_repository")
     server = EmbeddedTriton(

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -31,16 +32,21 @@ __all__ = [
     "start_with_parent",
 ]
 
+# Triton's HTTP library copies forms to the stack of a thread, and its JSON parser recurses. With the usual 8 MB, one
+# request of 4.5 MB to any of its HTTP ports ends the server, without a key. Stacks take memory only as far as used.
+_STACK = 1 << 30
+
 # Asks the kernel for SIGTERM when the parent ends and, if it is to be traced, to be stopped at exec; then becomes the
 # server. This is a separate program because code between fork and exec in a process with threads may hang.
 _LAUNCHER = f"""
-import ctypes, os, signal, sys
+import ctypes, os, resource, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the starting process is gone")
+resource.setrlimit(resource.RLIMIT_STACK, (int(sys.argv[3]), resource.getrlimit(resource.RLIMIT_STACK)[1]))
 if sys.argv[2] == "traced" and {TRACED}:
     sys.exit(1)
-os.execv(sys.argv[3], sys.argv[3:])
+os.execv(sys.argv[4], sys.argv[4:])
 """
 
 
@@ -61,7 +67,7 @@ def start_with_parent(
 
     def launch(how: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603 - a list of our own, no shell
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), how, *command],
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), how, str(_stack()), *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -93,6 +99,19 @@ def start_with_parent(
     if isinstance(outcome, OSError):
         raise ServerError(f"cannot start tritonserver: {outcome}") from outcome
     return outcome
+
+
+def _stack() -> int:
+    """The size in bytes of each of the server's stacks: ours, unless the system counts address space as memory."""
+    now, most = resource.getrlimit(resource.RLIMIT_STACK)
+    counted = Path("/proc/sys/vm/overcommit_memory")
+    strict = counted.exists() and counted.read_text().strip() == "2"
+    if strict or now >= _STACK or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return now
+    # The kernel refuses a stack that is larger than all of the machine's memory.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wanted = min(_STACK, memory // 4)
+    return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
 
 
 def hide_argument(process: subprocess.Popen[bytes], program: Path, secret: bytes) -> bool:
