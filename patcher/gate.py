@@ -102,7 +102,7 @@ class Verdict:
         counted = f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}"
         if self.refitted:
             return f"{counted}, which took part in the refit; of fresh ones more may (--eval FILE bounds that)"
-        return f"{counted}; at most {percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
+        return f"{counted}; at most {percent(self.flips_upper_bound, up=True)} of inputs like them (95 % confidence)"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary for JSON."""
@@ -184,14 +184,10 @@ def _screened(
     duplicates = [*repeated]
     known: list[Known] = []
     for label, rows in examples.items():
-        names = _names(label, len(rows), texts)
-        duplicates += repeats(label, names, rows)
-        known += known_already(label, names, rows, head, fit.old, memory)
+        named = (texts or {}).get(label)
+        duplicates += repeats(label, named, rows)
+        known += known_already(label, named, rows, head, fit.old, memory)
     return duplicates, known
-
-
-def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) -> list[str]:
-    return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
 
 
 def _recall(
@@ -252,7 +248,7 @@ def _reasons(
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
             f"only {most.size} {_WHOSE[most.source]} are available, which are too few to conclude anything "
-            f"(at most {percent(upper_bound(most.count, most.size), 0)} flip)"
+            f"(at most {percent(upper_bound(most.count, most.size), 0, up=True)} flip)"
         )
     for label, found in recall.items():
         if found is None:
@@ -379,14 +375,14 @@ def _bound_words(flips: Flips, method: str) -> str:
         part = ": those held back, on which it was chosen how far to go" if held_back else ""
         return (
             f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these "
-            f"taken no part, at most {percent(flips.bound)} would (one-sided Clopper-Pearson{as_many}); --eval FILE "
-            "counts on fresh ones"
+            f"taken no part, at most {percent(flips.bound, up=True)} would (one-sided Clopper-Pearson{as_many}); "
+            "--eval FILE counts on fresh ones"
         )
     nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
     fits = "" if flips.source == "eval" else nearest
     return (
         f"{seen}{fits}; with 95 % confidence at most "
-        f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"
+        f"{percent(flips.bound, up=True)} of inputs like those do (one-sided Clopper-Pearson{as_many})"
     )
 
 
@@ -408,5 +404,5 @@ def _sentence(
     if flips.refitted:
         harm = "counted on inputs that took part in the refit: --eval FILE bounds what fresh ones do"
     else:
-        harm = f"so at most {percent(flips.bound)} of inputs like them{_weighed(flips)} (95 % confidence)"
+        harm = f"so at most {percent(flips.bound, up=True)} of inputs like them{_weighed(flips)} (95 % confidence)"
     return f"Passed: {names} {finds}; {seen}, {harm}."
