@@ -14,6 +14,7 @@ PURE = (
     "patcher.fit",
     "patcher.flips",
     "patcher.gate",
+    "patcher.gate_words",
     "patcher.head",
     "patcher.memory",
     "patcher.narrow",

@@ -34,7 +34,7 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     model was fine-tuned on, and fresh texts are assumed to lie twice as far away.
     """
     from patcher.examples import read_examples
-    from patcher.gate import unremembered
+    from patcher.gate_words import unremembered
     from patcher.remembering import FEATURES_A_LABEL, remember
 
     examples = read_examples(data)
