@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from patcher.checks import Check, of_programs, of_settings, of_upgrades
 from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
-from patcher.gate import unremembered
+from patcher.gate_words import unremembered
 from patcher.names import CANARY, MODEL, PROGRAM, STORE
 from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository

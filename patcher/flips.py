@@ -130,10 +130,12 @@ def count_flips(
         found = _on_evaluation(head, fit, evaluation)
         counted += [found] if found.size else []
     for each in fit.counted:
-        lost = np.union1d(_flipped(each.inputs, head, fit), each.taken)
-        found = _counted(each.inputs, lost, head, thresholds=len(fit.labels))
+        flipped = _flipped(each.inputs, head, fit)
+        found = _counted(each.inputs, np.union1d(flipped, each.taken), head, thresholds=len(fit.labels))
         found = replace(found, refitted=fit.old_rows is not None)
-        counted.append(_in_full(found, head, fit, memory) if each.inputs.source == "features" else found)
+        if each.inputs.source == "features":
+            found = _in_full(found, each.inputs.ids[np.setdiff1d(each.taken, flipped)], head, fit, memory)
+        counted.append(found)
     return counted or [Flips("none" if memory is None else "draws")]
 
 
@@ -153,13 +155,20 @@ def _counted(inputs: OldInputs, lost: Ints, head: Head, thresholds: int = 1) -> 
     )
 
 
-def _in_full(found: Flips, head: Head, fit: Fit, memory: Memory | None) -> Flips:
-    """With many labels, the count samples the memory's inputs. For labels that lose some, recount on all of theirs."""
+def _in_full(found: Flips, taken: Ints, head: Head, fit: Fit, memory: Memory | None) -> Flips:
+    """With many labels, the count samples the memory's inputs. For labels that lose some, recount on all of theirs.
+
+    ``taken`` INT64 ``[m]`` are the labels of the sampled inputs that flip only in a fit without them. They count here
+    as well. The new row was fitted without the inputs outside the sample.
+    """
+    if memory is None or len(memory.sample) <= found.size or not head.exclusive:
+        return found
     inputs = old_inputs(memory, None, head, only=found.losing) if found.losing else None
-    if inputs is None or memory is None or len(memory.sample) <= found.size or not head.exclusive:
+    if inputs is None:
         return found
     whole = _counted(inputs, _flipped(inputs, head, fit), head)
-    return replace(found, losing={**found.losing, **whole.losing}, sizes={**found.sizes, **whole.sizes})
+    losing = Counter(whole.losing) + Counter(head.labels[i] for i in taken.tolist())
+    return replace(found, losing=dict(losing.most_common()), sizes={**found.sizes, **whole.sizes})
 
 
 def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
@@ -168,7 +177,7 @@ def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
         mine = evaluation.ids < old
         inputs = old_inputs(None, Labelled(evaluation.features[mine], evaluation.ids[mine]), head, "eval")
         return Flips("eval") if inputs is None else _counted(inputs, _flipped(inputs, head, fit), head)
-    rows, theirs = _sentences(evaluation, old + len(fit.labels))
+    rows, theirs = _texts(evaluation, old + len(fit.labels))
     known = np.flatnonzero(theirs[:, :old].any(axis=1))
     new = rows[known] @ fit.weight.T + fit.bias
     lost = known[((new > 0) & ~theirs[known, old:]).any(axis=1)]
@@ -179,7 +188,7 @@ def _on_evaluation(head: Head, fit: Fit, evaluation: Labelled) -> Flips:
     return Flips("eval", size, count, dict(losing.most_common()), sizes, rate, effective=size)
 
 
-def _sentences(data: Labelled, labels: int) -> tuple[Floats, Bools]:
+def _texts(data: Labelled, labels: int) -> tuple[Floats, Bools]:
     """Merge adjacent rows of the same text: features float32 ``[t, width]``, and which labels each has ``[t, labels]``.
 
     Multi-label data has one row for each label of a text.

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.blocks import blocks
-from patcher.flips import Flips, count_flips, fewest_inputs, logits_after, upper_bound
+from patcher.flips import Flips, count_flips, logits_after, upper_bound
+from patcher.gate_words import FEW, WHOSE, advice, asides, bound_words, count_words, sentence, unseen, weight_words
 from patcher.limits import MAX_FLIPS, MIN_RECALL
-from patcher.screening import alike, known_already, repeats
-from patcher.wording import listing, percent, plural
+from patcher.screening import known_already, repeats
+from patcher.wording import percent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from patcher.arrays import Bools, Doubles, Floats, Ints
     from patcher.fit import Fit
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
     from patcher.memory import Memory
     from patcher.screening import Known, Repeat
 
-__all__ = ["Verdict", "judge", "unremembered"]
+__all__ = ["Verdict", "judge"]
 
-FEW = 5
-_GOOD_RECALL = 0.9
-_ABOUT = 0.95
-"""The advice mentions the effective sample size only if it is below this share of the number of inputs."""
 _MOST_OF_ONE = 0.25
 _FEWEST_LOST = 3
 """A patch takes over an old label if at least this many of its inputs flip, and more than the share ``_MOST_OF_ONE``.
@@ -40,7 +37,6 @@ The number of inputs of other labels does not matter.
 """
 _FEWEST_INPUTS = 10
 """Fewer inputs than this prove too little: with no flip among nine, the upper bound is still 28 %."""
-_WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +95,15 @@ class Verdict:
         """A short summary of the flips; ``bound`` is the full explanation."""
         if self.flips_upper_bound is None:
             return self.bound
-        counted = f"{self.flipped} of {self.calibration_size} {_WHOSE[self.calibration]}"
+        counted = f"{self.flipped} of {self.calibration_size} {WHOSE[self.calibration]}"
         if self.refitted:
             return f"{counted}, which took part in the refit; of fresh ones more may (--eval FILE bounds that)"
-        return f"{counted}; at most {percent(self.flips_upper_bound)} of inputs like them (95 % confidence)"
+        return f"{counted}; at most {percent(self.flips_upper_bound, up=True)} of inputs like them (95 % confidence)"
+
+    def refusal(self, what: str) -> str:
+        """The message if the gate refused ``what``, a patch or a merge: the reasons and the advice, a line each."""
+        lines = (*self.reasons, *self.advice, "`--force` publishes anyway")
+        return f"the gate refused the {what}:" + "".join(f"\n          {line}" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary for JSON."""
@@ -149,19 +150,19 @@ def judge(
     reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
     return Verdict(
         passed=not reasons,
-        sentence=_sentence(fit, flips, recall, reasons, max_flips),
+        sentence=sentence(fit, flips, recall, reasons, max_flips),
         reasons=reasons,
         advice=(
-            *_advice(flips, recall, lost_to, known, too_few, duplicates),
-            *_unseen(head, [flips, *others], max_flips),
-            *_asides(fit, head, left_out or {}),
+            *advice(flips, recall, lost_to, known, too_few, duplicates),
+            *unseen(head, [flips, *others], max_flips),
+            *asides(fit, head, left_out or {}),
         ),
         calibration=flips.source,
         calibration_size=flips.size,
         flipped=flips.count,
         flips=flips.rate,
         flips_upper_bound=flips.bound,
-        bound=_bound_words(flips, fit.method),
+        bound=bound_words(flips, fit.method),
         estimated_recall=recall,
         confused_with=lost_to,
         losing=flips.losing,
@@ -184,14 +185,10 @@ def _screened(
     duplicates = [*repeated]
     known: list[Known] = []
     for label, rows in examples.items():
-        names = _names(label, len(rows), texts)
-        duplicates += repeats(label, names, rows)
-        known += known_already(label, names, rows, head, fit.old, memory)
+        named = (texts or {}).get(label)
+        duplicates += repeats(label, named, rows)
+        known += known_already(label, named, rows, head, fit.old, memory)
     return duplicates, known
-
-
-def _names(label: str, count: int, texts: Mapping[str, Sequence[str]] | None) -> list[str]:
-    return list(texts[label]) if texts and label in texts else [f"example {i + 1}" for i in range(count)]
 
 
 def _recall(
@@ -236,13 +233,13 @@ def _reasons(
     exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}; limit: --max-flips "
+        f"{count_words(flips)} would flip ({percent(flips.rate)}{weight_words(flips)}; limit: --max-flips "
         f"{percent(max_flips)})"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
     reasons += [
-        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {_WHOSE[flips.source]}; the new label "
+        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {WHOSE[flips.source]}; the new label "
         "may be the same one under another name"
         for flips in counted
         for label, lost in flips.losing.items()
@@ -251,8 +248,8 @@ def _reasons(
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
-            f"only {most.size} {_WHOSE[most.source]} are available, which are too few to conclude anything "
-            f"(at most {percent(upper_bound(most.count, most.size), 0)} flip)"
+            f"only {most.size} {WHOSE[most.source]} are available, which are too few to conclude anything "
+            f"(at most {percent(upper_bound(most.count, most.size), 0, up=True)} flip)"
         )
     for label, found in recall.items():
         if found is None:
@@ -268,145 +265,3 @@ def _reasons(
 def _taken_over(lost: int, size: int, max_flips: float) -> bool:
     share = max(_MOST_OF_ONE, max_flips)
     return lost > share * size and (lost >= _FEWEST_LOST or size == lost > 1)
-
-
-def _counted(flips: Flips) -> str:
-    return f"{flips.count} of {flips.size} {_WHOSE[flips.source]}"
-
-
-def _weighed(flips: Flips) -> str:
-    return ", weighted by texts per label" if flips.weighed else ""
-
-
-def _advice(
-    flips: Flips,
-    recall: Mapping[str, float | None],
-    lost_to: Mapping[str, str | None],
-    known: Sequence[Known],
-    too_few: Sequence[str],
-    duplicates: Sequence[Repeat],
-) -> tuple[str, ...]:
-    advice = [f"{label!r} has fewer than {FEW} examples; ten different ones are far more reliable" for label in too_few]
-    for label, rival in lost_to.items():
-        found = recall[label]
-        if rival and found is not None and found < _GOOD_RECALL:
-            advice.append(
-                f"{label!r} is confused with {rival!r}: add examples that tell them apart, "
-                "or fine-tune the backbone again if more do not help"
-            )
-    for label in dict.fromkeys(hit.label for hit in known):
-        hits = [hit for hit in known if hit.label == label]
-        most = Counter(hit.old for hit in hits).most_common(1)[0][0]
-        advice.append(
-            f"{plural(len(hits), 'example')} of {label!r} already belong{'s' * (len(hits) == 1)} to an old label, "
-            f"mostly {most!r}: is it the same label?"
-        )
-    if duplicates:
-        advice.append(
-            f"{plural(len(duplicates), 'example')} {'repeats' if len(duplicates) == 1 else 'repeat'} another "
-            "(duplicates count once); different sentences help more"
-        )
-    if flips.source == "draws":
-        advice.append(
-            "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
-        )
-    if flips.source == "none":
-        advice.append(
-            "there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips"
-        )
-    return tuple(advice)
-
-
-def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
-    """A sentence that names the labels whose flips cannot be counted, because the memory has no features of them.
-
-    Empty if there are none, or no memory. A memory without any features (statistics only) counts as covering all its
-    labels.
-    """
-    if memory is None:
-        return ""
-    counted = {memory.labels[place] for place in np.unique(memory.sample_labels).tolist()} or set(memory.labels)
-    return _uncounted([label for label in labels if label not in counted], len(labels))
-
-
-def _uncounted(missing: Sequence[str], labels: int) -> str:
-    if not missing:
-        return ""
-    return (
-        f"the memory has no texts' features of {len(missing)} of {labels} labels ({listing(missing)}), so flips of "
-        "them are not counted; run `patcher remember --data FILE` with texts of these labels, or patch with "
-        "`--eval FILE`"
-    )
-
-
-def _unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str, ...]:
-    """Advice on what the count of flips cannot show: labels without inputs, and too few inputs for the limit."""
-    there = {label for flips in counted for label, size in flips.sizes.items() if size}
-    said = [_uncounted([label for label in head.labels if label not in there], len(head.labels))] if there else []
-    flips = counted[0]
-    if flips.bound is not None and not flips.refitted and 0 < max_flips < flips.bound:
-        needed = fewest_inputs(max_flips, flips.thresholds)
-        equal = f", as good as {flips.equal:,} of equal weight," if flips.equal < _ABOUT * flips.size else ""
-        if flips.equal < needed:
-            short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
-        else:
-            short = f"would guarantee {percent(max_flips)} if none of them flipped"
-        said.append(f"{flips.size} {_WHOSE[flips.source]}{equal} {short}")
-    return tuple(filter(None, said))
-
-
-def _asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
-    """Advice on texts that were left out as duplicates, and on new labels whose names resemble another."""
-    for file, count in left_out.items():
-        yield f"{plural(count, 'text')} of {file} left out as duplicates (the same words count once)"
-    for label, other in alike(fit.labels, head.labels):
-        yield f"{label!r} differs from {other!r} only in case, spaces, '_' or '-': is it the same label?"
-
-
-def _bound_words(flips: Flips, method: str) -> str:
-    if flips.bound is None:
-        basis = "draws from a Gaussian model" if flips.source == "draws" else "the old rows alone"
-        return f"no bound on flips can be given: the row was set on {basis}, not on real inputs"
-    where = {
-        "eval": "the evaluation file",
-        "replay": "the replayed sentences",
-        "features": "the memory's real features, whose texts the model was trained on",
-    }[flips.source]
-    seen = f"{flips.count} of {flips.size} inputs flip on {where}"
-    as_many = f", as {flips.equal:,} inputs of equal weight tell as much" if flips.weighed else ""
-    if flips.refitted:
-        held_back = method == "anchored" and flips.source == "replay"
-        part = ": those held back, on which it was chosen how far to go" if held_back else ""
-        return (
-            f"{seen}, counted on inputs that took part in the refit{part}. Of fresh ones more may flip: had these "
-            f"taken no part, at most {percent(flips.bound)} would (one-sided Clopper-Pearson{as_many}); --eval FILE "
-            "counts on fresh ones"
-        )
-    nearest = ", those nearest to the row, which took part in its fit, by fits without them (--eval FILE: fresh ones)"
-    fits = "" if flips.source == "eval" else nearest
-    return (
-        f"{seen}{fits}; with 95 % confidence at most "
-        f"{percent(flips.bound)} of inputs like those do (one-sided Clopper-Pearson{as_many})"
-    )
-
-
-def _sentence(
-    fit: Fit,
-    flips: Flips,
-    recall: Mapping[str, float | None],
-    reasons: Sequence[str],
-    max_flips: float,
-) -> str:
-    names = ", ".join(repr(label) for label in fit.labels)
-    if reasons:
-        return f"Refused: {'; '.join(reasons)}."
-    found = min((r for r in recall.values() if r is not None), default=None)
-    finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimated recall"
-    if flips.bound is None:
-        return f"Passed: {names} {finds}; there is no bound on flips."
-    seen = f"{_counted(flips)} flip (limit: --max-flips {percent(max_flips)})"
-    if flips.refitted:
-        harm = "counted on inputs that took part in the refit: --eval FILE bounds what fresh ones do"
-    else:
-        harm = f"so at most {percent(flips.bound)} of inputs like them{_weighed(flips)} (95 % confidence)"
-    return f"Passed: {names} {finds}; {seen}, {harm}."

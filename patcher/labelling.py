@@ -11,7 +11,8 @@ import numpy as np
 from patcher.arguments import require
 from patcher.canary import require_free, start
 from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryError
-from patcher.examples import as_examples, data_hash
+from patcher.examples import data_hash
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
 from patcher.head_file import write_head
@@ -29,10 +30,10 @@ from patcher.words import label_words, plain_words
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Floats
     from patcher.classifier import Classifier
-    from patcher.examples import Examples, ExamplesLike
+    from patcher.examples import Examples
+    from patcher.examples_file import ExamplesLike
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from patcher.new_texts import Texts
     from patcher.repository import ClassifierLike
     from patcher.screening import Repeat
-
-    Floats = NDArray[np.float32]
 
 __all__ = ["PatchReport", "add_label", "add_labels"]
 
@@ -181,7 +180,7 @@ def add_labels(
         patch, report = _patched(target, texts, features, repeated, settings, watch, skip_known=skip_known)
         if report.gate == "refused":
             report.seconds = watch.stop()
-            raise GateRefused(_refusal(report.verdict), report.to_json())
+            raise GateRefused(report.verdict.refusal("patch"), report.to_json())
         with watch("publish"):
             _publish(target, patch, report, settings, server)
     report.seconds = watch.stop()
@@ -216,7 +215,7 @@ def _report(target: Classifier, patch: Patch, parent: Head, texts: Mapping[str, 
         version=patch.head.lineage.version,
         parent_version=parent.lineage.version,
         labels=len(patch.head.labels),
-        examples=sum(map(len, texts.values())),
+        examples=patch.examples,
         verdict=patch.verdict,
         fit=patch.fit,
         gate=patch.gate,
@@ -375,7 +374,6 @@ def _labelled(head: Head, data: _Data | None, new: Sequence[str] = ()) -> Labell
 
 def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[str, Sequence[str]]) -> Lineage:
     flat = [(text, label) for label, group in texts.items() for text in group]
-    verdict = patch.verdict
     return next_lineage(
         classifier,
         parent,
@@ -383,18 +381,5 @@ def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[
         added=tuple(texts),
         data_hash=data_hash([text for text, _ in flat], [label for _, label in flat]),
         gate=patch.gate,
-        details={
-            "examples": len(flat),
-            "flips": verdict.flips,
-            "flips_upper_bound": verdict.flips_upper_bound,
-            "calibration": verdict.calibration,
-            "bound": verdict.bound,
-            "estimated_recall": dict(verdict.estimated_recall),
-            "verdict": verdict.sentence,
-        },
+        details=patch.details,
     )
-
-
-def _refusal(verdict: Verdict) -> str:
-    lines = (*verdict.reasons, *verdict.advice, "`--force` publishes anyway")
-    return "the gate refused the patch:" + "".join(f"\n          {line}" for line in lines)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from patcher.scope import Scope, stretch_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from patcher.arrays import Floats
+    from patcher.arrays import Doubles, Floats
     from patcher.fit.inputs import Labelled
     from patcher.head import Head, Lineage
     from patcher.memory import Memory
@@ -82,6 +82,11 @@ class Given:
         Examples that were left out because another has the same words.
     left_out
         How many texts of ``--replay`` and ``--eval`` were left out for that reason.
+    weights
+        For each new label, how many inputs each of its examples stands for, float64 ``[n]``; equal if missing.
+    merged
+        For a merge, whose examples are remembered inputs already: the memory with these under the new label. Otherwise
+        the examples are added to the memory of the old labels.
     """
 
     examples: Mapping[str, Floats]
@@ -91,13 +96,15 @@ class Given:
     evaluation: Labelled | None = None
     repeated: Sequence[Repeat] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, Doubles] = field(default_factory=dict)
+    merged: Memory | None = None
 
 
 @dataclass(frozen=True)
 class Patch:
     """The next head (still with its parent's lineage) and its memory, with the fit and the gate's verdict.
 
-    ``gate`` is ``passed``, ``forced`` or ``refused``.
+    ``gate`` is ``passed``, ``forced`` or ``refused``; ``examples`` is the number of examples of all new labels.
     """
 
     head: Head
@@ -105,6 +112,21 @@ class Patch:
     fit: Fit
     verdict: Verdict
     gate: str
+    examples: int
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the lineage records of the fit and the verdict."""
+        verdict = self.verdict
+        return {
+            "examples": self.examples,
+            "flips": verdict.flips,
+            "flips_upper_bound": verdict.flips_upper_bound,
+            "calibration": verdict.calibration,
+            "bound": verdict.bound,
+            "estimated_recall": dict(verdict.estimated_recall),
+            "verdict": verdict.sentence,
+        }
 
     def with_lineage(self, lineage: Lineage) -> Patch:
         """The same patch with the lineage of the version that it becomes."""
@@ -141,29 +163,34 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 texts=given.texts,
                 repeated=given.repeated,
                 left_out=given.left_out,
+                weights=given.weights,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,
             )
         with watch("scope"):
-            grown = None if memory is None else memory.add_groups(given.examples)
-            scope = _scope(parent, made, memory, grown, given.evaluation)
+            grown = given.merged
+            if grown is None and memory is not None:
+                grown = memory.add_groups(given.examples)
+            scope = _scope(parent, made, memory, grown, given)
     except np.linalg.LinAlgError as error:
         raise RepositoryError(
             f"the memory of version {parent.lineage.version} is damaged ({error}); `patcher remember` rebuilds it"
         ) from error
     gate = "passed" if verdict.passed else "forced" if settings.force else "refused"
-    return Patch(dataclasses.replace(made.apply(parent), scope=scope), grown, made, verdict, gate)
+    head = dataclasses.replace(made.apply(parent), scope=scope)
+    return Patch(head, grown, made, verdict, gate, sum(map(len, given.examples.values())))
 
 
-def _scope(
-    parent: Head, made: Fit, memory: Memory | None, grown: Memory | None, evaluation: Labelled | None
-) -> Scope | None:
+def _scope(parent: Head, made: Fit, memory: Memory | None, grown: Memory | None, given: Given) -> Scope | None:
     """The scorer, refitted because the new label is in scope now; without a memory, the parent's."""
     if grown is None:
         return parent.scope
     # Only old labels: otherwise an evaluation file with texts of the new labels alone would set the limit for all.
+    evaluation = given.evaluation
     fresh = None if evaluation is None else evaluation.features[evaluation.ids < len(parent.labels)]
     # If the new examples vary in a feature that hardly varied before, the fit's whitening would overrate that feature.
-    white = None if memory is None or woken(memory, grown) else made.old.whitening
+    # In a merge, it would lack the labels that are merged.
+    usable = memory is not None and given.merged is None and not woken(memory, grown)
+    white = made.old.whitening if usable else None
     return fit_scope(grown, made.apply(parent), fresh=fresh, stretch=stretch_of(parent.scope), white=white)

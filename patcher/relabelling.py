@@ -11,17 +11,16 @@ import numpy as np
 from patcher.arguments import listed, require
 from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
-from patcher.fit import fit
 from patcher.fit.scope import fit_scope
-from patcher.gate import judge
 from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import MERGE, next_lineage
-from patcher.patch import PatchSettings
+from patcher.patch import Given, PatchSettings, make_patch
 from patcher.recovery import changing
 from patcher.repository import one_classifier
 from patcher.rollout import roll_out
-from patcher.scope import Scope, stretch_of
+from patcher.scope import stretch_of
+from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from patcher.gate import Verdict
     from patcher.head import Head
     from patcher.memory import Memory
+    from patcher.patch import Patch
     from patcher.repository import ClassifierLike
 
 _FEWEST = 2
@@ -71,7 +71,10 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
         head = parent.without(label)
         if len(head.labels) < _FEWEST:
             raise LabelError(f"{classifier.name} has {len(parent.labels)} labels; a classifier needs at least two")
-        return _publish(classifier, parent, head, _forgotten(memory, label), server, "remove", removed=(label,))
+        rest = _forgotten(memory, label)
+        if rest is not None:
+            head = dataclasses.replace(head, scope=fit_scope(rest, head, stretch=stretch_of(parent.scope)))
+        return _publish(classifier, parent, head, rest, server, "remove", removed=(label,))
 
 
 def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonServer | None = None) -> Change:
@@ -117,7 +120,7 @@ def merge_labels(
         If the server would not serve the new version; the previous one serves again.
     """
     check_label(into, "the label to merge into")
-    limits = PatchSettings(max_flips, min_recall, force=force)
+    settings = PatchSettings(max_flips, min_recall, force=force)
     labels = tuple(dict.fromkeys(listed(labels, "labels")))
     if len(labels) < _FEWEST:
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
@@ -125,38 +128,51 @@ def merge_labels(
     classifier = one_classifier(classifier)
     with changing(classifier, server):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
-        head, features = parent, []
-        for label in labels:
-            parent.index(label)  # its error lists all existing labels, not only the remaining ones
-            head = head.without(label)
-            features.append(_remembered(memory, label))
-        if into in head.labels:
-            raise LabelError(f"{into!r} is another existing label; list it among those to merge")
-        refuse_joined(parent, into)
-        if not head.labels:
-            raise LabelError(
-                f"{classifier.name} has no labels but these {len(labels)}; a classifier needs at least two, so one "
-                "other has to stay"
-            )
-        rest = memory
-        for label in labels:
-            rest = _forgotten(rest, label)
-        examples = {into: np.concatenate(features)}
-        made = fit(examples, head, rest, max_flips=limits.max_flips)
-        weights = {into: _weights(memory, labels, [len(rows) for rows in features])}
-        verdict = judge(
-            head, made, examples, rest,
-            weights=weights, max_flips=limits.max_flips, min_recall=limits.min_recall,
-        )  # fmt: skip
-        if not (verdict.passed or force):
-            raise GateRefused(f"the gate refused the merge: {verdict.sentence}", {"verdict": verdict.to_dict()})
-        merged = memory.merge(labels, into) if memory else None
+        patch = _merged(classifier, parent, memory, labels, into, settings)
+        if patch.gate == "refused":
+            number, count = classifier.next_version(), len(patch.head.labels)
+            refused = Change(
+                classifier.name, number, parent.lineage.version, count, served=False, gate=patch.gate,
+                verdict=patch.verdict,
+            )  # fmt: skip
+            raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
         change = _publish(
-            classifier, parent, made.apply(head), merged, server, MERGE,
-            gate="passed" if verdict.passed else "forced",
+            classifier, parent, patch.head, patch.memory, server, MERGE,
+            gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
-        return dataclasses.replace(change, verdict=verdict)
+        return dataclasses.replace(change, verdict=patch.verdict)
+
+
+def _merged(
+    classifier: Classifier,
+    parent: Head,
+    memory: Memory | None,
+    labels: Sequence[str],
+    into: str,
+    settings: PatchSettings,
+) -> Patch:
+    """The patch that adds ``into`` to a head without ``labels``, whose remembered inputs are the examples."""
+    head, rest, features = parent, memory, []
+    for label in labels:
+        parent.index(label)  # its error lists all existing labels, not only the remaining ones
+        features.append(_remembered(memory, label))
+        head, rest = head.without(label), _forgotten(rest, label)
+    if into in head.labels:
+        raise LabelError(f"{into!r} is another existing label; list it among those to merge")
+    refuse_joined(parent, into)
+    if not head.labels:
+        raise LabelError(
+            f"{classifier.name} has no labels but these {len(labels)}; a classifier needs at least two, so one "
+            "other has to stay"
+        )
+    given = Given(
+        {into: np.concatenate(features)},
+        texts={},
+        weights={into: _weights(memory, labels, [len(rows) for rows in features])},
+        merged=memory.merge(labels, into) if memory else None,
+    )
+    return make_patch(head, rest, given, settings, Stopwatch())
 
 
 def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
@@ -185,18 +201,8 @@ def _publish(
     classifier: Classifier, parent: Head, head: Head, memory: Memory | None, server: TritonServer | None, method: str,
     **lineage: Any,
 ) -> Change:  # fmt: skip
-    head = dataclasses.replace(
-        head,
-        lineage=next_lineage(classifier, parent, method=method, **lineage),
-        scope=_scope(parent, head, memory, method),
-    )
+    head = dataclasses.replace(head, lineage=next_lineage(classifier, parent, method=method, **lineage))
     switch = roll_out(classifier, head, memory, server)
     return Change(
         classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, head.lineage.gate
     )
-
-
-def _scope(parent: Head, head: Head, memory: Memory | None, method: str) -> Scope | None:
-    if memory is None or method == "rename":  # a new name changes no score
-        return parent.scope
-    return fit_scope(memory, head, stretch=stretch_of(parent.scope))

@@ -46,7 +46,7 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 {% if details.get("calibration") %}
 <tr><th>old inputs that flip</th><td>{{ details.get("flips")|percent }}\
 {% if details.get("bound") %} ({{ details.get("bound") }})\
-{% else %}, with 95 % confidence at most {{ details.get("flips_upper_bound")|percent }}
+{% else %}, with 95 % confidence at most {{ details.get("flips_upper_bound")|percent(up=True) }}
 (counted on: {{ details.get("calibration") }}){% endif %}</td></tr>
 {% endif %}
 {% for label, recall in (details.get("estimated_recall") or {}).items() %}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from patcher.blocks import thinned
 from patcher.scope import largest_probability
 from patcher.words import plain_words
 
@@ -26,6 +27,8 @@ _SURE = 0.9
 _SAME_TEXT = 0.9
 _MOST_COMPARED = 500
 """The number of a label's examples searched for near-duplicates: comparing all pairs is slow."""
+_MOST_REMEMBERED = 600
+"""Largest number of remembered inputs from which it is computed how far out an input of a label may lie."""
 _ENDS = 250
 """Long texts are compared by this many characters at each end: the time grows with the square of the length."""
 
@@ -55,18 +58,19 @@ def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
     return [(label, other) for label, other in pairs[len(old) :] if label != other]
 
 
-def repeats(label: str, names: list[str], rows: Floats) -> list[Repeat]:
+def repeats(label: str, texts: Sequence[str] | None, rows: Floats) -> list[Repeat]:
     """Each example that repeats an earlier one, with that one.
 
-    Texts are compared by their words; among the first 500, near-duplicates count too. Examples without a text
-    (``example 1``, ...) are compared by their features, float32 ``[n, width]``.
+    Texts are compared by their words; among the first 500, near-duplicates count too. Without texts, the features,
+    float32 ``[n, width]``, are compared, and the examples are numbered.
     """
-    if all(name.startswith("example ") for name in names):
+    names = _names(texts, len(rows))
+    if texts is None:
         same = (
             np.flatnonzero(np.isclose(rows[:i], rows[i], rtol=1e-4, atol=1e-5).all(axis=1)) for i in range(len(rows))
         )
         return [Repeat(label, names[before[0]], names[i]) for i, before in enumerate(same) if len(before)]
-    plain = [plain_words(name) for name in names]
+    plain = [plain_words(text) for text in texts]
     first: dict[str, int] = {}
     pairs = []
     for i, text in enumerate(plain):
@@ -76,6 +80,10 @@ def repeats(label: str, names: list[str], rows: Floats) -> list[Repeat]:
         if place != i:
             pairs.append(Repeat(label, names[place], names[i]))
     return pairs
+
+
+def _names(texts: Sequence[str] | None, count: int) -> Sequence[str]:
+    return [f"example {i + 1}" for i in range(count)] if texts is None else texts
 
 
 def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
@@ -94,12 +102,13 @@ def _ends(text: str) -> str:
 
 
 def known_already(
-    label: str, names: list[str], rows: Floats, head: Head, old: OldLabels, memory: Memory | None
+    label: str, texts: Sequence[str] | None, rows: Floats, head: Head, old: OldLabels, memory: Memory | None
 ) -> list[Known]:
-    """Each example that the head assigns to an old label with confidence.
+    """Each example that the head assigns to an old label with confidence; without ``texts`` they are numbered.
 
     If the memory keeps real features, the example must also be typical of that label.
     """
+    names = _names(texts, len(rows))
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
     sure = largest_probability(logits, exclusive=head.exclusive) >= _SURE
@@ -113,8 +122,8 @@ def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
     place = {int(p): i for i, p in enumerate(old.places)}
     spot = np.array([place.get(int(b), -1) for b in best])
     far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)
-    step = max(1, len(memory.sample) // 500)
-    centres = memory.means().astype(np.float32)[memory.sample_labels[::step]]
-    own = (((memory.sample[::step] - centres) @ old.whitening.points) ** 2).sum(axis=1)
+    some = thinned(len(memory.sample), _MOST_REMEMBERED)
+    centres = memory.means().astype(np.float32)[memory.sample_labels[some]]
+    own = (((memory.sample[some] - centres) @ old.whitening.points) ** 2).sum(axis=1)
     typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
     return typical

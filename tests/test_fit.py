@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patcher.blocks import thinned
 from patcher.errors import ExamplesError, InputError, LabelError
 from patcher.fit import fit, logistic
 from patcher.fit.bias import Calibration, best_shift, normal_below
 from patcher.fit.inputs import Labelled, OldInputs, old_inputs, own_logits
 from patcher.fit.minimise import minimise
 from patcher.fit.model import whitening
+from patcher.fit.scope import fit_scope
 from patcher.fit.settings import SETTINGS
 from patcher.fit.task import Task
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
@@ -82,6 +84,22 @@ def test_a_row_does_not_live_on_how_features_are_rounded(method):
     rounded[:, [3, 15]] = kept[[3, 15]]
     moved = after.logits(rounded)[:, 8] - after.logits(features)[:, 8]
     assert np.abs(moved).max() < 0.5
+
+
+@pytest.mark.parametrize(
+    "count, most, left", [(0, 5, 0), (5, 5, 5), (6, 5, 3), (2_700, 2_000, 1_350), (2_700, 20_000, 2_700)]
+)
+def test_thinning_leaves_as_many_as_it_may(count, most, left):
+    assert len(range(count)[thinned(count, most)]) == left
+
+
+def test_a_memory_of_as_many_inputs_as_are_looked_at_is_looked_at_whole(monkeypatch):
+    head, memory, _, _, _ = world()
+    monkeypatch.setattr("patcher.fit.inputs._MOST", len(memory.sample))
+    assert len(old_inputs(memory, None, head)) == len(memory.sample)
+    whole = fit_scope(memory, head).distance.limit
+    monkeypatch.setattr("patcher.fit.scope._MOST", len(memory.sample))
+    assert fit_scope(memory, head).distance.limit == whole
 
 
 def test_the_name_is_an_example_that_does_not_count():

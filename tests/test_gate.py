@@ -12,10 +12,12 @@ from patcher.fit import fit
 from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
 from patcher.fit.softmax import fit_softmax
-from patcher.flips import fewest_inputs, upper_bound
+from patcher.flips import count_flips, fewest_inputs, upper_bound
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
+from patcher.screening import repeats
+from patcher.wording import percent
 
 
 def verdict(examples, head, memory, replay=None, **options):
@@ -108,6 +110,14 @@ def test_limits_are_the_callers():
     examples = {"new": new(10)}
     assert not verdict(examples, head, memory, min_recall=1.1).passed
     assert verdict(examples, head, memory, max_flips=1.0, min_recall=0.0).passed
+
+
+@pytest.mark.parametrize("prefix", ["", "example "])
+def test_near_duplicates_are_named_whatever_all_texts_begin_with(prefix):
+    texts = [f"{prefix}{text}" for text in ("I lost my card", "who is there", "i lost  my card")]
+    rows = np.eye(3, dtype=np.float32)
+    assert repeats("new", texts, rows) == [("new", texts[0], texts[2])]
+    assert repeats("new", None, rows[[0, 1, 0]]) == [("new", "example 1", "example 3")]
 
 
 def test_near_duplicates_are_named():
@@ -241,7 +251,7 @@ def test_where_the_bound_comes_from_is_in_the_sentence():
 def test_the_harm_is_told_in_a_few_words():
     head, memory, features, ids, new = world()
     found = verdict({"new": new(10)}, head, memory, evaluation=Labelled(features, ids))
-    bound = f"{100 * found.flips_upper_bound:.2f} %"
+    bound = percent(found.flips_upper_bound, up=True)
     seen = f"{round(found.flips * len(ids))} of {len(ids)} inputs of the evaluation file"
     assert found.harm == f"{seen}; at most {bound} of inputs like them (95 % confidence)"
     assert verdict({"new": new(10)}, head, None).harm.startswith("no bound on flips can be given")
@@ -372,6 +382,25 @@ def test_what_is_counted_on_many_inputs_takes_no_memory_for_all_their_logits():
     assert sum(result.losing.values()) == (right & (after[:-100].argmax(axis=1) != ids[:-100])).sum()
     assert result.estimated_recall["new"] == (after[-100:].argmax(axis=1) == 200).mean()
     assert peak < after.nbytes + data.features.nbytes
+
+
+def test_a_label_that_loses_some_is_recounted_on_all_of_its_inputs_with_those_that_flip_without_themselves(monkeypatch):
+    monkeypatch.setattr("patcher.fit.inputs._MOST", 80)
+    head, memory, features, ids, _ = world()
+    made = fit({"new": features[ids == 0][:10]}, head, memory)
+    rows = memory.sample[memory.sample_labels == 0].astype(np.float32)
+    bias = np.median(head.logits(rows)[:, 0] - rows @ made.weight[0])[None].astype(np.float32)
+    flips = (rows @ made.weight[0] + bias > head.logits(rows).max(axis=1)) & (head.logits(rows).argmax(axis=1) == 0)
+    (counted,) = made.counted
+    sampled = np.flatnonzero(counted.inputs.ids == 0)
+    assert (len(counted.inputs), len(sampled), len(rows)) == (80, 10, 20)
+    every = dataclasses.replace(made, bias=bias, counted=(dataclasses.replace(counted, taken=sampled),))
+    (found,) = count_flips(head, every, memory, None)
+    # The sample takes every other input: all of these, and those of the others that flip.
+    expected = 10 + int(flips[1::2].sum())
+    assert expected > flips.sum() > 0
+    assert (found.losing["l0"], found.sizes["l0"]) == (expected, 20)
+    assert list(found.losing.values()) == sorted(found.losing.values(), reverse=True)
 
 
 def test_a_share_near_nothing_ends_the_search_for_how_many_inputs_it_takes():

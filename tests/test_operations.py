@@ -47,6 +47,7 @@ from patcher.difference import diff
 from patcher.errors import (
     Busy,
     ControlRefused,
+    GateRefused,
     InputError,
     LabelError,
     RepositoryError,
@@ -904,13 +905,32 @@ def test_a_merge_is_judged_by_the_texts_of_each_label(classifier, monkeypatch):
     remember(classifier, Examples(*map(tuple, zip(*pairs, strict=True)), "some.csv"))
     counts = {label: sum(each == label for _, each in pairs) for label in ("music", "alarm")}
     heard = {}
-    monkeypatch.setattr("patcher.relabelling.judge", lambda *given, **more: heard.update(more) or judge(*given, **more))
+    monkeypatch.setattr("patcher.patch.judge", lambda *given, **more: heard.update(more) or judge(*given, **more))
     merge_labels(classifier, ["music", "alarm"], "sound", force=True)
     weights = heard["weights"]["sound"]
     kept = [min(20, count) for count in counts.values()]
     stands_for = [count / rows for count, rows in zip(counts.values(), kept, strict=True)]
     assert weights.tolist() == pytest.approx(np.repeat(stands_for, kept).tolist())
     assert weights.sum() == sum(counts.values())
+
+
+def test_a_merge_that_is_refused_or_cannot_be_fitted_is_told_as_a_patch_is(classifier, tree, monkeypatch):
+    before = tree(classifier.root)
+    with monkeypatch.context() as strict:
+        strict.setattr("patcher.gate._FEWEST_INPUTS", 1000)
+        with pytest.raises(GateRefused, match=r"(?s)the merge:\n +only \d+ remembered inputs .*\n +`--force`") as told:
+            merge_labels(classifier, ["music", "alarm"], "sound")
+    report = told.value.report
+    assert (report["version"], report["labels"], report["gate"], report["served"]) == (2, 5, "refused", False)
+    assert report["verdict"]["reasons"]
+
+    def singular(*_, **__):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    monkeypatch.setattr("patcher.patch.fit", singular)
+    with pytest.raises(RepositoryError, match=r"the memory of version 1 is damaged \(Singular matrix\)"):
+        merge_labels(classifier, ["music", "alarm"], "sound")
+    assert tree(classifier.root) == before
 
 
 def test_a_merge_is_no_harm(classifier, tmp_path, capsys):

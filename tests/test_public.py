@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_structure import FILES
 
 import patcher
 from patcher import errors
-from patcher.wording import install_hint, listing
+from patcher.wording import install_hint, listing, percent
 
 HEAVY = ("torch", "transformers", "pytriton", "matplotlib", "pyarrow", "scipy")
 
@@ -103,3 +104,20 @@ def test_a_few_of_many_names_are_listed():
     assert listing(map(repr, "abcdef")) == "'a', 'b', 'c', 'd', 'e' …"
     assert listing("abcd", 3) == "a, b, c …"
     assert listing([]) == ""
+
+
+@pytest.mark.parametrize(
+    "share, shown, bound",
+    [
+        (0.0062217, "0.62 %", "0.63 %"),
+        (0.07, "7.00 %", "7.00 %"),
+        (0.0029, "0.29 %", "0.29 %"),
+        (1e-9, "0.00 %", "0.01 %"),
+        (0.0, "0.00 %", "0.00 %"),
+        (1.0, "100.00 %", "100.00 %"),
+        (np.float32(0.5), "50.00 %", "50.00 %"),
+        (None, "—", "—"),
+    ],
+)
+def test_an_upper_bound_is_rounded_up(share, shown, bound):
+    assert (percent(share), percent(share, up=True)) == (shown, bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from html.parser import HTMLParser
@@ -116,8 +117,12 @@ def test_a_label_that_was_only_renamed_is_the_same_before_and_after(patched, hel
 def test_a_merged_label_is_the_same_before_and_after(patched, tmp_path):
     texts = {label: tiny.sentences(label, 20, seed=9) for label in tiny.OLD}
     held_out = read_examples(tiny.write_csv(tmp_path / "old.csv", texts))
-    merge_labels(patched, ["balance", "transfer"], "money", force=True)
+    verdict = merge_labels(patched, ["balance", "transfer"], "money", force=True).verdict
     found = make_report(patched, 3, held_out)  # the file has the old names
+    details = found.entry.lineage.details
+    assert (details["verdict"], details["examples"]) == (verdict.sentence, 40)
+    for said in (verdict.sentence, verdict.bound, "money: "):
+        assert said in html.unescape(render(found))
     assert found.difference.flips == ()
     assert (found.after.unknown, found.before.unknown) == ((), ())
     assert found.before.per_label["money"].support == found.after.per_label["money"].support == 40

@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = (
     "patcher.clustering",
+    "patcher.examples",
     "patcher.feature_map",
     "patcher.fit",
     "patcher.flips",
     "patcher.gate",
+    "patcher.gate_words",
     "patcher.head",
     "patcher.memory",
     "patcher.narrow",

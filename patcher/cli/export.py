@@ -140,7 +140,7 @@ def _show(report: ExportReport, train: Path | None) -> None:
 
 def _warn(report: ExportReport, train: Path | None) -> None:
     """Warn about data that later patches will lack or that looks wrong."""
-    from patcher.gate import unremembered
+    from patcher.gate_words import unremembered
 
     classifier = report.repository.classifier(report.classifier)
     if said := unremembered(report.labels, classifier.memory()):

@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Doubles
     from patcher.fit.settings import Settings
-
-    Doubles = NDArray[np.float64]
 
 __all__ = ["Calibration", "best_shift", "normal_below"]
 

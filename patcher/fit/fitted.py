@@ -55,8 +55,9 @@ class Fit:
     old_rows
         New rows of the old labels; None if they are unchanged, as with the default method.
     counted
-        Real inputs of old labels to count flips on, the most reliable first; inputs on which the old rows were refitted
-        are left out.
+        Real inputs of old labels to count flips on, the most reliable first. They include inputs on which ``ridge`` and
+        ``lda`` refitted the old rows, so a count under changed ``old_rows`` is marked ``refitted``; replayed inputs on
+        which ``anchored`` refitted them are left out.
     """
 
     labels: tuple[str, ...]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from patcher.blocks import blocks
+from patcher.blocks import blocks, thinned
 from patcher.clustering import half
 from patcher.fit.model import full_rows
 
@@ -143,7 +143,7 @@ def old_inputs(
         place = {label: index for index, label in enumerate(head.labels) if only is None or label in only}
         ids = np.array([place.get(label, -1) for label in memory.labels], np.int64)[memory.sample_labels]
         kept = np.flatnonzero(ids >= 0)
-        kept = kept[:: 1 + len(kept) // _MOST] if only is None else kept
+        kept = kept[thinned(len(kept), _MOST)] if only is None else kept
         features, ids, source = memory.sample[kept].astype(np.float32), ids[kept], "features"
         weights = _weights(memory, memory.sample_labels[kept])
     else:

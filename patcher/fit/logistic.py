@@ -22,14 +22,8 @@ from patcher.rounding import rounding
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from patcher.arrays import Bools, Doubles, Floats, Ints
     from patcher.fit.settings import Settings
-
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Ints = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
 
 __all__ = ["NewRow", "offset_rows", "rows_of"]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.blocks import thinned
 from patcher.fit.model import whitening
 from patcher.fit.settings import SETTINGS, Settings
 from patcher.scope import Distance, Scope
@@ -77,7 +78,7 @@ def fit_scope(
     places = (means - white.center).astype(np.float32) @ projection.astype(np.float32)
     ones = np.ones(len(places), np.float32)
     distance = Distance(projection, center, places.astype(np.float16), ones[:1], ones)
-    some = slice(None, None, 1 + len(memory.sample) // _MOST)
+    some = thinned(len(memory.sample), _MOST)
     inputs, theirs = memory.sample[some].astype(np.float32), memory.sample_labels[some]
     gaps = distance.squared(inputs)
     distance = dataclasses.replace(distance, scale=_scale(gaps, theirs, counts, owners))
