@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRAPHS",
-    "LONGEST_WAIT_US",
     "PADDING_SLACK",
     "PROGRAM_HASH",
     "SLACK",
@@ -54,13 +53,6 @@ SLACK = "padding_slack"
 """The parameter that limits the padding accepted to put texts of different lengths into one batch."""
 PROGRAM_HASH = "program"
 """The parameter with the hash of the model's program, which shows what program a server has loaded."""
-LONGEST_WAIT_US = 300_000_000
-"""How long a text may wait for its turn, in microseconds.
-
-Triton does not pass the cancellation of a request, or its deadline, through an ensemble: texts that nobody waits for
-any more are encoded all the same. Five minutes is far beyond the patience of a client, but not beyond what a job with
-many requests under way may need; a request's own ``timeout`` shortens it.
-"""
 _POWER = "padding_power"
 _BACKBONE = "backbone_model"
 
@@ -135,7 +127,6 @@ def encoder_config(
         instances=encoders(gpu=gpu, graphs=graphs),
         kind="CPU",
         dynamic_batching=True,
-        timeout_us=LONGEST_WAIT_US,
         parameters=parameters,
     )
 

@@ -23,7 +23,6 @@ __all__ = [
     "Step",
     "Tensor",
     "is_on_gpu",
-    "limit_waiting",
     "parameter",
     "parse",
     "pinned_versions",
@@ -76,11 +75,6 @@ class ModelConfig:
     """Precision of ONNX Runtime's TensorRT provider on a GPU (``FP16``, ``FP32``); empty means no TensorRT."""
     delay_us: int = 0
     """How long, in microseconds, a request may wait for others to share its batch."""
-    timeout_us: int = 0
-    """How long, in microseconds, a request may wait in the queue before it is refused; 0 means for ever.
-
-    With a limit, a client may ask for a shorter one.
-    """
     warmup: tuple[tuple[int, int], ...] = ()
     """Batch size and length of warm-up calls with all-zero inputs, made before the model counts as ready."""
     dynamic_batching: bool = False
@@ -123,17 +117,6 @@ def _schedule(message: Any, config: ModelConfig) -> None:
         message.dynamic_batching.SetInParent()
         if config.delay_us:
             message.dynamic_batching.max_queue_delay_microseconds = config.delay_us
-        if config.timeout_us:
-            limit_waiting(message, config.timeout_us)
-
-
-def limit_waiting(message: Any, timeout_us: int) -> None:
-    """Refuse requests that have waited ``timeout_us`` in the queue of a parsed configuration, or less if they say so.
-
-    Triton heeds a request's own ``timeout`` only beside such a limit, and only if it is shorter.
-    """
-    policy = message.dynamic_batching.default_queue_policy
-    policy.default_timeout_microseconds, policy.allow_timeout_override = timeout_us, True
 
 
 def _warm_up(message: Any, config: ModelConfig) -> None:

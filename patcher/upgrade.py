@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from patcher import model_config
 from patcher.classifier import Classifier
-from patcher.configs import LONGEST_WAIT_US, encoder_config, features_config, with_program
+from patcher.configs import encoder_config, features_config, with_program
 from patcher.errors import RepositoryError
 from patcher.foreign import UNKNOWN, is_earlier
 from patcher.layout import programs
@@ -42,10 +42,6 @@ def upgrade(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
         backbone.renew(outdated)  # after the configurations: a renewed program marks the model as done
         if lacks_encoder(backbone):
             _add_encoder(backbone)
-        elif _waits_for_ever(backbone):
-            message = model_config.parse(repository.config_text(backbone.encoder_model))
-            model_config.limit_waiting(message, LONGEST_WAIT_US)
-            repository.write_configs({backbone.encoder_model: model_config.to_text(message)})
     return changed
 
 
@@ -55,8 +51,7 @@ def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
     if not force:
         _refuse_unknown(backbone, outdated)
     if not lacks_encoder(backbone):
-        waiting = (backbone.encoder_model,) if _waits_for_ever(backbone) else ()
-        return tuple(dict.fromkeys((*outdated, *waiting)))
+        return tuple(outdated)
     models = (backbone.encoder_model, backbone.backbone_model, *_above(backbone), backbone.features_model)
     return tuple(dict.fromkeys((*outdated, *models)))
 
@@ -64,12 +59,6 @@ def planned(backbone: Backbone, *, force: bool = False) -> tuple[str, ...]:
 def lacks_encoder(backbone: Backbone) -> bool:
     """Whether texts are still encoded as in exports before 0.4.0."""
     return backbone.text_model != backbone.encoder_model
-
-
-def _waits_for_ever(backbone: Backbone) -> bool:
-    """Whether texts may wait for ever, as in exports before 0.16; an empty policy in the configuration means it."""
-    queue = model_config.parse(backbone.repository.config_text(backbone.encoder_model)).dynamic_batching
-    return not queue.HasField("default_queue_policy")
 
 
 def is_quantized(backbone: Backbone) -> bool:

@@ -245,20 +245,6 @@ def test_what_doctor_advises_works_as_it_stands(outdated, command):
     assert (code, out) == (0, "intent, second: up to date, nothing to do\n")
 
 
-def test_an_upgrade_limits_how_long_a_text_may_wait(classifier, tree, command):
-    before = tree(classifier.root)
-    config = classifier.root / "intent_encoder" / "config.pbtxt"
-    policy = (
-        "  default_queue_policy {\n    default_timeout_microseconds: 300000000\n    allow_timeout_override: true\n  }\n"
-    )
-    assert policy in config.read_text()
-    for own in ("", "  default_queue_policy {\n  }\n"):  # 0.15 had none; an empty one is somebody's choice
-        config.write_text(before["intent_encoder/config.pbtxt"].decode().replace(policy, own))
-        mine = tree(classifier.root)
-        assert command("upgrade", "--repo", classifier.root)[0] == 0
-        assert tree(classifier.root) == (mine if own else before)
-
-
 @pytest.mark.parametrize(
     "given, backbone",
     [(["--backbone", "intent"], "intent"), (["--backbone", "second"], "second"), (["--classifier", "other"], "intent")],

@@ -382,10 +382,8 @@ class TritonServer:
         inputs = [strings("text", encoded)]
         if classifier:
             inputs.append(strings("classifier", [classifier.encode()] * len(encoded)))
-        # So that the server drops the texts if they still wait when we have given up; it does not see our deadline.
-        patience = {"timeout": round(self.timeout * 1e6)}
         with self._asked(f"answer a request to {model}") as options:
-            return self._client.infer(ensemble, inputs, outputs=wanted, **patience, **options)
+            return self._client.infer(ensemble, inputs, outputs=wanted, **options)
 
     def _config(self, address: str) -> Any:
         model, _ = _parts(address)

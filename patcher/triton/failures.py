@@ -37,7 +37,7 @@ class Address:
         message = " ".join((error.message() or "no reason given").split())
         if problem := _control_problem(message, keyed=keyed):
             return ControlRefused(f"{self.url} {problem}")
-        if status == "DEADLINE_EXCEEDED" or "timeout expired" in message:
+        if status == "DEADLINE_EXCEEDED":
             return ServerUnreachable(
                 f"{self.url} did not {what} within {seconds:g} s: is it hanging, overloaded, or no gRPC port? "
                 "`patcher doctor` asks again"
