@@ -187,6 +187,9 @@ def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier,
 WRONG = {
     "no verb": (["add-lable"], 2, "did you mean `patcher add-label`?"),
     "no option": (["labels", "--verison", "1"], 2, "No such option"),
+    "an option after --": (["add-label", "--", "-x", "--text", "a b"], 2, "put options before `--`"),
+    "a value after --": (["merge-labels", "--", "music", "travel", "--into=x"], 2, "put options before `--`"),
+    "a pipe": (["add-label", "payday", "--examples", os.devnull], 2, "is no regular file; expected a file that ends in"),
     "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
     "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
     "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "already in intent"),
@@ -303,6 +306,7 @@ def test_every_verb_explains_itself(patcher):
     for verb in _VERBS:
         code, out, _ = patcher(verb, "--help")
         assert (code, "Usage: patcher" in out, "--help" in out) == (0, True, True)
+        assert patcher(verb, "-h")[:2] == (0, out)
 
 
 COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-file": "key", "--tls-server-name": "x"}
