@@ -14,7 +14,7 @@ PatcherError                 1  failed, nothing changed
 ├── ServerError              1  the server answered with an error
 │   ├── ServerUnreachable       no server answers, or not in time
 │   │   ├── TlsError            something answers, but without the TLS (or the plain connection) that was asked for
-│   │   └── WrongPort           a server answers, but on its HTTP port
+│   │   └── WrongPort           a server answers, but on its HTTP or metrics port
 │   └── ServerRefused           the server understood the request and refused it (such as an unknown model)
 │       └── ControlRefused      it accepts no model control, or not with this key
 ├── ToolError                1  a program or library that is needed is missing or failed
@@ -136,7 +136,7 @@ class TlsError(ServerUnreachable):
 
 
 class WrongPort(ServerUnreachable):
-    """A server answers there, but it is its HTTP port, and gRPC was expected."""
+    """A server answers there, but it is its HTTP or metrics port, and gRPC was expected."""
 
 
 class ServerRefused(ServerError):

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjs
 _KINDS[".txt"] = "lines"
 _HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")
 _HINTS[".json"] = ": write one object per line, and end the name in .jsonl"
+_ENDINGS = ", ".join(_KINDS)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_FIELD = 64 << 20
 _ONE_AT_A_TIME = threading.Lock()
@@ -76,7 +78,8 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
         hint = _HINTS.get(path.suffix.lower(), "")
-        raise ExamplesError(f"{path}: cannot read the ending {path.suffix!r}; expected {', '.join(_KINDS)}{hint}")
+        got = f"cannot read the ending {path.suffix!r}" if path.suffix else "the name has no ending"
+        raise ExamplesError(f"{path}: {got}; expected {_ENDINGS}{hint}")
     if kind == "parquet":
         records = _parquet(path)
     else:
@@ -123,9 +126,14 @@ def _long_fields() -> Iterator[None]:
 
 def _check_size(path: Path) -> None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise ExamplesError(
+            f"{path} is no regular file; expected a file that ends in {_ENDINGS}: write what a pipe holds into one"
+        )
     if not size:
         raise ExamplesError(f"{path} is empty; expected a header and at least one line")
     if size > MAX_FILE_BYTES:

@@ -187,6 +187,9 @@ def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier,
 WRONG = {
     "no verb": (["add-lable"], 2, "did you mean `patcher add-label`?"),
     "no option": (["labels", "--verison", "1"], 2, "No such option"),
+    "an option after --": (["add-label", "--", "-x", "--text", "a b"], 2, "put options before `--`"),
+    "a value after --": (["merge-labels", "--", "music", "travel", "--into=x"], 2, "put options before `--`"),
+    "a pipe": (["add-label", "payday", "--examples", os.devnull], 2, "is no regular file; expected"),
     "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
     "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
     "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "already in intent"),
@@ -282,19 +285,54 @@ def test_serve_says_what_opens_http_where_it_only_answers_health_checks(http, tl
     assert said in ready
 
 
-def test_the_shell_completes_verbs_and_options():
-    def completed(words):
-        environment = {
-            **os.environ,
-            "_PATCHER_COMPLETE": "bash_complete",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(len(words.split()) - 1),
-        }
-        command = [str(Path(sys.executable).parent / "patcher")]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.split()
+def completed(words):
+    """What the shell offers for the last of ``words``, which may be empty, and what is printed beside it."""
+    environment = {
+        **os.environ,
+        "_PATCHER_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    command = [str(Path(sys.executable).parent / "patcher")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line], done.stderr
 
-    assert completed("patcher ro") == ["plain,rollback"]
-    assert completed("patcher add-label --me") == ["plain,--method"]
+
+def test_the_shell_completes_verbs_and_options():
+    assert completed("patcher ro") == (["rollback"], "")
+    assert completed("patcher add-label --me") == (["--method"], "")
+
+
+def test_the_shell_completes_classifiers_labels_and_versions(patcher, examples):
+    for old, new in (("music", "two words"), ("travel", "größe")):
+        assert patcher("rename-label", old, new, "--no-load")[0] == 0
+    assert completed("patcher remove-label ") == (["balance", "transfer", "weather", "alarm", "größe"], "")
+    assert completed("patcher merge-labels weather --into ba") == (["balance"], "")
+    assert completed("patcher rollback --to ") == (["3", "2", "1"], "")
+    assert completed("patcher diff 1 --classifier intent 3") == (["3"], "")
+    assert completed("patcher drop-classifier ") == completed("patcher labels --classifier ") == (["intent"], "")
+
+
+@pytest.mark.parametrize("words", ["patcher remove-label ", "patcher rollback --to ", "patcher labels --classifier "])
+def test_the_shell_offers_nothing_where_nothing_can_be_read(words, patcher, classifier, monkeypatch):
+    (classifier.root / "patcher.json").write_text("{")
+    assert completed(words) == ([], "")
+    for elsewhere in ("s3://bucket/models", "/nowhere", str(classifier.root / "patcher.json")):
+        monkeypatch.setenv("TRITON_MODEL_REPO", elsewhere)
+        assert completed(words) == ([], "")
+
+
+@pytest.mark.parametrize("words", ["patcher rollback --to ", "patcher labels --classifier "])
+def test_the_shell_waits_for_no_heavy_import(words, patcher):
+    script = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+        "from patcher.cli import main; main()"
+    )
+    environment = {**os.environ, "_PATCHER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "3"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() in (["plain,1"], ["plain,intent"])
+    assert {"patcher.files"} <= set(done.stderr.split())
+    assert not {"numpy", "onnx", "tritonclient", "scipy"} & set(done.stderr.split())
 
 
 def test_every_verb_explains_itself(patcher):
@@ -303,6 +341,7 @@ def test_every_verb_explains_itself(patcher):
     for verb in _VERBS:
         code, out, _ = patcher(verb, "--help")
         assert (code, "Usage: patcher" in out, "--help" in out) == (0, True, True)
+        assert patcher(verb, "-h")[:2] == (0, out)
 
 
 COMMON = {"--classifier": "intent", "--url": DEAD, "--watch": "1", "--admin-key-file": "key", "--tls-server-name": "x"}

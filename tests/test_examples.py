@@ -128,6 +128,7 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.txt", "text,label\nhello,x\n", "a.txt looks like a table: .*rename it to end in .csv"),
         ("a.txt", "label\tsentence\r\nx\thello\n", "a.txt looks like a table: .*rename it to end in .tsv"),
         ("a.xlsx", "text", "ending '.xlsx'.*save the spreadsheet as CSV"),
+        ("texts", "text", "the name has no ending; expected .csv"),
         ("a.parquet", "PAR1 not really", "Parquet"),
     ],
 )

@@ -183,8 +183,11 @@ def test_a_log_line_beside_json(classifier, monkeypatch, capsys):
     assert json.loads(captured.out)["version"] == 1
     assert json.loads(captured.err)["outcome"] == "done"
     monkeypatch.delenv("PATCHER_LOG")
-    assert main(["--log-json", "labels", "--repo", str(classifier.root), "--version", "7"]) == 2
-    assert json.loads(capsys.readouterr().err.splitlines()[-1])["outcome"] == "bad_input"
+    verb = ["labels", "--repo", str(classifier.root)]
+    for given in (["--log-json", *verb], [*verb, "--log-json"]):
+        for version, code, outcome in (("1", 0, "done"), ("7", 2, "bad_input"), ("x", 2, "bad_input")):
+            assert main([*given, "--version", version]) == code
+            assert json.loads(capsys.readouterr().err.splitlines()[-1])["outcome"] == outcome
 
 
 def test_an_audit_log_that_cannot_be_written_undoes_nothing(classifier, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -190,3 +191,37 @@ def test_every_benchmark_is_told_on_its_page():
     page = (ROOT / "tests/benchmarks/README.md").read_text()
     scripts = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if "__main__" in path.read_text()]
     assert [path.name for path in scripts if f"`{path.name}`" not in page] == []
+
+
+def variables(page, heading):
+    """The variables in the first column of the table under a heading, by what stands in the next column."""
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    return {name: others for names, others in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def strings(path):
+    tree = ast.parse(path.read_text())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_every_environment_variable_is_told():
+    own = re.compile(r"(PATCHER|TRITON|XDG)_[A-Z0-9_]*[A-Z0-9]")
+    read = set()
+    for path in (*ROOT.glob("patcher/**/*.py"), *ROOT.glob("export/**/*.py")):
+        read |= {each for each in strings(path) if own.fullmatch(each)}
+        read |= set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text()))
+    read -= {"PATH", "PATCHER_ONNXRUNTIME_BACKEND"}  # what every program has, and what a server's starter sets for it
+    assert read == set(variables(DOCS["operations.md"], "Environment variables"))
+
+
+def test_every_variable_of_the_container_is_told():
+    told = variables((ROOT / "docker/README.md").read_text(), "Variables")
+    image = set(re.findall(r"\$\{([A-Z_]+):?-", (ROOT / "docker/entrypoint.sh").read_text()))
+    image |= set(re.findall(r"environ\.get\(\"(\w+)\"", (ROOT / "docker/healthcheck.py").read_text()))
+    compose = {
+        name for path in ROOT.glob("docker/*.yml") for name in re.findall(r"\$\{([A-Z_]+)", path.read_text())
+    } - {"USER", "PWD"}  # every shell has them
+    assert {name for name, by in told.items() if "image" in by} == image
+    assert {name for name, by in told.items() if "compose" in by} == compose
+    assert set(told) == image | compose

@@ -460,8 +460,10 @@ class TestClient:
                 with pytest.raises(ServerUnreachable, match=r"no Triton server answers.*patcher serve.*--url"):
                     call()
 
-    def test_the_http_port_instead_of_the_grpc_one(self, server):
-        with TritonServer(server.http_url, timeout=5) as wrong, pytest.raises(ServerUnreachable):
+    @pytest.mark.parametrize("port", ["HTTP", "metrics"])
+    def test_another_port_instead_of_the_grpc_one(self, server, port):
+        url = server.http_url if port == "HTTP" else f"127.0.0.1:{server.metrics_port}"
+        with TritonServer(url, timeout=5) as wrong, pytest.raises(WrongPort, match=f"is the {port} port of a server"):
             wrong.classify("intent", ["a"])
 
     def test_a_server_that_hangs(self, server, client):

@@ -74,18 +74,35 @@ class _Run:
     """What must be known about a run even if it fails because of wrong usage."""
 
     as_json: bool
+    log_json: bool
 
-    def foresee(self, verb: str, command: click.Command, rest: list[str]) -> None:
+    def foresee(self, ctx: click.Context, verb: str, command: click.Command, rest: list[str]) -> None:
         """Read the flags in advance, as the verb will, but ignoring any mistake.
 
         The verb's own parser is needed because ``--text "--dry-run"``, for example, is a text and not a flag.
         """
         lenient: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
-        given = command.make_context(verb, list(rest), **lenient).params
+        given = command.make_context(verb, list(rest), parent=ctx, **lenient).params
         self.as_json = bool(given.get("as_json", self.as_json))
         audit.note(verb=verb)
         if given.get("dry_run"):
             audit.note(outcome="dry_run")
+
+
+def _log_json(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+    run = ctx.find_object(_Run)
+    if run and given:
+        run.log_json = True
+
+
+_LOG_JSON = click.Option(
+    ["--log-json"],
+    is_flag=True,
+    expose_value=False,
+    callback=_log_json,
+    hidden=True,
+)
+"""Every verb takes it too; the help of `patcher` explains it."""
 
 
 class _Verbs(click.Group):
@@ -97,6 +114,8 @@ class _Verbs(click.Group):
             return None
         module, name = _VERBS[cmd_name].split(":")
         command: click.Command = getattr(importlib.import_module(f"patcher.cli.{module}"), name)
+        if _LOG_JSON not in command.params:
+            command.params.append(_LOG_JSON)
         return command
 
     def resolve_command(
@@ -111,7 +130,7 @@ class _Verbs(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         run = ctx.find_object(_Run)
         if run and name and command:
-            run.foresee(name, command, rest)
+            run.foresee(ctx, name, command, rest)
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -129,7 +148,11 @@ class _Verbs(click.Group):
     "4 published but not served (the previous version was put back), 130 interrupted.",
 )
 @click.option(
-    "--log-json", is_flag=True, expose_value=False, help="Write one JSON event to stderr.  [env: PATCHER_LOG=json]"
+    "--log-json",
+    is_flag=True,
+    expose_value=False,
+    callback=_log_json,
+    help="Write one JSON event to stderr; may also follow the verb.  [env: PATCHER_LOG=json]",
 )
 @click.version_option(package_name="triton-label-patcher", prog_name="patcher")
 def _patcher() -> None:
@@ -149,15 +172,15 @@ def main(arguments: list[str] | None = None) -> int:
     # numpy's BLAS threads busy-wait for 25 ms after each product, on cores that a server on this machine may need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     audit.begin("")
+    run = _Run("--json" in given, os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1])
     with interruptible():
-        code, error = _run(arguments, _Run("--json" in given))
-    verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
+        code, error = _run(given, run)
     with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
-        audit.finish(code, error, to_stderr=verbose)
+        audit.finish(code, error, to_stderr=run.log_json)
     return code
 
 
-def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
+def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
     try:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
@@ -171,7 +194,7 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        return _failed(error.format_message(), 2, run.as_json)
+        return _failed(_with_hint(error.format_message(), context, arguments), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
     except Exception as error:
@@ -180,6 +203,17 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
+
+
+def _with_hint(message: str, context: click.Context | None, arguments: list[str]) -> str:
+    """The message of a usage error, with a hint if an option follows ``--``, where every word is taken as it is."""
+    if context is None or "--" not in arguments:
+        return message
+    options = {name for parameter in context.command.params for name in parameter.opts}
+    late = [word for word in arguments[arguments.index("--") :] if word.partition("=")[0] in options]
+    if not late:
+        return message
+    return f"{message.rstrip('.')}; {late[0]} follows `--`, where no word is an option: put options before `--`"
 
 
 def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:

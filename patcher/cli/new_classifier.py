@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher import audit
+from patcher.cli.completion import complete_classifier
 from patcher.cli.options import (
     FILE,
     CommonOptions,
@@ -130,7 +131,7 @@ def _render(report: NewClassifierReport, options: CommonOptions) -> None:
 
 
 @click.command("drop-classifier")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_classifier)
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_load_option("Delete the files without contacting a server.")
 @common_options("server", "control")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from patcher import audit
+from patcher.cli.completion import complete_classifier, complete_version
 from patcher.cli.output import tell
 from patcher.errors import InputError, RepositoryError
 from patcher.limits import MAX_FLIPS, MIN_RECALL
@@ -197,7 +198,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 SHARE = click.FloatRange(0, 100, min_open=True, max_open=True)
 """Percentage of the requests that go to a version on trial."""
 
-version_option = click.option("--version", type=click.IntRange(1), help="Head version; by default the one that serves.")
+version_option = click.option(
+    "--version",
+    type=click.IntRange(1),
+    shell_complete=complete_version,
+    help="Head version; by default the one that serves.",
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Fit and judge only; publish nothing.")
 force_option = click.option(
     "--force", is_flag=True, help="Publish even if the gate refuses; recorded permanently in the lineage."
@@ -259,7 +265,11 @@ _OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
     (
         "classifier",
         ("--classifier", "classifier_name"),
-        {"metavar": "NAME", "help": "The classifier to work on; needed only if there are several."},
+        {
+            "metavar": "NAME",
+            "shell_complete": complete_classifier,
+            "help": "The classifier to work on; needed only if there are several.",
+        },
     ),
     (
         "server",

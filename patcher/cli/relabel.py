@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patcher.cli.completion import complete_label
 from patcher.cli.options import (
     CommonOptions,
     common_options,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("remove-label")
-@click.argument("label")
+@click.argument("label", shell_complete=complete_label)
 @no_load_option()
 @common_options("classifier", "server", "control", "rollout")
 def remove_label_command(label: str, no_load: bool, options: CommonOptions) -> None:
@@ -33,7 +34,7 @@ def remove_label_command(label: str, no_load: bool, options: CommonOptions) -> N
 
 
 @click.command("rename-label")
-@click.argument("old")
+@click.argument("old", shell_complete=complete_label)
 @click.argument("new")
 @no_load_option()
 @common_options("classifier", "server", "control", "rollout")
@@ -45,8 +46,14 @@ def rename_label_command(old: str, new: str, no_load: bool, options: CommonOptio
 
 
 @click.command("merge-labels")
-@click.argument("labels", nargs=-1, required=True)
-@click.option("--into", required=True, metavar="LABEL", help="The label to merge into; may be one of LABELS.")
+@click.argument("labels", nargs=-1, required=True, shell_complete=complete_label)
+@click.option(
+    "--into",
+    required=True,
+    metavar="LABEL",
+    shell_complete=complete_label,
+    help="The label to merge into; may be one of LABELS.",
+)
 @max_flips_option
 @min_recall_option
 @force_option

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher import audit
+from patcher.cli.completion import complete_version
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, table
 from patcher.wording import listing, plural
@@ -70,8 +71,8 @@ def _shortened(text: str, width: int = 80) -> str:
 
 
 @click.command("diff")
-@click.argument("a", type=click.IntRange(1))
-@click.argument("b", type=click.IntRange(1))
+@click.argument("a", type=click.IntRange(1), shell_complete=complete_version)
+@click.argument("b", type=click.IntRange(1), shell_complete=complete_version)
 @eval_option("Labelled file on which to count flips.")
 @common_options("classifier")
 def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions) -> None:
@@ -102,7 +103,12 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
 
 
 @click.command("rollback")
-@click.option("--to", type=click.IntRange(1), help="Version to go to; by default the parent of the one that serves.")
+@click.option(
+    "--to",
+    type=click.IntRange(1),
+    shell_complete=complete_version,
+    help="Version to go to; by default the parent of the one that serves.",
+)
 @no_load_option("Change the repository only; a server picks the change up when it restarts.")
 @common_options("classifier", "server", "control", "rollout")
 def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> None:

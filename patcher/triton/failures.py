@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import ControlRefused, ServerError, ServerRefused, ServerUnreachable, TlsError, WrongPort
-from patcher.triton.http_port import serves_http
+from patcher.triton.http_port import http_service
 from patcher.triton.tls import handshake_problem, speaks_tls
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class Address:
     def _unreachable(self, message: str) -> ServerUnreachable:
         if problem := self._tls_problem():
             return TlsError(f"the server at {self.url} {problem}")
-        if self.tls is None and serves_http(self.host, self.port):
+        if self.tls is None and (service := http_service(self.host, self.port)):
             return WrongPort(
-                f"{self.url} is the HTTP port of a server; expected its gRPC port, which is 8001 by default"
+                f"{self.url} is the {service} port of a server; expected its gRPC port, which is 8001 by default"
             )
         return ServerUnreachable(
             f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
