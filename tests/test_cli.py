@@ -630,6 +630,14 @@ def test_one_long_label_does_not_widen_every_line_of_the_history(patcher):
     assert json.loads(patcher("history", "--json")[1])[1]["renamed"] == [["music", "x" * 500]]
 
 
+def test_texts_of_another_label_than_the_named_one_are_refused_with_what_helps(patcher, tmp_path):
+    path = tiny.write_csv(tmp_path / "payday.csv", {"payday": tiny.sentences("payday", 10)})
+    code, _, err = patcher("add-label", "Wages", "--examples", path, "--no-load", "--dry-run")
+    assert code == 2
+    assert "label column without 'Wages' (it has payday); leave LABEL out to add the labels of the column" in err
+    assert "`patcher rename-label` gives them other names), or remove the column" in err
+
+
 def test_of_several_columns_of_labels_those_that_are_not_read_are_named(patcher, tmp_path):
     rows = [f"{text},payday,other" for text in tiny.sentences("payday", 10)]
     (tmp_path / "two.csv").write_text("\n".join(["text,label,intent", *rows]))
