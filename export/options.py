@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from export.source import locate
 from patcher.errors import InputError
-from patcher.examples import as_examples
+from patcher.examples_file import as_examples
 from patcher.files import enclosing, require_folder
 from patcher.names import check_name
 from patcher.repository import ModelRepository
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from export.source import Place
-    from patcher.examples import Examples, ExamplesLike
+    from patcher.examples import Examples
+    from patcher.examples_file import ExamplesLike
 
     Source = str | os.PathLike[str] | nn.Module
 

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
         VersionError,
         WrongPort,
     )
-    from patcher.examples import Examples, read_examples
+    from patcher.examples import Examples
+    from patcher.examples_file import read_examples
     from patcher.fleet import Fleet
     from patcher.founding import FoundingSettings, NewClassifierReport, new_classifier
     from patcher.head import Head
@@ -109,7 +110,7 @@ _HOMES = {
     "merge_labels": "patcher.relabelling",
     "new_classifier": "patcher.founding",
     "prune": "patcher.lifecycle",
-    "read_examples": "patcher.examples",
+    "read_examples": "patcher.examples_file",
     "remember": "patcher.remembering",
     "remove_label": "patcher.relabelling",
     "rename_label": "patcher.relabelling",

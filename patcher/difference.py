@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.arguments import require
 from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
-from patcher.examples import as_examples
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.lineage import MERGE
 from patcher.repository import one_classifier
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import ExamplesLike
+    from patcher.examples_file import ExamplesLike
     from patcher.head import Head
     from patcher.repository import ClassifierLike
 

@@ -120,7 +120,9 @@ def answers(head: Head, features: NDArray[np.float32]) -> list[frozenset[str]]:
 
 def expected_sets(head: Head, labels: Sequence[str]) -> list[frozenset[str]]:
     """The labels of each text as a set; for a multi-label head, ``a|b`` is two labels."""
-    return [frozenset([label] if head.exclusive else split_labels(label)) for label in labels]
+    if head.exclusive:
+        return [frozenset([label]) for label in labels]
+    return [frozenset(split_labels(label, f"text {number}")) for number, label in enumerate(labels, 1)]
 
 
 def _scores(expected: Sequence[frozenset[str]], answered: Sequence[frozenset[str]]) -> dict[str, LabelScore]:

@@ -24,7 +24,7 @@ from patcher.errors import (
     as_sentence,
 )
 from patcher.evaluation import Evaluation, evaluate_head
-from patcher.examples import as_examples
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.fit.softmax import fit_softmax
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
     from patcher.backbone import Backbone
     from patcher.classifier import Classifier
-    from patcher.examples import Examples, ExamplesLike
+    from patcher.examples import Examples
+    from patcher.examples_file import ExamplesLike
     from patcher.fit.softmax import SoftmaxFit
 
 __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import PatcherError
-from patcher.examples import split_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,9 +26,9 @@ def places_of(examples: Examples, index: Callable[[str], int], *, several: bool)
     ``index`` returns the position of a label or raises a PatcherError, which is raised again with the line prepended.
     """
     places = []
-    for row, written in enumerate(examples.labelled()):
+    for row, labels in enumerate(examples.labels_of_each(several=several)):
         try:
-            places.append([index(label) for label in (split_labels(written) if several else (written,))])
+            places.append([index(label) for label in labels])
         except PatcherError as error:
             raise type(error)(f"{examples.where(row)}: {error}") from None
     return places

@@ -11,7 +11,8 @@ import numpy as np
 from patcher.arguments import require
 from patcher.canary import require_free, start
 from patcher.errors import ExamplesError, GateRefused, NotServed, RepositoryError
-from patcher.examples import as_examples, data_hash
+from patcher.examples import data_hash
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.inputs import Labelled
 from patcher.head_file import write_head
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from patcher.arrays import Floats
     from patcher.classifier import Classifier
-    from patcher.examples import Examples, ExamplesLike
+    from patcher.examples import Examples
+    from patcher.examples_file import ExamplesLike
     from patcher.fit import Fit
     from patcher.gate import Verdict
     from patcher.head import Head, Lineage

@@ -11,7 +11,7 @@ from patcher import canary
 from patcher.arguments import require
 from patcher.errors import InputError, RepositoryError, VersionError
 from patcher.evaluation import Evaluation, evaluate_head
-from patcher.examples import as_examples
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.head import Lineage
 from patcher.recovery import catch_up, changing
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from patcher.classifier import Classifier
-    from patcher.examples import ExamplesLike
+    from patcher.examples_file import ExamplesLike
     from patcher.repository import ClassifierLike
 
 __all__ = ["Entry", "entry", "evaluate", "history", "prune", "rollback", "sync"]

@@ -38,9 +38,8 @@ def new_examples(examples: Examples, label: str | None, *, several: bool = False
     groups = examples.by_label(several=several)
     if label not in groups:
         raise LabelError(
-            f"{examples.source} has a label column without {label!r} (it has {listing(groups)}); "
-            "leave LABEL out to add the labels of the column (`patcher rename-label` gives them other names), or remove "
-            "the column"
+            f"{examples.source} has a label column without {label!r} (it has {listing(groups)}); leave LABEL out to add "
+            "the labels of the column (`patcher rename-label` gives them other names), or remove the column"
         )
     return {label: groups[label]}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from patcher.arguments import require
 from patcher.errors import ExamplesError, RepositoryError
-from patcher.examples import as_examples
+from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
 from patcher.labelled import flat_ids, places_of
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.classifier import Classifier
-    from patcher.examples import Examples, ExamplesLike
+    from patcher.examples import Examples
+    from patcher.examples_file import ExamplesLike
     from patcher.head import Head
     from patcher.repository import ClassifierLike
 

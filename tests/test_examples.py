@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import csv
 import difflib
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from patcher.errors import ExamplesError, PatcherError
-from patcher.examples import MAX_TEXT_BYTES, data_hash, read_examples
+from patcher.evaluation import expected_sets
+from patcher.examples import MAX_TEXT_BYTES, data_hash
+from patcher.examples_file import read_examples
+from patcher.labelled import places_of
 from patcher.words import label_words
 
 
@@ -61,10 +67,10 @@ def test_parquet_keeps_to_the_limits(tmp_path, monkeypatch):
     parquet.write_table(arrow.table(columns), path)
     assert path.stat().st_size < 10_000
     assert len(read_examples(path)) == rows
-    monkeypatch.setattr("patcher.examples.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("patcher.examples_file.MAX_FILE_BYTES", 100_000)
     with pytest.raises(ExamplesError, match=r"line 101: more than 100,000 bytes of texts so far"):
         read_examples(path)
-    monkeypatch.setattr("patcher.examples.MAX_EXAMPLES", rows - 1)
+    monkeypatch.setattr("patcher.examples_file.MAX_EXAMPLES", rows - 1)
     with pytest.raises(ExamplesError, match=r"5,000 rows; expected at most 4,999"):
         read_examples(path)
 
@@ -110,6 +116,10 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": 3}', "line 1: expected a text, got int"),
         ("a.jsonl", '{"text": "a", "label": 1.5}', "line 1: expected a label, got float"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: no label"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b", "label": "x"}', "line 1: no label, although line 3 has one"),
+        ("a.jsonl", '{"text": "a", "label": null}\n{"text": "b", "label": null}', "line 1: the label is null"),
+        ("a.csv", "Text,text,label\na,b,x\n", "a.csv has 2 columns of the same name, 'Text', 'text'"),
+        ("a.csv", "text,label, Label\na,x,y\n", "2 columns of the same name, 'label', ' Label'"),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is not valid Unicode"),
         ("a.csv", "text,lable\nhello,x\n", "a.csv has a column 'lable'; did you mean 'label'"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b", "intents": "x"}', "line 2 has a column 'intents'"),
@@ -139,6 +149,37 @@ def test_columns_are_looked_at_once_for_all_lines_that_have_them(tmp_path, monke
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert read_examples(path).unread == ("id", "user")
     assert sorted(compared) == ["id", "id", "user"]
+
+
+def test_a_label_that_names_none_is_refused_for_several(tmp_path):
+    examples = read_examples(write(tmp_path, "a.csv", "text,label\na,x|y\nb,|\n"))
+    head = SimpleNamespace(exclusive=False)
+    for read in (
+        lambda: examples.by_label(several=True),
+        lambda: examples.once(several=True),
+        lambda: places_of(examples, len, several=True),
+    ):
+        with pytest.raises(ExamplesError, match=r"a\.csv, line 3: the label '\|' names no label"):
+            read()
+    with pytest.raises(ExamplesError, match=r"text 2: the label '\|' names no label"):
+        expected_sets(head, examples.labels)
+    assert examples.by_label() == {"x|y": ["a"], "|": ["b"]}
+
+
+def test_a_null_label_in_parquet_is_refused(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["a", "b"], "label": ["x", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ExamplesError, match="line 2: the label is null"):
+        read_examples(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("label", ["x", ""])
+def test_long_fields_are_read_and_the_limit_of_the_process_stays(tmp_path, label):
+    before = csv.field_size_limit()
+    path = write(tmp_path, "a.csv", f"text,label\n{'a' * (before + 1)},{label}\n")
+    with contextlib.nullcontext() if label else pytest.raises(ExamplesError):
+        assert len(read_examples(path)) == 1
+    assert csv.field_size_limit() == before
 
 
 def test_a_text_with_a_comma_is_no_header(tmp_path):

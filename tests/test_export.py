@@ -44,7 +44,8 @@ from patcher.errors import (  # noqa: E402
     SplitError,
     StorageError,
 )
-from patcher.examples import Examples, read_examples  # noqa: E402
+from patcher.examples import Examples  # noqa: E402
+from patcher.examples_file import read_examples  # noqa: E402
 from patcher.files import enclosing  # noqa: E402
 from patcher.fit.scope import FINE_TUNED  # noqa: E402
 from patcher.remembering import remember  # noqa: E402

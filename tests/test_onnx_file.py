@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from patcher import onnx_file
 from patcher.doctor import diagnose
 from patcher.errors import ExamplesError, RepositoryError
-from patcher.examples import read_examples
+from patcher.examples_file import read_examples
 from patcher.features import extract_features
 from patcher.head_file import read_head
 

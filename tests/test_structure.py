@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = (
     "patcher.clustering",
+    "patcher.examples",
     "patcher.feature_map",
     "patcher.fit",
     "patcher.flips",

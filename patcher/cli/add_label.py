@@ -98,7 +98,7 @@ def add_label_command(
     patcher add-label card_lost --examples examples.csv
     patcher add-label card_lost --text "I lost my card" --text "my card is gone" --dry-run
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.labelling import add_labels
     from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
@@ -134,7 +134,8 @@ def _examples(
     file: Path | None, texts: tuple[str, ...], label: str | None, options: CommonOptions
 ) -> dict[str, list[str]]:
     """The examples by label, all of them for ``label`` if that is given; warns about columns that are not read."""
-    from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS, read_examples
+    from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS
+    from patcher.examples_file import read_examples
     from patcher.new_texts import new_examples
 
     if (file is None) == (not texts):

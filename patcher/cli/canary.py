@@ -44,7 +44,7 @@ def canary_command(
     patcher canary --promote
     """
     from patcher import canary
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
 
     classifier = options.classifier
     if sum((version is not None or share is not None, promote, discard)) > 1:

@@ -31,7 +31,8 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
     patcher classify "my card is gone" "where is my parcel"
     patcher classify --file questions.csv --json
     """
-    from patcher.examples import check_text, read_examples
+    from patcher.examples import check_text
+    from patcher.examples_file import read_examples
 
     if bool(texts) == (file is not None):
         raise click.UsageError("expected texts, or --file FILE with texts")

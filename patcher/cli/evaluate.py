@@ -26,7 +26,7 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
 
     Runs the repository's own files in this process, so it puts no load on a server.
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.lifecycle import evaluate
 
     examples = read_examples(file)

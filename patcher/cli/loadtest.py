@@ -65,7 +65,7 @@ def loadtest_command(
     patcher loadtest --concurrency 1:16:5 --input questions.csv --plot load.png
     patcher loadtest --concurrency 4 --against intent@other-host:8001 --rounds 5
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.fleet import members
     from patcher.loadtest import load_test, parse_loads
     from patcher.measurement import check_targets, compare, plot, warnings, write_csv

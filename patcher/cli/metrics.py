@@ -43,7 +43,7 @@ def metrics_command(
     Asks every replica behind --url which head version it answers from and how many labels that has, and counts patches,
     rollbacks and refusals in the audit log.
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.metrics import Targets, expose
 
     try:

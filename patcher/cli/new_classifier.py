@@ -77,7 +77,7 @@ def new_classifier_command(
     patcher new-classifier topics --backbone intent --train topics.csv
     patcher new-classifier customer-17 --backbone intent --train 17.csv --in-store
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.founding import FoundingSettings, new_classifier
     from patcher.remembering import FEATURES_A_LABEL
 

@@ -33,7 +33,7 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     Unless `export --eval` has set which texts count as out of scope, FILE is assumed to contain the texts that the
     model was fine-tuned on, and fresh texts are assumed to lie twice as far away.
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.gate_words import scarce, unremembered
     from patcher.remembering import FEATURES_A_LABEL, remember
 

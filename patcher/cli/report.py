@@ -36,7 +36,7 @@ def report_command(version: int | None, evaluation: Path | None, page: Path | No
     """
     if page is None and not options.json:
         raise click.UsageError("expected --html FILE, or --json for the same content as a document")
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.report import check_target, make_report, write_page
 
     refuse_overwriting(page, evaluation)

@@ -44,7 +44,7 @@ def tune_command(
     \b
     patcher tune --input questions.csv --seconds 120
     """
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
     from patcher.tune import tune
 
     found = tune(

@@ -77,7 +77,7 @@ def _shortened(text: str, width: int = 80) -> str:
 def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions) -> None:
     """Show what changed from version A to version B: labels, rows, and with --eval the answers that flipped."""
     from patcher.difference import diff
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
 
     examples = read_examples(evaluation) if evaluation else None
     difference = diff(options.classifier, a, b, examples)

@@ -77,7 +77,7 @@ class Readers:
         """The function that reads one kind of file from its bytes."""
         from patcher import configs, model_config
         from patcher.audit import read_event
-        from patcher.examples import read_examples
+        from patcher.examples_file import read_examples
         from patcher.head_file import read_head
         from patcher.memory_file import read_memory
         from patcher.onnx_file import check_backbone_file
@@ -217,7 +217,7 @@ def worker(kind: str, inputs: int) -> None:
 
     with atheris.instrument_imports(include=["patcher"]):
         import patcher.audit
-        import patcher.examples
+        import patcher.examples_file
         import patcher.head_file
         import patcher.journal
         import patcher.memory

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.examples import Examples, data_hash, read_examples
+from patcher.examples import Examples, data_hash
+from patcher.examples_file import read_examples
 from patcher.head import Head
 from patcher.memory import Memory
 from patcher.words import label_words

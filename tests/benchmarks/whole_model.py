@@ -47,7 +47,7 @@ def main(checkpoint: str, train: str, examples: str, folder: str) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from patcher.examples import read_examples
+    from patcher.examples_file import read_examples
 
     lap("import")
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
