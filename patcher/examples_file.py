@@ -45,7 +45,7 @@ _LONGEST_FIELD = 64 << 20
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class Record(NamedTuple):
+class _Record(NamedTuple):
     """One text of a file, and ``others``, the names of all columns but those of texts and labels.
 
     ``label`` is None without a label column, ``name`` without another column of the labels' names.
@@ -110,7 +110,7 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
         return _gathered(records, path)
 
 
-def _gathered(records: Iterator[Record], path: Path) -> Examples:
+def _gathered(records: Iterator[_Record], path: Path) -> Examples:
     texts: list[str] = []
     labels: list[Any] = []
     lines: list[int] = []
@@ -235,7 +235,7 @@ def _header_hint(names: Sequence[str], delimiter: str) -> str:
     return ""
 
 
-def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
+def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[_Record]:
     if "\0" in content:
         line = content[: content.index("\0")].count("\n") + 1
         raise ExamplesError(f"{path}, line {line}: a NUL byte; is the file a text file in UTF-8?")
@@ -256,16 +256,16 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
                     f"{path}, line {line}: {len(row)} fields, expected {len(names)} ({delimiter.join(names)}); "
                     "is the file cut off, or a quote missing?"
                 )
-            yield Record(line, columns.others, *(None if at is None else row[at] for at in places))
+            yield _Record(line, columns.others, *(None if at is None else row[at] for at in places))
     except csv.Error as error:
         raise ExamplesError(f"{path}, line {rows.line_num}: {error}; is the file cut off inside quotes?") from error
 
 
-def _tsv(content: str, path: Path) -> Iterator[Record]:
+def _tsv(content: str, path: Path) -> Iterator[_Record]:
     return _csv(content, path, "\t")
 
 
-def _jsonl(content: str, path: Path) -> Iterator[Record]:
+def _jsonl(content: str, path: Path) -> Iterator[_Record]:
     columns: dict[tuple[str, ...], _Columns] = {}  # most lines have the same fields
     hint = ", not a list of them (`jq -c '.[]' FILE` writes that)" if content[:100].lstrip().startswith("[") else ""
     for line, row in enumerate(content.split("\n"), 1):
@@ -286,7 +286,7 @@ def _jsonl(content: str, path: Path) -> Iterator[Record]:
             columns[names] = _columns(names, f"{path}, line {line}")
         text, label, name, others = columns[names]
         label_of = None if label is None else _label(record[label], path, line)
-        yield Record(line, others, record[text], label_of, None if name is None else record[name])
+        yield _Record(line, others, record[text], label_of, None if name is None else record[name])
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _label(label: Any, path: Path, line: int) -> Any:
     return label
 
 
-def _lines(content: str, path: Path) -> Iterator[Record]:
+def _lines(content: str, path: Path) -> Iterator[_Record]:
     first = content.split("\n", 1)[0]
     for delimiter, ending in ((",", ".csv"), (";", ".csv"), ("\t", ".tsv")):
         names = [name.strip() for name in first.split(delimiter)]
@@ -321,10 +321,10 @@ def _lines(content: str, path: Path) -> Iterator[Record]:
     # Not splitlines, which also splits at form feeds and the like, unlike an editor's line count.
     for line, text in enumerate(content.split("\n"), 1):
         if text.strip():
-            yield Record(line, (), text.rstrip("\r"))
+            yield _Record(line, (), text.rstrip("\r"))
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Iterator[_Record]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -353,7 +353,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                         raise ExamplesError(
                             f"{path}, line {line}: more than {MAX_FILE_BYTES:,} bytes of texts so far; split the file"
                         )
-                    yield Record(line, columns.others, text, *labels)
+                    yield _Record(line, columns.others, text, *labels)
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path}: a text or a column's name that is not UTF-8 ({error.reason})") from error
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
