@@ -124,7 +124,10 @@ def _refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
     vocabulary = tokenizer.get_vocab()
     if not set(vocabulary) - set(tokenizer.all_special_tokens):
-        raise CheckpointError(f"{name} has no vocabulary for its {kind}: expected tokenizer.json beside the weights")
+        raise CheckpointError(
+            f"{name} has no vocabulary for its {kind}; expected the tokenizer's files beside the weights "
+            "(tokenizer.json, or its vocabulary such as vocab.txt)"
+        )
     rows = embeddings(model).num_embeddings
     beyond = sorted(token for token, place in vocabulary.items() if place >= rows)
     if beyond:

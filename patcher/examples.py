@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LABEL_COLUMNS",
+    "LABEL_NAME_COLUMNS",
     "MAX_TEXT_BYTES",
     "TEXT_COLUMNS",
     "Examples",
     "check_label",
     "check_text",
     "data_hash",
+    "is_whole_number",
     "split_labels",
 ]
 
 TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "message", "content", "sentece")
 """The last name is a misspelling that occurs in published data sets; error messages do not offer it."""
-LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target")
+LABEL_NAME_COLUMNS = ("label_text", "label_name")
+"""Columns that data sets with ids as labels have beside them."""
+LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target", *LABEL_NAME_COLUMNS)
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
@@ -154,7 +159,7 @@ def check_text(text: object, where: str) -> str:
 
 def check_label(label: object, where: str) -> str:
     """Return the label, as a string, if it is valid; otherwise raise ExamplesError that names its place ``where``."""
-    if isinstance(label, bool) or not isinstance(label, (str, int)):
+    if isinstance(label, bool) or not isinstance(label, (str, numbers.Integral)):  # NumPy's, too
         raise ExamplesError(f"{where}: expected a label, got {type(label).__name__} {label!r:.60}")
     label = str(label)
     if not label.strip():
@@ -164,6 +169,11 @@ def check_label(label: object, where: str) -> str:
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label
+
+
+def is_whole_number(label: object) -> bool:
+    """Whether a label is a whole number or the digits of one, as an id is."""
+    return str(label).removeprefix("-").isdecimal()
 
 
 def split_labels(label: str, where: str) -> tuple[str, ...]:

@@ -6,25 +6,25 @@ used is an error, which names its number.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import difflib
 import io
-import itertools
 import json
 import os
 import stat
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patcher.arguments import require
 from patcher.errors import ExamplesError, ToolError
-from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS, Examples
+from patcher.examples import LABEL_COLUMNS, LABEL_NAME_COLUMNS, TEXT_COLUMNS, Examples, is_whole_number
 from patcher.wording import install_hint, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     ExamplesLike: TypeAlias = Examples | str | os.PathLike[str]
@@ -39,14 +39,38 @@ MAX_EXAMPLES = 1_000_000
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _KINDS[".txt"] = "lines"
 _HINTS = dict.fromkeys((".xlsx", ".xls", ".ods"), ": save the spreadsheet as CSV, in UTF-8")
+_HINTS.update(dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), ": unpack it first (`gunzip FILE` for .gz)"))
 _HINTS[".json"] = ": write one object per line, and end the name in .jsonl"
 _ENDINGS = ", ".join(_KINDS)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_FIELD = 64 << 20
 _ONE_AT_A_TIME = threading.Lock()
 
-Record = tuple[int, Any, Any, tuple[str, ...]]
-"""Line number, text, label (None without a label column), and the names of the other columns."""
+
+class _Record(NamedTuple):
+    """One text of a file, and ``others``, the names of all columns but those of texts and labels.
+
+    ``label`` is None without a label column, ``name`` without another column of the labels' names.
+    """
+
+    line: int
+    others: tuple[str, ...]
+    text: Any
+    label: Any = None
+    name: Any = None
+
+
+class _Columns(NamedTuple):
+    text: str
+    label: str | None
+    name: str | None
+    """The column of the label's name, which counts if ``label`` holds ids."""
+    others: tuple[str, ...]
+
+    @property
+    def read(self) -> tuple[str, str | None, str | None]:
+        """All that are read, in the order of a record's fields."""
+        return self.text, self.label, self.name
 
 
 def as_examples(given: ExamplesLike, name: str) -> Examples:
@@ -89,12 +113,13 @@ def read_examples(path: str | os.PathLike[str]) -> Examples:
         return _gathered(records, path)
 
 
-def _gathered(records: Iterator[Record], path: Path) -> Examples:
+def _gathered(records: Iterator[_Record], path: Path) -> Examples:
     texts: list[str] = []
     labels: list[Any] = []
     lines: list[int] = []
+    label_names: list[Any] = []
     unread: dict[str, None] = {}
-    for line, text, label, others in records:
+    for line, others, text, label, name in records:
         where = f"{path}, line {line}"
         if len(texts) == MAX_EXAMPLES:
             raise ExamplesError(f"{where}: more than {MAX_EXAMPLES:,} examples; give a sample, or split the file")
@@ -106,9 +131,14 @@ def _gathered(records: Iterator[Record], path: Path) -> Examples:
         lines.append(line)
         if label is not None:
             labels.append(label)
+        if name is not None:
+            label_names.append(name)
         unread.update(dict.fromkeys(others))
     if not texts:
         raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
+    if len(label_names) == len(texts) and all(map(is_whole_number, labels)):
+        labels = label_names
+        unread = {column: None for column in unread if _column([column], LABEL_NAME_COLUMNS) is None}
     return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines), tuple(unread))
 
 
@@ -147,6 +177,14 @@ def _content(path: Path) -> str:
         raise ExamplesError(f"cannot read {path}: {error.strerror or error}") from error
     if data.startswith(b"PK\x03\x04"):
         raise ExamplesError(f"{path} is an Excel file or another archive, whatever its name; save it as CSV, in UTF-8")
+    if data.startswith(b"\x1f\x8b"):
+        raise ExamplesError(f"{path} is compressed (gzip), whatever its name; unpack it first (`gunzip < FILE > NEW`)")
+    start = data[:1000]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 3 * start.count(0) > len(start):
+        raise ExamplesError(
+            f"{path} seems to be in UTF-16; save it as UTF-8 (in Excel as CSV UTF-8; or `iconv -f UTF-16 -t UTF-8 FILE "
+            "> NEW`)"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,26 +197,27 @@ def _column(names: Sequence[str], known: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in known if name in by_lower), None)
 
 
-def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> tuple[str, str | None, tuple[str, ...]]:
-    """The names of the text column, of the label column (or None), and of all other columns."""
+def _columns(names: Sequence[str], where: Path | str, hint: str = "") -> _Columns:
     text = _column(names, TEXT_COLUMNS)
     if text is None:
         found = listing((repr(name[:60]) for name in names), 8)
         raise ExamplesError(
             f"{where} has no text column: found {found}; expected one named {', '.join(TEXT_COLUMNS[:-1])}{hint}"
         )
-    label = _column(names, LABEL_COLUMNS)
-    for chosen in filter(None, (text, label)):
-        same = [name for name in names if name.strip().lower() == chosen.strip().lower()]
+    label, name = _column(names, LABEL_COLUMNS), _column(names, LABEL_NAME_COLUMNS)
+    if name == label:
+        name = None
+    for chosen in filter(None, (text, label, name)):
+        same = [each for each in names if each.strip().lower() == chosen.strip().lower()]
         if len(same) > 1:
             raise ExamplesError(
                 f"{where} has {len(same)} columns of the same name, {listing(map(repr, same))}; expected one: rename "
                 "or remove the others"
             )
-    others = tuple(name for name in names if name not in (text, label))
+    others = tuple(each for each in names if each not in (text, label))
     if label is None:
         _refuse_misspelt(others, where)
-    return text, label, others
+    return _Columns(text, label, name, others)
 
 
 def _refuse_misspelt(names: Sequence[str], where: Path | str) -> None:
@@ -192,6 +231,8 @@ def _refuse_misspelt(names: Sequence[str], where: Path | str) -> None:
 
 def _header_hint(names: Sequence[str], delimiter: str) -> str:
     """A hint on what may be wrong with a header that names no text column; empty if nothing is apparent."""
+    if names and names[0].lower().startswith("sep="):
+        return ". Its first line, which tells Excel the separator, is no header: remove it"
     for other, called in _DELIMITERS.items():
         parts = [part for name in names for part in name.split(other)]
         if other != delimiter and len(parts) > len(names) and _column(parts, TEXT_COLUMNS):
@@ -202,15 +243,17 @@ def _header_hint(names: Sequence[str], delimiter: str) -> str:
     return ""
 
 
-def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
+def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[_Record]:
     if "\0" in content:
         line = content[: content.index("\0")].count("\n") + 1
         raise ExamplesError(f"{path}, line {line}: a NUL byte; is the file a text file in UTF-8?")
-    rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    # With a space after each comma, as in ``text, label``, quotes would not count as such.
+    spaced = f"{delimiter} " in content[: content.find("\n")]
+    rows = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True)
     try:
         names = next(rows, [])
-        text, label, others = _columns(names, path, _header_hint(names, delimiter))
-        at, label_at = names.index(text), names.index(label) if label is not None else None
+        columns = _columns(names, path, _header_hint(names, delimiter))
+        places = [None if column is None else names.index(column) for column in columns.read]
         before = rows.line_num
         for row in rows:
             line, before = before + 1, rows.line_num
@@ -221,31 +264,47 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[Record]:
                     f"{path}, line {line}: {len(row)} fields, expected {len(names)} ({delimiter.join(names)}); "
                     "is the file cut off, or a quote missing?"
                 )
-            yield line, row[at], row[label_at] if label_at is not None else None, others
+            yield _Record(line, columns.others, *(None if at is None else row[at] for at in places))
     except csv.Error as error:
         raise ExamplesError(f"{path}, line {rows.line_num}: {error}; is the file cut off inside quotes?") from error
 
 
-def _tsv(content: str, path: Path) -> Iterator[Record]:
+def _tsv(content: str, path: Path) -> Iterator[_Record]:
     return _csv(content, path, "\t")
 
 
-def _jsonl(content: str, path: Path) -> Iterator[Record]:
-    columns: dict[tuple[str, ...], tuple[str, str | None, tuple[str, ...]]] = {}  # most lines have the same fields
+def _jsonl(content: str, path: Path) -> Iterator[_Record]:
+    columns: dict[tuple[str, ...], _Columns] = {}  # most lines have the same fields
+    hint = ", not a list of them (`jq -c '.[]' FILE` writes that)" if content[:100].lstrip().startswith("[") else ""
     for line, row in enumerate(content.split("\n"), 1):
         if not row.strip():
             continue
         try:
-            record = json.loads(row)
+            record = json.loads(row, object_pairs_hook=_once_each)
+        except ExamplesError as error:
+            raise ExamplesError(f"{path}, line {line}: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise ExamplesError(f"{path}, line {line}: not JSON ({error}); expected one object per line") from error
+            said = f"not JSON ({error}); expected one object per line{hint}"
+            raise ExamplesError(f"{path}, line {line}: {said}") from error
         if not isinstance(record, dict):
-            raise ExamplesError(f"{path}, line {line}: expected an object, got {type(record).__name__}")
+            got = type(record).__name__
+            raise ExamplesError(f"{path}, line {line}: expected an object, got {got}; write one object per line{hint}")
         names = tuple(record)
         if names not in columns:
             columns[names] = _columns(names, f"{path}, line {line}")
-        text, label, others = columns[names]
-        yield line, record[text], _label(record[label], path, line) if label is not None else None, others
+        text, label, name, others = columns[names]
+        label_of = None if label is None else _label(record[label], path, line)
+        yield _Record(line, others, record[text], label_of, None if name is None else record[name])
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's fields; ExamplesError if one occurs twice, of which Python would keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ExamplesError(f"an object has {twice!r:.60} more than once; expected each name once")
+    return fields
 
 
 def _label(label: Any, path: Path, line: int) -> Any:
@@ -257,7 +316,7 @@ def _label(label: Any, path: Path, line: int) -> Any:
     return label
 
 
-def _lines(content: str, path: Path) -> Iterator[Record]:
+def _lines(content: str, path: Path) -> Iterator[_Record]:
     first = content.split("\n", 1)[0]
     for delimiter, ending in ((",", ".csv"), (";", ".csv"), ("\t", ".tsv")):
         names = [name.strip() for name in first.split(delimiter)]
@@ -270,10 +329,10 @@ def _lines(content: str, path: Path) -> Iterator[Record]:
     # Not splitlines, which also splits at form feeds and the like, unlike an editor's line count.
     for line, text in enumerate(content.split("\n"), 1):
         if text.strip():
-            yield line, text.rstrip("\r"), None, ()
+            yield _Record(line, (), text.rstrip("\r"))
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Iterator[_Record]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -282,26 +341,45 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise ToolError(said) from error
     try:
         with parquet.ParquetFile(path) as file:
-            text, label, others = _columns(file.schema_arrow.names, path)
+            columns = _columns(file.schema_arrow.names, path)
+            class_names = _class_names(file.schema_arrow.metadata, columns.label)
             if file.metadata.num_rows > MAX_EXAMPLES:
                 raise ExamplesError(
                     f"{path}: {file.metadata.num_rows:,} rows; expected at most {MAX_EXAMPLES:,}: give a sample"
                 )
             line, size = 0, 0
-            wanted = [name for name in (text, label) if name is not None]
+            wanted = [column for column in columns.read if column is not None]
             # Row by row, because a file of a few KB may decompress to one text a million times.
             for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
-                names = batch.column(label) if label is not None else itertools.repeat(None)
-                for value, name in zip(batch.column(text), names):  # noqa: B905  one of them may be infinite
-                    line, text_of = line + 1, value.as_py()
-                    label_of = None if name is None else _label(name.as_py(), path, line)
-                    size += len(text_of) if isinstance(text_of, (str, bytes)) else 0
+                for row in zip(*map(batch.column, wanted), strict=True):
+                    line += 1
+                    text, *labels = (value.as_py() for value in row)
+                    if labels:
+                        labels[0] = _named(_label(labels[0], path, line), class_names, path, line)
+                    size += len(text) if isinstance(text, (str, bytes)) else 0
                     if size > MAX_FILE_BYTES:
                         raise ExamplesError(
                             f"{path}, line {line}: more than {MAX_FILE_BYTES:,} bytes of texts so far; split the file"
                         )
-                    yield line, text_of, label_of, others
+                    yield _Record(line, columns.others, text, *labels)
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path}: a text or a column's name that is not UTF-8 ({error.reason})") from error
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise ExamplesError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> list[str]:
+    """The names of the ids in a label column, where Hugging Face's ``datasets`` wrote them; empty if it did not."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def _named(label: Any, names: Sequence[str], path: Path, line: int) -> Any:
+    if not names or not isinstance(label, int):
+        return label
+    if not 0 <= label < len(names):  # -1 stands for none there
+        raise ExamplesError(f"{path}, line {line}: no label has the id {label}; expected 0 to {len(names) - 1}")
+    return names[label]

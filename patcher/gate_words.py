@@ -26,7 +26,9 @@ __all__ = [
     "asides",
     "bound_words",
     "count_words",
+    "scarce",
     "sentence",
+    "twins",
     "unremembered",
     "unseen",
     "weight_words",
@@ -89,6 +91,19 @@ def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
     return _uncounted([label for label in labels if label not in counted], len(labels))
 
 
+def scarce(memory: Memory | None) -> str:
+    """A sentence that names the labels of which the memory knows a single text; empty if there are none."""
+    if memory is None:
+        return ""
+    single = [label for label, count in zip(memory.labels, memory.counts.tolist(), strict=True) if count == 1]
+    if not single:
+        return ""
+    return (
+        f"the memory knows {len(single)} of {len(memory.labels)} labels from a single text ({listing(single)}), so a "
+        "count of flips says little about them; give more texts of these labels"
+    )
+
+
 def _uncounted(missing: Sequence[str], labels: int) -> str:
     if not missing:
         return ""
@@ -119,8 +134,15 @@ def asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
     """Advice on texts that were left out as duplicates, and on new labels whose names resemble another."""
     for file, count in left_out.items():
         yield f"{plural(count, 'text')} of {file} left out as duplicates (the same words count once)"
-    for label, other in alike(fit.labels, head.labels):
-        yield f"{label!r} differs from {other!r} only in case, spaces, '_' or '-': is it the same label?"
+    yield from twins(fit.labels, head.labels)
+
+
+def twins(new: Sequence[str], old: Sequence[str] = ()) -> tuple[str, ...]:
+    """For each new label with nearly the name of an earlier one, the question whether they are the same."""
+    return tuple(
+        f"{label!r} differs from {other!r} only in case, spaces, '_', '-' or Unicode form: is it the same label?"
+        for label, other in alike(new, old)
+    )
 
 
 def bound_words(flips: Flips, method: str) -> str:

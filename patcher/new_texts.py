@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import listed, require
 from patcher.errors import LabelError
-from patcher.examples import Examples, check_label, check_text
+from patcher.examples import Examples, check_label, check_text, is_whole_number
 from patcher.head import refuse_joined
 from patcher.screening import Repeat
 from patcher.wording import listing
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Texts: TypeAlias = Iterable[str] | Examples
 
-__all__ = ["checked", "distinct", "new_examples", "unknown_to"]
+__all__ = ["checked", "distinct", "new_examples", "refuse_ids", "unknown_to"]
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
@@ -38,10 +38,20 @@ def new_examples(examples: Examples, label: str | None, *, several: bool = False
     groups = examples.by_label(several=several)
     if label not in groups:
         raise LabelError(
-            f"{examples.source} has a label column without {label!r} (it has {listing(groups)}); "
-            "leave LABEL out to add the labels of the column"
+            f"{examples.source} has a label column without {label!r} (it has {listing(groups)}); leave LABEL out to "
+            "add the labels of the column (`patcher rename-label` gives them other names), or remove the column"
         )
     return {label: groups[label]}
+
+
+def refuse_ids(labels: Iterable[str], source: str, head: Head) -> None:
+    """Raise LabelError if all labels of a file are whole numbers and none of the head's is: they may be ids."""
+    labels = tuple(labels)
+    if all(map(is_whole_number, labels)) and not any(map(is_whole_number, head.labels)):
+        raise LabelError(
+            f"the labels of {source} are numbers ({listing(labels)}) and look like ids, as the classifier's labels are "
+            f"names ({listing(head.labels, 2)}); expected names, or LABEL ({labels[0]}) to add a number as a label"
+        )
 
 
 def checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from patcher.arguments import listed, require
 from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
 from patcher.fit.scope import fit_scope
+from patcher.gate_words import twins
 from patcher.head import refuse_joined
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import MERGE, next_lineage
@@ -43,7 +44,10 @@ __all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
 
 @dataclass(frozen=True)
 class Change:
-    """A published change of labels; ``verdict`` is the gate's, for a merge."""
+    """A published change of labels; ``verdict`` is the gate's, for a merge.
+
+    ``notes`` asks about other labels with nearly the new name.
+    """
 
     classifier: str
     version: int
@@ -52,10 +56,12 @@ class Change:
     served: bool
     gate: str
     verdict: Verdict | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
-        return {**vars(self), "verdict": self.verdict.to_dict() if self.verdict else None}
+        verdict = self.verdict.to_dict() if self.verdict else None
+        return {**vars(self), "verdict": verdict, "notes": list(self.notes)}
 
 
 def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | None = None) -> Change:
@@ -93,7 +99,8 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
         refuse_joined(parent, new)
         head = parent.renamed(old, new)
         renamed = memory.rename(old, new) if memory and old in memory.labels else memory
-        return _publish(classifier, parent, head, renamed, server, "rename", renamed=((old, new),))
+        change = _publish(classifier, parent, head, renamed, server, "rename", renamed=((old, new),))
+        return dataclasses.replace(change, notes=_twins(head, new))
 
 
 def merge_labels(
@@ -141,7 +148,7 @@ def merge_labels(
             gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
-        return dataclasses.replace(change, verdict=patch.verdict)
+        return dataclasses.replace(change, verdict=patch.verdict, notes=_twins(patch.head, into))
 
 
 def _merged(
@@ -173,6 +180,10 @@ def _merged(
         merged=memory.merge(labels, into) if memory else None,
     )
     return make_patch(head, rest, given, settings, Stopwatch())
+
+
+def _twins(head: Head, name: str) -> tuple[str, ...]:
+    return twins((name,), [label for label in head.labels if label != name])
 
 
 def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:

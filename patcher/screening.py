@@ -50,7 +50,7 @@ class Known(NamedTuple):
 
 
 def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of a new label and an earlier one that differ only in case, spaces, ``_`` or ``-``."""
+    """Pairs of a new label and an earlier one that differ only in case, spaces, ``_``, ``-`` or Unicode form."""
     first: dict[str, str] = {}
     # Unicode-normalized: an accented letter may be one character or two, which look the same.
     plain = (re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", label).casefold()) for label in (*old, *new))

@@ -669,6 +669,25 @@ def test_one_long_label_does_not_widen_every_line_of_the_history(patcher):
     assert json.loads(patcher("history", "--json")[1])[1]["renamed"] == [["music", "x" * 500]]
 
 
+def test_texts_of_another_label_than_the_named_one_are_refused_with_what_helps(patcher, tmp_path):
+    path = tiny.write_csv(tmp_path / "payday.csv", {"payday": tiny.sentences("payday", 10)})
+    code, _, err = patcher("add-label", "Wages", "--examples", path, "--no-load", "--dry-run")
+    assert code == 2
+    assert "label column without 'Wages' (it has payday); leave LABEL out to add the labels of the column" in err
+    assert "`patcher rename-label` gives them other names), or remove the column" in err
+
+
+def test_labels_that_look_like_ids_are_added_only_by_name(patcher, tmp_path):
+    path = tiny.write_csv(tmp_path / "ids.csv", {"7": tiny.sentences("payday", 10), "8": tiny.sentences("weather", 10)})
+    arguments = ["--examples", path, "--no-load", "--dry-run"]
+    code, _, err = patcher("add-label", *arguments)
+    assert code == 2
+    assert "ids.csv are numbers (7, 8) and look like ids" in err
+    assert "expected names, or LABEL (7) to add a number as a label" in err
+    code, out, _ = patcher("add-label", "7", *arguments)
+    assert (code, "would add 7" in out) == (0, True)
+
+
 def test_of_several_columns_of_labels_those_that_are_not_read_are_named(patcher, tmp_path):
     rows = [f"{text},payday,other" for text in tiny.sentences("payday", 10)]
     (tmp_path / "two.csv").write_text("\n".join(["text,label,intent", *rows]))

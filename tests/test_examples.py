@@ -6,13 +6,14 @@ import difflib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from patcher.errors import ExamplesError, PatcherError
 from patcher.evaluation import expected_sets
-from patcher.examples import MAX_TEXT_BYTES, data_hash
+from patcher.examples import MAX_TEXT_BYTES, Examples, data_hash
 from patcher.examples_file import read_examples
 from patcher.labelled import places_of
 from patcher.words import label_words
@@ -119,7 +120,25 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b", "label": "x"}', "line 1: no label, although line 3 has one"),
         ("a.jsonl", '{"text": "a", "label": null}\n{"text": "b", "label": null}', "line 1: the label is null"),
         ("a.csv", "Text,text,label\na,b,x\n", "a.csv has 2 columns of the same name, 'Text', 'text'"),
-        ("a.csv", "text,label, Label\na,x,y\n", "2 columns of the same name, 'label', ' Label'"),
+        ("a.csv", "text,label, Label\na,x,y\n", "2 columns of the same name, 'label', 'Label'"),
+        ("a.jsonl", '{"text": "a", "label": "x", "label": "y"}', "line 1: an object has 'label' more than once"),
+        (
+            "a.jsonl",
+            '[\n{"text": "a"},\n{"text": "b"}\n]',
+            "line 1: not JSON .*one object per line, not a list of them",
+        ),
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]', "line 1: expected an object, got list; .*, not a list of them"),
+        ("a.csv.gz", b"\x1f\x8b\x08", "ending '.gz'; .*: unpack it first .`gunzip FILE`"),
+        ("a.csv", b"\x1f\x8b\x08\0", "is compressed .gzip., whatever its name; unpack it first"),
+        ("a.csv", "text,label\nhello,x\n".encode("utf-16"), "in UTF-16; save it as UTF-8 .*`iconv -f UTF-16 -t UTF-8"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16-be"), "in UTF-16; save it as UTF-8"),
+        ("a.csv", "sep=,\ntext,label\nhello,x\n", "which tells Excel the separator, is no header: remove it"),
+        ("a.csv", "sep=;\ntext;label\nhello;x\n", "which tells Excel the separator, is no header: remove it"),
+        (
+            "a.csv",
+            "text,label,label_text,Label_Text\na,0,x,y\n",
+            "2 columns of the same name, 'label_text', 'Label_Text'",
+        ),
         ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text is not valid Unicode"),
         ("a.csv", "text,lable\nhello,x\n", "a.csv has a column 'lable'; did you mean 'label'"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b", "intents": "x"}', "line 2 has a column 'intents'"),
@@ -150,6 +169,75 @@ def test_columns_are_looked_at_once_for_all_lines_that_have_them(tmp_path, monke
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert read_examples(path).unread == ("id", "user")
     assert sorted(compared) == ["id", "id", "user"]
+
+
+def test_a_space_after_each_comma_is_part_of_no_field(tmp_path):
+    path = write(tmp_path, "a.csv", 'text, label\n"hello, you", greeting\nbye, "farewell"\n')
+    examples = read_examples(path)
+    assert (examples.texts, examples.labels) == (("hello, you", "bye"), ("greeting", "farewell"))
+    with pytest.raises(ExamplesError, match="line 2: the label ' x' has spaces around it"):
+        read_examples(write(tmp_path, "b.csv", "text,label\nhello, x\n"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "ids, taken, unread",
+    [
+        ((7, 0, 7), ("music", "alarm", "music"), ("id",)),
+        ((7, -1, 7), ("music", "alarm", "music"), ("id",)),
+        ((7, "new", 7), ("7", "new", "7"), ("label_text", "id")),
+    ],
+)
+def test_where_the_labels_are_ids_their_names_are_read(tmp_path, ids, taken, unread, ending):
+    columns = {"text": ["a", "b", "c"], "label": ids, "label_text": ["music", "alarm", "music"], "id": [1, 2, 3]}
+    rows, path = list(zip(*columns.values(), strict=True)), tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns["label"] = list(ids if all(isinstance(each, int) for each in ids) else map(str, ids))
+        parquet.write_table(arrow.table(columns), path)
+    elif ending == "csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)))
+    else:
+        path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
+    examples = read_examples(path)
+    assert (examples.labels, examples.unread) == (taken, unread)
+
+
+def test_a_column_of_label_names_alone_is_the_label_column(tmp_path):
+    assert read_examples(write(tmp_path, "a.csv", "text,label_name\nhello,x\n")).labels == ("x",)
+
+
+@pytest.mark.parametrize(
+    "names, labels, expected",
+    [
+        (["alarm", "music"], [1, 0], ("music", "alarm")),
+        (["alarm", "music"], ["1", "0"], ("1", "0")),
+        ("alarm", [1, 0], ("1", "0")),
+        (None, [1, 0], ("1", "0")),
+        (["alarm", "music"], [1, -1], "line 2: no label has the id -1; expected 0 to 1"),
+        (["alarm", "music"], [2, 0], "line 1: no label has the id 2; expected 0 to 1"),
+    ],
+)
+def test_the_names_that_hugging_face_gives_to_ids_in_parquet_are_read(tmp_path, names, labels, expected):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"text": ["a", "b"], "label": labels})
+    feature = {"dtype": "int64", "_type": "Value"} if names is None else {"names": names, "_type": "ClassLabel"}
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": feature}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    if isinstance(expected, tuple):
+        assert read_examples(tmp_path / "a.parquet").labels == expected
+    else:
+        with pytest.raises(ExamplesError, match=expected):
+            read_examples(tmp_path / "a.parquet")
+
+
+def test_columns_of_numpy_are_read():
+    examples = Examples(np.array(["a", "b"]), np.array([5, 6]))
+    assert (examples.texts, examples.labels) == (("a", "b"), ("5", "6"))
+    assert Examples(("a",), np.array(["x"])).labels == ("x",)
+    with pytest.raises(ExamplesError, match="expected a label, got bool"):
+        Examples(("a",), np.array([True]))
 
 
 def test_a_label_that_names_none_is_refused_for_several(tmp_path):

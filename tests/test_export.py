@@ -179,7 +179,7 @@ def no_tokenizer(folder):
         (no_config, "holds no config.json"),
         (unknown_model, "cannot read the configuration of .*`something-new`"),
         (own_code, "brings Python code of its own; --trust-remote-code runs it"),
-        (no_tokenizer, "has no vocabulary for its BertTokenizer"),
+        (no_tokenizer, r"has no vocabulary for its BertTokenizer; expected .* such as vocab\.txt\)"),
     ],
 )
 def test_a_checkpoint_is_refused_with_the_reason(copy, tmp_path, damage, reason):
@@ -632,6 +632,19 @@ def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, caps
         told[json.loads(captured.out)["train_accuracy"]] = "get the label they have there; is it this" in captured.err
     assert min(told) < 0.5
     assert told == {share: share < 0.5 for share in told}
+
+
+def test_labels_that_look_the_same_or_have_a_single_text_are_told(copy, tmp_path, capsys):
+    names = ["balance", "transfer", "Balance", "card lost", "greeting"]
+    edit_config(copy, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    rows = [(f"{text} {number}", label) for text in ("my text", "another") for number, label in enumerate(names)]
+    command = ["export", str(copy), "--repo", str(tmp_path / "repository"), "--train"]
+    assert main([*command, str(train_file(tmp_path, rows)), "--name", "all"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: 'Balance' differs from 'balance' only in case" in told
+    assert "from a single text" not in told
+    assert main([*command, str(train_file(tmp_path, rows[:-2])), "--name", "some"]) == 0
+    assert "warning: the memory knows 2 of 5 labels from a single text (card lost, greeting)" in capsys.readouterr().err
 
 
 def test_a_multi_label_text_counts_for_each_of_its_labels(tmp_path):

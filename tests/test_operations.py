@@ -969,6 +969,22 @@ def test_a_merge_into_one_of_the_labels_and_a_name_that_comes_again(classifier):
     assert diff(classifier, 1, 4).merged == ()
 
 
+@pytest.mark.parametrize(
+    "old, name, other",
+    [("music", "Alarm", "alarm"), ("music", "cafe\u0301", "caf\xe9"), ("music", "Music", None)],
+)
+def test_a_new_name_that_is_nearly_that_of_another_label_is_told(classifier, capsys, old, name, other):
+    rename_label(classifier, "balance", "caf\xe9")
+    question = f"{name!r} differs from {other!r} only in case, spaces, '_', '-' or Unicode form: is it the same label?"
+    expected = [question] if other else []
+    repo = ["--repo", str(classifier.root), "--no-load"]
+    assert main(["rename-label", old, name, *repo, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["notes"] == expected
+    assert captured.err.count("warning: ") == len(expected)
+    assert merge_labels(classifier, [name, "transfer"], name, force=True).notes == tuple(expected)
+
+
 def test_a_name_that_another_label_has_had_is_no_rename(classifier):
     rename_label(classifier, "music", "songs")
     remove_label(classifier, "songs")

@@ -136,7 +136,7 @@ def _examples(
     """The examples by label, all of them for ``label`` if that is given; warns about columns that are not read."""
     from patcher.examples import LABEL_COLUMNS, TEXT_COLUMNS
     from patcher.examples_file import read_examples
-    from patcher.new_texts import new_examples
+    from patcher.new_texts import new_examples, refuse_ids
 
     if (file is None) == (not texts):
         raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
@@ -144,13 +144,14 @@ def _examples(
         raise click.UsageError("expected LABEL before the --text examples")
     if file is None:
         return {str(label): list(texts)}
-    read = read_examples(file)
-    examples = new_examples(read, label, several=not options.classifier.head().exclusive)
+    read, head = read_examples(file), options.classifier.head()
+    examples = new_examples(read, label, several=not head.exclusive)
     if label is not None and read.labels is None and read.unread:
         columns = ", ".join(f"{name!r:.60}" for name in read.unread)
         told = f"only the texts of {read.source} are read (not {columns}); all {len(read)} become examples of {label!r}"
         tell(f"warning: {told}", err=True)
     elif label is None:
+        refuse_ids(examples, read.source, head)
         rivals = [name for name in read.unread if name.strip().lower() in (*TEXT_COLUMNS, *LABEL_COLUMNS)]
         if rivals:
             named = ", ".join(f"{name!r:.60}" for name in rivals)

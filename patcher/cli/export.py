@@ -140,11 +140,12 @@ def _show(report: ExportReport, train: Path | None) -> None:
 
 def _warn(report: ExportReport, train: Path | None) -> None:
     """Warn about data that later patches will lack or that looks wrong."""
-    from patcher.gate_words import unremembered
+    from patcher.gate_words import scarce, twins, unremembered
 
-    classifier = report.repository.classifier(report.classifier)
-    if said := unremembered(report.labels, classifier.memory()):
-        tell(f"warning: {said}", err=True)
+    memory = report.repository.classifier(report.classifier).memory()
+    for said in (*twins(report.labels), unremembered(report.labels, memory), scarce(memory)):
+        if said:
+            tell(f"warning: {said}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
         right = percent(report.train_accuracy, 1)
         said = f"only {right} of the texts in {train} get the label they have there; is it this model's training data?"

@@ -34,7 +34,7 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     model was fine-tuned on, and fresh texts are assumed to lie twice as far away.
     """
     from patcher.examples_file import read_examples
-    from patcher.gate_words import unremembered
+    from patcher.gate_words import scarce, unremembered
     from patcher.remembering import FEATURES_A_LABEL, remember
 
     examples = read_examples(data)
@@ -65,5 +65,6 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
         if switch.repeated:
             options.say(repeats(switch.repeated))
     head = classifier.head(switch.version)
-    if said := unremembered(head.labels, memory):
-        tell(f"warning: {said}", err=True)
+    for said in (unremembered(head.labels, memory), scarce(memory)):
+        if said:
+            tell(f"warning: {said}", err=True)
