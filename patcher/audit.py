@@ -99,15 +99,15 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
 
 def _ends_whole(path: Path) -> bool:
     """Whether a file is missing, empty or ends with a newline; otherwise a new line would be appended to a torn one."""
-    if not path.is_file():
-        return True
     try:
+        if not path.is_file():
+            return True
         with path.open("rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 return True
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-    except OSError:  # writable but not readable: a needless empty line does no harm
+    except OSError:  # perhaps writable and not readable: a needless empty line does no harm
         return False
 
 

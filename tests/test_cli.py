@@ -386,12 +386,18 @@ def test_a_mistake_is_refused_before_torch_is_imported(classifier, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "file", "model_repository"]
 
 
-def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
-    from patcher.errors import PatcherError
-
-    monkeypatch.setenv("PATCHER_DEBUG", "1")
-    with pytest.raises(PatcherError):
-        patcher("labels", "--version", "7")
+@pytest.mark.parametrize("debug", ["1", ""])
+def test_a_traceback_shows_only_when_asked_for_and_changes_nothing_else(patcher, monkeypatch, tmp_path, debug):
+    log, same = tmp_path / "audit.jsonl", tmp_path / "same.csv"
+    tiny.write_csv(same, {"rain": tiny.sentences("weather", 10, seed=5)})
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setenv("PATCHER_DEBUG", debug)
+    code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json")
+    assert (code, json.loads(out)["exit_code"], "Traceback" in err) == (3, 3, bool(debug)), err
+    assert json.loads(log.read_text())["outcome"] == "refused"
+    monkeypatch.setattr("patcher.lifecycle.prune", lambda *_: 1 / 0)
+    code, _, err = patcher("prune", "--keep", "1")
+    assert (code, "This is a bug in patcher" in err, "Traceback" in err) == (1, True, bool(debug))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +162,7 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
     try:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
-        if os.environ.get("PATCHER_DEBUG") == "1":
-            raise
+        _trace()
         return _failed(str(error), error.exit_code, run.as_json, error.report)
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.format_message(), err=True)
@@ -174,12 +174,17 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
         return _failed(error.format_message(), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
-    except Exception as error:
-        if os.environ.get("PATCHER_DEBUG") == "1":
-            raise
+    except Exception as error:  # noqa: BLE001  said to be a bug
+        _trace()
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
+
+
+def _trace() -> None:
+    """Print the traceback of the error being handled to stderr if ``PATCHER_DEBUG=1``; the run ends as without it."""
+    if os.environ.get("PATCHER_DEBUG") == "1":
+        tell(redacted(traceback.format_exc().rstrip()), err=True)
 
 
 def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:
