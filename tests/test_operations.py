@@ -821,6 +821,12 @@ def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifie
     assert journal()[0] == "fault"
 
 
+def test_nobody_waits_for_what_the_caller_of_a_repair_does(classifier):
+    found = doctor.repair(classifier.root, None)
+    assert next(found).finding == "nothing was interrupted"
+    assert not classifier.repository.storage.busy()
+
+
 def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, monkeypatch):
     patched(classifier)
     read = Classifier.head_bytes
