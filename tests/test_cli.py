@@ -486,6 +486,18 @@ def test_sync_takes_every_classifier_unless_one_is_named(patcher, classifier, mo
         assert (code, [entry["classifier"] for entry in json.loads(out)]) == (1, names), err
 
 
+def test_sync_goes_on_after_a_classifier_that_is_damaged(patcher, classifier):
+    with classifier.repository.lock():
+        damaged = classifier.repository.add_classifier("a", classifier.head(), backbone="intent")
+    damaged.journal.path.write_text("garbage\n")
+    code, out, err = patcher("sync", "--json")
+    first, second = json.loads(out)
+    assert (code, first["classifier"], first["url"], second["classifier"]) == (1, "a", DEAD, "intent"), err
+    assert first["state"].startswith("failed: ")
+    assert "line 1, is not an entry" in first["state"]
+    assert second["state"] == f"failed: {DEAD} does not answer; run `patcher sync` again when it does"
+
+
 def test_without_a_verb_there_is_the_help_alone(patcher):
     code, out, err = patcher()
     assert (code, out, err.count("Usage:"), "error:" in err) == (2, "", 1, False)
