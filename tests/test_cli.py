@@ -629,6 +629,23 @@ def test_what_was_done_is_done_with_the_output_closed(closed, classifier, tmp_pa
     assert json.loads(log.read_text())["outcome"] == "done"
 
 
+@pytest.mark.parametrize(
+    "arguments, where, code, said",
+    [
+        ("labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device\n"),
+        ("history --json", ">/dev/full", 1, "error: the output could not be written"),
+        ("labels --version 7 --json", ">/dev/full", 2, "error: intent has no version 7"),
+        ("rename-label music songs --no-load --json", ">/dev/full", 0, "; what the verb has changed stays changed\n"),
+        ("labels", "| true", 0, ""),
+        ("labels", "2>/dev/full", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_told(classifier, arguments, where, code, said):
+    command = f"{sys.executable} -m patcher {arguments} --repo {classifier.root} {where}"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.returncode, said in run.stderr, bool(said) == bool(run.stderr)) == (code, True, True), run.stderr
+
+
 def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):
     before = tree(classifier.root)
     data = tiny.write_csv(tmp_path / "many.csv", {"weather": [f"what about {i}" for i in range(400_000)]})

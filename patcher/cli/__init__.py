@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from patcher import audit
-from patcher.cli.output import tell
+from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
 from patcher.signals import interruptible, uninterrupted
 from patcher.wording import redacted
@@ -145,13 +145,19 @@ def _patcher() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``."""
+    """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``.
+
+    If stdout cannot be written (its disk is full), a verb that only looks exits with 1: its output is all there is to
+    it. After a change it stays 0, with a warning: 1 would say that nothing was changed, and a script would try again.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     # numpy's BLAS threads busy-wait for 25 ms after each product, on cores that a server on this machine may need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     audit.begin("")
     with interruptible():
         code, error = _run(arguments, _Run("--json" in given))
+        if (reason := unwritten()) and code == 0:
+            code, error = _not_written(reason)
     verbose = os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1]
     with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
         audit.finish(code, error, to_stderr=verbose)
@@ -179,6 +185,16 @@ def _run(arguments: list[str] | None, run: _Run) -> tuple[int, str]:
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
+
+
+def _not_written(reason: str) -> tuple[int, str]:
+    said = f"the output could not be written to stdout: {reason}"
+    if not audit.is_change():
+        return _failed(said, 1, as_json=False)
+    said += "; what the verb has changed stays changed"
+    audit.note(warnings=[said])
+    tell(f"warning: {said}", err=True)
+    return 0, ""
 
 
 def _trace() -> None:
