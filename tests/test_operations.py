@@ -752,6 +752,21 @@ def test_pruning_spares_a_version_on_trial(classifier):
     canary.discard(classifier)
 
 
+def test_a_promotion_holds_although_its_trial_cannot_be_ended(classifier, monkeypatch):
+    def full(*_):
+        raise StorageError("the disk is full")
+
+    report = add_label(classifier.repository, "payday", TEN, settings=PatchSettings(canary=10.0))
+    monkeypatch.setattr(type(classifier.repository), "remove_classifier", full)
+    switch = canary.promote(classifier)
+    assert (switch.version, classifier.serving()) == (report.version, report.version)
+    assert switch.warnings == (
+        "version 2 serves, but its trial could not be ended: the disk is full. `patcher canary --discard` ends it",
+    )
+    monkeypatch.undo()
+    assert canary.discard(classifier) == report.version
+
+
 def test_a_canary_of_a_long_name_can_be_ended(tiny_original, tmp_path):
     name = "n" * 60
     classifier = tiny.make_repository(tmp_path / "repository", tmp_path / "scratch", name)
