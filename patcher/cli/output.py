@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from patcher.difference import Difference
 
-__all__ = ["changed_answers", "not_installed", "seconds", "table", "tell", "unwritten"]
+__all__ = ["changed_answers", "not_installed", "seconds", "shortened", "table", "tell", "unwritten"]
 
 _unwritten: list[str] = []
 
@@ -82,6 +82,11 @@ def changed_answers(difference: Difference, then: str) -> Iterator[str]:
 def seconds(duration: float) -> str:
     """``0.1234`` as ``0.12 s``."""
     return f"{duration:.2f} s"
+
+
+def shortened(text: str, width: int = 60) -> str:
+    """Shorten a text, since a single long one would widen the whole table; --json has it in full."""
+    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:

@@ -8,7 +8,7 @@ import click
 
 from patcher import audit
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
-from patcher.cli.output import changed_answers, table
+from patcher.cli.output import changed_answers, shortened, table
 from patcher.errors import InputError, NotServed, ServerError
 from patcher.wording import listing, plural
 
@@ -55,7 +55,7 @@ def history_command(options: CommonOptions) -> None:
             entry.lineage.parent or "—",
             entry.lineage.created[:19],
             entry.labels,
-            _shortened(entry.what()),
+            shortened(entry.what(), 80),
             entry.lineage.method,
             entry.lineage.gate,
             entry.lineage.author or "—",
@@ -65,11 +65,6 @@ def history_command(options: CommonOptions) -> None:
     ]
     header = ("version", "parent", "created", "labels", "change", "method", "gate", "by", "data")
     options.say(table(header, rows, right=(3,)))
-
-
-def _shortened(text: str, width: int = 80) -> str:
-    """Shorten a text, since one long label would widen the whole table; --json has it in full."""
-    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 @click.command("diff")
@@ -98,7 +93,7 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
     for line in changed_answers(difference, "now"):
         options.say(line)
     if difference.flips:
-        rows = [(_shortened(flip.text, 60), flip.label, flip.before, flip.after) for flip in difference.flips[:_SHOWN]]
+        rows = [(shortened(flip.text), flip.label, flip.before, flip.after) for flip in difference.flips[:_SHOWN]]
         options.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
         if (more := len(difference.flips) - _SHOWN) > 0:
             options.say(f"and {more} more (--json lists them all)")
