@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 LIVE = "--live" in sys.argv[1:]
@@ -72,12 +73,19 @@ def asked_for(name: str) -> dict[str, str] | None:
     # The text must be new: an answer from the response cache would not reach the models.
     given = {"text": f"is anybody there? {time.time_ns()}"}
     if name.endswith("_any"):  # a head store: the request names one of its classifiers
-        marks = sorted(REPOSITORY.glob("*_head/store"))
-        stored = [path.parent.name for path in marks if path.read_text().strip() == name.removesuffix("_any")]
-        if not stored:
+        stored = next(stored_in(name.removesuffix("_any")), None)
+        if stored is None:
             return None
-        given["classifier"] = stored[0].removesuffix("_head")
+        given["classifier"] = stored
     return given
+
+
+def stored_in(backbone: str) -> Iterator[str]:
+    """The classifiers in a backbone's head store."""
+    for path in sorted(REPOSITORY.glob("*_head/store")):
+        with contextlib.suppress(FileNotFoundError):  # the classifier was dropped in the meantime
+            if path.read_text().strip() == backbone:
+                yield path.parent.name.removesuffix("_head")
 
 
 def refusal(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from patcher.provenance import author
 
-__all__ = ["CHANGES", "begin", "finish", "note", "read_event"]
+__all__ = ["CHANGES", "begin", "finish", "is_change", "note", "read_event"]
 
 CHANGES = frozenset(
     [
@@ -54,6 +54,12 @@ def note(**facts: Any) -> None:
         event.update(facts)
 
 
+def is_change() -> bool:
+    """Whether this run may change something: its verb does, and no other outcome than done (a dry run) was noted."""
+    event = _event.get()
+    return event is not None and _is_kept(event) and "outcome" not in event
+
+
 def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     """End the event: write a line to stderr if asked, and for a change a line to the file ``$PATCHER_AUDIT_LOG``.
 
@@ -82,7 +88,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     if to_stderr:
         _complain(line)
     path = os.environ.get("PATCHER_AUDIT_LOG")
-    if path and (record["verb"] in CHANGES or record.get("repair")):
+    if path and _is_kept(record):
         data = (b"" if _ends_whole(Path(path)) else b"\n") + line.encode() + b"\n"
         try:
             # A single write to a file opened for appending, so that the lines of several patchers do not mix.
@@ -97,17 +103,21 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
             _complain(f"warning: the audit log {path} cannot be written: {problem.strerror or problem}")
 
 
+def _is_kept(event: dict[str, Any]) -> bool:
+    return event["verb"] in CHANGES or bool(event.get("repair"))
+
+
 def _ends_whole(path: Path) -> bool:
     """Whether a file is missing, empty or ends with a newline; otherwise a new line would be appended to a torn one."""
-    if not path.is_file():
-        return True
     try:
+        if not path.is_file():
+            return True
         with path.open("rb") as file:
             if file.seek(0, os.SEEK_END) == 0:
                 return True
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-    except OSError:  # writable but not readable: a needless empty line does no harm
+    except OSError:  # perhaps writable and not readable: a needless empty line does no harm
         return False
 
 

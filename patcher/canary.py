@@ -17,7 +17,7 @@ from patcher import configs
 from patcher.arguments import listed, require
 from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
-from patcher.fleet import each, members, present
+from patcher.fleet import attempt, by_address, each, members, present
 from patcher.limits import check_share
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
@@ -249,8 +249,8 @@ def promote(classifier: Classifier, server: TritonServer | None = None) -> Switc
         then lose a change.
     NotServed
         if the server would not serve it; the trial continues.
-    ServerError
-        if the version serves and the trial has ended, but a server still holds the trial's models.
+
+    A failure to end the trial once the version serves raises nothing: it is in ``warnings`` of what is returned.
     """
     with changing(classifier, server, leaving=True):
         trial = on_trial(classifier)
@@ -258,16 +258,27 @@ def promote(classifier: Classifier, server: TritonServer | None = None) -> Switc
             raise _none(classifier)
         tried, previous = trial.serving(), classifier.serving()
         _refuse_stale(classifier, tried)
-        served = f"version {tried} serves, and "
         try:
             roll_back(classifier, tried, server)
-            _remove(trial, server, served)
+            warnings = _ended(trial, tried, server)
         except KeyboardInterrupt:
             if classifier.serving() != tried or tried == previous or classifier.journal.pending():
                 raise
             # The version serves already. Stopping here would leave the trial behind, yet be reported as undone.
-            _remove(trial, server, served)
-        return Switch(tried, previous, served=server is not None)
+            warnings = _ended(trial, tried, server)
+        return Switch(tried, previous, served=server is not None, warnings=warnings)
+
+
+def _ended(trial: Classifier, tried: int, server: TritonServer | None) -> tuple[str, ...]:
+    """End the trial of the version ``tried``, which serves now; returns a warning if that fails."""
+    try:
+        _remove(trial, server)
+    except ServerError as error:
+        return (f"version {tried} serves, and {error}",)
+    except PatcherError as error:
+        said = f"version {tried} serves, but its trial could not be ended: {as_sentence(error)}"
+        return (f"{said} `patcher canary --discard` ends it",)
+    return ()
 
 
 def discard(classifier: Classifier, server: TritonServer | None = None) -> int:
@@ -328,25 +339,20 @@ def _none(classifier: Classifier) -> InputError:
     )
 
 
-def _remove(trial: Classifier, server: TritonServer | None, before: str = "") -> None:
+def _remove(trial: Classifier, server: TritonServer | None) -> None:
     """End a trial: first its files, so that a server starting meanwhile does not load it, then the servers' models."""
     with uninterrupted():
         trial.repository.remove_classifier(trial.name)
-        _release(trial.name, server, before)
+        _release(trial.name, server)
 
 
-def _release(name: str, server: TritonServer | None, before: str = "") -> None:
-    """Have all servers unload a trial; ServerError, whose message starts with ``before``, if one of them fails."""
-    failed = []
+def _release(name: str, server: TritonServer | None) -> None:
+    """Have all servers unload a trial; ServerError if one of them fails."""
     with uninterrupted():
-        for replica in present(server):
-            try:
-                let_go(name, replica)
-            except ServerError as error:
-                failed.append(f"{replica.url}: {error}")
+        _, failed = attempt(present(server), lambda replica: let_go(name, replica))
     if failed:
         raise ServerError(
-            f"{before}the trial has ended in the repository, but may still be answered from by {'; '.join(failed)}. "
+            f"the trial has ended in the repository, but may still be answered from by {by_address(failed)}. "
             "`patcher sync` ends it there too"
         )
 

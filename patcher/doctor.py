@@ -95,23 +95,30 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
     """
     repository = ModelRepository(location)
     for name in repository.classifiers():
-        what = f"{name}, repair"
+        found: list[Check] = []
         try:
             classifier = repository.classifier(name)
             with repository.lock():
-                try:
-                    classifier.journal.entries()
-                except RepositoryError as error:
-                    yield Check(what, "note", f"{error}; it was moved to {classifier.journal.set_aside()}")
-                yield Check(what, "ok", recover(classifier, server) or "nothing was interrupted")
-                if gone := _gone(classifier):
-                    classifier.journal.append("pruned", versions=gone)
-                    yield Check(what, "note", f"{versions_are(gone)} written off")
-                classifier.adopt()
-                for url, state in (catch_up(classifier, server) if server else {}).items():
-                    yield Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}")
+                _repair(classifier, server, found)
         except PatcherError as error:
-            yield Check(what, "fault", str(error))
+            found.append(Check(f"{name}, repair", "fault", str(error)))
+        yield from found  # without the lock: nobody else has to wait for what the caller does with them
+
+
+def _repair(classifier: Classifier, server: TritonServer | None, found: list[Check]) -> None:
+    """Repair one classifier and append to ``found`` what was done; the lock must be held."""
+    what = f"{classifier.name}, repair"
+    try:
+        classifier.journal.entries()
+    except RepositoryError as error:
+        found.append(Check(what, "note", f"{error}; it was moved to {classifier.journal.set_aside()}"))
+    found.append(Check(what, "ok", recover(classifier, server) or "nothing was interrupted"))
+    if gone := _gone(classifier):
+        classifier.journal.append("pruned", versions=gone)
+        found.append(Check(what, "note", f"{versions_are(gone)} written off"))
+    classifier.adopt()
+    for url, state in (catch_up(classifier, server) if server else {}).items():
+        found.append(Check(what, "ok" if state in ("agreed", "caught up") else "fault", f"{url}: {state}"))
 
 
 def _installation() -> Iterator[Check]:

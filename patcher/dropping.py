@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from patcher.arguments import require
 from patcher.canary import require_free
 from patcher.errors import InputError, PatcherError, ServerError, ServerUnreachable, as_sentence
-from patcher.fleet import Fleet, present
+from patcher.fleet import Fleet, attempt, by_address, present
 from patcher.names import CANARY, check_name
 from patcher.repository import ModelRepository
 from patcher.rollout import forget, let_go, require_answer, require_live, serve
@@ -16,8 +16,6 @@ from patcher.signals import uninterrupted
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from patcher.classifier import Classifier
     from patcher.files import RepositoryFiles
 
@@ -84,17 +82,19 @@ def take_out(classifier: Classifier, server: TritonServer | None) -> None:
         _forget(classifier.repository, classifier.name, server)
 
 
-def forget_other(classifier: Classifier, server: TritonServer | None) -> None:
+def forget_other(classifier: Classifier, server: TritonServer | None) -> str:
     """Make the servers forget a dropped classifier of the same name that was served the other way.
 
     That is, from an ensemble if this one is in a head store, and the reverse. A server may still hold it if the drop
-    did not reach it. Raises ServerError if a server would not let go of it.
+    did not reach it. Returns the errors of the servers that would not let go of it; empty if all did.
     """
-    name = classifier.name
-    if classifier.in_store:
-        _each(server, lambda replica: let_go(name, replica))
-    else:
-        _each(server, lambda replica: forget(classifier.repository, name, replica))
+
+    def let(replica: TritonServer) -> bool:
+        if classifier.in_store:
+            return let_go(classifier.name, replica)
+        return forget(classifier.repository, classifier.name, replica)
+
+    return by_address(attempt(present(server), let)[1])
 
 
 def _unload(name: str, server: TritonServer | None) -> bool:
@@ -107,31 +107,20 @@ def _bring_back(classifier: Classifier, server: TritonServer | None) -> None:
     """Have every server that answers serve the classifier again, which is still in the repository."""
     with uninterrupted(), contextlib.suppress(PatcherError):
         head = classifier.head()
-        for replica in present(server):
-            with contextlib.suppress(PatcherError):
-                require_answer(replica)
-                serve(classifier, head, replica)
+
+        def back(replica: TritonServer) -> None:
+            require_answer(replica)
+            serve(classifier, head, replica)
+
+        attempt(present(server), back)
 
 
 def _forget(repository: RepositoryFiles, name: str, server: TritonServer | None) -> bool:
     """Have the head stores forget a classifier whose files are gone; returns whether a store still answered for it."""
-    try:
-        return _each(server, lambda replica: forget(repository, name, replica))
-    except ServerError as error:
-        raise ServerError(
-            f"{name} is deleted, but may still be answered for by {as_sentence(error)} "
-            f"Run `patcher drop-classifier {name}` again to retry"
-        ) from error
-
-
-def _each(server: TritonServer | None, do: Callable[[TritonServer], bool]) -> bool:
-    """Call ``do`` on every replica, then raise one error for all that failed; returns whether any returned True."""
-    found, failed = False, []
-    for replica in present(server):
-        try:
-            found |= do(replica)
-        except ServerError as error:
-            failed.append(f"{replica.url}: {error}")
+    found, failed = attempt(present(server), lambda replica: forget(repository, name, replica))
     if failed:
-        raise ServerError("; ".join(failed))
-    return found
+        raise ServerError(
+            f"{name} is deleted, but may still be answered for by {as_sentence(by_address(failed))} "
+            f"Run `patcher drop-classifier {name}` again to retry"
+        )
+    return any(found)

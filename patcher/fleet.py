@@ -5,18 +5,33 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from patcher.arguments import listed, require
 from patcher.errors import InputError, PatcherError, ServerError
 from patcher.triton.client import TritonServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from patcher.classifier import Classifier
 
-__all__ = ["WATCH_SECONDS", "Fleet", "addresses", "each", "members", "present", "resolved", "split", "watch", "waves"]
+__all__ = [
+    "WATCH_SECONDS",
+    "Fleet",
+    "addresses",
+    "attempt",
+    "by_address",
+    "each",
+    "members",
+    "present",
+    "resolved",
+    "split",
+    "watch",
+    "waves",
+]
+
+Result = TypeVar("Result")
 
 WATCH_SECONDS = 2.0
 _POLL_SECONDS = 0.1
@@ -133,30 +148,53 @@ def waves(replicas: Sequence[TritonServer]) -> list[tuple[TritonServer, ...]]:
     return found
 
 
+def attempt(
+    replicas: Sequence[TritonServer], do: Callable[[TritonServer], Result]
+) -> tuple[list[Result], dict[str, PatcherError]]:
+    """Call ``do`` on all replicas concurrently; return its results, and the errors by address.
+
+    Any exception other than PatcherError is raised once all calls have ended.
+    """
+
+    def tried(replica: TritonServer) -> Result | PatcherError:
+        try:
+            return do(replica)
+        except PatcherError as error:
+            return error
+
+    if len(replicas) > 1:
+        with ThreadPoolExecutor(len(replicas)) as pool:
+            outcomes = list(pool.map(tried, replicas))
+    else:
+        outcomes = list(map(tried, replicas))
+    failed = {
+        replica.url: outcome
+        for replica, outcome in zip(replicas, outcomes, strict=True)
+        if isinstance(outcome, PatcherError)
+    }
+    return [outcome for outcome in outcomes if not isinstance(outcome, PatcherError)], failed
+
+
 def each(replicas: Sequence[TritonServer], do: Callable[[TritonServer], object]) -> None:
     """Call ``do`` on all replicas concurrently, then raise one error that reports every failure.
 
     The error has the common type of the failures if they all are of one ServerError type, else it is a ServerError.
     With a single replica, its error is raised as it is. An exception other than PatcherError takes precedence.
     """
-    if len(replicas) == 1:
-        do(replicas[0])
-        return
-    if not replicas:
-        return
-    with ThreadPoolExecutor(len(replicas)) as pool:
-        futures = [pool.submit(do, replica) for replica in replicas]
-        errors = [(future.exception(), replica) for future, replica in zip(futures, replicas, strict=True)]
-    failed = [(error, replica.url) for error, replica in errors if error is not None]
-    unexpected = [error for error, _ in failed if not isinstance(error, PatcherError)]
-    if unexpected:
-        raise unexpected[0]
-    if failed:
-        said = "; ".join(f"{url}: {error}" for error, url in failed)
-        kinds = {type(error) for error, _ in failed}
+    _, failed = attempt(replicas, do)
+    errors = list(failed.values())
+    if len(replicas) == 1 and errors:
+        raise errors[0]
+    if errors:
+        kinds = {type(error) for error in errors}
         kind = kinds.pop() if len(kinds) == 1 else ServerError
         kind = kind if issubclass(kind, ServerError) else ServerError
-        raise kind(f"{len(failed)} of {len(replicas)} replicas failed: {said}") from failed[0][0]
+        raise kind(f"{len(errors)} of {len(replicas)} replicas failed: {by_address(failed)}") from errors[0]
+
+
+def by_address(errors: Mapping[str, PatcherError]) -> str:
+    """The errors that :func:`attempt` returns, in one line."""
+    return "; ".join(f"{url}: {error}" for url, error in errors.items())
 
 
 def watch(classifier: Classifier, replica: TritonServer, seconds: float) -> None:

@@ -38,6 +38,7 @@ from patcher.provenance import author, now
 from patcher.remembering import FEATURES_A_LABEL, STORED_CLUSTERS
 from patcher.repository import ModelRepository
 from patcher.rollout import require_live, serve, validate
+from patcher.signals import uninterrupted
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
 from patcher.wording import listing, percent
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patcher.backbone import Backbone
-    from patcher.classifier import Classifier
     from patcher.examples import Examples
     from patcher.examples_file import ExamplesLike
     from patcher.fit.softmax import SoftmaxFit
@@ -112,6 +112,9 @@ class NewClassifierReport:
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
     memory_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    """What failed after the classifier was published: an earlier one of that name, which was dropped and served the
+    other way (head store or ensemble), could not be unloaded."""
 
     @property
     def sentence(self) -> str:
@@ -132,7 +135,7 @@ class NewClassifierReport:
             "method": "softmax",
             **{name: getattr(self, name) for name in ("penalty", "gate", "published", "served")},
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
-            **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes")},
+            **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes", "warnings")},
         }
 
 
@@ -172,9 +175,7 @@ def new_classifier(
     NotServed
         if the server would not serve it; the classifier was removed from the repository again.
     ServerError
-        if no server answers, with nothing changed. Also if the new classifier serves, but an earlier one of that name,
-        which was dropped and served the other way (head store or ensemble), could not be unloaded; ``report`` then says
-        that the new one is published.
+        if no server answers, with nothing changed.
     """
     require(ModelRepository, repository=repository)
     require(TritonServer, None, server=server)
@@ -330,7 +331,7 @@ def _publish(
     if settings.dry_run:
         return
     try:
-        publish_new(base, report.classifier, head, memory, server, in_store=settings.in_store)
+        report.warnings = publish_new(base, report.classifier, head, memory, server, in_store=settings.in_store)
     except (NotServed, ServerError) as error:
         error.report = {**report.to_json(), **error.report}
         raise
@@ -339,12 +340,13 @@ def _publish(
 
 def publish_new(
     base: Backbone, name: str, head: Head, memory: Memory | None, server: TritonServer | None, *, in_store: bool = False
-) -> Classifier:
+) -> tuple[str, ...]:
     """Publish version 1 of the classifier ``name`` and have the server serve it, or change nothing.
 
+    Returns a warning if an earlier classifier of that name, which was dropped, may still be served, too.
+
     Raises ControlRefused, with nothing changed, if a server refuses model control; NotServed if the server would not
-    serve the classifier, which was then removed from the repository again; ServerError if it serves, but an earlier
-    classifier of that name, which was dropped, may still be served, too.
+    serve the classifier, which was then removed from the repository again.
     """
     repository = base.repository
     require_live(server)
@@ -366,16 +368,14 @@ def publish_new(
                 "`patcher doctor` shows what the server serves",
                 {"published": False, "served": False},
             ) from error
-        undo.pop_all()
-        try:
-            forget_other(classifier, server)
-        except ServerError as error:  # the new classifier serves all the same
-            raise ServerError(
-                f"version 1 of {name} serves, but an earlier {name} may still be answered for, too, by "
-                f"{as_sentence(error)} `patcher sync --classifier {name}` ends that",
-                {"published": True, "served": True},
-            ) from error
-    return classifier
+        with uninterrupted():  # the classifier serves, and nothing is undone any more
+            undo.pop_all()
+            left = forget_other(classifier, server)
+    warning = (
+        f"version 1 of {name} serves, but an earlier {name} may still be answered for, too, by {as_sentence(left)} "
+        f"`patcher sync --classifier {name}` ends that"
+    )
+    return (warning,) if left else ()
 
 
 def _take_out_store(base: Backbone, server: TritonServer | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -68,6 +68,8 @@ class Switch:
     previous: int
     served: bool
     """Whether a server was verified to answer from ``version``; False if no server was given."""
+    warnings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What failed after the switch, which holds."""
 
 
 def probe_text() -> str:

@@ -235,8 +235,8 @@ def test_a_trial_that_a_server_did_not_let_go_of_is_said_and_ended_by_sync(live,
         canary.discard(classifier, server)
     canary.begin(classifier, report.version, 10, server)
     monkeypatch.setattr(server, "unload", hang)
-    with pytest.raises(ServerError, match=rf"^version {report.version} serves, and the trial has ended"):
-        canary.promote(classifier, server)
+    (warning,) = canary.promote(classifier, server).warnings
+    assert warning.startswith(f"version {report.version} serves, and the trial has ended in the repository")
     monkeypatch.undo()
     rollback(classifier, 1, server)
     assert faults() == ["intent_canary, served"]
@@ -370,14 +370,17 @@ def test_the_verb(live, monkeypatch, command, tmp_path):
     assert "no version of intent is on trial" in command("canary")[1]
     file = tiny.write_csv(tmp_path / "b.csv", {"pizza": tiny.sentences("pizza", 10)})
     assert command("add-label", "--examples", file, "--canary", "25", "--no-load")[0] == 0
-    code, _, err = command("canary", "--eval", held_out)
+    code, _, err = command("canary")
     assert (code, "`patcher sync` loads it" in err) == (1, True)
     assert "has not loaded intent_canary, version" in err
     assert command("canary", "--eval", tmp_path / "nothing.csv")[0] == 2
     assert command("sync")[0] == 0
     assert "is on trial with 25 %" in command("canary")[1]
     assert command("canary", "--discard")[0] == 0
+    useless = tiny.write_csv(tmp_path / "useless.csv", {"unknown": ["no label of any version"]})
+    assert command("canary", "--version", version, "--percent", "5", "--eval", useless)[0] == 2
+    assert canary.status(classifier) is None
     code, out, _ = command("canary", "--version", version, "--percent", "5", "--json")
     assert (code, json.loads(out)["percent"]) == (0, 5)
     code, out, _ = command("canary", "--promote", "--json")
-    assert json.loads(out) == {"classifier": "intent", "version": version, "previous": 1}
+    assert json.loads(out) == {"classifier": "intent", "version": version, "previous": 1, "warnings": []}

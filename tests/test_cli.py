@@ -16,9 +16,10 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 
+from patcher.canary import Canary
 from patcher.cli.output import not_installed
 from patcher.difference import Difference
-from patcher.errors import as_sentence
+from patcher.errors import Busy, ServerUnreachable, as_sentence
 from patcher.serve import serve
 
 DEAD = "127.0.0.1:1"
@@ -425,12 +426,18 @@ def test_a_mistake_is_refused_before_torch_is_imported(classifier, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "file", "model_repository"]
 
 
-def test_a_traceback_shows_only_when_asked_for(patcher, monkeypatch):
-    from patcher.errors import PatcherError
-
-    monkeypatch.setenv("PATCHER_DEBUG", "1")
-    with pytest.raises(PatcherError):
-        patcher("labels", "--version", "7")
+@pytest.mark.parametrize("debug", ["1", ""])
+def test_a_traceback_shows_only_when_asked_for_and_changes_nothing_else(patcher, monkeypatch, tmp_path, debug):
+    log, same = tmp_path / "audit.jsonl", tmp_path / "same.csv"
+    tiny.write_csv(same, {"rain": tiny.sentences("weather", 10, seed=5)})
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setenv("PATCHER_DEBUG", debug)
+    code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json")
+    assert (code, json.loads(out)["exit_code"], "Traceback" in err) == (3, 3, bool(debug)), err
+    assert json.loads(log.read_text())["outcome"] == "refused"
+    monkeypatch.setattr("patcher.lifecycle.prune", lambda *_: 1 / 0)
+    code, _, err = patcher("prune", "--keep", "1")
+    assert (code, "This is a bug in patcher" in err, "Traceback" in err) == (1, True, bool(debug))
 
 
 @pytest.mark.parametrize(
@@ -519,6 +526,18 @@ def test_sync_takes_every_classifier_unless_one_is_named(patcher, classifier, mo
         assert (code, [entry["classifier"] for entry in json.loads(out)]) == (1, names), err
 
 
+def test_sync_goes_on_after_a_classifier_that_is_damaged(patcher, classifier):
+    with classifier.repository.lock():
+        damaged = classifier.repository.add_classifier("a", classifier.head(), backbone="intent")
+    damaged.journal.path.write_text("garbage\n")
+    code, out, err = patcher("sync", "--json")
+    first, second = json.loads(out)
+    assert (code, first["classifier"], first["url"], second["classifier"]) == (1, "a", DEAD, "intent"), err
+    assert first["state"].startswith("failed: ")
+    assert "line 1, is not an entry" in first["state"]
+    assert second["state"] == f"failed: {DEAD} does not answer; run `patcher sync` again when it does"
+
+
 def test_without_a_verb_there_is_the_help_alone(patcher):
     code, out, err = patcher()
     assert (code, out, err.count("Usage:"), "error:" in err) == (2, "", 1, False)
@@ -559,10 +578,10 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
     assert found == [("rollback", "bad_input", "intent"), ("doctor", "failed", None)]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
     log, fsync = tmp_path / "audit.jsonl", os.fsync
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(descriptor):
         if os.fstat(descriptor).st_ino == log.stat().st_ino:
@@ -571,11 +590,63 @@ def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examp
 
     log.touch()
     monkeypatch.setattr(os, "fsync", interrupted)
-    try:
-        assert patcher("prune", "--keep", "1")[0] == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert patcher("prune", "--keep", "1")[0] == 0
     assert json.loads(log.read_text())["outcome"] == "done"
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [(Busy("another patcher is at work"), "another patcher is at work."), (KeyboardInterrupt(), "interrupted.")],
+)
+def test_old_versions_that_cannot_be_deleted_undo_no_patch(
+    patcher, classifier, examples, monkeypatch, tmp_path, error, reason
+):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr("patcher.lifecycle.prune", MagicMock(side_effect=error))
+    code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--keep", "1", "--json")
+    warning = f"old versions were not deleted: {reason} `patcher prune --keep 1` retries"
+    assert (code, f"warning: {warning}" in err, classifier.serving()) == (0, True, 2), err
+    report, event = json.loads(out), json.loads(log.read_text())
+    assert (report["version"], report["published"], report["pruned"]) == (2, True, [])
+    assert report["warnings"] == event["warnings"] == [warning]
+    assert event["outcome"] == "done"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_while_an_earlier_classifier_of_the_name_is_ended_comes_too_late(
+    patcher, classifier, monkeypatch, tmp_path
+):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "stand-in:1: no."
+
+    monkeypatch.setattr("patcher.founding.forget_other", interrupted)
+    train = tiny.write_csv(tmp_path / "train.csv", tiny.train_set(10))
+    code, out, err = patcher("new-classifier", "topics", "--train", train, "--no-load", "--json")
+    (warning,) = json.loads(out)["warnings"]
+    assert (code, "may still be answered for, too, by stand-in:1: no. `patcher sync" in warning) == (0, True), err
+    assert "topics" in classifier.repository.classifiers()
+
+
+@pytest.mark.parametrize("error", [ServerUnreachable("gone"), KeyboardInterrupt()])
+def test_a_trial_that_has_begun_is_no_failure(patcher, monkeypatch, error):
+    monkeypatch.setattr("patcher.canary.begin", lambda *_: Canary("intent", 2, 10.0))
+    monkeypatch.setattr("patcher.canary.status", MagicMock(side_effect=error))
+    code, out, err = patcher("canary", "--version", "2", "--percent", "10", "--json")
+    document = json.loads(out)
+    assert (code, document["version"], document["arms"]) == (0, 2, []), err
+    assert document["warnings"] == [
+        f"the trial has begun, but its requests were not counted: {str(error) or 'interrupted'}"
+    ]
+
+
+def test_a_file_of_no_use_begins_no_trial(patcher, examples, monkeypatch, tmp_path):
+    assert patcher("add-label", "--examples", examples, "--no-load")[0] == 0
+    monkeypatch.setattr("patcher.canary.begin", begin := MagicMock())
+    useless = tiny.write_csv(tmp_path / "useless.csv", {"unknown": ["no label of any version"]})
+    code, _, err = patcher("canary", "--version", "1", "--percent", "10", "--eval", useless)
+    assert (code, begin.called) == (2, False), err
 
 
 def test_a_text_that_looks_like_a_flag_is_a_text(patcher, monkeypatch, tmp_path):
@@ -648,6 +719,23 @@ def test_what_was_done_is_done_with_the_output_closed(closed, classifier, tmp_pa
     environment = {**os.environ, "PATCHER_AUDIT_LOG": str(log), "PATCHER_LOG": "json"}
     assert subprocess.run(["bash", "-c", command], env=environment, check=False).returncode == 0
     assert json.loads(log.read_text())["outcome"] == "done"
+
+
+@pytest.mark.parametrize(
+    "arguments, where, code, said",
+    [
+        ("labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device\n"),
+        ("history --json", ">/dev/full", 1, "error: the output could not be written"),
+        ("labels --version 7 --json", ">/dev/full", 2, "error: intent has no version 7"),
+        ("rename-label music songs --no-load --json", ">/dev/full", 0, "; what the verb has changed stays changed\n"),
+        ("labels", "| true", 0, ""),
+        ("labels", "2>/dev/full", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_told(classifier, arguments, where, code, said):
+    command = f"{sys.executable} -m patcher {arguments} --repo {classifier.root} {where}"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.returncode, said in run.stderr, bool(said) == bool(run.stderr)) == (code, True, True), run.stderr
 
 
 def test_sigterm_undoes_what_was_begun(classifier, tmp_path, tree):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -373,6 +375,18 @@ def test_health_of_a_head_store_is_any_answer_of_it(
     for mark in (tmp_path / "models").glob("*/store"):
         mark.write_text("other")
     assert checked(tmp_path, repository=tmp_path / "models").returncode == 0  # there is no classifier to ask
+
+
+def test_a_classifier_that_is_dropped_from_a_head_store_meanwhile_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DOCKER)
+    healthcheck = importlib.import_module("healthcheck")
+    marks = [tmp_path / f"{name}_head" / "store" for name in ("dropped", "stays")]
+    marks[1].parent.mkdir()
+    marks[1].write_text("intent\n")
+    monkeypatch.setattr(healthcheck, "REPOSITORY", MagicMock(glob=lambda _: marks))
+    assert healthcheck.asked_for("intent_any")["classifier"] == "stays"
 
 
 def test_health_of_a_busy_server_is_known_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,9 @@ def test_a_log_line_beside_json(classifier, monkeypatch, capsys):
             assert json.loads(capsys.readouterr().err.splitlines()[-1])["outcome"] == outcome
 
 
-def test_an_audit_log_that_cannot_be_written_undoes_nothing(classifier, monkeypatch, capsys):
-    monkeypatch.setenv("PATCHER_AUDIT_LOG", "/proc/nowhere/log")
+@pytest.mark.parametrize("path", ["/proc/nowhere/log", "x" * 300])
+def test_an_audit_log_that_cannot_be_written_undoes_nothing(classifier, monkeypatch, capsys, path):
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", path)
     assert main(["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)]) == 0
     assert "cannot be written" in capsys.readouterr().err
     assert classifier.serving() == 2

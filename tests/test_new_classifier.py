@@ -501,11 +501,11 @@ def test_a_new_one_serves_although_an_earlier_one_cannot_be_ended(triton, monkey
         new_classifier(repository, name, examples(), server=server, settings=FoundingSettings(in_store=True))
         drop_classifier(repository, name)
         monkeypatch.setattr(TritonServer, "refresh", refuse)
-        with pytest.raises(ServerError, match="version 1 of stays serves, but an earlier stays may still be") as caught:
-            new_classifier(repository, name, examples(tiny.OLD), server=server)
-        assert f"`patcher sync --classifier {name}` ends that" in str(caught.value)
-        assert (caught.value.report["published"], caught.value.report["served"]) == (True, True)
-        assert caught.value.report["accuracy"] > 0.5
+        report = new_classifier(repository, name, examples(tiny.OLD), server=server)
+        (warning,) = report.warnings
+        assert "version 1 of stays serves, but an earlier stays may still be" in warning
+        assert f"`patcher sync --classifier {name}` ends that" in warning
+        assert (report.published, report.served) == (True, True)
         assert server.classify(name, ["hello"])[0].labels[0] in tiny.OLD
         monkeypatch.setattr(TritonServer, "refresh", real)
         assert sync(repository.classifier(name), server) == {server.url: "caught up"}

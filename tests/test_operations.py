@@ -753,6 +753,21 @@ def test_pruning_spares_a_version_on_trial(classifier):
     canary.discard(classifier)
 
 
+def test_a_promotion_holds_although_its_trial_cannot_be_ended(classifier, monkeypatch):
+    def full(*_):
+        raise StorageError("the disk is full")
+
+    report = add_label(classifier.repository, "payday", TEN, settings=PatchSettings(canary=10.0))
+    monkeypatch.setattr(type(classifier.repository), "remove_classifier", full)
+    switch = canary.promote(classifier)
+    assert (switch.version, classifier.serving()) == (report.version, report.version)
+    assert switch.warnings == (
+        "version 2 serves, but its trial could not be ended: the disk is full. `patcher canary --discard` ends it",
+    )
+    monkeypatch.undo()
+    assert canary.discard(classifier) == report.version
+
+
 def test_a_canary_of_a_long_name_can_be_ended(tiny_original, tmp_path):
     name = "n" * 60
     classifier = tiny.make_repository(tmp_path / "repository", tmp_path / "scratch", name)
@@ -820,6 +835,12 @@ def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifie
     with classifier.repository.lock():
         assert journal() == ("note", "in progress: version 2 was about to serve after 1; another patcher is running")
     assert journal()[0] == "fault"
+
+
+def test_nobody_waits_for_what_the_caller_of_a_repair_does(classifier):
+    found = doctor.repair(classifier.root, None)
+    assert next(found).finding == "nothing was interrupted"
+    assert not classifier.repository.storage.busy()
 
 
 def test_a_version_that_is_pruned_while_it_is_looked_at_is_no_fault(classifier, monkeypatch):

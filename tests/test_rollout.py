@@ -129,14 +129,6 @@ def test_whatever_fails_the_previous_version_is_back(classifier, case):
     assert not list(classifier.root.rglob(".patcher-staging-*"))
 
 
-@pytest.fixture
-def interruptible():
-    """Make Ctrl-C raise even if a shell started the tests in the background, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_does_not_stop_the_way_back(classifier, second, interruptible):
     signals = [signal.SIGINT, second]

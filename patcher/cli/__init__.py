@@ -6,13 +6,14 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from patcher import audit
-from patcher.cli.output import tell
+from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
 from patcher.signals import interruptible, uninterrupted
 from patcher.wording import redacted
@@ -167,7 +168,11 @@ def _patcher() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``."""
+    """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``.
+
+    If stdout cannot be written (its disk is full), a verb that only looks exits with 1: its output is all there is to
+    it. After a change it stays 0, with a warning: 1 would say that nothing was changed, and a script would try again.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     # numpy's BLAS threads busy-wait for 25 ms after each product, on cores that a server on this machine may need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -175,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = _Run("--json" in given, os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1])
     with interruptible():
         code, error = _run(given, run)
+        if (reason := unwritten()) and code == 0:
+            code, error = _not_written(reason)
     with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
         audit.finish(code, error, to_stderr=run.log_json)
     return code
@@ -184,8 +191,7 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
     try:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
-        if os.environ.get("PATCHER_DEBUG") == "1":
-            raise
+        _trace()
         return _failed(str(error), error.exit_code, run.as_json, error.report)
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.format_message(), err=True)
@@ -197,9 +203,8 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         return _failed(_with_hint(error.format_message(), context, arguments), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
-    except Exception as error:
-        if os.environ.get("PATCHER_DEBUG") == "1":
-            raise
+    except Exception as error:  # noqa: BLE001  said to be a bug
+        _trace()
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
@@ -214,6 +219,22 @@ def _with_hint(message: str, context: click.Context | None, arguments: list[str]
     if not late:
         return message
     return f"{message.rstrip('.')}; {late[0]} follows `--`, where no word is an option: put options before `--`"
+
+
+def _not_written(reason: str) -> tuple[int, str]:
+    said = f"the output could not be written to stdout: {reason}"
+    if not audit.is_change():
+        return _failed(said, 1, as_json=False)
+    said += "; what the verb has changed stays changed"
+    audit.note(warnings=[said])
+    tell(f"warning: {said}", err=True)
+    return 0, ""
+
+
+def _trace() -> None:
+    """Print the traceback of the error being handled to stderr if ``PATCHER_DEBUG=1``; the run ends as without it."""
+    if os.environ.get("PATCHER_DEBUG") == "1":
+        tell(redacted(traceback.format_exc().rstrip()), err=True)
 
 
 def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:

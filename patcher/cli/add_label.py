@@ -19,11 +19,13 @@ from patcher.cli.options import (
     no_load_option,
 )
 from patcher.cli.output import seconds, tell
+from patcher.errors import PatcherError, as_sentence
 from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from patcher.classifier import Classifier
     from patcher.labelling import PatchReport
 
 METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
@@ -100,7 +102,6 @@ def add_label_command(
     """
     from patcher.examples_file import read_examples
     from patcher.labelling import add_labels
-    from patcher.lifecycle import prune
     from patcher.patch import PatchSettings
 
     examples = _examples(file, texts, label, options)
@@ -121,13 +122,26 @@ def add_label_command(
             skip_known=label is None,
             progress=options.progress(total),
         )
-    pruned = prune(classifier, keep) if keep is not None and report.published else ()
+    pruned, warnings = _pruned(classifier, keep) if keep is not None and report.published else ((), ())
+    options.warn(*warnings)
     if options.json:
-        options.emit({**report.to_json(), **({"pruned": list(pruned)} if keep is not None else {})})
+        extra = {"pruned": pruned} if keep is not None else {}
+        options.emit({**report.to_json(), **extra, "warnings": warnings})
     else:
         _render(report, options)
         if pruned:
             options.say(f"pruned    {', '.join(map(str, pruned))}")
+
+
+def _pruned(classifier: Classifier, keep: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The versions that were deleted, and a warning if that failed: the new version is published all the same."""
+    from patcher.lifecycle import prune
+
+    try:
+        return prune(classifier, keep), ()
+    except (PatcherError, KeyboardInterrupt) as error:  # Ctrl-C may end a long wait for the lock
+        reason = as_sentence(str(error) or "interrupted")
+        return (), (f"old versions were not deleted: {reason} `patcher prune --keep {keep}` retries",)
 
 
 def _examples(

@@ -10,13 +10,17 @@ from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option
 from patcher.cli.output import changed_answers, table
+from patcher.errors import PatcherError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from patcher.canary import Canary
     from patcher.classifier import Classifier
+    from patcher.difference import Difference
     from patcher.examples import Examples
+    from patcher.triton.client import TritonServer
 
 
 @click.command("canary")
@@ -57,7 +61,9 @@ def canary_command(
         if promote:
             switch = canary.promote(classifier, server)
             audit.note(version=switch.version, previous=switch.previous)
-            options.emit({"classifier": classifier.name, "version": switch.version, "previous": switch.previous})
+            options.warn(*switch.warnings)
+            document = {"classifier": classifier.name, "version": switch.version, "previous": switch.previous}
+            options.emit({**document, "warnings": switch.warnings})
             if not options.json:
                 options.say(
                     f"version {switch.version} of {classifier.name} now serves; previously version {switch.previous}"
@@ -70,22 +76,52 @@ def canary_command(
             if not options.json:
                 options.say(f"the trial of version {tried} has ended; version {classifier.serving()} serves as before")
             return
+        difference = _compared(classifier, version, examples)  # before a trial begins: FILE may be of no use
         if version is not None and share is not None:
-            canary.begin(classifier, version, share, server)
-            audit.note(version=version)
-        found = canary.status(classifier, server)
-    _show(classifier, found, examples, options)
+            found, warnings = _begun(classifier, version, share, server)
+        else:
+            found, warnings = canary.status(classifier, server), ()
+    options.warn(*warnings)
+    _show(classifier, found, difference, warnings, options)
 
 
-def _show(classifier: Classifier, found: Canary | None, examples: Examples | None, options: CommonOptions) -> None:
+def _compared(classifier: Classifier, version: int | None, examples: Examples | None) -> Difference | None:
+    """The serving version compared with ``version``, by default that on trial; None without examples or a trial."""
+    from patcher.canary import on_trial
     from patcher.difference import diff
 
+    if examples is None:
+        return None
+    if version is None and (trial := on_trial(classifier)):
+        version = trial.serving()
+    return None if version is None else diff(classifier, classifier.serving(), version, examples)
+
+
+def _begun(
+    classifier: Classifier, version: int, share: float, server: TritonServer
+) -> tuple[Canary | None, tuple[str, ...]]:
+    """Begin a trial; returns its state, and a warning if the server could not be asked for its statistics."""
+    from patcher import canary
+
+    found = canary.begin(classifier, version, share, server)
+    audit.note(version=version)
+    try:
+        return canary.status(classifier, server), ()
+    except (PatcherError, KeyboardInterrupt) as error:
+        return found, (f"the trial has begun, but its requests were not counted: {str(error) or 'interrupted'}",)
+
+
+def _show(
+    classifier: Classifier,
+    found: Canary | None,
+    difference: Difference | None,
+    warnings: Sequence[str],
+    options: CommonOptions,
+) -> None:
     document: dict[str, Any] = {"classifier": classifier.name, "version": None} if found is None else found.to_json()
-    difference = None
-    if found is not None and examples is not None:
-        difference = diff(classifier, classifier.serving(), found.version, examples)
+    if difference is not None:
         document["comparison"] = difference.to_json()
-    options.emit(document)
+    options.emit({**document, "warnings": warnings})
     if options.json:
         return
     if found is None:

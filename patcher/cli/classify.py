@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options
-from patcher.cli.output import table
+from patcher.cli.output import shortened, table
 from patcher.errors import ServerRefused
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
         return
     rows = [
         (
-            _shortened(answer.text),
+            shortened(answer.text),
             answer.labels[0],
             f"{answer.scores[0]:.3f}",
             "" if answer.in_scope is None else f"{answer.in_scope:.2f}",
@@ -64,10 +64,6 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
         for answer in answers
     ]
     options.say(table(("text", "label", "score", "in scope", "head", "next"), rows, right=(2, 3, 4)))
-
-
-def _shortened(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _document(answer: Answer) -> dict[str, Any]:

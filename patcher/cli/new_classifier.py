@@ -99,6 +99,7 @@ def new_classifier_command(
             settings=wishes,
             progress=options.progress(len(examples)),
         )
+    options.warn(*report.warnings)
     if options.json:
         options.emit(report.to_json())
     else:

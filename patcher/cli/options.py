@@ -150,6 +150,13 @@ class CommonOptions:
             # Characters that are not printable become JSON escapes.
             tell("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
+    def warn(self, *warnings: str) -> None:
+        """Print warnings to stderr, and record them in the audit event of this run."""
+        if warnings:
+            audit.note(warnings=list(warnings))
+        for warning in warnings:
+            tell(f"warning: {warning}", err=True)
+
     def progress(self, total: int) -> Callable[[int], None]:
         """Report on stderr, every few seconds, how many of ``total`` texts are done."""
         from patcher.stopwatch import counter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
     from patcher.difference import Difference
 
-__all__ = ["changed_answers", "not_installed", "seconds", "table", "tell"]
+__all__ = ["changed_answers", "not_installed", "seconds", "shortened", "table", "tell", "unwritten"]
+
+_unwritten: list[str] = []
 
 
 def tell(text: str = "", *, err: bool = False) -> None:
-    """Print a line. A failure to write (`| head` has ended, the disk is full) is ignored: the work itself is done."""
+    """Print a line; a failure to write ends no work. One of stdout (a full disk) is kept for :func:`unwritten`."""
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # the process was started with the stream closed (`>&-`), as some daemons are
         return
@@ -26,9 +29,18 @@ def tell(text: str = "", *, err: bool = False) -> None:
     try:
         stream.write(text.encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
         stream.flush()
-    except OSError:
+    except OSError as error:
+        if not err and error.errno != errno.EPIPE:  # EPIPE: the reader has read enough, as in `| head`
+            _unwritten.append(error.strerror or str(error))
         # Otherwise Python would fail again when it flushes the stream at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def unwritten() -> str:
+    """Why stdout could not be written since the last call; empty if all was written, or its reader had ended."""
+    reasons = "; ".join(dict.fromkeys(_unwritten))
+    _unwritten.clear()
+    return reasons
 
 
 def _printable(text: str, kept: str = "\n") -> str:
@@ -70,6 +82,11 @@ def changed_answers(difference: Difference, then: str) -> Iterator[str]:
 def seconds(duration: float) -> str:
     """``0.1234`` as ``0.12 s``."""
     return f"{duration:.2f} s"
+
+
+def shortened(text: str, width: int = 60) -> str:
+    """Shorten a text, since a single long one would widen the whole table; --json has it in full."""
+    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:

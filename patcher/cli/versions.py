@@ -9,11 +9,14 @@ import click
 from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
-from patcher.cli.output import changed_answers, table
+from patcher.cli.output import changed_answers, shortened, table
+from patcher.errors import InputError, NotServed, ServerError
 from patcher.wording import listing, plural
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from patcher.triton.client import TritonServer
 
 
 _SHOWN = 20
@@ -53,7 +56,7 @@ def history_command(options: CommonOptions) -> None:
             entry.lineage.parent or "—",
             entry.lineage.created[:19],
             entry.labels,
-            _shortened(entry.what()),
+            shortened(entry.what(), 80),
             entry.lineage.method,
             entry.lineage.gate,
             entry.lineage.author or "—",
@@ -63,11 +66,6 @@ def history_command(options: CommonOptions) -> None:
     ]
     header = ("version", "parent", "created", "labels", "change", "method", "gate", "by", "data")
     options.say(table(header, rows, right=(3,)))
-
-
-def _shortened(text: str, width: int = 80) -> str:
-    """Shorten a text, since one long label would widen the whole table; --json has it in full."""
-    return text if len(text) <= width else f"{text[: width - 2]} …"
 
 
 @click.command("diff")
@@ -96,7 +94,7 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
     for line in changed_answers(difference, "now"):
         options.say(line)
     if difference.flips:
-        rows = [(_shortened(flip.text, 60), flip.label, flip.before, flip.after) for flip in difference.flips[:_SHOWN]]
+        rows = [(shortened(flip.text), flip.label, flip.before, flip.after) for flip in difference.flips[:_SHOWN]]
         options.say(table(("text", "label", f"version {a}", f"version {b}"), rows))
         if (more := len(difference.flips) - _SHOWN) > 0:
             options.say(f"and {more} more (--json lists them all)")
@@ -160,17 +158,31 @@ def prune_command(keep: int, options: CommonOptions) -> None:
 def sync_command(options: CommonOptions) -> int:
     """Make every server in --url serve the pinned version, including servers that were unreachable earlier.
 
-    Covers all classifiers unless --classifier names one. Exits with 1 if any server does not answer or cannot comply.
+    Covers all classifiers unless --classifier names one. Exits with 1 if any server does not answer or cannot comply,
+    or if a classifier's files are damaged; the other classifiers are made to agree all the same.
     """
-    from patcher.lifecycle import sync
     from patcher.names import CANARY
 
     names = options.repository.classifiers() if options.classifier_name is None else ()
     own = [name for name in names if not name.endswith(CANARY)]  # a trial is synchronised along with its classifier
-    classifiers = [options.repository.classifier(name) for name in own] or [options.classifier]
     with options.server() as server:
-        found = [(each.name, url, state) for each in classifiers for url, state in sync(each, server).items()]
+        states = {name: _synced(name, server, options) for name in own or [options.classifier.name]}
+    found = [(name, url, state) for name, by_url in states.items() for url, state in by_url.items()]
     options.emit([{"classifier": name, "url": url, "state": state} for name, url, state in found])
     if not options.json:
         options.say("\n".join(f"{name}  {url}  {state}" for name, url, state in found))
     return int(any(state not in ("agreed", "caught up") for _, _, state in found))
+
+
+def _synced(name: str, server: TritonServer, options: CommonOptions) -> dict[str, str]:
+    """The result for one classifier by address; ``failed: …`` for all if its files or a change left pending forbid it.
+
+    Raises what concerns the whole repository: Busy and StorageError.
+    """
+    from patcher.fleet import members
+    from patcher.lifecycle import sync
+
+    try:
+        return sync(options.repository.classifier(name), server)
+    except (InputError, ServerError, NotServed) as error:
+        return {member.url: f"failed: {error}" for member in members(server)}

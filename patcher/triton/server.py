@@ -131,23 +131,9 @@ class EmbeddedTriton:
         require(str, None, metrics_host=metrics_host)
         require(int, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
         models = listed(models, "models")
-        admin_headers(admin_key)
-        if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
-            raise InputError(
-                "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
-            )
-        if admin_key is not None and open_control:
-            raise InputError(
-                "got an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY) and --no-admin-key "
-                "(open_control=True); leave out one of them"
-            )
         self.host = address(host)
         local = ipaddress.ip_address(self.host).is_loopback
-        if admin_key is None and not local:
-            raise InputError(
-                f"{host} can be reached by others, who could load models and so run code; "
-                "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
-            )
+        _check_access(host, admin_key, local=local, open_control=open_control)
         if http and tls:
             raise InputError(
                 "Triton's HTTP does not support TLS, beside which it only answers health checks on loopback; "
@@ -379,3 +365,22 @@ class EmbeddedTriton:
 
     def _log_says(self) -> str:
         return server_log.last_words(self.log_file)
+
+
+def _check_access(host: str, admin_key: str | None, *, local: bool, open_control: bool) -> None:
+    """Raise InputError for a key that cannot be sent, or if model control would have two rules or none at all."""
+    admin_headers(admin_key)
+    if admin_key is not None and not re.fullmatch(r"[\w.~+/-]+", admin_key, re.ASCII):
+        raise InputError(
+            "the admin key may hold letters, digits and . _ ~ + / - only: Triton's options split at others"
+        )
+    if admin_key is not None and open_control:
+        raise InputError(
+            "got an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY) and --no-admin-key "
+            "(open_control=True); leave out one of them"
+        )
+    if admin_key is None and not local:
+        raise InputError(
+            f"{host} can be reached by others, who could load models and so run code; "
+            "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
+        )

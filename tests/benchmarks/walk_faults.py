@@ -268,9 +268,9 @@ class Faults:
         tried = on_trial(classifier)
         trial = None if tried is None else tried.serving()
         told = f"{walk.log[-1]}: {classifier.versions()}, {classifier.serving()} serves, {trial} on trial"
-        # A state in between: the new version serves, but `--keep` has not deleted any version yet.
+        # A state in between: the new version serves, but `--keep` has not deleted any version: Ctrl-C ends only that.
         middle = dataclasses.replace(then, versions={**first.versions, **then.versions})
-        choices = (then,) if done else (first, middle, then)
+        choices = (middle, then) if done else (first, middle, then)
         versions, numbers = set(classifier.versions()), {twin.serving for twin in choices}
         rule = "a killed verb leaves before or after"
         walk.rules.need(rule, versions in [set(each.versions) for each in choices], told)
