@@ -95,6 +95,19 @@ def test_what_could_not_be_added_leaves_it_to_older_patchers(older, tree, tmp_pa
     assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
 
 
+def test_an_export_that_is_killed_before_the_last_folder_leaves_the_format(older, tmp_path, monkeypatch):
+    add, seen = Disk.add, []
+
+    def recorded(storage, folders):
+        seen.append((json.loads(storage.read("patcher.json"))["format"], *folders))
+        add(storage, folders)
+
+    monkeypatch.setattr(Disk, "add", recorded)
+    with older.repository.lock():
+        older.repository.add_backbone("new", tiny.backbone_files(tmp_path))
+    assert seen == [(1, "new_tokenizer", "new_backbone", "new_encoder"), (2, "new_features")]
+
+
 def test_an_upgrade_that_adds_no_encoder_leaves_it_to_older_patchers(older, monkeypatch):
     def full(*_):
         raise StorageError("no space left on device")
