@@ -25,6 +25,7 @@ from patcher import TritonServer
 from patcher.errors import ServerRefused
 from patcher.triton.backends.onnxruntime import graphs
 from patcher.triton.backends.onnxruntime import session as backend
+from patcher.triton.backends.onnxruntime.failures import explain
 from patcher.triton.backends.onnxruntime.settings import LoadError, has_gpu
 from patcher.triton.server import EmbeddedTriton
 
@@ -534,6 +535,33 @@ def test_requests_are_joined_and_a_bad_one_fails_alone(load, server):
     with TritonServer(server.url) as client:
         (statistics,) = client.statistics(name)
     assert statistics.executions < len(values)
+
+
+@only_python_based("calls them internal errors, and names its source files")
+def test_what_a_client_does_wrong_is_said_in_a_line(load, server):
+    words = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
+    with pytest.raises(InferenceServerException) as refused:
+        ask(server, load(lookup(), words), "index", np.array([[2, 99999]]), "INT64")
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert refused.value.message() == (
+        "onnxruntime: indices element out of data bounds, idx=99999 must be within the inclusive range [-3,2]"
+    )
+
+
+def test_a_failure_is_told_without_onnxruntimes_source(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    run = backend.open_runner(backbone_of("1 x 3"), tmp_path / "model.onnx", "CPU", 0)
+    inputs = {"input_ids": np.ones((1, 3), np.int64), "attention_mask": np.ones((1, 2), np.int64)}
+    with pytest.raises(Exception, match="/onnxruntime_src/") as failed:  # its kinds of errors have no common one
+        run(["features"], inputs)
+    shapes = "input_ids [1, 3], attention_mask [1, 2]"
+    assert explain(failed.value, inputs) == (f"the inputs differ in their shapes ({shapes}); expected equal ones", True)
+    said, invalid = explain(failed.value, {})
+    assert said.startswith("onnxruntime: ") and said.endswith(
+        "Attempting to broadcast an axis by a dimension other than 1. 2 by 3"
+    )
+    assert not invalid and "/" not in said and "Mul" not in said
+    assert explain(RuntimeError("out of\nmemory"), {}) == ("onnxruntime: out of memory", False)
 
 
 def test_requests_of_other_shapes_are_answered_each_on_its_own(load, server):

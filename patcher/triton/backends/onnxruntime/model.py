@@ -8,9 +8,9 @@ sequence batching, ragged batches and custom operators, and refuses configuratio
 
 Triton's stub loads this file by its path, and so does an encoder that runs its backbone itself. Each other file of the
 folder is a stage: ``settings.py`` reads the configuration, ``session.py`` opens the session, ``check.py`` checks the
-model against the configuration, ``graphs.py`` records CUDA graphs, and ``backbone.py`` is for encoders. All run in the
-process of a stub, where the rest of this package need not be installed. So they import each other relatively, and
-nothing else of the package.
+model against the configuration, ``graphs.py`` records CUDA graphs, ``failures.py`` explains a request that failed, and
+``backbone.py`` is for encoders. All run in the process of a stub, where the rest of this package need not be installed.
+So they import each other relatively, and nothing else of the package.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class TritonPythonModel:
                 for index in members:
                     self._answer(requests, feeds, [index], responses)
             else:
-                responses[members[0]] = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"onnxruntime: {error}"))
+                said, invalid = _beside("failures").explain(error, feed)
+                code = [pb_utils.TritonError.INVALID_ARG] if invalid else []
+                responses[members[0]] = pb_utils.InferenceResponse(error=pb_utils.TritonError(said, *code))
             return
         start = 0
         for index, outputs in zip(members, wanted, strict=True):
