@@ -236,8 +236,8 @@ def _reasons(
     exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}; limit: --max-flips "
-        f"{percent(max_flips)})"
+        f"{_counted(flips)} would flip ({percent(flips.rate)}{_weighed(flips)}; limit: {percent(max_flips)}, "
+        "--max-flips or max_flips)"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
@@ -259,8 +259,8 @@ def _reasons(
             reasons.append(f"{label!r} has only one example, so there is no way to tell whether it would be found")
         elif found < min_recall:
             reasons.append(
-                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: --min-recall "
-                f"{percent(min_recall, 0)})"
+                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: "
+                f"{percent(min_recall, 0)}, --min-recall or min_recall)"
             )
     return tuple(reasons)
 

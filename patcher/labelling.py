@@ -112,6 +112,7 @@ def add_label(
     settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
     """Add one label; see ``add_labels``."""
+    require(str, label=label)
     return add_labels(
         repository,
         {label: texts},
@@ -165,6 +166,7 @@ def add_labels(
     """
     require(TritonServer, None, server=server)
     require(PatchSettings, settings=settings)
+    require(bool, skip_known=skip_known)
     watch = Stopwatch()
     target = one_classifier(repository, classifier)
     head = target.head()
@@ -396,5 +398,5 @@ def _lineage(classifier: Classifier, parent: Head, patch: Patch, texts: Mapping[
 
 
 def _refusal(verdict: Verdict) -> str:
-    lines = (*verdict.reasons, *verdict.advice, "`--force` publishes anyway")
+    lines = (*verdict.reasons, *verdict.advice, "`--force` (force=True) publishes anyway")
     return "the gate refused the patch:" + "".join(f"\n          {line}" for line in lines)

@@ -43,7 +43,11 @@ __all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
 
 @dataclass(frozen=True)
 class Change:
-    """A published change of labels; ``verdict`` is the gate's, for a merge."""
+    """A published change of labels.
+
+    ``renamed`` and ``merged`` hold pairs of a label and the one that it became, as those of a ``Difference`` do. Of a
+    merge, ``verdict`` is the gate's.
+    """
 
     classifier: str
     version: int
@@ -51,6 +55,10 @@ class Change:
     labels: int
     served: bool
     gate: str
+    labels_added: tuple[str, ...] = ()
+    labels_removed: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +72,7 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
     Raises LabelError if the head has no such label, or only two labels; NotServed if the server would not serve the new
     version: the previous one then serves again.
     """
+    require(str, label=label)
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
     with changing(classifier, server):
@@ -80,6 +89,7 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
     Raises LabelError if the head has no label ``old`` or already has ``new``; ExamplesError if ``new`` is not a valid
     label; NotServed if the server would not serve the new version: the previous one then serves again.
     """
+    require(str, old=old, new=new)
     check_label(new, "the new name")
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
@@ -116,9 +126,12 @@ def merge_labels(
     NotServed
         If the server would not serve the new version; the previous one serves again.
     """
+    require(str, into=into)
     check_label(into, "the label to merge into")
     limits = PatchSettings(max_flips, min_recall, force=force)
-    labels = tuple(dict.fromkeys(listed(labels, "labels")))
+    labels = listed(labels, "labels")
+    require(str, **{f"labels[{place}]": label for place, label in enumerate(labels)})
+    labels = tuple(dict.fromkeys(labels))
     if len(labels) < _FEWEST:
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
     require(TritonServer, None, server=server)
@@ -156,7 +169,7 @@ def merge_labels(
             gate="passed" if verdict.passed else "forced",
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
-        return dataclasses.replace(change, verdict=verdict)
+        return dataclasses.replace(change, merged=tuple((label, into) for label in labels), verdict=verdict)
 
 
 def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
@@ -191,9 +204,11 @@ def _publish(
         scope=_scope(parent, head, memory, method),
     )
     switch = roll_out(classifier, head, memory, server)
+    made = head.lineage
     return Change(
-        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, head.lineage.gate
-    )
+        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, made.gate,
+        made.added, made.removed, made.renamed,
+    )  # fmt: skip
 
 
 def _scope(parent: Head, head: Head, memory: Memory | None, method: str) -> Scope | None:
