@@ -171,7 +171,10 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
     except _READ_ERRORS as error:
         reason = _first_line(error)
         if "trust_remote_code" in str(error):
-            reason = "it brings Python code of its own; --trust-remote-code runs it, if you trust its source"
+            reason = (
+                "it brings Python code of its own; --trust-remote-code (trust_remote_code=True) runs it, if you trust "
+                "its source"
+            )
         elif "ignore_mismatched_sizes" in str(error):
             reason = "their shapes are not those that its config.json says"
         raise unread(Place(name, options["local_files_only"]), what, reason) from error
@@ -182,7 +185,8 @@ def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: boo
     if named is not None and not (isinstance(named, str) and re.fullmatch(_PLAIN + r"(\.index\.json)?", named)):
         raise CheckpointError(
             f"{name} names {named!r:.80} in its config.json as its weights (transformers_weights); expected a file "
-            "beside it that ends in .safetensors, or --allow-pickle if it is a pickle and you trust its source"
+            "beside it that ends in .safetensors, or --allow-pickle (allow_pickle=True) if it is a pickle and you "
+            "trust its source"
         )
     if not folder.is_dir():
         if named is None or named.endswith(".json"):
@@ -196,7 +200,8 @@ def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: boo
     if pickles:
         raise CheckpointError(
             f"{name} has its weights in a pickle ({pickles[0]}), which can run code when it is read; expected "
-            "model.safetensors (`save_pretrained` writes it), or --allow-pickle if you trust its source"
+            "model.safetensors (`save_pretrained` writes it), or --allow-pickle (allow_pickle=True) if you "
+            "trust its source"
         )
 
 
@@ -224,7 +229,7 @@ def _refuse_other_files(index: Path) -> None:
         if not (isinstance(name, str) and re.fullmatch(_PLAIN, name)):
             raise CheckpointError(
                 f"{index} has weights in {name!r:.80}; expected files beside it that end in .safetensors, or "
-                "--allow-pickle if it is a pickle and you trust where it comes from"
+                "--allow-pickle (allow_pickle=True) if it is a pickle and you trust where it comes from"
             )
 
 

@@ -115,12 +115,13 @@ def _refuse_other_backbone(repository: ModelRepository, backbone: str, files: Ba
     if there != files.fingerprint:
         raise InputError(
             f"{repository.location} holds another backbone {backbone!r} ({there[:12]}, this checkpoint's is "
-            f"{files.fingerprint[:12]}); expected another --backbone, as only those of equal bytes can be shared, and "
-            "each version of patcher may write its own"
+            f"{files.fingerprint[:12]}); expected another --backbone (backbone=...), as only those of equal bytes can "
+            "be shared, and each version of patcher may write its own"
         )
     if repository.tokenizer_json(backbone) != files.tokenizer_json:
         raise InputError(
-            f"the backbone {backbone!r} in {repository.location} has another tokenizer; name another --backbone"
+            f"the backbone {backbone!r} in {repository.location} has another tokenizer; name another --backbone "
+            "(backbone=...)"
         )
 
 

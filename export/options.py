@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from export.source import locate
+from patcher.arguments import require
 from patcher.errors import InputError
 from patcher.examples_file import as_examples
 from patcher.files import enclosing, require_folder
@@ -109,6 +111,7 @@ def settle(model: Source, repository_dir: str | os.PathLike[str], options: Expor
         raise InputError(
             f"no option {', '.join(sorted(unknown))}; there are {', '.join(ExportOptions.__annotations__)}"
         )
+    _check_types(model, options)
     name, in_store = options.get("name", "intent"), options.get("in_store", False)
     backbone = options.get("backbone") or name
     _refuse_taken(repository_dir, name, backbone, in_store=in_store)
@@ -125,6 +128,15 @@ def settle(model: Source, repository_dir: str | os.PathLike[str], options: Expor
     return Settled(name, backbone, in_store, target, files, place, options)
 
 
+def _check_types(model: Source, options: ExportOptions) -> None:
+    torch = sys.modules.get("torch")  # not imported here: whoever has a model in memory has done that
+    require(str, os.PathLike, *([torch.nn.Module] if torch else []), model=model)
+    for name in ("tensorrt", "in_store", "allow_pickle", "trust_remote_code"):
+        require(bool, **{name: options.get(name, False)})
+    require(int, per_label=options.get("per_label", 0))
+    require(int, None, max_length=options.get("max_length"))
+
+
 def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *, in_store: bool) -> None:
     """Raise InputError if ``name`` cannot be added to the repository at ``location``, which need not exist yet."""
     check_name(name)
@@ -133,9 +145,12 @@ def _refuse_taken(location: str | os.PathLike[str], name: str, backbone: str, *,
         require_folder(location)
     repository = ModelRepository.at(location)
     if repository is None and (around := enclosing(location)):
-        raise InputError(f"{location} lies in a repository; expected --repo {around[0]}")
+        raise InputError(f"{location} lies in a repository; expected --repo {around[0]} (repository_dir)")
     if repository is not None and name in repository.classifiers():
-        raise InputError(f"{location} holds a classifier {name!r} already; expected another --name, or another --repo")
+        raise InputError(
+            f"{location} holds a classifier {name!r} already; expected another --name (name=...), or another --repo "
+            "(repository_dir)"
+        )
 
 
 def _target(options: ExportOptions) -> Target:

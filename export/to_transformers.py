@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,19 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.source import HUB, locate
+from patcher.arguments import require
 from patcher.errors import InputError, StorageError
 from patcher.evaluation import answers
 from patcher.lineage import CHECKPOINT
 from patcher.narrow import narrow_head
+from patcher.repository import one_classifier
 from patcher.storage.disk import try_writing
 
 if TYPE_CHECKING:
-    import os
-
-    from patcher.classifier import Classifier
     from patcher.head import Head
+    from patcher.repository import ClassifierLike
 
 __all__ = ["Returned", "to_transformers"]
+
+_HOW = "--checkpoint MODEL (checkpoint=...)"
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,18 @@ class Returned:
 
 
 def to_transformers(
-    classifier: Classifier,
+    classifier: ClassifierLike,
     checkpoint: str | os.PathLike[str] | None,
     folder: str | os.PathLike[str],
     version: int | None = None,
-    **flags: bool,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> Returned:
     """Write ``checkpoint`` to ``folder`` with the labels and rows of a head version, by default the serving one.
 
-    ``checkpoint`` is what the classifier was exported from; None means the one that the lineage records. ``flags`` are
-    passed to ``load_checkpoint``.
+    ``checkpoint`` is what the classifier was exported from; None means the one that the lineage records.
+    ``allow_pickle`` and ``trust_remote_code`` are those of ``load_checkpoint``.
 
     Raises
     ------
@@ -66,6 +71,11 @@ def to_transformers(
     StorageError
         if ``folder`` cannot be written.
     """
+    require(str, os.PathLike, None, checkpoint=checkpoint)
+    require(str, os.PathLike, folder=folder)
+    require(int, None, version=version)
+    require(bool, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    classifier = one_classifier(classifier)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} already exists and is not empty; expected the path of a new folder")
@@ -81,7 +91,7 @@ def to_transformers(
     from export.checkpoint import load_checkpoint
     from export.last_layer import proven_layer, put_in, save
 
-    loaded = load_checkpoint(place, **flags)
+    loaded = load_checkpoint(place, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     plain = put_in(loaded, proven_layer(classifier, loaded, head.split), plain)
     save(loaded.model, loaded.tokenizer, target)
     agreement = None
@@ -97,7 +107,7 @@ def _recorded(name: str, head: Head) -> str:
     """The checkpoint that the lineage of the classifier ``name`` records."""
     found = head.lineage.details.get(CHECKPOINT)
     if found is None:
-        raise InputError(f"nothing says what {name} was exported from; expected --checkpoint MODEL")
+        raise InputError(f"nothing says what {name} was exported from; expected {_HOW}")
     if Path(found).is_absolute() and not Path(found).is_dir():
-        raise InputError(f"{name} was exported from {found}, which is not there any more; expected --checkpoint MODEL")
+        raise InputError(f"{name} was exported from {found}, which is not there any more; expected {_HOW}")
     return str(found) if Path(found).is_absolute() else f"{HUB}{found}"

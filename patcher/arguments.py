@@ -12,11 +12,16 @@ __all__ = ["listed", "require"]
 
 _NUMBERS: dict[type, type] = {int: numbers.Integral, float: numbers.Real}
 """Abstract number types, so that NumPy's numbers pass for Python's."""
+_BOOLEANS = ("bool", "bool_")
+"""Python's and, under either of its names, NumPy's, which is not imported for this."""
 _Item = TypeVar("_Item")
 
 
 def require(*kinds: type | None, **given: object) -> None:
-    """InputError if an argument, passed by its name, has none of the types ``kinds``; a bool is not a number here."""
+    """InputError if an argument, passed by its name, has none of the types ``kinds``; a bool is not a number here.
+
+    Python's abstract numbers and NumPy's scalars pass for ``int``, ``float`` and ``bool``.
+    """
     for name, value in given.items():
         if not any(_is(value, kind) for kind in kinds):
             expected = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
@@ -25,8 +30,10 @@ def require(*kinds: type | None, **given: object) -> None:
 
 
 def _is(value: object, kind: type | None) -> bool:
-    if kind is None or isinstance(value, bool):
-        return value is kind
+    if kind is None:
+        return value is None
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and type(value).__name__ in _BOOLEANS
     return isinstance(value, _NUMBERS.get(kind, kind))
 
 

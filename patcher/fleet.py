@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,8 @@ class Fleet(TritonServer):
 
     def __init__(self, urls: str | Iterable[str], *, watch_seconds: float = WATCH_SECONDS, **options: Any) -> None:
         require(float, watch_seconds=watch_seconds)
+        if not 0 <= watch_seconds < math.inf:
+            raise InputError(f"watch_seconds is {watch_seconds}; expected a finite number of seconds, 0 or more")
         urls = [urls] if isinstance(urls, str) else listed(urls, "urls")
         if not urls:
             raise InputError("no server; expected HOST:PORT, or several with commas between them")

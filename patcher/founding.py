@@ -77,6 +77,8 @@ class FoundingSettings:
 
     def __post_init__(self) -> None:
         check_limit("min_accuracy", self.min_accuracy)
+        require(bool, in_store=self.in_store, force=self.force, dry_run=self.dry_run)
+        require(int, per_label=self.per_label)
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
         f"the gate refused {report.classifier}: {percent(report.evaluation.accuracy, 1)} of {report.held_out} held-out "
         f"texts answered right, expected {percent(settings.min_accuracy, 1)} or more. Found least: "
         f"{worst or 'none in particular'}. "
-        "More texts of these help, or another backbone; `--force` publishes anyway."
+        "More texts of these help, or another backbone; `--force` (force=True) publishes anyway."
     )
 
 

@@ -102,7 +102,7 @@ class Verdict:
 
     def refusal(self, what: str) -> str:
         """The message if the gate refused ``what``, a patch or a merge: the reasons and the advice, a line each."""
-        lines = (*self.reasons, *self.advice, "`--force` publishes anyway")
+        lines = (*self.reasons, *self.advice, "`--force` (force=True) publishes anyway")
         return f"the gate refused the {what}:" + "".join(f"\n          {line}" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,8 +233,8 @@ def _reasons(
     exclusive: bool,
 ) -> tuple[str, ...]:
     reasons = [
-        f"{count_words(flips)} would flip ({percent(flips.rate)}{weight_words(flips)}; limit: --max-flips "
-        f"{percent(max_flips)})"
+        f"{count_words(flips)} would flip ({percent(flips.rate)}{weight_words(flips)}; limit: {percent(max_flips)}, "
+        "--max-flips or max_flips)"
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
@@ -256,8 +256,8 @@ def _reasons(
             reasons.append(f"{label!r} has only one example, so there is no way to tell whether it would be found")
         elif found < min_recall:
             reasons.append(
-                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: --min-recall "
-                f"{percent(min_recall, 0)})"
+                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: "
+                f"{percent(min_recall, 0)}, --min-recall or min_recall)"
             )
     return tuple(reasons)
 

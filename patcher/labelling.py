@@ -111,6 +111,7 @@ def add_label(
     settings: PatchSettings = DEFAULTS,
 ) -> PatchReport:
     """Add one label; see ``add_labels``."""
+    require(str, label=label)
     return add_labels(
         repository,
         {label: texts},
@@ -164,6 +165,7 @@ def add_labels(
     """
     require(TritonServer, None, server=server)
     require(PatchSettings, settings=settings)
+    require(bool, skip_known=skip_known)
     watch = Stopwatch()
     target = one_classifier(repository, classifier)
     head = target.head()

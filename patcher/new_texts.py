@@ -64,6 +64,7 @@ def checked(examples: Mapping[str, Texts], *, several: bool) -> dict[str, list[s
         raise LabelError("no new label; expected at least one with its examples")
     found = {}
     for written, given in examples.items():
+        require(str, label=written)  # a number might be meant as the label's index
         label = check_label(written, f"label {written!r:.60}")
         if isinstance(given, Examples):
             texts = new_examples(given, label, several=several)[label]

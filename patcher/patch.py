@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from patcher.arguments import require
 from patcher.errors import RepositoryError
 from patcher.fit import Fit, fit
 from patcher.fit.model import woken
@@ -44,7 +45,7 @@ class PatchSettings:
     - ``use_name``: take a label's own name, if it consists of words, as one more example.
     - ``canary``: the percentage of requests, between 0 and 100, on which the version is tried before it serves all.
 
-    Raises InputError for limits outside of these ranges.
+    Raises InputError for limits outside of these ranges, and for values of other types.
     """
 
     max_flips: float = MAX_FLIPS
@@ -58,6 +59,8 @@ class PatchSettings:
     def __post_init__(self) -> None:
         for name in ("max_flips", "min_recall"):
             check_limit(name, getattr(self, name))
+        require(str, method=self.method)
+        require(bool, force=self.force, dry_run=self.dry_run, use_name=self.use_name)
         if self.canary is not None:
             check_share(self.canary)
 

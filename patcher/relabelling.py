@@ -44,9 +44,10 @@ __all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
 
 @dataclass(frozen=True)
 class Change:
-    """A published change of labels; ``verdict`` is the gate's, for a merge.
+    """A published change of labels.
 
-    ``notes`` asks about other labels with nearly the new name.
+    ``renamed`` and ``merged`` hold pairs of a label and the one that it became, as those of a ``Difference`` do. Of a
+    merge, ``verdict`` is the gate's. ``notes`` asks about other labels with nearly the new name.
     """
 
     classifier: str
@@ -55,6 +56,10 @@ class Change:
     labels: int
     served: bool
     gate: str
+    labels_added: tuple[str, ...] = ()
+    labels_removed: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
 
@@ -70,6 +75,7 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
     Raises LabelError if the head has no such label, or only two labels; NotServed if the server would not serve the new
     version: the previous one then serves again.
     """
+    require(str, label=label)
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
     with changing(classifier, server):
@@ -89,6 +95,7 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
     Raises LabelError if the head has no label ``old`` or already has ``new``; ExamplesError if ``new`` is not a valid
     label; NotServed if the server would not serve the new version: the previous one then serves again.
     """
+    require(str, old=old, new=new)
     check_label(new, "the new name")
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
@@ -126,9 +133,12 @@ def merge_labels(
     NotServed
         If the server would not serve the new version; the previous one serves again.
     """
+    require(str, into=into)
     check_label(into, "the label to merge into")
     settings = PatchSettings(max_flips, min_recall, force=force)
-    labels = tuple(dict.fromkeys(listed(labels, "labels")))
+    labels = listed(labels, "labels")
+    require(str, **{f"labels[{place}]": label for place, label in enumerate(labels)})
+    labels = tuple(dict.fromkeys(labels))
     if len(labels) < _FEWEST:
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
     require(TritonServer, None, server=server)
@@ -148,7 +158,8 @@ def merge_labels(
             gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
-        return dataclasses.replace(change, verdict=patch.verdict, notes=_twins(patch.head, into))
+        merged = tuple((label, into) for label in labels)
+        return dataclasses.replace(change, merged=merged, verdict=patch.verdict, notes=_twins(patch.head, into))
 
 
 def _merged(
@@ -214,6 +225,8 @@ def _publish(
 ) -> Change:  # fmt: skip
     head = dataclasses.replace(head, lineage=next_lineage(classifier, parent, method=method, **lineage))
     switch = roll_out(classifier, head, memory, server)
+    made = head.lineage
     return Change(
-        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, head.lineage.gate
-    )
+        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, made.gate,
+        made.added, made.removed, made.renamed,
+    )  # fmt: skip

@@ -117,6 +117,7 @@ def remember(
         If the server would not serve the new version; the previous one serves again.
     """
     require(TritonServer, None, server=server)
+    require(int, per_label=per_label)
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
     head = classifier.head()
     label_ids(head, examples)  # check the labels before spending minutes on features, and do that before locking

@@ -78,7 +78,9 @@ class ModelRepository(RepositoryFiles):
         if name is None:
             if len(names) != 1:
                 found = f"{len(names)} classifiers ({_some(names)})" if names else "no classifier"
-                raise InputError(f"{self.location} holds {found}; expected --classifier NAME with one of them")
+                raise InputError(
+                    f"{self.location} holds {found}; expected --classifier NAME (.classifier(NAME)) with one of them"
+                )
             return Classifier(self, names[0])
         raise InputError(
             f"no classifier {check_name(name)!r} in {self.location}; it holds {_some(names, name) or 'none'}"
@@ -93,7 +95,7 @@ class ModelRepository(RepositoryFiles):
             return Backbone(self, names[0])
         if name is None:
             found = f"{len(names)} backbones ({_some(names)})" if names else "no backbone"
-            raise InputError(f"{self.location} holds {found}; expected --backbone NAME with one of them")
+            raise InputError(f"{self.location} holds {found}; expected --backbone NAME (backbone=...) with one of them")
         raise InputError(f"no backbone {name!r} in {self.location}; it holds {_some(names, name) or 'none'}")
 
     def add_backbone(self, name: str, files: BackboneFiles) -> Backbone:

@@ -265,7 +265,7 @@ def require_live(server: TritonServer | None, classifier: Classifier | None = No
     if server is not None and not (present(server) and server.is_live()):
         raise ServerUnreachable(
             f"no Triton server answers at {server.url} (gRPC), and nothing was changed; `patcher serve` starts one, "
-            "--url or $TRITON_URL names another, --no-load publishes without one"
+            "--url or $TRITON_URL (TritonServer(url)) names another, --no-load (server=None) publishes without one"
         )
     for replica in present(server) if classifier is not None and not classifier.in_store else ():
         replica.check_control()

@@ -143,7 +143,7 @@ def test_the_gate_refuses_and_force_is_recorded(patcher, classifier, tmp_path, t
     assert code == 3
     assert json.loads(out)["gate"] == "refused"
     assert err.splitlines()[0] == "error: the gate refused the patch:"
-    assert err.splitlines()[-1].strip() == "`--force` publishes anyway"
+    assert err.splitlines()[-1].strip() == "`--force` (force=True) publishes anyway"
     assert "weather" in err
     assert tree(classifier.root) == before
     code, out, err = patcher("add-label", "--examples", same, "--no-load", "--json", "--force")

@@ -235,7 +235,9 @@ def test_a_repository_inside_of_a_repository_is_refused(bert, tmp_path, tree):
     run_export(bert, root)
     before = tree(root)
     for inside, name in (("intent", "other"), ("new", "other"), ("intent", "intent"), ("a/b", "other")):
-        with pytest.raises(InputError, match=rf"{root}/{inside} lies in a repository; expected --repo {root}$"):
+        with pytest.raises(
+            InputError, match=rf"{root}/{inside} lies in a repository; expected --repo {root} \(repository_dir\)$"
+        ):
             run_export("./not/there", root / inside, name=name)
     assert tree(root) == before
 

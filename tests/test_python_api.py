@@ -16,6 +16,7 @@ from patcher import (
     ExamplesError,
     Fleet,
     FoundingSettings,
+    GateRefused,
     InputError,
     ModelRepository,
     PatchSettings,
@@ -145,19 +146,44 @@ def test_a_model_that_gives_something_else_is_named():
         (lambda: EmbeddedTriton("repository", "intent"), "models: expected a list, got str"),
         (lambda: EmbeddedTriton("repository", [], host=None), "host: expected str, got None"),
         (lambda: EmbeddedTriton("repository", [], grpc_port="8001"), "grpc_port: expected int, got str"),
-        (lambda: ClientTls(None), "--tls-ca: expected str or PathLike, got None"),
-        (lambda: ClientTls("/nowhere.pem"), "cannot read --tls-ca /nowhere.pem"),
+        (
+            lambda: TritonServer(NOBODY, timeout=float("inf")),
+            "timeout is inf; expected a number of seconds above 0, at most 1,000",
+        ),
+        (lambda: Fleet(NOBODY, watch_seconds=-1), "watch_seconds is -1; expected a finite number of seconds, 0 or"),
+        (lambda: Fleet(NOBODY, watch_seconds=float("nan")), "watch_seconds is nan"),
+        (lambda: EmbeddedTriton("repository", [], grpc_port=70000), r"grpc_port is 70000; expected 0 .* to 65535"),
+        (lambda: EmbeddedTriton("repository", [], http_port=-5), "http_port is -5"),
+        (lambda: EmbeddedTriton("repository", [], open_control="no"), "open_control: expected bool, got str"),
+        (lambda: EmbeddedTriton("repository", [], http="no"), "http: expected bool, got str"),
+        (lambda: EmbeddedTriton("repository", [], exit_timeout="9"), "exit_timeout: expected int, got str"),
+        (lambda: TritonServer(NOBODY).classify("intent", ["a"], logits="no"), "logits: expected bool, got str"),
+        (lambda: ClientTls(None), r"--tls-ca \(ca=...\): expected str or PathLike, got None"),
+        (lambda: ClientTls("/nowhere.pem"), r"cannot read --tls-ca \(ca=...\) /nowhere.pem"),
         (lambda: ModelRepository(None), "location: expected str or PathLike, got None"),
         (lambda: read_examples(None), "path: expected str or PathLike, got None"),
         (lambda: PatchSettings(max_flips="0.01"), "max_flips: expected float, got str"),
         (lambda: PatchSettings(max_flips=True), "max_flips: expected float, got bool"),
         (lambda: PatchSettings(canary="10"), "percent: expected float, got str"),
+        (lambda: PatchSettings(method=None), "method: expected str, got None"),
+        (lambda: PatchSettings(force="no"), "force: expected bool, got str"),
+        (lambda: PatchSettings(dry_run="false"), "dry_run: expected bool, got str"),
+        (lambda: PatchSettings(use_name=0), "use_name: expected bool, got int"),
         (lambda: FoundingSettings(min_accuracy="0.5"), "min_accuracy: expected float, got str"),
+        (lambda: FoundingSettings(force="no"), "force: expected bool, got str"),
+        (lambda: FoundingSettings(in_store=None), "in_store: expected bool, got None"),
+        (lambda: FoundingSettings(per_label="20"), "per_label: expected int, got str"),
     ],
 )
 def test_what_is_made_of_the_wrong_things(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_truth_values_of_numpy_are_taken_too():
+    assert PatchSettings(force=np.True_).force
+    with pytest.raises(InputError, match="max_flips: expected float, got bool"):
+        PatchSettings(max_flips=np.True_)
 
 
 def test_one_address_is_a_fleet_and_whole_numbers_are_seconds():
@@ -219,6 +245,17 @@ def test_arguments_in_the_wrong_place(classifier, tree):
         (lambda: rename_label(classifier, "music", "songs", 1), "server: expected TritonServer or None, got int"),
         (lambda: merge_labels(classifier, "music", "songs"), "labels: expected a list, got str"),
         (lambda: merge_labels(classifier, ["music", "alarm"], "songs", 1), "server: expected TritonServer or None"),
+        (lambda: merge_labels(classifier, ["music", "alarm"], "songs", force="no"), "force: expected bool, got str"),
+        (lambda: merge_labels(classifier, ["music", ["alarm"]], "songs"), r"labels\[1\]: expected str, got list"),
+        (lambda: merge_labels(classifier, ["music", "alarm"], 7), "into: expected str, got int"),
+        (lambda: remove_label(classifier, 0), "label: expected str, got int"),
+        (lambda: rename_label(classifier, "music", 7), "new: expected str, got int"),
+        (lambda: rename_label(classifier, 0, "songs"), "old: expected str, got int"),
+        (lambda: add_label(classifier, 5, TEN), "label: expected str, got int"),
+        (lambda: add_label(classifier, ["payday"], TEN), "label: expected str, got list"),
+        (lambda: add_labels(classifier, {5: TEN}), "label: expected str, got int"),
+        (lambda: add_labels(classifier, {"payday": TEN}, skip_known="no"), "skip_known: expected bool, got str"),
+        (lambda: remember(classifier, held, per_label="20"), "per_label: expected int, got str"),
         (lambda: drop_classifier(classifier, "intent"), "repository: expected ModelRepository, got Classifier"),
         (lambda: drop_classifier(classifier.repository, None), "name: expected str, got None"),
         (lambda: drop_classifier(classifier.repository, "intent", 1), "server: expected TritonServer or None"),
@@ -260,6 +297,26 @@ def test_a_repository_of_one_stands_for_its_classifier_and_a_classifier_for_itse
     assert merge_labels(repository, ["alarm", "travel"], "planning", force=True).version == 5
     assert remove_label(repository, "planning").version == 6
     assert prune(repository, 1)
+
+
+def test_a_change_of_labels_says_what_was_changed(classifier):
+    renamed = rename_label(classifier, "music", "songs").to_json()
+    assert (renamed["renamed"], renamed["labels_added"], renamed["labels_removed"]) == ((("music", "songs"),), (), ())
+    removed = remove_label(classifier, "songs").to_json()
+    assert (removed["renamed"], removed["labels_removed"]) == ((), ("songs",))
+    merged = merge_labels(classifier, ["alarm", "travel"], "planning", force=True).to_json()
+    assert merged["merged"] == (("alarm", "planning"), ("travel", "planning"))
+    assert (merged["labels_added"], merged["labels_removed"]) == (("planning",), ("alarm", "travel"))
+
+
+def test_messages_name_the_keywords_too(classifier):
+    strict = {"max_flips": 0.0, "min_recall": 1.0}
+    with pytest.raises(GateRefused, match=r"(?s)limit: 100 %, --min-recall or min_recall\).*`--force` \(force=True\)"):
+        add_label(classifier, "payday", [*TEN[:3], tiny.sentences("music", 1)[0]], settings=PatchSettings(**strict))
+    with pytest.raises(InputError, match=r"`--replay FILE` \(replay=...\)"):
+        add_label(classifier, "payday", TEN, settings=PatchSettings(method="anchored"))
+    with pytest.raises(ServerUnreachable, match=r"TRITON_URL \(TritonServer\(url\)\).*--no-load \(server=None\)"):
+        add_label(classifier, "payday", TEN, server=TritonServer(NOBODY))
 
 
 def test_a_path_is_taken_wherever_labelled_texts_are(classifier, files):

@@ -161,8 +161,29 @@ def test_the_checkpoint_is_taken_from_where_the_export_found_it(bert, tmp_path, 
 
 
 def test_a_classifier_whose_checkpoint_nobody_noted_needs_it_named(classifier, tmp_path):
-    with pytest.raises(InputError, match="nothing says what intent was exported from; expected --checkpoint MODEL"):
-        to_transformers(classifier, None, tmp_path / "new")
+    how = r"expected --checkpoint MODEL \(checkpoint=...\)"
+    for given in (classifier, classifier.repository):
+        with pytest.raises(InputError, match=f"nothing says what intent was exported from; {how}"):
+            to_transformers(given, None, tmp_path / "new")
+
+
+def test_arguments_of_other_types_are_refused(classifier, tmp_path):
+    new = tmp_path / "new"
+    for call, message in (
+        (lambda: to_transformers(None, None, new), "classifier: expected ModelRepository or Classifier, got None"),
+        (lambda: to_transformers(classifier, 1, new), "checkpoint: expected str or PathLike or None, got int"),
+        (lambda: to_transformers(classifier, None, None), "folder: expected str or PathLike, got None"),
+        (lambda: to_transformers(classifier, None, new, "1"), "version: expected int or None, got str"),
+        (lambda: to_transformers(classifier, None, new, allow_pickle="no"), "allow_pickle: expected bool, got str"),
+        (lambda: export_classifier(None, new), "model: expected str or PathLike or Module, got None"),
+        (lambda: export_classifier("bert", None), "location: expected str or PathLike, got None"),
+        (lambda: export_classifier("bert", new, in_store="no"), "in_store: expected bool, got str"),
+        (lambda: export_classifier("bert", new, max_length="9"), "max_length: expected int or None, got str"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    with pytest.raises(TypeError, match="allow_pikle"):
+        to_transformers(classifier, None, new, allow_pikle=True)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

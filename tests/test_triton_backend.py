@@ -25,6 +25,7 @@ from patcher import TritonServer
 from patcher.errors import ServerRefused
 from patcher.triton.backends.onnxruntime import graphs
 from patcher.triton.backends.onnxruntime import session as backend
+from patcher.triton.backends.onnxruntime.failures import explain
 from patcher.triton.backends.onnxruntime.settings import LoadError, has_gpu
 from patcher.triton.server import EmbeddedTriton
 
@@ -534,6 +535,48 @@ def test_requests_are_joined_and_a_bad_one_fails_alone(load, server):
     with TritonServer(server.url) as client:
         (statistics,) = client.statistics(name)
     assert statistics.executions < len(values)
+
+
+@only_python_based("calls them internal errors and names its source files, or answers")
+def test_what_a_client_does_wrong_is_said_in_a_line(load, server):
+    words = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
+    with pytest.raises(InferenceServerException) as refused:
+        ask(server, load(lookup(), words), "index", np.array([[2, 99999]]), "INT64")
+    assert str(refused.value) == (
+        "[StatusCode.INVALID_ARGUMENT] onnxruntime: indices element out of data bounds, idx=99999 must be within the "
+        "inclusive range [-3,2]"
+    )
+
+
+@only_python_based("fails in a node of the graph, or answers")
+def test_tokens_and_their_mask_have_one_shape(load, server):
+    pair = [tensor("input", name, "INT64", -1) for name in ("input_ids", "attention_mask")]
+    name = load(tokens_to_features(), BATCH + "".join(pair) + tensor("output", "features", "FP32", 2))
+    for length in (1, 2):  # with one, the graph would take it for that of every token
+        given = []
+        for each, value in (
+            ("input_ids", np.ones((1, 3), np.int64)),
+            ("attention_mask", np.ones((1, length), np.int64)),
+        ):
+            given.append(triton.InferInput(each, list(value.shape), "INT64"))
+            given[-1].set_data_from_numpy(value)
+        with triton.InferenceServerClient(server.url) as client, pytest.raises(InferenceServerException) as refused:
+            client.infer(name, given)
+        assert str(refused.value) == (
+            f"[StatusCode.INVALID_ARGUMENT] the inputs differ in their shapes (input_ids [1, 3], attention_mask "
+            f"[1, {length}]); expected equal ones"
+        )
+
+
+def test_a_failure_is_told_without_onnxruntimes_source(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(tokens_to_features())
+    run = backend.open_runner(backbone_of("1 x 3"), tmp_path / "model.onnx", "CPU", 0)
+    inputs = {"input_ids": np.ones((1, 3), np.int64), "attention_mask": np.ones((1, 2), np.int64)}
+    with pytest.raises(Exception, match="/onnxruntime_src/") as failed:  # its kinds of errors have no common one
+        run(["features"], inputs)
+    said = "onnxruntime: Attempting to broadcast an axis by a dimension other than 1. 2 by 3"
+    assert explain(failed.value) == (said, True)
+    assert explain(RuntimeError("out of\nmemory")) == ("onnxruntime: out of memory", False)
 
 
 def test_requests_of_other_shapes_are_answered_each_on_its_own(load, server):

@@ -135,7 +135,7 @@ def _closed(method: str, shown: Mapping[str, Floats], task: Task) -> _Found:
 def _anchored(shown: Mapping[str, Floats], task: Task) -> _Found:
     replayed = task.replayed
     if replayed is None:
-        raise InputError("anchored refits all rows on old data; expected `--replay FILE` with it")
+        raise InputError("anchored refits all rows on old data; expected `--replay FILE` (replay=...) with it")
     found = _of(offset_rows(shown, task))
     weight, bias = full_rows(task.head)
     start = Rows(np.concatenate([weight, found.rows.weight]), np.concatenate([bias, found.rows.bias]))

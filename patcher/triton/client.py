@@ -32,6 +32,8 @@ __all__ = ["ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "
 _IN_FLIGHT = 2
 """Concurrent requests, if the texts need several: the server tokenizes one while its backbone runs the other."""
 _PROBE_SECONDS = 5.0
+_LONGEST_SECONDS = 10**9
+"""gRPC counts nanoseconds since 1970 in 64 bits: a call with a later deadline fails at once."""
 _LARGEST_MESSAGE = 2**31 - 1
 _LARGEST_PORT = 2**16 - 1
 _RECONNECT_MS = (100, 1000)
@@ -112,8 +114,10 @@ class TritonServer:
         require(str, url=url)
         require(float, timeout=timeout)
         require(ClientTls, None, tls=tls)
-        if not timeout > 0:
-            raise InputError(f"timeout is {timeout}; expected a number of seconds above 0")
+        if not 0 < timeout <= _LONGEST_SECONDS:
+            raise InputError(
+                f"timeout is {timeout}; expected a number of seconds above 0, at most {_LONGEST_SECONDS:,}"
+            )
         host, colon, port = url.rpartition(":")
         number = int(port) if port.isascii() and port.isdigit() else 0
         bare = ":" in host and not host.startswith("[")
@@ -327,6 +331,7 @@ class TritonServer:
             for a text that is not a string or not valid Unicode, a single string instead of a list, and a model that is
             not a classifier.
         """
+        require(bool, logits=logits)
         return self._infer(classifier, texts, read_answers, without=None if logits else "logits")
 
     def features(

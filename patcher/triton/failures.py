@@ -59,14 +59,17 @@ class Address:
             )
         return ServerUnreachable(
             f"no Triton server answers at {self.url} (gRPC: {message}); `patcher serve` starts one, "
-            "--url or $TRITON_URL names another"
+            "--url or $TRITON_URL (TritonServer(url)) names another"
         )
 
     def _tls_problem(self) -> str | None:
         if self.tls is not None:
             return handshake_problem(self.host, self.port, self.tls)
         if speaks_tls(self.host, self.port):
-            return "accepts only TLS; pass --tls-ca FILE, or $PATCHER_TLS_CA, with the CA that signed its certificate"
+            return (
+                "accepts only TLS; pass --tls-ca FILE or $PATCHER_TLS_CA (tls=ClientTls(...)), with the CA that signed "
+                "its certificate"
+            )
         return None
 
 
@@ -74,8 +77,9 @@ def _control_problem(message: str, *, keyed: bool) -> str | None:
     if "protocol is restricted" in message:
         got = "the wrong admin key" if keyed else "no admin key"
         return (
-            f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY "
-            "(one that `patcher serve` made is in the file that it named at its start, for the user who started it)"
+            f"restricts model control and got {got}; give its key with --admin-key-file FILE or $PATCHER_ADMIN_KEY, "
+            "admin_key=... (one that `patcher serve` made is in the file that it named at its start, for the user who "
+            "started it)"
         )
     if "explicit model load / unload is not allowed" in message:
         return (

@@ -132,9 +132,9 @@ def _libraries(backend: Path) -> list[Path]:
     if not (backend / _LIBRARY).is_file():
         there = "is no folder" if not backend.is_dir() else f"has no {_LIBRARY}"
         raise InputError(
-            f"{backend} {there}; expected --onnxruntime-backend or ${_VARIABLE} to name a folder with Triton's C++ "
-            "onnxruntime backend and the libonnxruntime.so.1 that it needs (NVIDIA's image has it in "
-            "/opt/tritonserver/backends/onnxruntime)"
+            f"{backend} {there}; expected --onnxruntime-backend (onnxruntime_backend=...) or ${_VARIABLE} to name a "
+            "folder with Triton's C++ onnxruntime backend and the libonnxruntime.so.1 that it needs (NVIDIA's image "
+            "has it in /opt/tritonserver/backends/onnxruntime)"
         )
     return sorted(path for path in backend.iterdir() if ".so" in path.suffixes and path.is_file())
 

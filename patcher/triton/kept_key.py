@@ -120,8 +120,8 @@ def state_folder() -> Path:
 def _not_kept(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot keep this server's own admin key in {folder}: {error.strerror or error}; name another folder in "
-        "$XDG_STATE_HOME, or give a key (--admin-key-file FILE or $PATCHER_ADMIN_KEY). With --no-admin-key "
-        "(open_control=True) every user of this machine may load models, which runs code as you"
+        "$XDG_STATE_HOME, or give a key (--admin-key-file FILE or $PATCHER_ADMIN_KEY, admin_key=...). With "
+        "--no-admin-key (open_control=True) every user of this machine may load models, which runs code as you"
     )
 
 

@@ -26,6 +26,7 @@ from patcher.triton.prepared import make_private
 from patcher.triton.process import (
     accepts,
     address,
+    check_ports,
     free_ports,
     has_gpu,
     hide_argument,
@@ -102,7 +103,8 @@ class EmbeddedTriton:
     :func:`~patcher.triton.installation.find_installation`).
 
     Raises InputError for a ``host`` that others can reach without an ``admin_key``, a key that cannot be sent in a
-    header or on Triton's command line, a key together with ``open_control``, or ``http`` together with ``tls``.
+    header or on Triton's command line, a key together with ``open_control``, ``http`` together with ``tls``, or a
+    number that no port has.
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class EmbeddedTriton:
         require(str, os.PathLike, repository=repository)
         require(str, host=host)
         require(str, None, metrics_host=metrics_host)
-        require(int, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+        check_ports(grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+        require(int, exit_timeout=exit_timeout)
+        require(bool, open_control=open_control, http=http, encoder_runs_backbone=encoder_runs_backbone)
         models = listed(models, "models")
         self.host = address(host)
         local = ipaddress.ip_address(self.host).is_loopback
@@ -267,7 +271,7 @@ class EmbeddedTriton:
                     raise ServerError(
                         f"tritonserver was not ready after {timeout:g} s, waiting for {', '.join(waiting) or 'HTTP'}, "
                         "without a new word in its log (a model that takes longer to load wants a longer "
-                        f"--start-timeout).{self._log_says()}"
+                        f"--start-timeout (timeout=...)).{self._log_says()}"
                     )
                 time.sleep(_POLL_SECONDS)
 
@@ -377,11 +381,11 @@ def _check_access(host: str, admin_key: str | None, *, local: bool, open_control
         )
     if admin_key is not None and open_control:
         raise InputError(
-            "got an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY) and --no-admin-key "
+            "got an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY, admin_key=...) and --no-admin-key "
             "(open_control=True); leave out one of them"
         )
     if admin_key is None and not local:
         raise InputError(
             f"{host} can be reached by others, who could load models and so run code; "
-            "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY), or listen on 127.0.0.1"
+            "pass an admin key (--admin-key-file FILE or $PATCHER_ADMIN_KEY, admin_key=...), or listen on 127.0.0.1"
         )

@@ -37,7 +37,8 @@ def open_log(path: Path) -> BinaryIO:
         log = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
     except OSError as error:
         raise InputError(
-            f"cannot write the server's log to {path}: {error.strerror or error}; name another file (--log-file FILE)"
+            f"cannot write the server's log to {path}: {error.strerror or error}; name another file (--log-file FILE, "
+            "log_file=...)"
         ) from error
     with contextlib.suppress(OSError):  # a terminal or a pipe, or a file system without locks
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -41,8 +41,10 @@ class ClientTls:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            raise InputError("client certificates need both --tls-cert and --tls-key; got only one of them")
-        _check_ca(self.ca, "--tls-ca")
+            raise InputError(
+                "client certificates need both --tls-cert and --tls-key (certificate=..., key=...); got one"
+            )
+        _check_ca(self.ca, "--tls-ca (ca=...)")
         if self.certificate and self.key:
             _check_pair(self.certificate, self.key, "client")
 
@@ -62,7 +64,7 @@ class ServerTls:
     def __post_init__(self) -> None:
         _check_pair(self.certificate, self.key, "server")
         if self.client_ca:
-            _check_ca(self.client_ca, "--tls-client-ca")
+            _check_ca(self.client_ca, "--tls-client-ca (client_ca=...)")
 
     def options(self) -> list[str]:
         """Triton's command-line options for gRPC."""
@@ -129,14 +131,20 @@ def _unverified(error: ssl.SSLCertVerificationError, name: str, ca: File) -> str
     if "not yet valid" in said:
         return "shows a certificate that is not valid yet; are the clocks on both sides correct?"
     if "mismatch" in said.lower():
-        return f"shows a certificate for another name than {name!r} ({said}); --tls-server-name NAME expects another"
-    return f"shows a certificate that {ca} did not sign ({said}); pass the CA that did with --tls-ca"
+        return (
+            f"shows a certificate for another name than {name!r} ({said}); --tls-server-name NAME (server_name=...) "
+            "expects another"
+        )
+    return f"shows a certificate that {ca} did not sign ({said}); pass the CA that did with --tls-ca (ca=...)"
 
 
 def _hung_up(tls: ClientTls) -> str:
     if tls.certificate is None:
-        return "asks for the client's own certificate (mutual TLS); give --tls-cert FILE and --tls-key FILE"
-    return f"does not trust the certificate {tls.certificate}; expected one signed by its --tls-client-ca"
+        return (
+            "asks for the client's own certificate (mutual TLS); give --tls-cert FILE and --tls-key FILE "
+            "(certificate=..., key=...)"
+        )
+    return f"does not trust the certificate {tls.certificate}; expected one signed by its --tls-client-ca (client_ca)"
 
 
 def _refused(error: ssl.SSLError, tls: ClientTls) -> str:
@@ -146,7 +154,7 @@ def _refused(error: ssl.SSLError, tls: ClientTls) -> str:
     if "CERTIFICATE_EXPIRED" in reason:
         return f"refuses the certificate {tls.certificate}: it has expired"
     if any(word in reason for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF")):
-        return "does not speak TLS; leave --tls-ca out, or start the server with --tls-cert and --tls-key"
+        return "does not speak TLS; leave --tls-ca out (tls=None), or start the server with --tls-cert and --tls-key"
     return f"does not agree on TLS ({error.reason or error})"
 
 
@@ -159,8 +167,8 @@ def _check_ca(path: File, option: str) -> None:
 
 
 def _check_pair(certificate: File, key: File, side: str) -> None:
-    _check_readable(certificate, "--tls-cert")
-    _check_readable(key, "--tls-key")
+    _check_readable(certificate, "--tls-cert (certificate=...)")
+    _check_readable(key, "--tls-key (key=...)")
 
     def locked() -> str:
         raise InputError(

@@ -8,9 +8,9 @@ sequence batching, ragged batches and custom operators, and refuses configuratio
 
 Triton's stub loads this file by its path, and so does an encoder that runs its backbone itself. Each other file of the
 folder is a stage: ``settings.py`` reads the configuration, ``session.py`` opens the session, ``check.py`` checks the
-model against the configuration, ``graphs.py`` records CUDA graphs, and ``backbone.py`` is for encoders. All run in the
-process of a stub, where the rest of this package need not be installed. So they import each other relatively, and
-nothing else of the package.
+model against the configuration, ``graphs.py`` records CUDA graphs, ``failures.py`` explains a request that failed, and
+``backbone.py`` is for encoders. All run in the process of a stub, where the rest of this package need not be installed.
+So they import each other relatively, and nothing else of the package.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ except ImportError:  # imported outside Triton, where opening a session works to
 BACKEND = "PATCHER_ONNXRUNTIME_BACKEND"
 """Environment variable that encoders read, too; set if they run their backbones themselves, with this file."""
 _FOLDER = "patcher_onnxruntime"
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+"""The inputs of a backbone, which have one shape."""
 
 
 def _beside(name: str) -> Any:
@@ -84,6 +86,7 @@ class TritonPythonModel:
         except _settings.LoadError as error:
             raise pb_utils.TritonModelException(f"unable to load model '{config['name']}': {error}") from None
         self._inputs = [(entry["name"], entry["data_type"] == "TYPE_STRING") for entry in config["input"]]
+        self._tokens = [name for name, _ in self._inputs if name in _TOKENS]
         self._batches = int(config.get("max_batch_size", 0)) > 0
         sys.modules.setdefault("asyncio", Asyncio("asyncio"))
         # Only on a CPU: on a GPU, Triton's warm-up requests would open the session again at once.
@@ -126,6 +129,11 @@ class TritonPythonModel:
         names = list(dict.fromkeys(name for each in wanted for name in each))
         first = feeds[members[0]]
         joined = len(members) > 1
+        if len({first[name].shape for name in self._tokens if name in first}) > 1:  # some graphs would answer wrongly
+            for index in members:
+                said = _beside("failures").differing({name: feeds[index].get(name) for name in self._tokens})
+                responses[index] = _refusal(said, invalid=True)
+            return
         feed = {name: np.concatenate([feeds[i][name] for i in members]) for name in first} if joined else first
         try:
             results = dict(zip(names, self._run(names, feed), strict=True))
@@ -134,7 +142,7 @@ class TritonPythonModel:
                 for index in members:
                     self._answer(requests, feeds, [index], responses)
             else:
-                responses[members[0]] = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"onnxruntime: {error}"))
+                responses[members[0]] = _refusal(*_beside("failures").explain(error))
             return
         start = 0
         for index, outputs in zip(members, wanted, strict=True):
@@ -149,6 +157,11 @@ def runner(folder: Path, instances: int = 1) -> Run | None:
     """Open the model in ``folder`` in the process of an encoder with ``instances``; see ``backbone.py``."""
     found: Run | None = _beside("backbone").runner(folder, instances)
     return found
+
+
+def _refusal(said: str, invalid: bool) -> Any:
+    code = [pb_utils.TritonError.INVALID_ARG] if invalid else []
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, *code))
 
 
 def _encoder_runs(folder: Path) -> bool:
