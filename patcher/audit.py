@@ -14,7 +14,7 @@ from typing import Any
 
 from patcher.provenance import author
 
-__all__ = ["CHANGES", "begin", "finish", "is_change", "note", "read_event"]
+__all__ = ["CHANGES", "begin", "finish", "is_change", "note", "read_event", "warn"]
 
 CHANGES = frozenset(
     [
@@ -52,6 +52,13 @@ def note(**facts: Any) -> None:
     event = _event.get()
     if event is not None:
         event.update(facts)
+
+
+def warn(*warnings: str) -> None:
+    """Add warnings to this run's event, if there is one."""
+    event = _event.get()
+    if event is not None and warnings:
+        event.setdefault("warnings", []).extend(warnings)
 
 
 def is_change() -> bool:

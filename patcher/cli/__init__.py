@@ -226,7 +226,7 @@ def _not_written(reason: str) -> tuple[int, str]:
     if not audit.is_change():
         return _failed(said, 1, as_json=False)
     said += "; what the verb has changed stays changed"
-    audit.note(warnings=[said])
+    audit.warn(said)
     tell(f"warning: {said}", err=True)
     return 0, ""
 

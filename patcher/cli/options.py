@@ -152,8 +152,7 @@ class CommonOptions:
 
     def warn(self, *warnings: str) -> None:
         """Print warnings to stderr, and record them in the audit event of this run."""
-        if warnings:
-            audit.note(warnings=list(warnings))
+        audit.warn(*warnings)
         for warning in warnings:
             tell(f"warning: {warning}", err=True)
 
