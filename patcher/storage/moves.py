@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["Replacement", "flush_folder", "flush_tree", "mode_in", "move", "move_back", "replace", "set_mode"]
+__all__ = [
+    "FILE_BITS",
+    "Replacement",
+    "flush_folder",
+    "flush_tree",
+    "mode_in",
+    "move",
+    "move_back",
+    "replace",
+    "set_mode",
+]
 
 _LATER_NS = 1_000_000
 FILE_BITS = 0o664
