@@ -4,8 +4,13 @@ import shutil
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tiny
+
+# A machine that runs two servers and two tests at once is slow now and then.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 DATA = Path(__file__).parent / "data"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,22 @@ def test_the_tensors_are_those_of_the_page(client):
     some = client.infer("intent_any", [strings(["a"] * 64), strings(["stored"] * 64, "classifier")], outputs=wanted)
     assert [each.name for each in some.get_response().outputs] == ["label"]
     assert client.infer("intent", [strings(["x" * MIB])], outputs=wanted).as_numpy("label").shape == (1, 5)
+
+
+def test_what_nobody_waits_for_is_encoded_all_the_same(client):
+    def encoded():
+        (found,) = client.get_inference_statistics("intent_encoder").model_stats
+        return found.inference_count
+
+    before, long = encoded(), [strings(["hello " * 2000] * 64)]
+    late = []
+    for _ in range(8):
+        client.async_infer("intent", long, client_timeout=0.02, callback=lambda result, error: late.append(error))
+    deadline = time.monotonic() + 30
+    while encoded() < before + 8 * 64 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert encoded() == before + 8 * 64
+    assert [each.status() for each in late] == ["StatusCode.DEADLINE_EXCEEDED"] * 8
 
 
 TEXT = [strings(["a"])]

@@ -31,7 +31,7 @@ def test_a_heavy_point_weighs_as_so_many() -> None:
     assert owner[0] == owner[1] != owner[2] == owner[3]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(0, 12))
 def test_each_point_has_a_cluster_and_each_cluster_a_point(seed: int, n: int, count: int) -> None:
     points = np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)

@@ -178,7 +178,7 @@ def test_what_cannot_be_fitted_is_refused(examples, error):
     seed=st.integers(0, 999),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_old_rows_are_the_same_bits_whatever_the_numbers(labels, split, more, count, seed, scale):
     rng = np.random.default_rng(seed)
     width = split + more
@@ -316,7 +316,7 @@ def test_rivals_are_beaten_all_at_once_as_one_after_the_other(problem):
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_input_is_nearer_to_a_new_row_than_the_reach_of_the_nearest(seed: int, exclusive: bool) -> None:
     rng = np.random.default_rng(seed)
     labels = tuple("abcd")

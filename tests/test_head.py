@@ -99,7 +99,7 @@ def test_fine_tuned_logits_stay_the_same_bits_through_patches_and_removals():
     more=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_head_comes_back_from_its_file_as_it_was(labels, new, split, more, seed):
     head = patched(make_head(labels, split, split + more, seed), new, seed)
     again = read_head(write_head(head))
@@ -172,7 +172,7 @@ def test_foreign_files_are_refused_in_words():
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_damaged_file_is_refused_in_words(data):
     raw = bytearray(write_head(make_head()))
     for _ in range(data.draw(st.integers(1, 4))):

@@ -60,7 +60,7 @@ def test_labels_without_a_sentence_stay_out() -> None:
     assert Memory.build(features, ids, (*LABELS, "never"), split=4).labels == LABELS
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 8))
 def test_add_then_remove_is_as_before(seed: int, arrived: int, per_label: int) -> None:
     features, ids = some_features(seed=seed)
@@ -365,7 +365,7 @@ def test_doctor_tells_of_labels_that_the_memory_lacks_until_there_are_texts_of_t
     assert said() == []
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 30]), st.sampled_from([1, 4, 30]))
 def test_several_labels_leave_as_one_after_the_other_does(seed: int, first: int, second: int) -> None:
     features, ids = some_features(seed=seed)

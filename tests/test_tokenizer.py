@@ -92,7 +92,7 @@ def test_a_text_without_any_token_becomes_one_of_padding():
     assert encode(bare, [""], NAMES)["attention_mask"].tolist() == [[0]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=5))
 def test_together_is_as_alone_but_for_padding(texts):
     tokenizer = Tokenizer.from_str(tokenizer_json())
@@ -105,7 +105,7 @@ def test_together_is_as_alone_but_for_padding(texts):
         assert not together["attention_mask"][row, length:].any()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=64))
 def test_bytes_are_text_or_refused(value):
     try:
@@ -241,7 +241,7 @@ def test_like_lengths_share_one_and_come_out_in_order():
     assert like_lengths(lengths, slack=78, power=2) == [[1, 4, 2], [3, 0]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(1, 8)), max_size=30),
     st.integers(0, 100),

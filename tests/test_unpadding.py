@@ -121,7 +121,7 @@ def pairs():
     return [(session(each), session(without_padding(each, TRACED))) for each in plain]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6), left=st.booleans(), seed=st.integers(0, 99))
 def test_any_batch_gets_the_same_features_texts_without_a_token_too(pairs, lengths, left, seed):
     tokens = batch(lengths, left=left, seed=seed)
