@@ -178,7 +178,7 @@ def no_tokenizer(folder):
         (broken_config, "cannot read the configuration of .*not a valid JSON file"),
         (no_config, "holds no config.json"),
         (unknown_model, "cannot read the configuration of .*`something-new`"),
-        (own_code, "brings Python code of its own; --trust-remote-code runs it"),
+        (own_code, r"brings Python code of its own; --trust-remote-code \(trust_remote_code=True\) runs it"),
         (no_tokenizer, r"has no vocabulary for its BertTokenizer; expected .* such as vocab\.txt\)"),
     ],
 )
