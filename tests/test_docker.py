@@ -179,6 +179,35 @@ def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) 
     assert "--load-model=intent\n" not in arguments
 
 
+def test_entrypoint_leaves_out_a_name_that_the_repository_lacks(container: dict[str, str]) -> None:
+    """Triton would load none of the others either."""
+    outcome = enter({**container, "CLASSIFIERS": "topic dropped"})
+    assert "--load-model=topic" in outcome.stdout
+    assert "--load-model=dropped" not in outcome.stdout
+    assert "warning: dropped is not served" in outcome.stderr
+    outcome = enter({**container, "CLASSIFIERS": "dropped"})
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert "CLASSIFIERS names none that" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ADMIN_KEY_FILE", "/none", "ADMIN_KEY_FILE is /none, which cannot be read; expected a file"),
+        ("ADMIN_KEY_FILE", "/", "ADMIN_KEY_FILE is /, which cannot be read; expected a file"),
+        ("TMPDIR", "/none", "TMPDIR is /none; expected a folder that user"),
+        ("TRITON_MODEL_REPO", "s3://models/intent", "serves folders only"),
+    ],
+)
+def test_entrypoint_says_what_is_wrong_with_a_setting(
+    container: dict[str, str], variable: str, value: str, said: str
+) -> None:
+    outcome = enter({**container, variable: value})
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    (line,) = outcome.stderr.splitlines()
+    assert said in line
+
+
 def test_entrypoint_restricts_model_control_without_a_key_too(container: dict[str, str]) -> None:
     del container["ADMIN_KEY_FILE"]
     first, second = (re.findall(r"admin-key=([0-9a-f]{64})\b", enter(container).stdout) for _ in range(2))
