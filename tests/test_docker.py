@@ -191,7 +191,7 @@ def test_entrypoint_leaves_out_a_name_that_the_repository_lacks(container: dict[
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    "variable, value, said",
     [
         ("ADMIN_KEY_FILE", "/none", "ADMIN_KEY_FILE is /none, which cannot be read; expected a file"),
         ("ADMIN_KEY_FILE", "/", "ADMIN_KEY_FILE is /, which cannot be read; expected a file"),
