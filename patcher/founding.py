@@ -291,7 +291,7 @@ def _head(
     examples: Examples,
 ) -> Head:
     facts: dict[str, Any] = {"method": "softmax", "data_hash": examples.data_hash(), "gate": report.gate}
-    audit.note(classifier=report.classifier, version=1, backbone=base.backbone_name, in_store=report.in_store, **facts)
+    audit.note(classifier=report.classifier, backbone=base.backbone_name, in_store=report.in_store, **facts)
     head = Head.from_linear(
         labels,
         made.weight,
@@ -366,6 +366,7 @@ def publish_new(
                 {"published": False, "served": False},
             ) from error
         undo.pop_all()
+        audit.note(version=1)
         try:
             forget_other(classifier, server)
         except ServerError as error:  # the new classifier serves all the same

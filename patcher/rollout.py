@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from patcher import audit
 from patcher.backbone import Backbone
 from patcher.classifier import Classifier
 from patcher.errors import (
@@ -160,15 +161,20 @@ def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: by
 
 @contextlib.contextmanager
 def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
-    """Withdraw ``version`` if the body fails, so that it leaves no trace; after NotServed it stays, for a retry."""
+    """Withdraw ``version`` if the body fails, so that it leaves no trace; after NotServed it stays, for a retry.
+
+    Only a version that stays is named in the audit event: the number of another one goes to the next version.
+    """
     try:
         yield
     except NotServed:
+        audit.note(version=version)
         raise
     except BaseException:
         with uninterrupted(), contextlib.suppress(StorageError):
             classifier.withdraw(version)
         raise
+    audit.note(version=version)
 
 
 def roll_back(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
