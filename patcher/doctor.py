@@ -9,7 +9,7 @@ import platform
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from patcher.checks import Check, of_programs, of_settings, of_upgrades
+from patcher.checks import Check, of_programs, of_remains, of_settings, of_upgrades
 from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.gate import unremembered
@@ -65,6 +65,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     yield Check("repository", "ok" if names else "note", found)
     yield from of_programs(repository)
     yield from of_upgrades(repository)
+    yield from of_remains(repository)
     seen: set[str] = set()
     for name in names:
         try:
