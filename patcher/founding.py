@@ -334,6 +334,7 @@ def _publish(
         error.report = {**report.to_json(), **error.report}
         raise
     report.published, report.served = True, server is not None
+    audit.note(version=1)
 
 
 def publish_new(
@@ -366,7 +367,6 @@ def publish_new(
                 {"published": False, "served": False},
             ) from error
         undo.pop_all()
-        audit.note(version=1)
         try:
             forget_other(classifier, server)
         except ServerError as error:  # the new classifier serves all the same

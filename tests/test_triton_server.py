@@ -786,6 +786,26 @@ def stub(program):
     return done.stdout
 
 
+def test_a_port_that_is_taken_is_waited_for():
+    """A killed `serve` leaves a server that takes a while to end."""
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        port = ending.getsockname()[1]
+        threading.Timer(0.5, ending.close).start()
+        process.await_ports(["127.0.0.1"], [port], 30.0, told.append)
+        assert process.free_ports(["127.0.0.1"], [port]) == [port]
+    (line,) = told
+    assert line.startswith("waiting up to 30 s, in case that a server is just ending: cannot listen on 127.0.0.1:")
+
+
+def test_a_port_that_stays_taken_is_left_to_the_start_to_report():
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        process.await_ports(["127.0.0.1"], [there.getsockname()[1]], 0.3, told.append)
+    process.await_ports(["203.0.113.1"], [1], 60.0, told.append)  # no address of this machine: nothing to wait for
+    assert len(told) == 1
+
+
 def test_a_server_that_is_stopping_is_not_said_to_lack_the_model():
     said = "Request for unknown model: 'intent' has no available versions"
     error = InferenceServerException(said, status="StatusCode.NOT_FOUND")
