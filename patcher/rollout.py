@@ -341,7 +341,8 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
-            "`patcher sync` has it serve that version, and so does a restart"
+            "`patcher sync` has each server that answers serve that version, and so does a restart; `patcher doctor` "
+            "calls the change interrupted until `patcher sync`, or the next change, has ended it"
         )
     else:
         classifier.note("undone", serving=previous)
