@@ -141,11 +141,9 @@ def added_backbone(repository: RepositoryFiles, name: str, files: BackboneFiles)
     """
     names = BackboneNames(name)
     repository.refuse_existing(names.features_model)
-    with repository.renewed_format():
-        repository.add(layout.backbone_folders(names, files))
-        try:
-            yield Backbone(repository, name)
-        except BaseException:
-            with uninterrupted():
-                repository.remove_backbone(name)
-            raise
+    folders = layout.backbone_folders(names, files)
+    last = {names.features_model: folders.pop(names.features_model)}
+    # An older patcher uses nothing of a backbone before its last folder is there. So the format is raised just before
+    # that, and an export that is killed earlier leaves it as it was.
+    with repository.added(folders), repository.renewed_format(), repository.added(last):
+        yield Backbone(repository, name)

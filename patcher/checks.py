@@ -16,6 +16,7 @@ from patcher.upgrade import interrupted, lacks_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from patcher.backbone import Backbone
     from patcher.repository import ModelRepository
@@ -83,16 +84,23 @@ def of_remains(repository: ModelRepository) -> Iterator[Check]:
 def of_settings(repository: ModelRepository, server: TritonServer) -> Iterator[Check]:
     """Report models that a server still runs with settings or a program from before a `tune` or an `upgrade`."""
     for name in repository.backbones():
-        with contextlib.suppress(PatcherError):  # not loaded there, or not readable: other checks report it
+        models: tuple[str, ...] = ()
+        with _reported_elsewhere():
             backbone = repository.backbone(name)
             loaded = server.model_config(backbone.backbone_model)
-            if parameter(loaded, "fingerprint", "") != backbone.fingerprint():
-                continue  # the backbone of another repository
-            for model in (backbone.text_model, backbone.backbone_model, *_store(backbone)):
+            if parameter(loaded, "fingerprint", "") == backbone.fingerprint():  # not another repository's
+                models = (backbone.text_model, backbone.backbone_model, *_store(backbone))
+        for model in models:
+            with _reported_elsewhere():
                 changed = _changed(server.model_config(model), repository.config(model))
                 if changed:
                     found = f"{server.url} runs it with {', '.join(changed)}; start that server again"
                     yield Check(f"{model}, served", "note", found)
+
+
+def _reported_elsewhere() -> AbstractContextManager[None]:
+    """Pass over a model that is not loaded or not readable, which other checks report."""
+    return contextlib.suppress(PatcherError)
 
 
 def _store(backbone: Backbone) -> list[str]:

@@ -180,10 +180,6 @@ class RepositoryFiles:
         """Whether a backbone has a complete head store (its ensemble is added last)."""
         return self.storage.has(f"{backbone}_any/{CONFIG}")
 
-    def remove_backbone(self, name: str) -> None:
-        """Remove a backbone's models, after an export that failed once they were added."""
-        self.storage.take_away([f"{name}_{role}" for role in ("features", "encoder", "backbone", "tokenizer")])
-
     def remove_classifier(self, name: str) -> None:
         """Remove a classifier's models and its journal, but not its backbone."""
         self.storage.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
@@ -267,6 +263,17 @@ class RepositoryFiles:
                     "classifier; move it away, or choose another name"
                 )
         self.storage.add(folders)
+
+    @contextlib.contextmanager
+    def added(self, folders: Mapping[str, Mapping[str, bytes | Path]]) -> Iterator[None]:
+        """Add models; they are removed again if the body fails."""
+        self.add(folders)
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                self.storage.take_away([*folders][::-1])
+            raise
 
     def _is_ours(self, name: str, files: Mapping[str, bytes | Path]) -> bool:
         """Whether an existing model has the inputs and outputs of the one that is to replace it."""

@@ -64,10 +64,7 @@ class Lease:
             if found is None or holder is None or _lapsed(found.age, holder):
                 # Of several that try at the same time, the conditional write lets one win; the others wait.
                 with contextlib.suppress(LockLost):
-                    self._write(_me(), found.tag if found else None)
-                    self._prove_conditions()
-                    self._beating = threading.Thread(target=self._beat, name="patcher-lease", daemon=True)
-                    self._beating.start()
+                    self._take(found.tag if found else None)
                     return "" if holder is None else f"{holder.get('who')} on {holder.get('host')}"
             if (now := (holder and holder.get("token"), progress())) != seen:
                 # As long as the patchers ahead make progress, keep waiting.
@@ -79,6 +76,19 @@ class Lease:
                     "when it is done"
                 )
             time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  jitter against polling in lockstep
+
+    def _take(self, tag: str | None) -> None:
+        """Take the lock if the object is still the one that was read as ``tag``, else LockLost; then keep renewing."""
+        try:
+            self._write(_me(), tag)
+            self._prove_conditions()
+        except LockLost:
+            raise
+        except BaseException:  # the object may name us by now, and our next try would wait for ourselves
+            self.release()
+            raise
+        self._beating = threading.Thread(target=self._beat, name="patcher-lease", daemon=True)
+        self._beating.start()
 
     def held(self) -> bool:
         """Whether anybody holds the lock at this moment."""
@@ -172,7 +182,20 @@ def _me() -> dict[str, Any]:
 def _gone(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     pid = holder.get("pid")
-    return holder.get("machine") == _machine() and isinstance(pid, int) and holder.get("start") != _start(pid)
+    if holder.get("machine") != _machine() or not isinstance(pid, int):
+        return False
+    start = _start(pid)
+    return not _exists(pid) if start is None else holder.get("start") != start
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _machine() -> str:
@@ -185,11 +208,14 @@ def _process(pid: int) -> dict[str, Any]:
     return {"pid": pid, "start": _start(pid)}
 
 
-def _start(pid: int) -> str:
-    """A process's start time in kernel ticks, which tells it from a later one with the same id; empty if it ended."""
+def _start(pid: int) -> str | None:
+    """A process's start time in kernel ticks, which tells it from a later one with the same id; empty if it ended.
+
+    None if /proc does not show the process: it does not exist, or /proc hides those of other users (hidepid).
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return ""
+        return None
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] == "Z" else fields[19]

@@ -7,12 +7,16 @@ says little. Only the final result is written to the repository.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.configs import PADDING_SLACK, asked_by
@@ -28,8 +32,7 @@ from patcher.serving import Serving, serving_of, with_response_cache, with_servi
 from patcher.storage.disk import storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
@@ -129,11 +132,12 @@ def tune(
         for model, text in _configs(copy, None, response_cache=False).items():
             (root / model / "config.pbtxt").write_text(text, encoding="utf-8")
         with (
+            _log() as log,
             EmbeddedTriton(
                 root,
                 [copy.ensemble, copy.backbone_model],
                 admin_key=secrets.token_hex(32),  # a key that no other process can look up
-                log_file=folder / "triton.log",
+                log_file=log,
             ) as triton,
             triton.client() as server,
         ):
@@ -150,6 +154,20 @@ def tune(
             classifier.repository.write_configs(changed)
     took = round(time.monotonic() - started, 1)
     return Tuning(before, best, gain, throughput, concurrency, took, tuple(trials), bool(changed))
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[Path]:
+    """A place for the server's log, which remains only after a ServerError: its message names the log."""
+    folder, failed = Path(tempfile.mkdtemp(prefix="patcher-log-")), False
+    try:
+        yield folder / "triton.log"
+    except ServerError:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copied(classifier: Classifier, root: Path) -> Classifier:

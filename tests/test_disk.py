@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from patcher.errors import StorageError
+from patcher import ModelRepository
+from patcher.errors import RepositoryError, StorageError
 from patcher.storage import disk, moves
 from patcher.storage.disk import Disk
 
@@ -185,3 +188,106 @@ def test_a_folder_that_cannot_be_looked_at_on_the_way_back_is_told(storage, monk
     with pytest.raises(StorageError, match="could not be put back as before, either: Stale file handle") as caught:
         storage.replace("model/config.pbtxt", b"new")
     assert "nothing was changed" not in str(caught.value)
+
+
+@pytest.fixture
+def classifiers():
+    """The files of two classifiers in a folder that all users of the machine can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        root = Path(name)
+        root.chmod(0o755)
+        for file in ("patcher.json", *(f"{name}{rest}" for name in ("intent", "topics") for rest in FILES)):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_text('{"format": 2}')
+        yield root
+
+
+FILES = ("/config.pbtxt", "/1/.keep", "_head/config.pbtxt", "_head/1/model.onnx")
+
+
+@contextlib.contextmanager
+def nobody():
+    """Go on as a user who owns nothing."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    "unreadable, look",
+    [
+        ("topics", ModelRepository.classifiers),
+        ("topics_head", ModelRepository.classifiers),
+        ("topics_head/1", ModelRepository.versions_by_name),
+        ("topics_head", ModelRepository.classifier),
+        ("topics_head", lambda repository: repository.classifier("topics")),
+    ],
+)
+def test_a_folder_that_this_user_may_not_read_is_named(classifiers, unreadable, look):
+    (classifiers / unreadable).chmod(0o700)
+    with nobody(), pytest.raises(RepositoryError, match=rf"{classifiers}/{unreadable}.*: Permission denied"):
+        look(ModelRepository(classifiers))
+
+
+def test_a_repository_that_may_be_entered_but_not_listed_is_named(classifiers):
+    classifiers.chmod(0o711)
+    with nobody(), pytest.raises(RepositoryError, match=rf"cannot read {classifiers}: Permission denied"):
+        ModelRepository(classifiers).classifiers()
+
+
+@pytest.mark.parametrize("name", ["lost+found", "topics_head/.patcher-staging-1"])
+def test_a_folder_that_holds_no_model_may_be_unreadable(classifiers, name):
+    (classifiers / name).mkdir(mode=0o700)
+    with nobody():
+        repository = ModelRepository(classifiers)
+        assert repository.classifiers() == ("intent", "topics")
+        assert repository.versions_by_name() == {"intent": (1,), "topics": (1,)}
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_folder_that_cannot_be_listed_is_named(storage, monkeypatch, error):
+    storage.add(FOLDERS)
+
+    def failing(folder):
+        raise error
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(RepositoryError, match=f"cannot read {storage.root}: {error.strerror}"):
+        storage.glob("*/config.pbtxt")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*", "*/*", "*_h*/[0-9]*", "*_head/1/model.onnx", "a/config.pbtxt", "no/*", "a/*/*/*"]
+)
+def test_patterns_match_what_the_standard_library_matches(storage, pattern):
+    storage.add({"a": {"config.pbtxt": b"", "1/.keep": b""}, "a_head": {"1/model.onnx": b"", "12/model.onnx": b""}})
+    (storage.root / "link").symlink_to("a")
+    (storage.root / "broken").symlink_to("none")
+    assert sorted(storage.glob(pattern, pattern)) == sorted(
+        path.relative_to(storage.root).as_posix() for path in storage.root.glob(pattern)
+    )
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o644, 0o600])
+def test_another_user_sees_who_holds_the_lock(classifiers, mode):
+    storage = Disk(classifiers)
+    with storage.lock(0):
+        (classifiers / ".patcher.lock").chmod(mode)
+        with nobody():
+            assert storage.busy()
+    with nobody():
+        assert not storage.busy()
+
+
+def test_what_another_user_left_when_killed_is_in_nobodys_way(classifiers):
+    """The mark of who holds the lock stays after a kill, and only its owner may write it."""
+    classifiers.chmod(0o777)
+    mark = classifiers / ".patcher-working"
+    mark.touch(0o600)
+    with nobody(), Disk(classifiers).lock(0):
+        assert mark.exists()
+    assert not mark.exists()

@@ -177,6 +177,24 @@ def test_a_scrape_lists_the_bucket_no_oftener_for_more_classifiers(remote, store
     assert (before, after) == (2, 2)
 
 
+def test_downloaded_files_are_kept_until_nobody_has_used_them_for_a_month(remote, tmp_path):
+    def old(folder):
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (time.time() - 31 * 86400,) * 2)
+
+    unused = remote.backbone_path.parent
+    before = tmp_path / "cache" / "patcher" / "objects" / "0123"  # an earlier version's, without a mark
+    before.mkdir()
+    used = remote.tokenizer_path.parent
+    for folder in (unused, before, used):
+        old(folder)
+    assert remote.tokenizer_path.parent == used
+    remote.storage.replace("intent_tokenizer/1/tokenizer.json", b"{}")
+    new = remote.tokenizer_path.parent
+    assert sorted(used.parent.iterdir()) == sorted([used, new])
+    assert remote.backbone_path.is_file()
+
+
 def test_two_pins_are_never_dated_to_the_same_second(remote, store):
     dates = []
     for version in (2, 1, 2):
@@ -435,9 +453,9 @@ class TestKilled:
 
     @pytest.mark.server
     @pytest.mark.slow
-    def test_at_random_moments_with_a_server(self, store):
+    def test_amid_changes_with_a_server(self, store):
         found = kill.run(9, seed=5, location=URL)
-        assert found["killed"] >= 5
+        assert found["journal: interrupted"] >= 5
 
 
 class TestTwo:
@@ -474,6 +492,45 @@ class TestTwo:
         with remote.repository.lock(timeout=20):
             assert time.monotonic() - started < 6
         assert remote.journal.entries()[-1]["holder"] == "ann on elsewhere"
+
+    @pytest.mark.parametrize(
+        "hidden, start, error, gone",
+        [
+            (True, "1", PermissionError, False),  # another user's process, with /proc mounted hidepid=2
+            (True, "1", None, False),
+            (True, "1", ProcessLookupError, True),
+            (True, "1", OverflowError, True),
+            (False, lease._start(os.getpid()), PermissionError, False),
+            (False, "1", PermissionError, True),  # the id is another process's by now
+        ],
+    )
+    def test_the_lock_of_a_process_that_proc_hides_is_not_taken_over(self, monkeypatch, hidden, start, error, gone):
+        def signalled(_pid, number):
+            assert number == 0
+            if error:
+                raise error
+
+        monkeypatch.setattr(os, "kill", signalled)
+        if hidden:
+            monkeypatch.setattr(lease, "_start", lambda _: None)
+        holder = {"machine": lease._machine(), "pid": os.getpid(), "start": start}
+        assert lease._gone(holder) is gone
+
+    def test_who_cannot_prove_the_lock_does_not_keep_it(self, remote, store):
+        """The store answers no more once the lock is taken: the next try must not wait for this one's lease."""
+        puts = []
+
+        def fails(method, name):
+            if method == "PUT" and name.endswith(".lock"):
+                puts.append(name)
+                return len(puts) in (2, 3)  # a request is tried twice
+            return False
+
+        store.fault = fails
+        with pytest.raises(StorageError), remote.repository.lock():
+            pass
+        with ModelRepository(URL).lock(timeout=0.5):
+            pass
 
     def test_a_lock_that_is_kept_fresh_is_not(self, remote, monkeypatch):
         monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.2)

@@ -12,9 +12,9 @@ import onnx
 import pytest
 import tiny
 
-from patcher import add_label, doctor, history, model_config, rollback, serving
+from patcher import add_label, checks, doctor, history, model_config, rollback, serving
 from patcher.configs import with_program
-from patcher.errors import RepositoryError, StorageError
+from patcher.errors import RepositoryError, ServerRefused, StorageError
 from patcher.storage.disk import Disk
 from patcher.triton.server import EmbeddedTriton
 from patcher.upgrade import upgrade
@@ -93,6 +93,19 @@ def test_what_could_not_be_added_leaves_it_to_older_patchers(older, tree, tmp_pa
     assert (tree(older.root), repository.format) == (before, 1)
     repository.add_backbone("fresh", files)
     assert json.loads((older.root / "patcher.json").read_text()) == {"format": 2}
+
+
+def test_an_export_that_is_killed_before_the_last_folder_leaves_the_format(older, tmp_path, monkeypatch):
+    add, seen = Disk.add, []
+
+    def recorded(storage, folders):
+        seen.append((json.loads(storage.read("patcher.json"))["format"], *folders))
+        add(storage, folders)
+
+    monkeypatch.setattr(Disk, "add", recorded)
+    with older.repository.lock():
+        older.repository.add_backbone("new", tiny.backbone_files(tmp_path))
+    assert seen == [(1, "new_tokenizer", "new_backbone", "new_encoder"), (2, "new_features")]
 
 
 def test_an_upgrade_that_adds_no_encoder_leaves_it_to_older_patchers(older, monkeypatch):
@@ -349,6 +362,26 @@ def test_an_upgrade_that_was_cut_off_goes_on(older, monkeypatch):
         assert upgrades(older.root) == [("intent, upgrade", "note", "in progress; another patcher is running")]
     assert upgrade(older)
     assert older.text_model == older.encoder_model
+
+
+def test_a_model_that_a_server_lacks_hides_no_setting_of_another(classifier):
+    repository, models = classifier.repository, (classifier.encoder_model, classifier.backbone_model)
+    loaded = {classifier.backbone_model: repository.config(classifier.backbone_model)}
+
+    class Server:
+        url = "here"
+
+        def model_config(self, model):
+            if model not in loaded:
+                raise ServerRefused(f"{model} is not loaded")
+            return loaded[model]
+
+    tuned = serving.with_serving(*map(repository.config_text, models), serving.Serving(instances=2, threads=1))
+    with repository.lock():
+        repository.write_configs(dict(zip(models, tuned, strict=True)))
+    assert [check.what for check in checks.of_settings(repository, Server())] == [
+        f"{classifier.backbone_model}, served"
+    ]
 
 
 @pytest.mark.server

@@ -236,11 +236,21 @@ class TestInterrupted:
         with half_pruned.repository.lock():
             assert faults(half_pruned) == []
 
+    @pytest.mark.parametrize("step, published", [(1, None), (2, 2), (0, None)])
+    def test_kill_9_comes_before_the_step_that_was_asked_for(self, classifier, step, published):
+        verb = ["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)]
+        ended = subprocess.run([sys.executable, kill.STEPS, "1", str(step), *verb], stdout=subprocess.PIPE, check=False)
+        said, pending = ended.stdout.splitlines(), classifier.journal.pending()
+        assert ended.returncode == (-signal.SIGKILL if step else 0)
+        assert said[0] == b"begun"
+        assert (pending and pending.published) == published
+        assert step or len(json.loads(said[-1])) > 10
+
     @pytest.mark.server
     @pytest.mark.slow
     def test_kill_9_with_a_server(self):
         found = kill.run(9, seed=3)
-        assert found["killed"] >= 5
+        assert found["journal: interrupted"] >= 5
 
 
 def test_pruning_spares_what_serves_and_its_parent(classifier):

@@ -225,10 +225,18 @@ def test_a_read_only_folder(classifier, tree, monkeypatch):
     assert tree(classifier.root) == before
 
 
-def test_a_narrow_umask_keeps_nobody_out(classifier):
-    config = classifier.root / "intent_head" / "config.pbtxt"
+@pytest.mark.parametrize("lock", ["none yet", "of an earlier version"])
+def test_a_narrow_umask_keeps_nobody_out(classifier, lock):
+    config, journal, held = (
+        classifier.root / name for name in ("intent_head/config.pbtxt", "intent.journal", ".patcher.lock")
+    )
     config.chmod(0o664)
     (classifier.root / "intent_head").chmod(0o2775)
+    classifier.root.chmod(0o2775)
+    journal.unlink()
+    held.chmod(0o644)
+    if lock == "none yet":
+        held.unlink()
     before = os.umask(0o077)
     try:
         with classifier.repository.lock():
@@ -238,11 +246,24 @@ def test_a_narrow_umask_keeps_nobody_out(classifier):
     finally:
         os.umask(before)
     new = classifier.root / "intent_head" / "2"
-    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (config, new, new / "model.onnx")}
-    assert modes == {config: 0o664, new: 0o2775, new / "model.onnx": 0o664}
-    root = stat.S_IMODE(classifier.root.stat().st_mode)
-    assert stat.S_IMODE((classifier.root / "topic_head" / "2").stat().st_mode) == root
-    assert stat.S_IMODE((classifier.root / "topic" / "config.pbtxt").stat().st_mode) == root & 0o666
+    files, folders = (
+        (config, journal, held, new / "model.onnx", classifier.root / "topic" / "config.pbtxt"),
+        (new, classifier.root / "topic_head" / "2"),
+    )
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (*files, *folders)}
+    assert modes == dict.fromkeys(files, 0o664) | dict.fromkeys(folders, 0o2775)
+
+
+def test_a_new_repository_in_a_shared_folder_is_open_to_all_who_share_it(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        ModelRepository.create(shared)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((shared / "patcher.json").stat().st_mode) == 0o664
 
 
 def test_a_full_disk(classifier, tree, monkeypatch):

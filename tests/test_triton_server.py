@@ -264,6 +264,21 @@ class TestServer:
         assert before.read_text() == "what clients sent"
         assert [path.stat().st_mode & 0o777 for path in (folder, before, log)] == [0o700, 0o600, 0o600]
 
+    def test_logs_that_nobody_has_written_for_a_month_are_removed(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        folder = tmp_path / "patcher"
+        with EmbeddedTriton(tmp_path, []) as silent:
+            for name, days in (("triton-1.log", 31), ("triton-1.log.1", 31), ("triton-2.log", 29), ("mine.log", 31)):
+                (folder / name).touch()
+                os.utime(folder / name, (time.time() - days * 86400,) * 2)
+            os.utime(silent.log_file, (1, 1))
+            with EmbeddedTriton(tmp_path, []) as new:
+                kept = {silent.log_file, folder / "triton-2.log", folder / "mine.log", new.log_file}
+                assert {path for path in folder.iterdir() if ".log" in path.name} == kept
+        os.utime(silent.log_file, (1, 1))
+        server_log.remove_old(folder, "triton-*.log*")
+        assert not silent.log_file.exists()
+
     def test_names_a_log_that_cannot_be_written(self, classifier):
         with pytest.raises(InputError, match="log"):
             EmbeddedTriton(classifier.root, MODELS, log_file=Path("/proc/nowhere/log")).start()

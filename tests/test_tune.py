@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -141,7 +143,7 @@ def test_what_won_by_chance_is_told_and_not_written(classifier, tree, monkeypatc
 
 
 @pytest.mark.server
-def test_a_setting_that_does_not_load_is_passed_over(classifier, tree, monkeypatch):
+def test_a_setting_that_does_not_load_is_passed_over(classifier, tmp_path, tree, monkeypatch):
     from patcher import tune as module
 
     bad, good = Serving(threads=1, slack=77), Serving(threads=1, delay_us=100)
@@ -163,10 +165,23 @@ def test_a_setting_that_does_not_load_is_passed_over(classifier, tree, monkeypat
     monkeypatch.setattr(TritonServer, "load", loaded)
     monkeypatch.setattr(module, "candidates", both)
     before = tree(classifier.root)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = tune(classifier, TEXTS, seconds=30, concurrency=2, write=False)
+    assert list(tmp_path.glob("patcher-*")) == []
     assert [trial.ratio is None for trial in found.trials] == [True, False]
     assert found.throughput > 1
     assert tree(classifier.root) == before
+
+
+@pytest.mark.server
+def test_the_log_of_a_server_that_does_not_start_is_there_to_be_read(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (classifier.root / "intent_backbone" / "1" / "model.onnx").write_bytes(b"garbage")
+    with pytest.raises(ServerError) as caught:
+        tune(classifier, TEXTS, seconds=1)
+    log = Path(str(caught.value).rpartition("The whole log: ")[2])
+    assert "intent_backbone" in log.read_text()
+    assert list(tmp_path.glob("patcher-*")) == [log.parent]
 
 
 @pytest.mark.server

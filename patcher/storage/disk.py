@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from patcher.errors import Busy, RepositoryError, StorageError
-from patcher.storage.moves import Replacement, flush_folder, flush_tree, move, move_back, replace, set_mode
+from patcher.storage.listing import matching
+from patcher.storage.moves import (
+    FILE_BITS,
+    Replacement,
+    flush_folder,
+    flush_tree,
+    mode_in,
+    move,
+    move_back,
+    replace,
+    set_mode,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +45,8 @@ STAGING = ".patcher-staging-"
 """Prefix of the folders in which changes are prepared; such a folder remains if its process was killed."""
 _JOURNALS = "*.journal"
 _PATIENCE_SECONDS = 5.0
-_FOLDER_BITS, _FILE_BITS = 0o2775, 0o664
-"""Mode bits that a new folder, and the files in it, inherit from the parent folder: never write access for others."""
+_FOLDER_BITS = 0o2775
+"""Mode bits that a new folder inherits from its parent: never write access for others."""
 
 
 class Disk:
@@ -66,7 +79,7 @@ class Disk:
         with storage_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / name).exists():
-                replace(self.root / name, data)
+                replace(self.root / name, data, shared=True)
 
     def refuse_unwritable(self) -> None:
         """Raise StorageError if the folder, or a file in it, could not be created."""
@@ -108,13 +121,17 @@ class Disk:
             raise RepositoryError(f"cannot read {self.root / name}: {error.strerror or error}") from error
 
     def has(self, name: str) -> bool:
-        """Whether the file exists."""
-        return (self.root / name).is_file()
+        """Whether the file exists; RepositoryError if its folder cannot be searched."""
+        try:
+            return stat.S_ISREG((self.root / name).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise RepositoryError(f"cannot read {self.root / name}: {error.strerror or error}") from error
 
     def glob(self, *patterns: str) -> list[str]:
-        """Names of the files that match."""
-        paths = dict.fromkeys(path for pattern in patterns for path in self.root.glob(pattern))
-        return [path.relative_to(self.root).as_posix() for path in paths]
+        """Names of the files that match; RepositoryError for a folder that cannot be read, but may hold a model."""
+        return matching(self.root, patterns)
 
     def local(self, name: str) -> Path:
         """The file itself."""
@@ -134,7 +151,7 @@ class Disk:
         """Replace a file's content by one rename."""
         if not (self.root / name).exists():
             with self._staging(_parent(name)) as staging:
-                replace(self.root / name, data, staging, newer_than=self._newest(name))
+                replace(self.root / name, data, staging, self._newest(name), shared=True)
             return
         with self.replacing(name, data) as replacement:
             try:
@@ -212,6 +229,8 @@ class Disk:
             # Unbuffered: a buffer would write the rest of a line that did not fit when the file is closed.
             with path.open("ab", buffering=0) as file:
                 try:
+                    if not size:
+                        set_mode(path, mode_in(self.root))
                     file.truncate(size)  # drops the incomplete line of a process that was killed while writing
                     while data:
                         data = data[file.write(data) :]
@@ -235,18 +254,22 @@ class Disk:
         """Hold the kernel's lock on a file, which is released when its process ends, however that happens."""
         import filelock
 
-        lock = filelock.FileLock(self.root / _LOCK_FILE)
         with storage_errors(self.root):
+            mode = mode_in(self.root)
+            lock = filelock.FileLock(self.root / _LOCK_FILE, mode=mode)
             try:
                 lock.acquire(timeout=0)  # the progress of others is checked only if somebody else holds the lock
             except filelock.Timeout:
                 self._wait(lock, timeout)
+        with contextlib.suppress(OSError):  # its owner lets the others in, whom an earlier version kept out
+            set_mode(self.root / _LOCK_FILE, mode)
         working = self.root / _WORKING
         try:
             with storage_errors(self.root):
                 if working.exists():
                     self._sweep()
-                working.touch()
+                else:
+                    working.touch()
             try:
                 yield ""
             finally:
@@ -255,19 +278,20 @@ class Disk:
             lock.release()
 
     def busy(self) -> bool:
-        """Whether somebody holds the lock at this moment."""
-        import filelock
+        """Whether somebody holds the lock at this moment.
 
-        lock = filelock.FileLock(self.root / _LOCK_FILE)
-        if not (self.root / _LOCK_FILE).exists():
-            return False
+        Whoever may not read the lock file gets True after a kill as well, until the next patcher has cleaned up.
+        """
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
+            descriptor = os.open(self.root / _LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return (self.root / _WORKING).exists()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # all that a file opened for reading may ask for
+        except OSError:  # also where there is no flock: there the file exists only while somebody holds the lock
             return True
-        except OSError:  # the lock file cannot be opened for writing: the folder is read-only, so nobody writes to it
-            return False
-        lock.release()
+        finally:
+            os.close(descriptor)
         return False
 
     def _wait(self, lock: BaseFileLock, timeout: float) -> None:
@@ -351,7 +375,7 @@ def _share(folder: Path, mode: int) -> None:
     The umask of whoever runs patcher may be more restrictive, and the server often runs as another user.
     """
     for path in (folder, *folder.rglob("*")):
-        set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else _FILE_BITS))
+        set_mode(path, mode & (_FOLDER_BITS if path.is_dir() else FILE_BITS))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["Replacement", "flush_folder", "flush_tree", "move", "move_back", "replace", "set_mode"]
+__all__ = ["Replacement", "flush_folder", "flush_tree", "mode_in", "move", "move_back", "replace", "set_mode"]
 
 _LATER_NS = 1_000_000
+FILE_BITS = 0o664
+"""Mode bits that a new file inherits from its folder: never write access for others."""
 
 
 class Replacement:
@@ -85,11 +87,12 @@ def _way_back() -> Iterator[Callable[[Path], AbstractContextManager[None]]]:
         ) from next(iter(failed.values()))
 
 
-def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0) -> int:
+def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: int = 0, *, shared: bool = False) -> int:
     """Replace a file's content by one rename, and flush it.
 
     The new file is written to ``staging``, a folder on the same file system. It keeps the old one's mode, so whoever
-    could read it still can. Returns its modification time, which is later than ``newer_than`` (both in ns).
+    could read it still can. Without an old one, the umask decides, or with ``shared`` the folder's mode. Returns its
+    modification time, which is later than ``newer_than`` (both in ns).
     """
     temporary = (staging or path.parent) / f".{path.name}.new"
     try:
@@ -97,8 +100,8 @@ def replace(path: Path, data: bytes, staging: Path | None = None, newer_than: in
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            set_mode(temporary, path.stat().st_mode)
+        if path.exists() or shared:
+            set_mode(temporary, path.stat().st_mode if path.exists() else mode_in(path.parent))
         time_ns = _date(temporary, newer_than)
     except OSError:  # leave no partial file on a full disk
         temporary.unlink(missing_ok=True)
@@ -125,6 +128,14 @@ def set_mode(path: Path, mode: int) -> None:
     """Set the mode of a file or folder if it differs: some file systems have a fixed mode and reject any change."""
     if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
         path.chmod(stat.S_IMODE(mode))
+
+
+def mode_in(folder: Path) -> int:
+    """The mode of a new file in ``folder`` that whoever may read or change the folder may read or change, too.
+
+    The umask of whoever creates the file may be more restrictive.
+    """
+    return folder.stat().st_mode & FILE_BITS | stat.S_IRUSR | stat.S_IWUSR
 
 
 def flush_tree(folder: Path) -> None:

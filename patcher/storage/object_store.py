@@ -23,6 +23,7 @@ from patcher.errors import InputError, LockLost, RepositoryError, StorageError
 from patcher.lease import REQUEST_SECONDS, Lease
 from patcher.storage.disk import storage_errors
 from patcher.storage.s3 import Bucket
+from patcher.triton.prepared import in_use, take_away
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,18 +112,19 @@ class ObjectStore:
         return sorted(name for name in names if any(_matches(name.split("/"), each) for each in parts))
 
     def local(self, name: str) -> Path:
-        """A copy in the user's cache, downloaded once for each ETag of the object."""
+        """A copy in the user's cache, downloaded once for each ETag of the object; kept until unused for a month."""
         tag = self.bucket.tag(name)
         if tag is None:
             raise RepositoryError(f"cannot read {self.location}/{name}: no such object")
         key = hashlib.sha256(f"{self.bucket.served_from}/{name} {tag}".encode()).hexdigest()
         path = _cache() / key[:40] / Path(name).name
         with storage_errors(path):
-            if not path.is_file():
+            while not (_requested(path.parent) and path.is_file()):
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
                     self.bucket.download(name, Path(folder) / path.name)
                     (Path(folder) / path.name).replace(path)
+                take_away(_cache(), "[0-9a-f]*", path.parent)
         return path
 
     def copy_to(self, folder: Path, *, without: Sequence[str] = ()) -> None:
@@ -298,6 +300,14 @@ class _Replacement:
 
 def _matches(name: list[str], pattern: list[str]) -> bool:
     return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
+
+
+def _requested(folder: Path) -> bool:
+    """Record that a folder of the cache is used, which keeps it for another month; False if it does not exist."""
+    mark = in_use(folder)
+    if mark is not None and mark >= 0:
+        os.close(mark)
+    return mark is not None
 
 
 def _cache() -> Path:

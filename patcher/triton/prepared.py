@@ -1,8 +1,8 @@
-"""Folders built for servers in the user's cache: which ones are in use, and which ones may be removed.
+"""Folders in the user's cache: which ones are in use, and which ones may be removed.
 
-Each interpreter and installation has its own folder, so folders of earlier ones would stay forever. Whoever uses a
-folder holds a shared lock on a mark file in it, and passes the descriptor on to the server. The kernel releases the
-lock when the last process that has the descriptor open ends.
+Each interpreter and installation has its own folder for servers, and each file of an object store has one, so folders
+of earlier ones would stay forever. Whoever uses a folder holds a shared lock on a mark file in it, and passes the
+descriptor on to the server. The kernel releases the lock when the last process that has the descriptor open ends.
 """
 
 from __future__ import annotations

@@ -365,6 +365,7 @@ class EmbeddedTriton:
         if self.log_file is None:
             folder = state_folder()
             make_private(folder)  # earlier versions created it readable for all
+            server_log.remove_old(folder, "triton-*.log*")
             self.log_file = folder / f"triton-{self.grpc_port}.log"
         command = self.command()
         if self._admin_key is not None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import time
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError
+from patcher.scratch import abandoned
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-__all__ = ["last_words", "open_log", "size", "telling_lines"]
+__all__ = ["last_words", "open_log", "remove_old", "size", "telling_lines"]
+
+_KEPT_SECONDS = 30 * 24 * 3600
 
 
 def open_log(path: Path) -> BinaryIO:
     """An empty log file, open for writing, that only its owner can read: logs may quote what clients send.
 
-    Raises InputError if it cannot be written.
+    It is locked for as long as the server has it open. Raises InputError if it cannot be written.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -29,11 +34,23 @@ def open_log(path: Path) -> BinaryIO:
             before = path.replace(f"{path}.1")
             with contextlib.suppress(OSError):  # the file belongs to somebody else
                 before.chmod(0o600)  # earlier versions of patcher created logs that everybody could read
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+        log = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
     except OSError as error:
         raise InputError(
             f"cannot write the server's log to {path}: {error.strerror or error}; name another file (--log-file FILE)"
         ) from error
+    with contextlib.suppress(OSError):  # a terminal or a pipe, or a file system without locks
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return log
+
+
+def remove_old(folder: Path, pattern: str) -> None:
+    """Remove logs that no server has open and to which nothing was written for a month."""
+    before = time.time() - _KEPT_SECONDS
+    for log in abandoned(folder.glob(pattern)):
+        with contextlib.suppress(OSError):
+            if log.stat().st_mtime < before:
+                log.unlink()
 
 
 def size(path: Path | None) -> int:

@@ -1,10 +1,12 @@
-"""Kills add-label, rollback and rename-label with SIGKILL at random moments, on a repository with a real server.
+"""Kills add-label, remove-label, rollback and rename-label with SIGKILL while they change a repository with a server.
 
-    python tests/benchmarks/kill.py [--moments 200] [--seed 0]
+    python tests/benchmarks/kill.py [--moments 130] [--seed 0]
 
-After each kill the repository must open and pin the version before or after the change, and the server must answer
-from one of the two. Then ``patcher doctor --repair`` must make repository and server agree, and ``patcher doctor`` must
-find nothing. Prints the results as JSON; exits with 1 if a rule was broken.
+Two kills of three come before a step of the change (``kill_steps.py``), in random order, until each step of each verb
+has had its turn. All others come at a random moment between the first step and the last. After each kill the
+repository must open and pin the version before or after the change, and the server must answer from one of the two.
+Then ``patcher doctor --repair`` must make repository and server agree, and ``patcher doctor`` must find nothing. Prints
+the results as JSON; exits with 1 if a rule was broken.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +33,9 @@ from patcher.triton.server import EmbeddedTriton
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
 
-VERBS = ("add-label", "rollback", "rename-label")
+VERBS = ("add-label", "rollback", "add-label", "rename-label")
+"""The turns; a label that is known already is removed instead of added."""
+STEPS = str(Path(__file__).parent / "kill_steps.py")
 
 
 class Broken(AssertionError):
@@ -45,7 +50,10 @@ class Killer:
         self.location = classifier.repository.location
         self.rng = np.random.default_rng(seed)
         self.numbers = 0
-        self.seconds: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {}
+        """By verb, the seconds from the first step of a whole change to each of its steps."""
+        self.left: dict[str, list[int]] = {}
+        """By verb, the steps before which it has not been killed yet."""
         self.counts: collections.Counter[str] = collections.Counter()
 
     def arguments(self, verb: str) -> list[str]:
@@ -62,49 +70,64 @@ class Killer:
         old = self.classifier.head().labels[0]
         return ["rename-label", old, f"{old.split('-')[0]}-{self.numbers}"]
 
-    def start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        # Import the heavy modules before the verb begins, so that the kills hit the work and not the imports.
-        code = "import sys; from patcher.cli import main; import patcher.labelling, patcher.relabelling, onnxruntime; "
-        code += "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *arguments, "--repo", str(self.location), "--url", self.url]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdout
-        process.stdout.readline()
-        return process
+    def start(self, arguments: list[str], step: int = 0) -> tuple[subprocess.Popen[bytes], IO[str]]:
+        """Start a verb that kills itself before ``step``, if that is not 0; also returns what it reports."""
+        reading, writing = os.pipe()
+        command = [sys.executable, STEPS, str(writing), str(step), *arguments]
+        command += ["--repo", str(self.location), "--url", self.url]
+        process = subprocess.Popen(command, pass_fds=[writing], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        os.close(writing)
+        return process, os.fdopen(reading)
 
-    def whole(self, verb: str) -> None:
-        """Measure how long a verb takes if it is not killed."""
-        process = self.start(self.arguments(verb))
-        start = time.perf_counter()
-        _, said = process.communicate()
+    def whole(self, arguments: list[str]) -> None:
+        """Let a verb finish, and note its steps."""
+        process, reports = self.start(arguments)
+        with reports:
+            _, said = process.communicate()
+            lines = reports.read().splitlines()
         if process.returncode:
-            raise Broken(f"{verb}: {said.decode()}")
-        self.seconds[verb] = time.perf_counter() - start
+            raise Broken(f"{arguments}: {said.decode()}")
+        self.times[arguments[0]] = times = json.loads(lines[-1])
+        self.left[arguments[0]] = [int(number) for number in self.rng.permutation(len(times)) + 1]
+
+    def kill(self, arguments: list[str]) -> str:
+        """Run a verb and kill it; returns where, or ``was done already``."""
+        verb, at_random = arguments[0], self.counts["killed"] % 3 == 2
+        step = 0 if at_random or not self.left[verb] else self.left[verb].pop()
+        process, reports = self.start(arguments, step)
+        with reports:
+            reports.readline()  # the first step has come, or the process has ended
+            try:
+                process.wait(60.0 if step else self.rng.uniform(0.0, self.times[verb][-1]))
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            return "was done already"
+        return "killed before a step" if step else "killed at a random moment"
 
     def one(self, verb: str) -> None:
-        """Run a verb, kill it at a random moment, and check what it left."""
+        """Run a verb, kill it, and check what it left; the first of its kind is only watched."""
         classifier = self.classifier
         before, number = classifier.serving(), classifier.next_version()
         labels = {version: classifier.head(version).labels for version in classifier.versions()}
         arguments = self.arguments(verb)
+        if arguments[0] not in self.times:
+            self.whole(arguments)
+            return
         after = classifier.head().lineage.parent if arguments[0] == "rollback" else number
-        process = self.start(arguments)
-        try:
-            process.wait(self.rng.uniform(0.0, 1.1 * self.seconds[verb]))
-            outcome = "was done already"
-        except subprocess.TimeoutExpired:
-            outcome = "killed"
-        process.kill()
-        process.communicate()
+        outcome = self.kill(arguments)
         serving = ModelRepository(self.location).classifier().serving()
         with TritonServer(self.url) as server:
             # The server may still be loading what it was told to before the kill.
             answered = {answer.head_version for answer in server.classify(classifier.name, ["anybody?"] * 3)}
             pending = classifier.journal.pending()
             self.counts[outcome] += 1
-            if outcome == "killed":
+            if outcome.startswith("killed"):
+                self.counts["killed"] += 1
                 self.counts["pinned the new one" if serving == after else "pinned the old one"] += 1
-                self.counts["journal: interrupted" if pending else "journal: nothing begun, or all done"] += 1
+                ended = "all done" if serving == after else "nothing begun"
+                self.counts[f"journal: {'interrupted' if pending else ended}"] += 1
             if serving not in (before, after) or not answered <= {before, after}:
                 raise Broken(f"{arguments}: {before} -> {after}, but {serving} is pinned and {answered} answers")
             repaired = [check for check in doctor.repair(self.location, server) if check.state == "fault"]
@@ -127,20 +150,21 @@ def run(moments: int, seed: int, location: str | None = None) -> dict[str, Any]:
         models = ["intent", "intent_features"]
         with EmbeddedTriton(classifier.storage.served_from, models, log_file=folder / "log") as triton:
             killer = Killer(classifier, triton.url, folder, seed)
-            for verb in ("add-label", "rename-label", "rollback"):
-                killer.whole(verb)
             number = 0
             while killer.counts["killed"] < moments:  # do not count verbs that had finished already
                 killer.one(VERBS[number % len(VERBS)])
                 number += 1
                 if killer.counts["killed"] % 20 == 0:
                     print(dict(killer.counts), file=sys.stderr, flush=True)
-            return {"moments": moments, "seed": seed, **killer.counts, "versions": len(history(classifier))}
+            steps = {verb: len(times) for verb, times in killer.times.items()}
+            spared = {verb: len(left) for verb, left in killer.left.items() if left}
+            found = {**killer.counts, "steps": steps, "steps not killed at": spared}
+            return {"moments": moments, "seed": seed, **found, "versions": len(history(classifier))}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moments", type=int, default=200)
+    parser.add_argument("--moments", type=int, default=130)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill.json")
     options = parser.parse_args()
