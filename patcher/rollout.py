@@ -148,15 +148,35 @@ def roll_out(
         If the server would not serve the new version; the previous one is pinned and loaded again.
     """
     require_live(server, classifier)
-    _publish(classifier, head, memory, data)
-    with withdrawing(classifier, head.lineage.version):
-        return _switch(classifier, head, server)
+    with _unchanged(classifier):
+        _publish(classifier, head, memory, data)
+        with withdrawing(classifier, head.lineage.version):
+            return _switch(classifier, head, server)
 
 
 def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None) -> None:
     data = data or write_head(head)
     validate(data, head)
     classifier.publish(head, memory, data)
+
+
+@contextlib.contextmanager
+def _unchanged(classifier: Classifier) -> Iterator[None]:
+    """Let the error of an object store say that nothing was changed, as a folder's does by itself.
+
+    A version is several objects there, and those that are written may not be deletable while the store fails.
+    """
+    try:
+        yield
+    except LockLost:
+        raise
+    except StorageError as error:
+        if classifier.storage.in_one_step:
+            raise
+        raise StorageError(
+            f"{as_sentence(error)} Nothing was changed: what is left of the new version is taken away by the next "
+            "change, or by `patcher doctor --repair`"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -192,9 +212,10 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
 
 def set_aside(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
     """Publish ``head``, with the file ``data``, without changing the serving version. The lock must be held."""
-    _publish(classifier, head, memory, data)
-    with withdrawing(classifier, head.lineage.version):
-        classifier.journal.append("done", serving=classifier.serving())
+    with _unchanged(classifier):
+        _publish(classifier, head, memory, data)
+        with withdrawing(classifier, head.lineage.version):
+            classifier.journal.append("done", serving=classifier.serving())
 
 
 def on_trial(classifier: Classifier) -> Classifier | None:
