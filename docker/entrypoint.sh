@@ -14,8 +14,13 @@
 set -euo pipefail
 
 repository="${TRITON_MODEL_REPO:-/models}"
+scratch="${TMPDIR:-/tmp}" # files for healthcheck.py
 key=""
 if [ -n "${ADMIN_KEY_FILE:-}" ]; then
+  if [ ! -r "$ADMIN_KEY_FILE" ] || [ -d "$ADMIN_KEY_FILE" ]; then
+    echo "ADMIN_KEY_FILE is $ADMIN_KEY_FILE, which cannot be read; expected a file with the key" >&2
+    exit 2
+  fi
   key="$(tr -d '[:space:]' <"$ADMIN_KEY_FILE")"
   # Triton's options split at other characters.
   if [[ ! "$key" =~ ^[A-Za-z0-9._~+/-]{16,}$ ]]; then
@@ -29,6 +34,15 @@ if [ "${1:-}" = patcher ]; then
   exec "$@"
 fi
 
+if [[ "$repository" == *://* ]]; then
+  echo "TRITON_MODEL_REPO is $repository, but this image serves folders only; for an object store, run 'patcher serve'" >&2
+  exit 2
+fi
+if [ ! -d "$scratch" ] || [ ! -w "$scratch" ]; then
+  echo "TMPDIR is $scratch; expected a folder that user $(id -u) can write to" >&2
+  exit 2
+fi
+
 read -d '' -ra names <<<"${CLASSIFIERS:-}" || true # -d '': all lines
 if [ "${#names[@]}" -eq 0 ]; then
   for head in "$repository"/*_head/; do
@@ -40,14 +54,30 @@ if [ "${#names[@]}" -eq 0 ]; then
     name="$(basename "$store" _heads)_any"
     if [ -f "$repository/$name/config.pbtxt" ]; then names+=("$name"); fi
   done
+  if [ "${#names[@]}" -eq 0 ]; then
+    echo "no classifier in $repository; expected folders NAME and NAME_head, as 'patcher export' writes them" >&2
+    exit 2
+  fi
 fi
+
+# Triton exits if one model does not load, so a name that was mistyped, or whose classifier was dropped, would take every
+# classifier down at the next start.
+present=()
+for name in "${names[@]}"; do
+  if [ -f "$repository/$name/config.pbtxt" ]; then
+    present+=("$name")
+  else
+    echo "warning: $name is not served: $repository/$name/config.pbtxt does not exist; is it misspelt in CLASSIFIERS?" >&2
+  fi
+done
+names=("${present[@]}")
 if [ "${#names[@]}" -eq 0 ]; then
-  echo "no classifier in $repository; expected folders NAME and NAME_head, as 'patcher export' writes them" >&2
+  echo "no classifier to serve: CLASSIFIERS names none that $repository has" >&2
   exit 2
 fi
 
-# Triton exits if one model does not load, so a damaged head would take every classifier down. Leave that classifier
-# out, as `patcher serve` does. If the heads cannot be checked, start with all of them; Triton reports what is wrong.
+# A damaged head does not load either. Leave that classifier out, as `patcher serve` does. If the heads cannot be
+# checked, start with all of them; Triton reports what is wrong.
 find='
 import sys
 from patcher import ModelRepository
@@ -78,7 +108,7 @@ if [ "${#names[@]}" -eq 0 ]; then
   echo "no classifier to serve: the head of each one named is damaged" >&2
   exit 1
 fi
-printf '%s\n' "${names[@]}" >"${TMPDIR:-/tmp}/classifiers" # for healthcheck.py
+printf '%s\n' "${names[@]}" >"$scratch/classifiers"
 
 models=()
 for name in "${names[@]}"; do models+=("--load-model=$name"); done
@@ -99,7 +129,7 @@ restricted="model-repository,shared-memory,trace,logging"
 # Nested JSON crashes Triton, whoever sends it. So without the key, which healthcheck.py has, HTTP answers only health
 # checks.
 restricted_http="inference,metadata,model-config,model-repository,statistics,shared-memory,trace,logging"
-(umask 077 && rm -f "${TMPDIR:-/tmp}/http-key" && printf '%s' "$key" >"${TMPDIR:-/tmp}/http-key")
+(umask 077 && rm -f "$scratch/http-key" && printf '%s' "$key" >"$scratch/http-key")
 case "${SERVE_HTTP:-0}" in
   0) ;;
   1)

@@ -10,11 +10,15 @@ import sys
 import time
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from patcher.names import CANARY
 from patcher.provenance import author
 
-__all__ = ["CHANGES", "begin", "finish", "is_change", "note", "read_event", "warn"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "is_change", "note", "read_event", "warn"]
 
 CHANGES = frozenset(
     [
@@ -36,7 +40,8 @@ CHANGES = frozenset(
     ]
 )
 """The verbs whose events the audit log (``$PATCHER_AUDIT_LOG``) keeps; it also keeps those of `doctor --repair`."""
-_OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}
+OUTCOMES = {0: "done", 1: "failed", 2: "bad_input", 3: "refused", 4: "put_back", 130: "interrupted"}
+"""The outcome for each exit code. With 0, a verb may note another: ``dry_run``, ``declined``."""
 _MOST_ERROR = 2000
 
 _event: ContextVar[dict[str, Any] | None] = ContextVar("event", default=None)
@@ -67,6 +72,15 @@ def is_change() -> bool:
     return event is not None and _is_kept(event) and "outcome" not in event
 
 
+def concern(classifiers: Sequence[str]) -> None:
+    """Note the classifiers that this run concerns; a trial counts as its classifier."""
+    own = [name for name in classifiers if not name.endswith(CANARY)]
+    if len(own) == 1:
+        note(classifier=own[0])
+    elif own:
+        note(classifiers=own)
+
+
 def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     """End the event: write a line to stderr if asked, and for a change a line to the file ``$PATCHER_AUDIT_LOG``.
 
@@ -80,7 +94,7 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "verb": event.pop("verb"),
-        "outcome": outcome if code == 0 else _OUTCOMES.get(code, "failed"),
+        "outcome": outcome if code == 0 else OUTCOMES.get(code, "failed"),
         "exit_code": code,
         "seconds": round(time.time() - started, 3),
         "user": author(),

@@ -10,6 +10,7 @@ from patcher.errors import RepositoryError
 from patcher.model_config import steps_of
 from patcher.names import CONFIG, PROGRAM, BackboneNames
 from patcher.signals import uninterrupted
+from patcher.storage import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from patcher.layout import BackboneFiles
     from patcher.model_config import Step
 
-__all__ = ["Backbone", "added_backbone"]
+__all__ = ["Backbone", "added_backbone", "unreadable"]
 
 
 class Backbone(BackboneNames):
@@ -51,6 +52,16 @@ class Backbone(BackboneNames):
     def backbone_path(self) -> Path:
         """A local path of the backbone's ONNX file."""
         return self.storage.local(f"{self.backbone_model}/1/model.onnx")
+
+    def check_readable(self) -> None:
+        """Raise RepositoryError if the ONNX file cannot be read; an object store's is not looked at."""
+        if is_url(self.repository.location):
+            return
+        try:
+            with self.backbone_path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise unreadable(self.backbone_path, error) from error
 
     @property
     def tokenizer_path(self) -> Path:
@@ -113,6 +124,12 @@ class Backbone(BackboneNames):
         """Replace the programs of models, given by model name; the lock must be held."""
         for model, program in programs.items():
             self.storage.replace(f"{model}/{PROGRAM}", program)
+
+
+def unreadable(path: Path, error: OSError) -> RepositoryError:
+    """The error for a backbone's file that cannot be read."""
+    cure = "export it again" if isinstance(error, FileNotFoundError) else "check its owner, its mode and the disk"
+    return RepositoryError(f"cannot read {path}: {error.strerror or error}; {cure}")
 
 
 @contextlib.contextmanager

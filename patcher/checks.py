@@ -11,7 +11,7 @@ from patcher.configs import PROGRAM_HASH
 from patcher.errors import PatcherError
 from patcher.foreign import foreign, outdated
 from patcher.model_config import parameter
-from patcher.names import CONFIG
+from patcher.names import CANARY, CONFIG
 from patcher.upgrade import interrupted, lacks_encoder
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from patcher.repository import ModelRepository
     from patcher.triton.client import TritonServer
 
-__all__ = ["Check", "of_programs", "of_settings", "of_upgrades"]
+__all__ = ["Check", "of_programs", "of_remains", "of_settings", "of_upgrades"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,19 @@ def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
                     yield Check(what, "fault", "interrupted; `patcher upgrade` finishes it")
             elif lacks_encoder(backbone):
                 yield Check(what, "note", "no encoder, as in exports before 0.4; `patcher upgrade` adds it")
+
+
+def of_remains(repository: ModelRepository) -> Iterator[Check]:
+    """Report what an interrupted `new-classifier` or `drop-classifier` left: the memory holds features of texts."""
+    names = [name for name in repository.remains() if not name.endswith(CANARY)]
+    if not names or repository.storage.busy():  # perhaps one that is just being made
+        return
+    for name in sorted({*names} & {*repository.remains()}):
+        found = (
+            f"there is {name}_head, but no classifier: making or deleting it was interrupted, or {name}/{CONFIG} is "
+            f"gone; restore that file from a copy, or delete what is left by `patcher drop-classifier {name} --yes`"
+        )
+        yield Check(f"{name}, remains", "note", found)
 
 
 def of_settings(repository: ModelRepository, server: TritonServer) -> Iterator[Check]:

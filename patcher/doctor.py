@@ -9,7 +9,8 @@ import platform
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from patcher.checks import Check, of_programs, of_settings, of_upgrades
+from patcher.backbone import unreadable
+from patcher.checks import Check, of_programs, of_remains, of_settings, of_upgrades
 from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.gate_words import unremembered
@@ -65,6 +66,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     yield Check("repository", "ok" if names else "note", found)
     yield from of_programs(repository)
     yield from of_upgrades(repository)
+    yield from of_remains(repository)
     seen: set[str] = set()
     for name in names:
         try:
@@ -254,7 +256,7 @@ def _backbone(classifier: Classifier) -> Check:
     except PatcherError as error:
         return Check(what, "fault", str(error))
     except OSError as error:
-        return Check(what, "fault", f"cannot read {classifier.backbone_path}: {error.strerror}; export it again")
+        return Check(what, "fault", str(unreadable(classifier.backbone_path, error)))
     if found != expected:
         return Check(what, "fault", f"its file's SHA-256 is {found[:12]}; expected {expected[:12]}: export it again")
     return Check(what, "ok", f"SHA-256 {found[:12]}, as its heads expect")

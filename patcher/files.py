@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from patcher import model_config
 from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError
 from patcher.journal import Journal
+from patcher.layout import MEMORY
 from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
 from patcher.signals import uninterrupted
 from patcher.storage import Replacement, Storage, is_url, open_storage
@@ -184,11 +185,19 @@ class RepositoryFiles:
         self.storage.take_away([name, f"{name}_head", f"{name}{JOURNAL}"])
 
     def has_remains(self, name: str) -> bool:
-        """Whether any part of a classifier exists, even half deleted: a head, or the journal, which is deleted last.
+        """Whether any part of a classifier exists, even half made or half deleted.
 
-        A folder ``name`` alone does not count: it may be a model that patcher did not create.
+        That is a head, a memory (in an object store, the first file of a classifier), or the journal, which is deleted
+        last. A folder ``name`` alone does not count: it may be a model that patcher did not create.
         """
-        return any(self.storage.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}"))
+        if any(self.storage.has(part) for part in (f"{name}_head/{CONFIG}", f"{name}{JOURNAL}")):
+            return True
+        return bool(self.storage.glob(f"{name}_head/*/{MEMORY}"))
+
+    def remains(self) -> tuple[str, ...]:
+        """Names under which there is a memory but no classifier: making or deleting one was interrupted."""
+        names = {path.partition("_head/")[0] for path in self.storage.glob(f"*_head/*/{MEMORY}")}
+        return tuple(sorted(names - set(self.classifiers())))
 
     def versions_of(self, name: str) -> tuple[int, ...]:
         """Head versions under a name, even if the classifier is incomplete."""

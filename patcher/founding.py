@@ -295,7 +295,7 @@ def _head(
     examples: Examples,
 ) -> Head:
     facts: dict[str, Any] = {"method": "softmax", "data_hash": examples.data_hash(), "gate": report.gate}
-    audit.note(classifier=report.classifier, version=1, backbone=base.backbone_name, in_store=report.in_store, **facts)
+    audit.note(classifier=report.classifier, backbone=base.backbone_name, in_store=report.in_store, **facts)
     head = Head.from_linear(
         labels,
         made.weight,
@@ -338,6 +338,7 @@ def _publish(
         error.report = {**report.to_json(), **error.report}
         raise
     report.published, report.served = True, server is not None
+    audit.note(version=1)
 
 
 def publish_new(

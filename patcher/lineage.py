@@ -22,12 +22,12 @@ MERGE = "merge"
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
     """Lineage of the version after ``parent``: numbers, time, author and tool version, plus the fields in ``what``.
 
-    Also adds the change to the audit event of this run.
+    Also adds the change to the audit event of this run, without its number: it may never be published.
     """
     version = classifier.next_version()
     facts = {name: value for name, value in what.items() if name != "details"}
     origin = {name: value for name, value in parent.lineage.details.items() if name == CHECKPOINT}
-    audit.note(classifier=classifier.name, version=version, parent_version=parent.lineage.version, **facts)
+    audit.note(classifier=classifier.name, parent_version=parent.lineage.version, **facts)
     return Lineage(
         version=version,
         parent=parent.lineage.version,

@@ -14,13 +14,15 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.audit import read_event
+from patcher.audit import CHANGES, OUTCOMES, read_event
 from patcher.errors import InputError, PatcherError, ToolError
 from patcher.fleet import resolved, split
+from patcher.names import CANARY
 from patcher.rollout import probe_text
 from patcher.triton.client import TritonServer
 from patcher.wording import install_hint
@@ -37,6 +39,9 @@ __all__ = ["Probe", "Targets", "expose", "probe_replica"]
 
 _TIMEOUT = 5.0
 _AT_ONCE = 16
+_MOST_WITH_ZEROS = 50
+"""Up to this many classifiers, every outcome of every verb starts at 0, which takes some 70 series for each."""
+_OF_NO_CLASSIFIER = frozenset(["export", "serve", "upgrade"])
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -164,7 +169,7 @@ class _Collector:
         classifiers = _classifiers(self._targets)
         yield from _replica_metrics(_probes(self._targets, classifiers))
         yield from _repository_metrics(classifiers)
-        yield from self._changes.metrics()
+        yield from self._changes.metrics([name for name, _ in classifiers if not name.endswith(CANARY)])
 
 
 def _replica_metrics(probes: Sequence[Probe]) -> Iterator[Any]:
@@ -232,8 +237,13 @@ class _Changes:
         self._runs: Counter[tuple[str, str, str]] = Counter()
         self._forced: Counter[str] = Counter()
 
-    def metrics(self) -> Iterator[Any]:
-        """Both counters, over everything in the file so far; empty if there is no file."""
+    def metrics(self, classifiers: Sequence[str] = ()) -> Iterator[Any]:
+        """Both counters, over everything in the file so far.
+
+        ``classifiers`` start at 0: Prometheus sees no increase in a series that appears with its first event, as 1.
+        With many of them only ``forced`` does, and the changes of those that have had any. If the file cannot be read,
+        there is nothing, since a 0 would make an increase of all that it holds.
+        """
         from prometheus_client.core import CounterMetricFamily
 
         runs = CounterMetricFamily(
@@ -243,16 +253,20 @@ class _Changes:
             "patcher_forced", "Changes published although the gate refused", labels=["classifier"]
         )
         with self._lock:
-            self._read_on()
-            for key, value in sorted(self._runs.items()):
+            names = classifiers if self._read_on() else ()
+            known = {name for name, _, _ in self._runs}
+            few = names if len(names) <= _MOST_WITH_ZEROS else [name for name in names if name in known]
+            zeros = dict.fromkeys(product(few, CHANGES - _OF_NO_CLASSIFIER, OUTCOMES.values()), 0)
+            for key, value in sorted({**zeros, **self._runs}.items()):
                 runs.add_metric(list(key), value)
-            for name, value in sorted(self._forced.items()):
+            for name, value in sorted({**dict.fromkeys(names, 0), **self._forced}.items()):
                 forced.add_metric([name], value)
         yield from (runs, forced)
 
-    def _read_on(self) -> None:
+    def _read_on(self) -> bool:
+        """Count the lines added since the last time; returns whether what is counted now is all of a file's events."""
         if self._path is None:
-            return
+            return False
         try:
             with self._path.open("rb") as file:
                 file.seek(self._end - len(self._last))
@@ -263,8 +277,13 @@ class _Changes:
                     if not line.endswith(b"\n"):  # still being written
                         break
                     self._count(line)
+        except FileNotFoundError:  # not written yet, or rotated
+            self._forget()
+            return self._path.parent.is_dir()
         except OSError:
             self._forget()
+            return False
+        return True
 
     def _count(self, line: bytes) -> None:
         self._end, self._last = self._end + len(line), line

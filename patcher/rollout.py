@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from patcher import audit
 from patcher.backbone import Backbone
 from patcher.classifier import Classifier
 from patcher.errors import (
@@ -149,9 +150,10 @@ def roll_out(
         If the server would not serve the new version; the previous one is pinned and loaded again.
     """
     require_live(server, classifier)
-    _publish(classifier, head, memory, data)
-    with withdrawing(classifier, head.lineage.version):
-        return _switch(classifier, head, server)
+    with _unchanged(classifier):
+        _publish(classifier, head, memory, data)
+        with withdrawing(classifier, head.lineage.version):
+            return _switch(classifier, head, server)
 
 
 def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None) -> None:
@@ -161,16 +163,40 @@ def _publish(classifier: Classifier, head: Head, memory: Memory | None, data: by
 
 
 @contextlib.contextmanager
+def _unchanged(classifier: Classifier) -> Iterator[None]:
+    """Let the error of an object store say that nothing was changed, as a folder's does by itself.
+
+    A version is several objects there, and those that are written may not be deletable while the store fails.
+    """
+    try:
+        yield
+    except LockLost:
+        raise
+    except StorageError as error:
+        if classifier.storage.in_one_step:
+            raise
+        raise StorageError(
+            f"{as_sentence(error)} Nothing was changed: what is left of the new version is taken away by the next "
+            "change, or by `patcher doctor --repair`"
+        ) from error
+
+
+@contextlib.contextmanager
 def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
-    """Withdraw ``version`` if the body fails, so that it leaves no trace; after NotServed it stays, for a retry."""
+    """Withdraw ``version`` if the body fails, so that it leaves no trace; after NotServed it stays, for a retry.
+
+    Only a version that stays is named in the audit event: the number of another one goes to the next version.
+    """
     try:
         yield
     except NotServed:
+        audit.note(version=version)
         raise
     except BaseException:
         with uninterrupted(), contextlib.suppress(StorageError):
             classifier.withdraw(version)
         raise
+    audit.note(version=version)
 
 
 def roll_back(classifier: Classifier, to: int | None = None, server: TritonServer | None = None) -> Switch:
@@ -188,9 +214,10 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
 
 def set_aside(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None = None) -> None:
     """Publish ``head``, with the file ``data``, without changing the serving version. The lock must be held."""
-    _publish(classifier, head, memory, data)
-    with withdrawing(classifier, head.lineage.version):
-        classifier.journal.append("done", serving=classifier.serving())
+    with _unchanged(classifier):
+        _publish(classifier, head, memory, data)
+        with withdrawing(classifier, head.lineage.version):
+            classifier.journal.append("done", serving=classifier.serving())
 
 
 def on_trial(classifier: Classifier) -> Classifier | None:
@@ -337,7 +364,8 @@ def _put_back(classifier: Classifier, version: int, asked: Sequence[TritonServer
     except PatcherError as error:
         state = (
             f"The repository is back on version {previous}, but the server could not be brought back to it ({error}); "
-            "`patcher sync` has it serve that version, and so does a restart"
+            "`patcher sync` has each server that answers serve that version, and so does a restart; `patcher doctor` "
+            "calls the change interrupted until `patcher sync`, or the next change, has ended it"
         )
     else:
         classifier.note("undone", serving=previous)

@@ -26,6 +26,7 @@ __all__ = ["advice", "cache_options", "damaged", "require_gpu", "serve", "served
 
 _CACHE_BYTES = 64 << 20
 _MANY_CORES = 8
+_PORT_SECONDS = 5.0
 
 
 def serve(
@@ -49,11 +50,13 @@ def serve(
     """Serve every classifier of ``repository`` until SIGINT, SIGTERM or SIGHUP, then let requests in flight finish.
 
     Returns the server's exit code. Raises as :class:`EmbeddedTriton` does, and ServerError if the server ends by
-    itself, or if a model requires a GPU and this machine has none.
+    itself, or if a model requires a GPU and this machine has none; RepositoryError if a backbone cannot be read.
     """
     left_out = damaged(repository)
     models = served_models(repository, left_out)
     require_gpu(repository, models)
+    for name in repository.backbones():
+        repository.backbone(name).check_readable()
     server = EmbeddedTriton(
         repository.storage.served_from,
         models,
@@ -77,6 +80,7 @@ def serve(
         try:
             for name, error in left_out.items():
                 say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
+            server.await_ports(_PORT_SECONDS, say)
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
             server.start(start_timeout)
             for line in (_ready(server), *_on_the_key(server, open_control=open_control), *hints):

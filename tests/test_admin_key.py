@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import grpc as grpcio
 import psutil
@@ -74,6 +75,25 @@ def other_user():
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, NOBODY, NOBODY)
         yield Path(folder)
+
+
+def test_a_given_key_goes_only_with_model_control():
+    """Without TLS, it would cross the network with every text."""
+    with TritonServer("triton.example:8001", admin_key="0123456789abcdef") as client:
+        client.__dict__["_client"] = connection = MagicMock()
+        client.is_live()
+        client.is_ready("intent")
+        client.server_metadata()
+        client.model_config("intent")
+        client.statistics()
+        client.refresh("intent_heads", "intent", 8)
+        client.load("intent")
+        client.unload("intent")
+        client.repository_index()
+    calls = [(name, given["headers"]) for name, _, given in connection.method_calls if "headers" in given]
+    keyed = {name for name, headers in calls if headers}
+    assert len(calls) == 9
+    assert keyed == {"load_model", "unload_model", "get_model_repository_index"}
 
 
 @contextlib.contextmanager

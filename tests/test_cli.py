@@ -271,6 +271,17 @@ def test_doctor_finds_what_is_wrong(patcher, classifier, monkeypatch):
     assert "FAULT  intent_backbone: its file's SHA-256 is" in out
 
 
+def test_a_backbone_that_cannot_be_read_is_told_before_a_server_starts(patcher, classifier, monkeypatch):
+    monkeypatch.setattr("patcher.serve.EmbeddedTriton", lambda *_, **__: pytest.fail("nothing to serve"))
+    backbone = classifier.root / "intent_backbone" / "1" / "model.onnx"
+    backbone.unlink()
+    backbone.symlink_to(backbone)  # root can read every file, but not follow this
+    expected = f"cannot read {backbone}: Too many levels of symbolic links; check its owner, its mode and the disk"
+    assert f"FAULT  intent_backbone: {expected}" in patcher("doctor")[1]
+    code, _, err = patcher("serve")
+    assert (code, expected in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     "http, tls, said",
     [(True, False, "HTTP h:1, metrics"), (False, False, "HTTP h:1 for health checks only (--http opens it), metrics"),

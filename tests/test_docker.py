@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 from patcher import ModelRepository, TritonServer
 from patcher.cli.serve import serve_command
-from patcher.errors import InputError, ServerRefused
+from patcher.errors import ServerRefused
 from patcher.triton.installation import find_installation
 from patcher.triton.process import free_ports
 from patcher.triton.server import EmbeddedTriton
@@ -184,6 +184,35 @@ def test_entrypoint_loads_only_the_classifiers_named(container: dict[str, str]) 
     arguments = enter({**container, "CLASSIFIERS": "topic"}).stdout
     assert "--load-model=topic" in arguments
     assert "--load-model=intent\n" not in arguments
+
+
+def test_entrypoint_leaves_out_a_name_that_the_repository_lacks(container: dict[str, str]) -> None:
+    """Triton would load none of the others either."""
+    outcome = enter({**container, "CLASSIFIERS": "topic dropped"})
+    assert "--load-model=topic" in outcome.stdout
+    assert "--load-model=dropped" not in outcome.stdout
+    assert "warning: dropped is not served" in outcome.stderr
+    outcome = enter({**container, "CLASSIFIERS": "dropped"})
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert "CLASSIFIERS names none that" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "variable, value, said",
+    [
+        ("ADMIN_KEY_FILE", "/none", "ADMIN_KEY_FILE is /none, which cannot be read; expected a file"),
+        ("ADMIN_KEY_FILE", "/", "ADMIN_KEY_FILE is /, which cannot be read; expected a file"),
+        ("TMPDIR", "/none", "TMPDIR is /none; expected a folder that user"),
+        ("TRITON_MODEL_REPO", "s3://models/intent", "serves folders only"),
+    ],
+)
+def test_entrypoint_says_what_is_wrong_with_a_setting(
+    container: dict[str, str], variable: str, value: str, said: str
+) -> None:
+    outcome = enter({**container, variable: value})
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    (line,) = outcome.stderr.splitlines()
+    assert said in line
 
 
 def test_entrypoint_restricts_model_control_without_a_key_too(container: dict[str, str]) -> None:
@@ -432,7 +461,9 @@ def test_the_service_lets_patcher_stop_the_server() -> None:
     assert found["KillMode"] == ["mixed"]
     drained = inspect.signature(EmbeddedTriton).parameters["exit_timeout"].default
     assert int(found["TimeoutStopSec"][0]) > 2 * drained + 10  # for requests in flight, then for the server's shutdown
-    assert found["RestartPreventExitStatus"] == [str(InputError.exit_code)]
+    # Also 2, bad input: a volume may be mounted late.
+    assert (found["Restart"], found["StartLimitIntervalSec"]) == (["on-failure"], ["0"])
+    assert "RestartPreventExitStatus" not in found
     (command,) = found["ExecStart"]
     program, verb, *options = command.split()
     assert (program, verb) == ("/opt/patcher/.venv/bin/patcher", "serve")

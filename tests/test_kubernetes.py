@@ -90,6 +90,13 @@ def test_an_update_loses_nothing() -> None:
     assert pause + timeout < pod["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.parametrize("overlay", ["base", "cpu", "tls"])
+def test_only_the_autoscaler_sets_the_number_of_replicas(overlay: str) -> None:
+    """Each `kubectl apply` would set it back."""
+    target = get(overlay, "HorizontalPodAutoscaler", "triton")["spec"]["scaleTargetRef"]
+    assert "replicas" not in get(overlay, target["kind"], target["name"])["spec"]
+
+
 def test_probes_ask_for_the_classifier() -> None:
     triton = container("base")
     assert triton["readinessProbe"]["exec"]["command"] == ["python3", "/usr/local/bin/healthcheck.py"]

@@ -9,6 +9,7 @@ import shutil
 import socket
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import promql_parser
 import pytest
@@ -16,9 +17,10 @@ import tiny
 import yaml
 from certificates import Authority
 
-from patcher import ModelRepository, metrics
+from patcher import ModelRepository, metrics, rollout
 from patcher.audit import read_event
 from patcher.cli import main
+from patcher.errors import NotServed, StorageError
 from patcher.metrics import Targets, _Changes, _probes, expose
 from patcher.triton import client
 from patcher.triton.server import EmbeddedTriton
@@ -136,6 +138,38 @@ def test_an_audit_log_is_read_on_from_where_the_last_scrape_ended(tmp_path, monk
     assert len(parsed) == 5
 
 
+def series(changes, names):
+    """The value of each series of `patcher_changes` and of `patcher_forced`, by its labels."""
+    return [{tuple(s.labels.values()): s.value for s in each.samples} for each in changes.metrics(names)]
+
+
+def test_counters_start_at_zero(tmp_path):
+    """Prometheus sees no increase in a series that appears with its first event."""
+    changes = _Changes(tmp_path / "audit.jsonl")  # does not exist yet
+    runs, forced = series(changes, ["intent"])
+    assert runs["intent", "add-label", "put_back"] == runs["intent", "rollback", "done"] == forced["intent",] == 0
+    assert len(runs) < 100
+    (tmp_path / "audit.jsonl").write_text(line("rollback"))
+    runs, forced = series(changes, ["intent", "topic"])
+    assert (runs["intent", "rollback", "done"], runs["topic", "rollback", "done"]) == (1, 0)
+    assert set(forced) == {("intent",), ("topic",)}
+
+
+def test_many_classifiers_get_zeros_only_after_an_event(tmp_path):
+    (tmp_path / "audit.jsonl").write_text(line("rollback"))
+    names = ["intent", *(f"c{number}" for number in range(50))]
+    runs, forced = series(_Changes(tmp_path / "audit.jsonl"), names)
+    assert {name for name, _, _ in runs} == {"intent"}
+    assert runs["intent", "add-label", "put_back"] == 0
+    assert len(forced) == 51
+
+
+@pytest.mark.parametrize("place", [None, "no-such-folder/audit.jsonl", "."])
+def test_a_log_that_cannot_be_read_has_no_zeros(tmp_path, place):
+    """Once it can be read again, all that it holds would be an increase."""
+    assert series(_Changes(place and tmp_path / place), ["intent"]) == [{}, {}]
+
+
 @pytest.mark.parametrize("kind", ["cut", "cut, and longer by now", "another", "gone"])
 def test_an_audit_log_that_was_rotated_is_counted_anew(tmp_path, kind):
     log = tmp_path / "audit.jsonl"
@@ -169,11 +203,38 @@ def test_the_audit_log_says_who_did_what_from_what(exported):
     refused, forced, bad = events(exported[1])
     assert (refused["outcome"], refused["gate"], refused["exit_code"]) == ("refused", "refused", 3)
     assert (forced["outcome"], forced["gate"], forced["forced"], forced["version"]) == ("done", "forced", True, 2)
+    assert "version" not in refused  # the next one got that number
     assert forced["data_hash"] == refused["data_hash"]
     assert len(forced["data_hash"]) == 64
     assert forced["seconds"] > 0
     assert {"time", "user", "host", "classifier", "parent_version", "method", "added"} <= forced.keys()
     assert "there are 1, 2" in bad["error"]
+
+
+def test_the_audit_log_names_the_classifiers_of_verbs_for_all(classifier, monkeypatch, tmp_path):
+    log, repo = tmp_path / "audit.jsonl", str(classifier.root)
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    main(["doctor", "--repair", "--repo", repo])
+    main(["sync", "--repo", repo, "--url", "127.0.0.1:1"])
+    main(["upgrade", "--repo", repo])
+    with classifier.repository.lock():
+        classifier.repository.add_classifier("later", classifier.head(), backbone="intent")
+    main(["sync", "--repo", repo, "--url", "127.0.0.1:1"])
+    doctor, sync, upgrade, both = events(log)
+    assert [event["classifier"] for event in (doctor, sync)] == ["intent", "intent"]
+    assert upgrade["backbones"] == ["intent"]
+    assert (both["classifiers"], "classifier" in both) == (["intent", "later"], False)
+
+
+@pytest.mark.parametrize("error, version", [(StorageError("full"), None), (NotServed("put back"), 2), (None, 2)])
+def test_the_audit_log_has_a_version_only_of_what_was_published(error, version, classifier, monkeypatch, tmp_path):
+    log, switch = tmp_path / "audit.jsonl", rollout._switch
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr(rollout, "_switch", Mock(side_effect=error or switch))
+    main(["rename-label", "music", "songs", "--no-load", "--repo", str(classifier.root)])
+    (event,) = events(log)
+    assert event.get("version") == version
+    assert classifier.versions() == ((1, 2) if version else (1,))
 
 
 def test_a_log_line_beside_json(classifier, monkeypatch, capsys):
@@ -236,6 +297,14 @@ def names(node):
     parts = [getattr(node, part, None) for part in ("expr", "lhs", "rhs", "param")]
     parts += list(getattr(node, "args", None) or [])
     return {name for part in parts if part is not None for name in names(part)}
+
+
+def test_no_alert_takes_a_counter_that_starts_at_zero_for_an_event():
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        if rule["alert"] in ("PutBack", "GateForced"):
+            found = re.findall(r"_total(?:{[^}]*})?\)( > 0)?\s+unless", rule["expr"])
+            assert found == [" > 0"], rule["alert"]
 
 
 @pytest.mark.server

@@ -575,6 +575,23 @@ def test_texts_that_come_again_are_told(tiny_original, tmp_path, capsys):
     assert "repeats   2 texts left out as duplicates" in out
 
 
+@pytest.mark.parametrize("lost", [["half"], ["half", "half_head/config.pbtxt"]])
+def test_what_a_killed_one_left_is_named_and_taken_away(lost, tiny_original, tmp_path, capsys):
+    """In a folder, the head comes before the ensemble; in an object store, the memory comes first of all."""
+    root = shutil.copytree(tiny_original, tmp_path / "model_repository")
+    repository = ModelRepository(root)
+    new_classifier(repository, "half", examples())
+    for path in map(root.joinpath, [*lost, "half.journal"]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (found,) = (check for check in doctor.diagnose(root, None, "url") if check.what == "half, remains")
+    assert (found.state, "`patcher drop-classifier half --yes`" in found.finding) == ("note", True)
+    with repository.lock():  # it may be one that is just being made
+        assert all(check.what != "half, remains" for check in doctor.diagnose(root, None, "url"))
+    assert main(["drop-classifier", "half", "--yes", "--no-load", "--repo", str(root)]) == 0
+    assert list(root.glob("half*")) == []
+    assert capsys.readouterr().out.startswith("half was deleted")
+
+
 @pytest.mark.parametrize("in_store", [False, True])
 def test_a_drop_that_was_killed_is_finished_by_the_next(tiny_original, tmp_path, monkeypatch, capsys, tree, in_store):
     shutil.copytree(tiny_original, tmp_path / "model_repository")

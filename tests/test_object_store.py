@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -47,7 +48,7 @@ from patcher.metrics import Targets
 from patcher.recovery import changing
 from patcher.relabelling import rename_label
 from patcher.rollout import roll_back
-from patcher.storage import object_store
+from patcher.storage import object_store, s3
 from patcher.storage.object_store import ObjectStore
 from patcher.storage.s3 import Bucket, _age, parse_url
 from patcher.triton.server import EmbeddedTriton
@@ -114,6 +115,27 @@ def triton(classifier, folder, number=0, **options):
 
 def faults(server=None):
     return [check for check in doctor.diagnose(URL, server, "url") if check.state == "fault"]
+
+
+def test_a_store_that_hangs_is_told_and_given_up(store, monkeypatch, capsys):
+    monkeypatch.setattr(s3, "_SMALL_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        url = f"s3://http://127.0.0.1:{hanging.getsockname()[1]}/models/repository"
+        bucket = Bucket(url, tries=1)
+        assert bucket.region == "us-east-1"  # the client is there, which may take longer than the notice
+        monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.2)
+        with pytest.raises(StorageError, match="is the object store up"):
+            bucket.get("patcher.json")
+    assert capsys.readouterr().err == f"still waiting for the object store to read {url}/patcher.json\n"
+
+
+@pytest.mark.parametrize("size, patient", [(1 << 20, False), ((1 << 20) + 1, True)])
+def test_only_a_large_object_is_waited_for_longer(size, patient, store, tmp_path):
+    for number, content in enumerate((b"0" * size, tmp_path / "large")):
+        (tmp_path / "large").write_bytes(b"0" * size)
+        bucket = Bucket(URL)
+        bucket.put(f"o{number}", content, None)
+        assert ("_patient_client" in vars(bucket)) == patient
 
 
 def objects():
@@ -718,6 +740,7 @@ class TestFaults:
         finally:
             store.fault = None
         assert (code, "cannot write s3://models/repository/" in said) == (1, True), said
+        assert "Nothing was changed: what is left of the new version is taken away by the next change" in said
         with changing(remote):
             pass
         assert objects() == before
@@ -877,6 +900,13 @@ class TestExport:
         assert main(["export", str(bert), "--repo", URL, "--name", "intent"]) == 1
         store.fault = None
         assert set(Bucket(URL).names()) == {".patcher.lock"}
+
+    def test_one_that_may_not_write_is_refused_before_the_checkpoint_is_read(self, store, capsys):
+        store.fault = lambda method, _: method == "PUT"
+        assert main(["export", "a-checkpoint-that-is-never-read", "--repo", URL]) == 1
+        store.fault = None
+        assert f"cannot write {URL}/.patcher-probe-" in capsys.readouterr().err
+        assert Bucket(URL).names() == {}
 
     def test_one_that_was_killed_is_made_anew(self, store, bert, tmp_path):
         Bucket(URL).put("intent_backbone/1/model.onnx", b"half", None)

@@ -225,6 +225,8 @@ def test_when_the_way_back_fails_too_the_message_says_so(classifier):
         roll_out(classifier, next_head(classifier), None, server)
     assert caught.value.report == {"version": 2, "parent_version": 1, "published": True, "served": False}
     assert str(caught.value).count("to retry: ") == 1
+    assert "`patcher doctor` calls the change interrupted until `patcher sync`" in str(caught.value)
+    assert classifier.journal.pending()
     assert classifier.serving() == 1
     server = Server(classifier, load=[KeyboardInterrupt(), ServerUnreachable("dead now")])
     with classifier.repository.lock(), pytest.raises(NotServed, match="KeyboardInterrupt"):

@@ -23,12 +23,14 @@ import psutil
 import pytest
 import tiny
 from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
 
 from patcher import TritonServer
 from patcher.cli import main
 from patcher.errors import InputError, ServerError, ServerRefused, ServerUnreachable, ToolError, VersionError, WrongPort
 from patcher.serve import damaged
 from patcher.triton import installation, prepared, process, server_log
+from patcher.triton.failures import Address
 from patcher.triton.server import EmbeddedTriton
 
 pytestmark = pytest.mark.server
@@ -799,6 +801,34 @@ def stub(program):
     done = subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     return done.stdout
+
+
+def test_a_port_that_is_taken_is_waited_for():
+    """A killed `serve` leaves a server that takes a while to end."""
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        port = ending.getsockname()[1]
+        threading.Timer(0.5, ending.close).start()
+        process.await_ports(["127.0.0.1"], [port], 30.0, told.append)
+        assert process.free_ports(["127.0.0.1"], [port]) == [port]
+    (line,) = told
+    assert line.startswith("waiting up to 30 s, in case that a server is just ending: cannot listen on 127.0.0.1:")
+
+
+def test_a_port_that_stays_taken_is_left_to_the_start_to_report():
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        process.await_ports(["127.0.0.1"], [there.getsockname()[1]], 0.3, told.append)
+    process.await_ports(["203.0.113.1"], [1], 60.0, told.append)  # no address of this machine: nothing to wait for
+    assert len(told) == 1
+
+
+def test_a_server_that_is_stopping_is_not_said_to_lack_the_model():
+    said = "Request for unknown model: 'intent' has no available versions"
+    error = InferenceServerException(said, status="StatusCode.NOT_FOUND")
+    failure = Address("127.0.0.1:8001", "127.0.0.1", 8001, None).failure("answer", error, 1.0, keyed=False)
+    assert isinstance(failure, ServerRefused)
+    assert f"could not answer: it is stopping, or has unloaded it: {said}; `patcher doctor`" in str(failure)
 
 
 def test_what_numpy_needs_for_files_comes_when_it_is_asked_for():

@@ -45,6 +45,7 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
             tell(doctor.Check("port", "fault", str(error)))
         if repair:
             audit.note(repair=True)
+            audit.concern(options.repository.classifiers())
             for check in doctor.repair(options.repo, server):
                 tell(check)
         for check in doctor.diagnose(options.repo, server, options.url, expected=expected):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from patcher import audit
 from patcher.cli.options import CommonOptions, common_options
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def upgrade_command(backbone_name: str | None, dry_run: bool, force: bool, optio
     from patcher.upgrade import is_quantized, lacks_encoder, planned, upgrade
 
     backbones = _backbones(options, backbone_name)
+    audit.note(backbones=[backbone.backbone_name for backbone in backbones])
     # Planned for all backbones first: if one is refused, none is changed.
     changed = [model for backbone in backbones for model in planned(backbone, force=force)]
     before = options.repository.format

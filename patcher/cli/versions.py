@@ -164,6 +164,7 @@ def sync_command(options: CommonOptions) -> int:
     from patcher.names import CANARY
 
     names = options.repository.classifiers() if options.classifier_name is None else ()
+    audit.concern(names)
     own = [name for name in names if not name.endswith(CANARY)]  # a trial is synchronised along with its classifier
     with options.server() as server:
         states = {name: _synced(name, server, options) for name in own or [options.classifier.name]}

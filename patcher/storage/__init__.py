@@ -60,7 +60,7 @@ class Storage(Protocol):
         """Create the location if it does not exist, and the file in it if that does not exist."""
 
     def refuse_unwritable(self) -> None:
-        """Raise StorageError if nothing can be written, as far as that shows without changing anything."""
+        """Raise StorageError if nothing can be written; what is written to find out is taken away again."""
 
     def remove(self, name: str) -> None:
         """Remove a file, which need not exist."""

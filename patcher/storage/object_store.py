@@ -75,7 +75,10 @@ class ObjectStore:
                 self.bucket.put(name, data, None)
 
     def refuse_unwritable(self) -> None:
-        """Do nothing: whether writing is allowed shows only when something is written."""
+        """Write an object and delete it: nothing else tells whether that is allowed. Raises StorageError if not."""
+        probe = f".patcher-probe-{uuid.uuid4().hex}"
+        self.bucket.put(probe, b"", None)
+        self.bucket.delete(probe)
 
     def remove(self, name: str) -> None:
         """Delete an object, which need not exist."""

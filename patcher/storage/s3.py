@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import email.utils
 import re
+import sys
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,10 @@ _AMAZON = re.compile(r"https://s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _NOT_THERE = ("NoSuchKey", "404")
 _CHUNK = 1 << 20
+_SMALL_SECONDS = 15.0
+"""Time to wait for the answer to a request for a small object, or for a list; a large one may take ``timeout``."""
+_SMALL = 1 << 20
+_NOTICE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Bucket:
     Credentials and region, and the endpoint if the URL has none, are looked up as by every AWS tool: in the
     environment, in ``~/.aws``, or from the machine's role.
 
-    Each request is tried up to ``tries`` times, and waits up to ``timeout`` seconds for an answer each time.
+    Each request is tried up to ``tries`` times, and waits up to ``timeout`` seconds for an answer each time, or up to
+    15 if no large object is written. One that takes more than ten seconds is told on stderr.
 
     Raises ToolError if botocore is missing, InputError for an invalid URL or settings that cannot be read.
     """
@@ -107,12 +113,19 @@ class Bucket:
 
     @cached_property
     def _client(self) -> Any:
+        return self._connection(min(self._timeout, _SMALL_SECONDS))
+
+    @cached_property
+    def _patient_client(self) -> Any:
+        return self._connection(self._timeout)
+
+    def _connection(self, timeout: float) -> Any:
         session = self._session
         import botocore.config
 
         config = botocore.config.Config(
-            connect_timeout=min(5.0, self._timeout),
-            read_timeout=self._timeout,
+            connect_timeout=min(5.0, timeout),
+            read_timeout=timeout,
             retries={"mode": "standard", "total_max_attempts": self._tries},
             # S3-compatible stores need not know Amazon's checksums.
             request_checksum_calculation="when_required",
@@ -175,7 +188,9 @@ class Bucket:
         with contextlib.ExitStack() as stack:
             body = content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
             taken = (*_TAKEN, *_NOT_THERE)
-            answer = self._call("put_object", name, doing="write", unless=taken, Body=body, **condition)
+            large = (len(content) if isinstance(content, bytes) else content.stat().st_size) > _SMALL
+            client = self._patient_client if large else None
+            answer = self._call("put_object", name, client, doing="write", unless=taken, Body=body, **condition)
         if answer is not None:
             return str(answer["ETag"])
         # A retry after a lost response is refused, too; then the object already has our content.
@@ -202,10 +217,17 @@ class Bucket:
         return found
 
     def _call(
-        self, operation: str, name: str, *, doing: str = "read", unless: tuple[str, ...] = (), **arguments: Any
+        self,
+        operation: str,
+        name: str,
+        client: Any = None,
+        *,
+        doing: str = "read",
+        unless: tuple[str, ...] = (),
+        **arguments: Any,
     ) -> Any:
         """The store's answer, or None if it is one of the error codes in ``unless``."""
-        client = self._client
+        client = client or self._client
         from botocore.exceptions import ClientError
 
         with self._mapped(name, doing):
@@ -227,7 +249,8 @@ class Bucket:
 
         where = f"{self.url}/{name}".rstrip("/")
         try:
-            yield
+            with _noticed(f"still waiting for the object store to {doing} {where}"):
+                yield
         except aws.ClientError as error:
             raise self._refused(where, doing, error) from error
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
@@ -259,6 +282,23 @@ class Bucket:
                 "write and delete there"
             )
         return StorageError(f"cannot {doing} {where}: {said} ({code})")
+
+
+@contextlib.contextmanager
+def _noticed(message: str) -> Iterator[None]:
+    """Write ``message`` to stderr if the body takes long: a store that hangs would keep a verb silent for a minute."""
+
+    def tell() -> None:
+        if sys.stderr is not None:  # None if it was closed at the start (`2>&-`)
+            sys.stderr.write(f"{message}\n")
+
+    timer = threading.Timer(_NOTICE_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _age(answer: Any) -> float:

@@ -93,10 +93,10 @@ def _client_class() -> Any:
 class TritonServer:
     """A client for the Triton server at ``url`` (gRPC, HOST:PORT).
 
-    ``admin_key`` authorises model control if the server restricts it. Without it, model control uses the key that a
-    server generated for itself, if this user started that server on this machine. ``timeout`` bounds every call, in
-    seconds. ``tls`` encrypts the connection and defines whom to trust. A classifier in a backbone's head store is
-    addressed as ``ENSEMBLE/NAME``, any other model by its name.
+    ``admin_key`` authorises model control if the server restricts it; no other request carries it. Without it, model
+    control uses the key that a server generated for itself, if this user started that server on this machine.
+    ``timeout`` bounds every call, in seconds. ``tls`` encrypts the connection and defines whom to trust. A classifier
+    in a backbone's head store is addressed as ``ENSEMBLE/NAME``, any other model by its name.
 
     Methods raise ServerUnreachable if nobody answers in time (TlsError if somebody does, but without the requested TLS;
     WrongPort if a server answers by HTTP), ServerRefused if the server refuses, and ServerError for any other failure.
@@ -188,7 +188,6 @@ class TritonServer:
         from tritonclient.utils import InferenceServerException
 
         seconds = self.timeout if timeout is None else timeout
-        headers = headers or self._headers
         try:
             yield {"headers": headers, "client_timeout": seconds}
         except InferenceServerException as error:
@@ -196,10 +195,10 @@ class TritonServer:
 
     @contextmanager
     def _controlled(self, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """A connection for model control, and call options that include the admin key."""
-        client, headers = self._client, None
+        """A connection for model control, and call options that include the admin key; other requests carry no key."""
+        client, headers = self._client, self._headers
         # Looked up for each call: a restarted server has a new key.
-        if self._headers is None and (found := find_key(self._address.host, self._address.port)):
+        if headers is None and (found := find_key(self._address.host, self._address.port)):
             address, key = found
             headers = admin_headers(key)
             if self.tls is None and address != self.url:  # with TLS, the certificate proves who answers

@@ -45,7 +45,8 @@ class Address:
         if status == "UNAVAILABLE" and "unknown model" not in message:
             return self._unreachable(message)
         if status == "NOT_FOUND" or "unknown model" in message:
-            return ServerRefused(f"{self.url} could not {what}: {message}; `patcher doctor` says what it serves")
+            gone = "it is stopping, or has unloaded it: " if "has no available versions" in message else ""
+            return ServerRefused(f"{self.url} could not {what}: {gone}{message}; `patcher doctor` says what it serves")
         if status in _REFUSALS:
             return ServerRefused(f"{self.url} refused to {what}: {message}")
         return ServerError(f"{self.url} failed to {what}: {message} ({status or 'no status'})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import re
@@ -20,11 +21,12 @@ from patcher.errors import InputError, ServerError
 from patcher.triton.hidden_options import TRACED, masked, move_options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
     "accepts",
     "address",
+    "await_ports",
     "check_ports",
     "free_ports",
     "has_gpu",
@@ -182,6 +184,23 @@ def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
                 ) from error
             ports.append(int(probe.getsockname()[1]))
         return ports
+
+
+def await_ports(hosts: Sequence[str], wanted: Sequence[int], seconds: float, say: Callable[[str], object]) -> None:
+    """Wait while a ``wanted`` port is taken, for at most ``seconds``, and ``say`` so: its server may be ending."""
+    deadline, told = time.monotonic() + seconds, False
+    while time.monotonic() < deadline:
+        try:
+            free_ports(hosts, wanted)
+        except InputError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
+                return  # waiting does not help; the start will say what is wrong
+            if not told:
+                say(f"waiting up to {seconds:g} s, in case that a server is just ending: {error}")
+            told = True
+            time.sleep(0.1)
+        else:
+            return
 
 
 def address(host: str) -> str:

@@ -26,6 +26,7 @@ from patcher.triton.prepared import make_private
 from patcher.triton.process import (
     accepts,
     address,
+    await_ports,
     check_ports,
     free_ports,
     has_gpu,
@@ -37,7 +38,7 @@ from patcher.triton.process import (
 from patcher.triton.watching import watch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -238,6 +239,10 @@ class EmbeddedTriton:
             else:
                 break
         return self
+
+    def await_ports(self, seconds: float, say: Callable[[str], object]) -> None:
+        """Wait for ports that are taken, at most ``seconds``: the server of a killed process takes a while to end."""
+        await_ports((self.host, self.http_host, self.metrics_host), self._wanted_ports, seconds, say)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until every model answers; ServerError, which quotes the log, if that does not happen.
