@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patcher.blocks import blocks
-from patcher.flips import Flips, count_flips, logits_after, upper_bound
-from patcher.gate_words import FEW, WHOSE, advice, asides, bound_words, count_words, sentence, unseen, weight_words
+from patcher.flips import Flips, count_flips, upper_bound
+from patcher.gate_words import (
+    FEW,
+    WHOSE,
+    advice,
+    asides,
+    bound_words,
+    count_words,
+    recall_words,
+    row_words,
+    sentence,
+    too_alike,
+    unseen,
+    weight_words,
+)
 from patcher.limits import MAX_FLIPS, MIN_RECALL
-from patcher.screening import known_already, repeats
+from patcher.recall import Recall, count_found
+from patcher.screening import first_alike, known_already, repeats, same_to_model, unlike_any
 from patcher.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from patcher.arrays import Bools, Doubles, Floats, Ints
+    from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit import Fit
     from patcher.fit.inputs import Labelled
     from patcher.head import Head
@@ -57,19 +69,17 @@ class Verdict:
         upper bound at 95 % confidence (None if there is no bound); and what the bound means, in words.
     refitted
         Whether the inputs took part in a refit of the old rows. If so, the bound is too low for fresh inputs.
-    estimated_recall
-        For each new label, the share of its inputs in the evaluation file that are found. Without such inputs, the
-        share of its examples that a fit without them finds; None if there is only one example.
-    confused_with
-        For each new label, the label that took most of the inputs it missed, or None.
+    recall
+        For each new label, how many of its inputs in the evaluation file are found. Without such inputs, how many of
+        its different examples a fit without them finds.
     losing
         Number of flips by old label, in descending order.
     duplicates
-        Examples that repeat an earlier one.
+        Examples that repeat an earlier one, or nearly do.
     known
         Examples that the old head already assigns to an old label with confidence.
     too_few
-        New labels with fewer than five examples.
+        New labels with fewer than five different examples.
     """
 
     passed: bool
@@ -82,13 +92,32 @@ class Verdict:
     flips: float | None
     flips_upper_bound: float | None
     bound: str
-    estimated_recall: Mapping[str, float | None]
-    confused_with: Mapping[str, str | None]
+    recall: Mapping[str, Recall]
     losing: Mapping[str, int]
     duplicates: tuple[Repeat, ...]
     known: tuple[Known, ...]
     too_few: tuple[str, ...]
     refitted: bool = False
+
+    @property
+    def estimated_recall(self) -> dict[str, float | None]:
+        """The recall of each new label; None if it could not be estimated."""
+        return {label: recall.rate for label, recall in self.recall.items()}
+
+    @property
+    def recall_lower_bound(self) -> dict[str, float | None]:
+        """The one-sided lower bound of each recall at 95 % confidence; None if it could not be estimated."""
+        return {label: recall.at_least for label, recall in self.recall.items()}
+
+    @property
+    def confused_with(self) -> dict[str, str | None]:
+        """For each new label, the label that took most of the inputs it missed, or None."""
+        return {label: recall.rival for label, recall in self.recall.items()}
+
+    @property
+    def gain(self) -> str:
+        """A short summary of the recall."""
+        return recall_words(self.recall)
 
     @property
     def harm(self) -> str:
@@ -98,7 +127,9 @@ class Verdict:
         counted = f"{self.flipped} of {self.calibration_size} {WHOSE[self.calibration]}"
         if self.refitted:
             return f"{counted}, which took part in the refit; of fresh ones more may (--eval FILE bounds that)"
-        return f"{counted}; at most {percent(self.flips_upper_bound, up=True)} of inputs like them (95 % confidence)"
+        rows = "" if self.calibration == "eval" else row_words(len(self.recall))
+        at_most = percent(self.flips_upper_bound, up=True)
+        return f"{counted}; at most {at_most} of inputs like them (95 % confidence{rows})"
 
     def refusal(self, what: str) -> str:
         """The message if the gate refused ``what``, a patch or a merge: the reasons and the advice, a line each."""
@@ -106,8 +137,9 @@ class Verdict:
         return f"the gate refused the {what}:" + "".join(f"\n          {line}" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as a dictionary for JSON."""
-        return dataclasses.asdict(self)
+        """All fields as a dictionary for JSON, and each figure of the recall by label."""
+        figures = ("estimated_recall", "recall_lower_bound", "confused_with")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in figures}
 
 
 def judge(
@@ -121,6 +153,7 @@ def judge(
     repeated: Sequence[Repeat] = (),
     left_out: Mapping[str, int] | None = None,
     weights: Mapping[str, Doubles] | None = None,
+    firsts: Mapping[str, Ints] | None = None,
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -142,18 +175,30 @@ def judge(
         For each option that names a file, how many of the file's texts were left out as duplicates.
     weights
         For each new label, how many inputs each of its examples stands for, float64 ``[n]``; equal if missing.
+    firsts
+        For each new label, what ``first_alike`` finds; computed here if missing. The recall is only right if the fit
+        knew it, too.
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
-    recall, lost_to = _recall(fit, head, evaluation, weights or {})
-    duplicates, known = _screened(head, fit, examples, memory, texts, repeated)
-    too_few = tuple(label for label, rows in examples.items() if len(rows) < FEW)
-    reasons = _reasons([flips, *others], recall, max_flips, min_recall, exclusive=head.exclusive)
+    texts = texts or {}
+    firsts = firsts or {label: first_alike(texts.get(label), rows) for label, rows in examples.items()}
+    recall = count_found(head, fit, evaluation, firsts, weights or {})
+    near, known = _screened(head, fit, examples, memory, texts, firsts)
+    different = {label: examples[label][np.unique(places)] for label, places in firsts.items()}
+    too_few = tuple(label for label, rows in different.items() if len(rows) < FEW)
+    reasons = (
+        *_flips_reasons([flips, *others], max_flips, exclusive=head.exclusive),
+        *_recall_reasons(recall, examples, min_recall),
+    )
     return Verdict(
         passed=not reasons,
-        sentence=sentence(fit, flips, recall, reasons, max_flips),
+        sentence=sentence(flips, recall, reasons, max_flips),
         reasons=reasons,
         advice=(
-            *advice(flips, recall, lost_to, known, too_few, duplicates),
+            *advice(flips, recall, known, too_few),
+            *too_alike(
+                len(repeated), len(near), [x for x, rows in different.items() if unlike_any(rows, fit.old, memory)]
+            ),
             *unseen(head, [flips, *others], max_flips),
             *asides(fit, head, left_out or {}),
         ),
@@ -163,10 +208,9 @@ def judge(
         flips=flips.rate,
         flips_upper_bound=flips.bound,
         bound=bound_words(flips, fit.method),
-        estimated_recall=recall,
-        confused_with=lost_to,
+        recall=recall,
         losing=flips.losing,
-        duplicates=tuple(duplicates),
+        duplicates=(*repeated, *near),
         known=tuple(known),
         too_few=too_few,
         refitted=flips.refitted,
@@ -178,60 +222,20 @@ def _screened(
     fit: Fit,
     examples: Mapping[str, Floats],
     memory: Memory | None,
-    texts: Mapping[str, Sequence[str]] | None,
-    repeated: Sequence[Repeat],
+    texts: Mapping[str, Sequence[str]],
+    firsts: Mapping[str, Ints],
 ) -> tuple[list[Repeat], list[Known]]:
-    """``repeated`` followed by the examples found to repeat another; and the examples that an old label knows."""
-    duplicates = [*repeated]
+    """The examples that repeat another, and those that an old label knows."""
+    duplicates: list[Repeat] = []
     known: list[Known] = []
     for label, rows in examples.items():
-        named = (texts or {}).get(label)
-        duplicates += repeats(label, named, rows)
+        named = texts.get(label)
+        duplicates += repeats(label, named, firsts[label])
         known += known_already(label, named, rows, head, fit.old, memory)
     return duplicates, known
 
 
-def _recall(
-    fit: Fit, head: Head, evaluation: Labelled | None, weights: Mapping[str, Doubles]
-) -> tuple[dict[str, float | None], dict[str, str | None]]:
-    recall: dict[str, float | None] = {}
-    lost_to: dict[str, str | None] = {}
-    for position, label in enumerate(fit.labels, start=len(head.labels)):
-        if evaluation is not None and bool((evaluation.ids == position).any()):
-            rows = evaluation.features[evaluation.ids == position]
-            best, hit = _found(rows, position, fit, head)
-            every = (*head.labels, *fit.labels)
-            rivals = [every[i] for i in best[~hit].tolist() if i != position]
-            recall[label] = float(hit.mean())
-        else:
-            held = fit.held_out.get(label)
-            if held is None or len(held.margins) <= 1:
-                recall[label], rivals = None, list(held.rivals) if held else []
-            else:
-                recall[label] = float(np.average(held.margins > 0, weights=weights.get(label)))
-                rivals = [rival for rival, margin in zip(held.rivals, held.margins, strict=True) if margin <= 0]
-        lost_to[label] = Counter(rivals).most_common(1)[0][0] if rivals else None
-    return recall, lost_to
-
-
-def _found(rows: Floats, position: int, fit: Fit, head: Head) -> tuple[Ints, Bools]:
-    """For inputs of the new label at ``position``: the best label, INT64 ``[n]``, and whether that label is found."""
-    best, hit = np.empty(len(rows), np.int64), np.empty(len(rows), np.bool_)
-    for block in blocks(len(rows)):
-        logits = logits_after(rows[block], head.logits(rows[block]), fit, head)
-        best[block] = logits.argmax(axis=1)
-        hit[block] = best[block] == position if head.exclusive else logits[:, position] > 0
-    return best, hit
-
-
-def _reasons(
-    counted: Sequence[Flips],
-    recall: Mapping[str, float | None],
-    max_flips: float,
-    min_recall: float,
-    *,
-    exclusive: bool,
-) -> tuple[str, ...]:
+def _flips_reasons(counted: Sequence[Flips], max_flips: float, *, exclusive: bool) -> list[str]:
     reasons = [
         f"{count_words(flips)} would flip ({percent(flips.rate)}{weight_words(flips)}; limit: {percent(max_flips)}, "
         "--max-flips or max_flips)"
@@ -251,15 +255,31 @@ def _reasons(
             f"only {most.size} {WHOSE[most.source]} are available, which are too few to conclude anything "
             f"(at most {percent(upper_bound(most.count, most.size), 0, up=True)} flip)"
         )
-    for label, found in recall.items():
-        if found is None:
-            reasons.append(f"{label!r} has only one example, so there is no way to tell whether it would be found")
-        elif found < min_recall:
+    return reasons
+
+
+def _recall_reasons(recall: Mapping[str, Recall], examples: Mapping[str, Floats], min_recall: float) -> list[str]:
+    reasons = []
+    for label, counted in recall.items():
+        if counted.rate is None:
+            reasons.append(f"{_only_one(label, examples[label])}, so there is no way to tell whether it would be found")
+        elif counted.rate < min_recall:
             reasons.append(
-                f"{label!r} would be found in only {percent(found, 0)} of its inputs (limit: "
+                f"{label!r} would be found in only {percent(counted.rate, 0)} of its inputs (limit: "
                 f"{percent(min_recall, 0)}, --min-recall or min_recall)"
             )
-    return tuple(reasons)
+    return reasons
+
+
+def _only_one(label: str, rows: Floats) -> str:
+    if len(rows) == 1:
+        return f"{label!r} has only one example"
+    if same_to_model(rows):
+        return (
+            f"the {len(rows)} examples of {label!r} are the same to the model and count as one (its tokenizer knows "
+            "none of their characters, or they differ only beyond its token limit)"
+        )
+    return f"the {len(rows)} examples of {label!r} hardly differ and count as one"
 
 
 def _taken_over(lost: int, size: int, max_flips: float) -> bool:

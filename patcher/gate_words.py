@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from patcher.fit import Fit
     from patcher.head import Head
     from patcher.memory import Memory
-    from patcher.screening import Known, Repeat
+    from patcher.recall import Recall
+    from patcher.screening import Known
 
 __all__ = [
     "FEW",
@@ -26,8 +27,11 @@ __all__ = [
     "asides",
     "bound_words",
     "count_words",
+    "recall_words",
+    "row_words",
     "scarce",
     "sentence",
+    "too_alike",
     "twins",
     "unremembered",
     "unseen",
@@ -36,6 +40,8 @@ __all__ = [
 
 FEW = 5
 _GOOD_RECALL = 0.9
+_SAYS_LITTLE = 0.1
+"""With an upper bound above this share, a pass says little about flips."""
 _ABOUT = 0.95
 """The advice mentions the effective sample size only if it is below this share of the number of inputs."""
 WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "features": "remembered inputs"}
@@ -43,19 +49,16 @@ WHOSE = {"eval": "inputs of the evaluation file", "replay": "replayed inputs", "
 
 def advice(
     flips: Flips,
-    recall: Mapping[str, float | None],
-    lost_to: Mapping[str, str | None],
+    recall: Mapping[str, Recall],
     known: Sequence[Known],
     too_few: Sequence[str],
-    duplicates: Sequence[Repeat],
 ) -> tuple[str, ...]:
     """What would improve the patch, or make the figures more certain."""
-    said = [f"{label!r} has fewer than {FEW} examples; ten different ones are far more reliable" for label in too_few]
-    for label, rival in lost_to.items():
-        found = recall[label]
-        if rival and found is not None and found < _GOOD_RECALL:
+    said = [f"{label!r} has fewer than {FEW} different examples; ten are far more reliable" for label in too_few]
+    for label, counted in recall.items():
+        if counted.rival and counted.rate is not None and counted.rate < _GOOD_RECALL:
             said.append(
-                f"{label!r} is confused with {rival!r}: add examples that tell them apart, "
+                f"{label!r} is confused with {counted.rival!r}: add examples that tell them apart, "
                 "or fine-tune the backbone again if more do not help"
             )
     for label in dict.fromkeys(hit.label for hit in known):
@@ -65,11 +68,6 @@ def advice(
             f"{plural(len(hits), 'example')} of {label!r} already belong{'s' * (len(hits) == 1)} to an old label, "
             f"mostly {most!r}: is it the same label?"
         )
-    if duplicates:
-        said.append(
-            f"{plural(len(duplicates), 'example')} {'repeats' if len(duplicates) == 1 else 'repeat'} another "
-            "(duplicates count once); different texts help more"
-        )
     if flips.source == "draws":
         said.append(
             "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
@@ -77,6 +75,29 @@ def advice(
     if flips.source == "none":
         said.append("there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips")
     return tuple(said)
+
+
+def too_alike(repeated: int, near: int, strange: Sequence[str]) -> Iterator[str]:
+    """Advice on examples that say less than their number.
+
+    ``repeated`` of them were left out, ``near`` ones took part in the fit, and those of the labels ``strange`` are like
+    nothing that the model knows.
+    """
+    if repeated:
+        yield (
+            f"{plural(repeated, 'example')} {'repeats' if repeated == 1 else 'repeat'} another (duplicates count "
+            "once); different texts help more"
+        )
+    if near:
+        yield (
+            f"{plural(near, 'example')} hardly differ{'s' * (near == 1)} from another, in words or to the model: all "
+            "take part in the fit, but those alike are held out together and count once; different texts help more"
+        )
+    for label in strange:
+        yield (
+            f"the examples of {label!r} are unlike any text that the model was trained on (another script or "
+            "language?); the new row may take every such text"
+        )
 
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
@@ -124,6 +145,8 @@ def unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str,
         equal = f", as good as {flips.equal:,} of equal weight," if flips.equal < _ABOUT * flips.size else ""
         if flips.equal < needed:
             short = f"are too few to guarantee {percent(max_flips)}: {needed:,} without a flip would be needed"
+            if flips.bound > _SAYS_LITTLE:
+                short += f"; until then a pass says little, as up to {percent(flips.bound, 0, up=True)} may flip"
         else:
             short = f"would guarantee {percent(max_flips)} if none of them flipped"
         said.append(f"{flips.size} {WHOSE[flips.source]}{equal} {short}")
@@ -173,27 +196,71 @@ def bound_words(flips: Flips, method: str) -> str:
     )
 
 
-def sentence(
-    fit: Fit,
-    flips: Flips,
-    recall: Mapping[str, float | None],
-    reasons: Sequence[str],
-    max_flips: float,
-) -> str:
+def sentence(flips: Flips, recall: Mapping[str, Recall], reasons: Sequence[str], max_flips: float) -> str:
     """The verdict in one sentence."""
-    names = ", ".join(repr(label) for label in fit.labels)
     if reasons:
         return f"Refused: {'; '.join(reasons)}."
-    found = min((r for r in recall.values() if r is not None), default=None)
-    finds = f"finds {percent(found, 0)} of held-out examples" if found is not None else "has no estimated recall"
+    finds = _finds(recall)
     if flips.bound is None:
-        return f"Passed: {names} {finds}; there is no bound on flips."
+        return f"Passed: {finds}; there is no bound on flips."
     seen = f"{count_words(flips)} flip (limit: --max-flips {percent(max_flips)})"
     if flips.refitted:
         harm = "counted on inputs that took part in the refit: --eval FILE bounds what fresh ones do"
     else:
-        harm = f"so at most {percent(flips.bound, up=True)} of inputs like them{weight_words(flips)} (95 % confidence)"
-    return f"Passed: {names} {finds}; {seen}, {harm}."
+        at_most = f"so at most {percent(flips.bound, up=True)} of inputs like them{weight_words(flips)}"
+        harm = f"{at_most} (95 % confidence{row_words(flips.thresholds)})"
+    return f"Passed: {finds}; {seen}, {harm}."
+
+
+def _finds(recall: Mapping[str, Recall]) -> str:
+    names = ", ".join(repr(label) for label in recall)
+    low, high, at_least = _range(recall)
+    bound = f"{'' if len(recall) == 1 else 'of each '}at least {percent(at_least, 0, down=True)} of texts like them"
+    if len(recall) == 1:
+        (only,) = recall.values()
+        counted = f"{only.found} of {only.of}; " if _plain(only) else ""
+        return f"{names} finds {percent(low, 0)} of held-out examples ({counted}{bound})"
+    if low == high:
+        return f"{names} find {percent(low, 0)} of held-out examples each ({bound})"
+    worst = listing(repr(label) for label, counted in recall.items() if counted.rate == low)
+    return f"{names} find between {percent(low, 0)} ({worst}) and {percent(high, 0)} of held-out examples ({bound})"
+
+
+def recall_words(recall: Mapping[str, Recall]) -> str:
+    """The share of held-out inputs of the new labels that are found, what bounds it, and the labels below the best."""
+    if all(counted.rate is None for counted in recall.values()):
+        return "no estimate: that takes two different examples"
+    low, high, at_least = _range(recall)
+    bound = f"at least {percent(at_least, 1, down=True)} of texts like them (95 % confidence)"
+    if len(recall) == 1:
+        (only,) = recall.values()
+        counted = f" ({only.found} of {only.of} held-out examples)" if _plain(only) else ""
+        return f"{percent(low, 1)} expected{counted}; {bound}"
+    if low == high:
+        return f"{percent(low, 1)} expected of each label; {bound}"
+    below = listing(
+        f"{label!r} {percent(counted.rate, 1)} (at least {percent(counted.at_least, 1, down=True)})"
+        for label, counted in sorted(recall.items(), key=lambda item: item[1].rate or 0.0)
+        if counted.rate != high
+    )
+    return f"{percent(low, 1)} to {percent(high, 1)} expected; below the best: {below}"
+
+
+def _range(recall: Mapping[str, Recall]) -> tuple[float, float, float]:
+    """The lowest and the highest recall, and the lowest bound; labels without an estimate do not count."""
+    known = [counted for counted in recall.values() if counted.rate is not None]
+    rates = [counted.rate or 0.0 for counted in known]
+    return min(rates), max(rates), min(counted.at_least or 0.0 for counted in known)
+
+
+def _plain(recall: Recall) -> bool:
+    """Whether the recall is the plain share of inputs; in a merge they may weigh differently."""
+    return recall.rate is not None and recall.found == round(recall.rate * recall.of, 6)
+
+
+def row_words(rows: int) -> str:
+    """What to add to a bound if more than one row was placed on the inputs that it was counted on; else empty."""
+    return f", allowing for {rows} rows placed on these inputs" if rows > 1 else ""
 
 
 def count_words(flips: Flips) -> str:

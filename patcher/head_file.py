@@ -120,10 +120,11 @@ def _check_details(details: Any) -> None:
     if not isinstance(details, dict):
         raise ValueError("a lineage whose details are not an object")  # noqa: TRY004  one handler for all
     numbers = [details.get("flips"), details.get("flips_upper_bound")]
-    recalls = details.get("estimated_recall")
-    if recalls is not None and not isinstance(recalls, dict):
-        raise ValueError(f"a lineage whose estimated_recall is {recalls!r:.40}")
-    numbers += (recalls or {}).values()
+    for name in ("estimated_recall", "recall_lower_bound"):
+        recalls = details.get(name)
+        if recalls is not None and not isinstance(recalls, dict):
+            raise ValueError(f"a lineage whose {name} is {recalls!r:.40}")
+        numbers += (recalls or {}).values()
     if not all(each is None or isinstance(each, (int, float)) for each in numbers):
         raise ValueError("a lineage whose figures are no numbers")
     checkpoint = details.get("checkpoint")

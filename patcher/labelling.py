@@ -82,6 +82,7 @@ class PatchReport:
             "flips": self.verdict.flips,
             "flips_upper_bound": self.verdict.flips_upper_bound,
             "estimated_recall": self.estimated_recall,
+            "recall_lower_bound": self.recall_lower_bound,
             "method": self.fit.method,
             "gate": self.gate,
             "published": self.published,
@@ -97,6 +98,11 @@ class PatchReport:
     def estimated_recall(self) -> float | None:
         """The lowest estimated recall of any new label; None if none could be estimated."""
         return min((r for r in self.verdict.estimated_recall.values() if r is not None), default=None)
+
+    @property
+    def recall_lower_bound(self) -> float | None:
+        """The lowest lower bound of any new label's recall, at 95 % confidence; None if none could be estimated."""
+        return min((r for r in self.verdict.recall_lower_bound.values() if r is not None), default=None)
 
 
 def add_label(

@@ -19,6 +19,7 @@ from patcher.fit.scope import fit_scope
 from patcher.gate import Verdict, judge
 from patcher.limits import MAX_FLIPS, MIN_RECALL, check_limit, check_share
 from patcher.scope import Scope, stretch_of
+from patcher.screening import first_alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -127,7 +128,8 @@ class Patch:
             "flips_upper_bound": verdict.flips_upper_bound,
             "calibration": verdict.calibration,
             "bound": verdict.bound,
-            "estimated_recall": dict(verdict.estimated_recall),
+            "estimated_recall": verdict.estimated_recall,
+            "recall_lower_bound": verdict.recall_lower_bound,
             "verdict": verdict.sentence,
         }
 
@@ -148,6 +150,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
     """
     try:
         with watch("fit"):
+            firsts = {label: first_alike(given.texts.get(label), rows) for label, rows in given.examples.items()}
             made = fit(
                 given.examples,
                 parent,
@@ -156,6 +159,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 replay=given.replay,
                 method=settings.method,
                 max_flips=settings.max_flips,
+                firsts=firsts,
             )
         with watch("gate"):
             verdict = judge(
@@ -167,6 +171,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 repeated=given.repeated,
                 left_out=given.left_out,
                 weights=given.weights,
+                firsts=firsts,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,

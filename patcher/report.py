@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,6 +146,7 @@ def render(report: Report) -> str:
     # Texts and labels are untrusted, so autoescape is on.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
+    environment.filters["at_least"] = partial(percent, down=True)
     template = environment.from_string(PAGE)
     page: str = template.render(report=report, shown=_SHOWN, changes=_changes(report), picture=_picture(report.map))
     return page

@@ -50,7 +50,9 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 (counted on: {{ details.get("calibration") }}){% endif %}</td></tr>
 {% endif %}
 {% for label, recall in (details.get("estimated_recall") or {}).items() %}
-<tr><th>expected recall</th><td>{{ label }}: {{ recall|percent }}</td></tr>
+<tr><th>expected recall</th><td>{{ label }}: {{ recall|percent }}\
+{% if (details.get("recall_lower_bound") or {}).get(label) is not none %}, with 95 % confidence at least \
+{{ details["recall_lower_bound"][label]|at_least }} of texts like those it was counted on{% endif %}</td></tr>
 {% endfor %}
 {% if report.difference %}
 <tr><th>rows of labels in both</th><td>{{ report.difference.same_rows }} identical,

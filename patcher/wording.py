@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ def listing(names: Iterable[str], most: int = NAMED) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
-def percent(share: float | None, digits: int = 2, *, up: bool = False) -> str:
-    """``0.0123`` as ``1.23 %``; an em dash for None. ``up`` rounds up, as an upper bound has to be."""
+def percent(share: float | None, digits: int = 2, *, up: bool = False, down: bool = False) -> str:
+    """``0.0123`` as ``1.23 %``; an em dash for None. Bounds are rounded ``up`` or ``down``."""
     if share is None:
         return "—"
     # In decimal: 100 times a float such as 0.07 is a little more than 7, which would be rounded up to 7.01.
     exact = Decimal(repr(float(share))).scaleb(2)
-    shown = exact.quantize(Decimal(1).scaleb(-digits), ROUND_CEILING) if up else 100 * share
+    way = ROUND_CEILING if up else ROUND_FLOOR
+    shown = exact.quantize(Decimal(1).scaleb(-digits), way) if up or down else 100 * share
     return f"{shown:.{digits}f} %"
 
 

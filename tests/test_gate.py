@@ -16,7 +16,7 @@ from patcher.flips import count_flips, fewest_inputs, upper_bound
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
-from patcher.screening import repeats
+from patcher.screening import first_alike, repeats
 from patcher.wording import percent
 
 
@@ -102,7 +102,7 @@ def test_one_example_is_refused_and_few_are_told():
     assert not one.passed
     assert "has only one example" in one.sentence
     assert three.too_few == ("new",)
-    assert any("fewer than 5 examples" in line for line in three.advice)
+    assert any("fewer than 5 different examples" in line for line in three.advice)
 
 
 def test_limits_are_the_callers():
@@ -116,8 +116,8 @@ def test_limits_are_the_callers():
 def test_near_duplicates_are_named_whatever_all_texts_begin_with(prefix):
     texts = [f"{prefix}{text}" for text in ("I lost my card", "who is there", "i lost  my card")]
     rows = np.eye(3, dtype=np.float32)
-    assert repeats("new", texts, rows) == [("new", texts[0], texts[2])]
-    assert repeats("new", None, rows[[0, 1, 0]]) == [("new", "example 1", "example 3")]
+    assert repeats("new", texts, first_alike(texts, rows)) == [("new", texts[0], texts[2])]
+    assert repeats("new", None, first_alike(None, rows[[0, 1, 0]])) == [("new", "example 1", "example 3")]
 
 
 def test_near_duplicates_are_named():

@@ -20,8 +20,8 @@ from patcher.wording import redacted
 ESCAPE = "\x1b]0;OWNED\x07\x1b[2J"
 LINEAGES = {
     "details": [{"details": [1]}, {"details": "x"}, {"details": {"flips": "x"}}, {"details": {"estimated_recall": [1]}},
-                {"details": {"estimated_recall": {"a": "b"}}}, {"details": {"checkpoint": [1]}},
-                {"details": {"checkpoint": "/a\0b"}}],
+                {"details": {"estimated_recall": {"a": "b"}}}, {"details": {"recall_lower_bound": {"a": "b"}}},
+                {"details": {"checkpoint": [1]}}, {"details": {"checkpoint": "/a\0b"}}],
     "labels": [{"added": "abc"}, {"added": [1]}, {"removed": [{"a": 1}]}, {"renamed": [[1, 2]]}, {"renamed": [[1]]}],
     "versions": [{"version": 10**30}, {"version": -1}, {"version": True}, {"parent": 10**30}, {"parent": [1]},
                  {"parent": []}],

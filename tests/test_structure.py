@@ -20,6 +20,7 @@ PURE = (
     "patcher.memory",
     "patcher.narrow",
     "patcher.patch",
+    "patcher.recall",
     "patcher.rounding",
     "patcher.scope",
     "patcher.screening",

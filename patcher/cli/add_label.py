@@ -20,7 +20,6 @@ from patcher.cli.options import (
 )
 from patcher.cli.output import seconds, tell
 from patcher.errors import PatcherError, as_sentence
-from patcher.wording import percent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,7 +199,7 @@ def _render(report: PatchReport, options: CommonOptions) -> None:
     for line in (*verdict.reasons, *verdict.advice):
         options.say(f"          {line}")
     options.say(f"flips     {verdict.harm}")
-    options.say(f"recall    {percent(report.estimated_recall, 1)} expected (leave-one-out)")
+    options.say(f"recall    {verdict.gain}")
     options.say(f"method    {report.fit.method}: {report.fit.why}")
     stages = ", ".join(f"{name} {seconds(value)}" for name, value in report.seconds.items())
     options.say(f"seconds   {stages}; head file {report.head_bytes / 1000:.0f} KB")

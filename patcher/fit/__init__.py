@@ -45,6 +45,7 @@ def fit(
     replay: Labelled | None = None,
     method: str = "auto",
     max_flips: float = MAX_FLIPS,
+    firsts: Mapping[str, Ints] | None = None,
     settings: Settings = SETTINGS,
 ) -> Fit:
     """Fit rows for new labels to ``examples``: features per label, float32 ``[n, width]``.
@@ -56,6 +57,9 @@ def fit(
     to the new labels taken together. Without a ``memory``, one is built from ``replay``; with neither, the rows are
     fitted against the old rows alone, and nothing bounds the flips.
 
+    ``firsts`` holds, for each new label, the position INT64 ``[n]`` of the first example that each of its examples
+    repeats. It changes no row: examples that repeat one another are only held out together.
+
     Raises LabelError for a label that exists or is empty, ExamplesError for missing or malformed features, and
     InputError for an unknown method or one that does not apply to this head and this data.
     """
@@ -63,7 +67,7 @@ def fit(
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     chosen = "offset-logistic" if method == "auto" else method
     examples = _checked(examples, head)
-    task = Task.of(np.concatenate(list(examples.values())), head, memory, replay, max_flips, settings)
+    task = Task.of(np.concatenate(list(examples.values())), head, memory, replay, max_flips, settings, firsts)
     names = {label: name for label, name in (names or {}).items() if _belongs(label, name, examples, task)}
     found = _rows(chosen, {label: _with_name(rows, names.get(label)) for label, rows in examples.items()}, task)
     count = len(examples)

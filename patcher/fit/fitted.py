@@ -18,10 +18,10 @@ __all__ = ["Counted", "Fit", "HeldOut"]
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """How each example of a new label fares in a fit that did not see it.
+    """How each example of a new label fares in a fit that saw neither it nor those that it repeats.
 
     ``margins`` float32 ``[n]``: the new logit minus the best other logit, or minus 0 in a multi-label head (above 0:
-    the example is found; NaN if the label has only one example); ``rivals``: the labels with the best other logit.
+    the example is found; NaN if there is no other example to fit); ``rivals``: the labels with the best other logit.
     """
 
     margins: Floats

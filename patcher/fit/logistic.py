@@ -41,6 +41,7 @@ _DRAWN_WIDER = 1.25
 class NewRow:
     """A row on all features, float32 ``[width]``, and the new logit of each example from a fit without it ``[n]``.
 
+    ``held_out`` leaves examples that repeat one another out together; the bias was set leaving out one at a time.
     ``taken`` INT64 ``[m]``: positions of the old inputs that the fit used and that would flip in a fit without them.
     """
 
@@ -167,7 +168,8 @@ def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]
         rivals = [rows[other] for other in near[label]]
         against = [*scene.negatives(hard), scene.means, *(clouds[other].spread_by(1.0) for other in near[label])]
         outside = scene.raised(join(*against), rivals)
-        made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), settings)
+        firsts = _firsts(label, len(examples[label]), task)
+        made = _fitted(scene.raised(mine, rivals), outside, priors[label], rough[label], len(hard), firsts, settings)
         weight, bias = old.whitening.row(made.row[:-1], float(made.row[-1]))
         others = [row for other, row in rows.items() if other != label]
         margins = made.held_out - _best(examples[label], others, task)
@@ -177,8 +179,16 @@ def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]
         shift = best_shift(margins[np.isfinite(margins)], seen, settings)
         rows[label] = np.append(made.row[:-1], made.row[-1] + shift)
         taken = hard[right & (unseen.margins < shift)]
-        found[label] = NewRow(weight, np.float32(bias + shift), made.held_out + shift, taken)
+        found[label] = NewRow(weight, np.float32(bias + shift), made.apart + shift, taken)
     return found
+
+
+def _firsts(label: str, count: int, task: Task) -> Ints:
+    """The first example that each of ``count`` repeats, INT64 ``[count]``; the label's name may follow the examples."""
+    firsts = np.arange(count)
+    known = task.firsts.get(label, firsts)
+    firsts[: len(known)] = known
+    return firsts
 
 
 def _scene(examples: Mapping[str, Floats], task: Task) -> _Scene:
@@ -250,36 +260,47 @@ def _solve(inside: Cloud, outside: Cloud, prior: Doubles, settings: Settings) ->
 class _Fitted:
     """A row in whitened features, bias last, and cross-validated new logits: each input's from a fit without it.
 
-    ``held_out`` float64 ``[n]`` are those of the examples, NaN if there is only one; ``unseen`` ``[m]`` those of the
-    real negatives.
+    ``held_out`` float64 ``[n]`` are those of the examples, NaN if there is only one; ``apart`` ``[n]`` the same from
+    fits without the examples that it repeats, either; ``unseen`` ``[m]`` those of the real negatives.
     """
 
     row: Doubles
     held_out: Doubles
+    apart: Doubles
     unseen: Doubles
 
 
-def _fitted(inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real: int, settings: Settings) -> _Fitted:
+def _fitted(
+    inside: Cloud, outside: Cloud, prior: Doubles, rough: Doubles, real: int, firsts: Ints, settings: Settings
+) -> _Fitted:
     """Fit a row, starting from a ``rough`` one; the first ``real`` points of ``outside`` are real negatives."""
     axes = span(join(outside, inside), prior)
     inside, outside, prior = inside.turned(axes), outside.turned(axes), prior @ axes
     loss = RowLoss(inside, outside, settings.penalty, prior)
     found = fit_row(loss, np.append(rough[:-1] @ axes, rough[-1]))
     count = len(inside.weight)
-    held_out, unseen = np.full(count, np.nan), np.empty(real)
+    unseen = np.empty(real)
     inverse = np.linalg.inv(loss.curvature(found)) if count > 1 or real else None
-    for fold in np.array_split(np.arange(count), min(count, settings.folds)) if count > 1 else ():
-        rest = np.setdiff1d(np.arange(count), fold)
-        without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
-        row = fit_row(without, found, inverse)
-        held_out[fold] = inside.points[fold] @ row[:-1] + row[-1]
+
+    def left_out(groups: Ints) -> Doubles:
+        logits, which = np.full(count, np.nan), np.unique(groups)
+        for some in np.array_split(which, min(len(which), settings.folds)) if len(which) > 1 else ():
+            fold = np.flatnonzero(np.isin(groups, some))
+            rest = np.setdiff1d(np.arange(count), fold)
+            without = RowLoss(inside.part(rest, 1.0 / len(rest)), outside, settings.penalty, prior)
+            row = fit_row(without, found, inverse)
+            logits[fold] = inside.points[fold] @ row[:-1] + row[-1]
+        return logits
+
+    held_out = left_out(np.arange(count))
+    apart = held_out if len(np.unique(firsts)) == count else left_out(firsts)
     for first in range(min(real, _PARTS)):
         fold = np.arange(first, real, _PARTS)
         rest = np.setdiff1d(np.arange(len(outside.weight)), fold)
         without = RowLoss(inside, outside.part(rest), settings.penalty, prior)
         row = fit_row(without, found, inverse)
         unseen[fold] = outside.points[fold] @ row[:-1] + row[-1]
-    return _Fitted(np.append(axes @ found[:-1], found[-1]), held_out, unseen)
+    return _Fitted(np.append(axes @ found[:-1], found[-1]), held_out, apart, unseen)
 
 
 def _best(features: Floats, others: Sequence[Doubles], task: Task) -> Doubles:

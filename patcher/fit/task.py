@@ -10,7 +10,9 @@ from patcher.fit.model import OldLabels, from_memory, from_rows
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    from patcher.arrays import Floats
+    from collections.abc import Mapping
+
+    from patcher.arrays import Floats, Ints
     from patcher.fit.inputs import Labelled
     from patcher.fit.settings import Settings
     from patcher.head import Head
@@ -36,6 +38,8 @@ class Task:
         Share of those inputs that may flip to all new labels together.
     settings
         Settings of the fit.
+    firsts
+        For each new label, the position INT64 ``[n]`` of the first example that each of its examples repeats.
     """
 
     head: Head
@@ -44,6 +48,7 @@ class Task:
     inputs: OldInputs | None
     max_flips: float
     settings: Settings
+    firsts: Mapping[str, Ints]
 
     @classmethod
     def of(
@@ -54,6 +59,7 @@ class Task:
         replay: Labelled | None,
         max_flips: float,
         settings: Settings,
+        firsts: Mapping[str, Ints] | None = None,
     ) -> Task:
         """Put the task together; ``examples`` are those of all new labels, float32 ``[n, width]``."""
         if memory is None and replay is not None:
@@ -66,7 +72,7 @@ class Task:
         if inputs is not None and not head.exclusive:
             # An old text that is also an example of the new label rightly gets it, so it must not count as a flip.
             inputs = inputs.without(examples)
-        return cls(head, memory, old, inputs, max_flips, settings)
+        return cls(head, memory, old, inputs, max_flips, settings, firsts or {})
 
     @property
     def replayed(self) -> OldInputs | None:

@@ -87,7 +87,7 @@ def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> d
     """Measure the default method with the memory alone, per number of examples: figures, curve, gate, seconds."""
     found: dict[str, Any] = {}
     for n in counts:
-        patches, passed, warned, estimates, per_label = [], [], [], [], {}
+        patches, passed, warned, estimates, held, per_label = [], [], [], [], [], {}
         for label in setting.new:
             mine = []
             for picked in draws_of(setting, label, n, draws):
@@ -99,6 +99,7 @@ def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> d
                 estimate = verdict.estimated_recall[label]
                 if estimate is not None:
                     estimates.append(abs(estimate - made.outcome.recall))
+                    held.append(made.outcome.recall >= (verdict.recall_lower_bound[label] or 0.0))
                 mine.append(made)
             patches += mine
             if mine:
@@ -114,6 +115,7 @@ def one_label(setting: Setting, draws: int, counts: Sequence[int] = COUNTS) -> d
             "gate passed": float(np.mean(passed)),
             "gate says too few": float(np.mean(warned)),
             "recall estimated off by": float(np.mean(estimates)) if estimates else None,
+            "recall's lower bound held": float(np.mean(held)) if held else None,
             "seconds": float(np.median([made.seconds for made in patches])),
             "method": patches[0].fitted.method,
             "why": patches[0].fitted.why,
