@@ -18,7 +18,7 @@ from patcher.provenance import author
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "note", "read_event"]
+__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "note", "read_event", "retract"]
 
 CHANGES = frozenset(
     [
@@ -57,6 +57,13 @@ def note(**facts: Any) -> None:
     event = _event.get()
     if event is not None:
         event.update(facts)
+
+
+def retract(fact: str) -> None:
+    """Remove a fact from this run's event, if it is there: it no longer holds."""
+    event = _event.get()
+    if event is not None:
+        event.pop(fact, None)
 
 
 def concern(classifiers: Sequence[str]) -> None:
