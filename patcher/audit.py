@@ -18,7 +18,7 @@ from patcher.provenance import author
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "is_change", "note", "read_event", "warn"]
+__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "is_change", "note", "read_event", "retract", "warn"]
 
 CHANGES = frozenset(
     [
@@ -70,6 +70,13 @@ def is_change() -> bool:
     """Whether this run may change something: its verb does, and no other outcome than done (a dry run) was noted."""
     event = _event.get()
     return event is not None and _is_kept(event) and "outcome" not in event
+
+
+def retract(fact: str) -> None:
+    """Remove a fact from this run's event, if it is there: it no longer holds."""
+    event = _event.get()
+    if event is not None:
+        event.pop(fact, None)
 
 
 def concern(classifiers: Sequence[str]) -> None:

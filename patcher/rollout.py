@@ -193,6 +193,7 @@ def withdrawing(classifier: Classifier, version: int) -> Iterator[None]:
         audit.note(version=version)
         raise
     except BaseException:
+        audit.retract("version")
         with uninterrupted(), contextlib.suppress(StorageError):
             classifier.withdraw(version)
         raise

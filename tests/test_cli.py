@@ -586,7 +586,7 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
     assert patcher("doctor", "--repair", "--url", "127.0.0.1:1")[0] == 1
     events = [json.loads(line) for line in log.read_text().splitlines()]
     found = [(event["verb"], event["outcome"], event.get("classifier")) for event in events]
-    assert found == [("rollback", "bad_input", "intent"), ("doctor", "failed", None)]
+    assert found == [("rollback", "bad_input", "intent"), ("doctor", "failed", "intent")]
 
 
 @pytest.mark.usefixtures("interruptible")

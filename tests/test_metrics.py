@@ -237,6 +237,17 @@ def test_the_audit_log_has_a_version_only_of_what_was_published(error, version, 
     assert classifier.versions() == ((1, 2) if version else (1,))
 
 
+def test_a_trial_that_cannot_begin_has_published_no_version(classifier, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr("patcher.labelling.start", Mock(side_effect=StorageError("full")))
+    texts = [word for text in tiny.sentences("payday", 10) for word in ("--text", text)]
+    options = ["--canary", "10", "--no-load", "--repo", str(classifier.root)]
+    assert main(["add-label", "payday", *texts, *options]) == 1
+    (event,) = events(log)
+    assert ("version" in event, classifier.versions()) == (False, (1,))
+
+
 def test_a_log_line_beside_json(classifier, monkeypatch, capsys):
     monkeypatch.setenv("PATCHER_LOG", "json")
     assert main(["labels", "--repo", str(classifier.root), "--json"]) == 0

@@ -528,6 +528,7 @@ class TestTwo:
     )
     def test_the_lock_of_a_process_that_proc_hides_is_not_taken_over(self, monkeypatch, hidden, start, error, gone):
         start = lease._start(os.getpid()) if start == "own" else start
+
         def signalled(_pid, number):
             assert number == 0
             if error:
