@@ -1,4 +1,4 @@
-"""Clusters of each label's sentences, for labels that a single mean does not describe: k-means and its result."""
+"""Clusters of each label's texts, for labels that a single mean does not describe: k-means and its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEAST_SPREAD = 1e-3
 class Clusters:
     """The clusters of all labels.
 
-    ``means`` is float16 ``[k, width]``; ``counts`` INT64 ``[k]`` is the number of sentences in each cluster; ``labels``
+    ``means`` is float16 ``[k, width]``; ``counts`` INT64 ``[k]`` is the number of texts in each cluster; ``labels``
     INT64 ``[k]`` is the index of the label that it belongs to.
     """
 
@@ -45,7 +45,7 @@ class Clusters:
         """What is inconsistent, in words; None if nothing is."""
         if self.means.ndim != 2 or not self.means.shape[:1] == self.counts.shape == self.labels.shape:  # noqa: PLR2004
             return f"clusters {self.means.shape} with counts {self.counts.shape} and labels {self.labels.shape}"
-        return "a cluster without a sentence" if self.counts.min(initial=1) < 1 else None
+        return "a cluster without a text" if self.counts.min(initial=1) < 1 else None
 
     def add(self, rows: Floats, ids: Ints, spread: Doubles, most: int, rng: np.random.Generator) -> Clusters:
         """The clusters after adding ``rows``, float32 ``[n, width]``, of the labels ``ids``, INT64 ``[n]``.

@@ -3,7 +3,7 @@
 The memory holds a count and a feature sum per label, one second moment over all labels, and a small random sample of
 real features per label. That is enough for each label's mean, the within-label covariance, and counting flips on real
 inputs. Sums are float64, so that a label can be removed again to within rounding. If real features are kept, so are the
-means of the clusters that each label's sentences form: they tell whether an input belongs to any of these labels at all
+means of the clusters that each label's texts form: they tell whether an input belongs to any of these labels at all
 (``patcher.scope``).
 """
 
@@ -49,13 +49,13 @@ class Memory:
     labels
         C label names; ``counts`` and ``sums`` follow their order, which need not be the head's.
     counts, sums
-        Number of sentences per label, INT64 ``[C]``, and the sum of their features, float64 ``[C, width]``.
+        Number of texts per label, INT64 ``[C]``, and the sum of their features, float64 ``[C, width]``.
     second_moment
-        Sum of ``x x'`` over all sentences, float64 ``[width, width]``.
+        Sum of ``x x'`` over all texts, float64 ``[width, width]``.
     sample, sample_labels
         Real features, float16 ``[m, width]``, and the label of each, INT64 ``[m]``; m = 0 if only statistics are kept.
     clusters
-        The clusters that the labels' sentences form. Empty if only statistics are kept: a cluster may be one sentence.
+        The clusters that the labels' texts form. Empty if only statistics are kept: a cluster may be one text.
     split
         Number of leading features that are the classifier features.
     per_label, seed
@@ -98,7 +98,7 @@ class Memory:
             if array.dtype != _TYPES[name]:
                 raise RepositoryError(f"this is not a consistent memory: {name} is {array.dtype}, not {_TYPES[name]}")
         if self.counts.min(initial=1) < 1:
-            raise RepositoryError("this is not a consistent memory: a label without a sentence")
+            raise RepositoryError("this is not a consistent memory: a label without a text")
         for name, ids in (("sample", self.sample_labels), ("clusters", self.clusters.labels)):
             if ids.size and not 0 <= ids.min() <= ids.max() < count:
                 raise RepositoryError(f"this is not a consistent memory: its {name} names labels that are not there")
@@ -126,7 +126,7 @@ class Memory:
         features
             Float32 ``[n, width]``.
         label_ids
-            INT64 ``[n]``, positions in ``labels``. Labels without a sentence are left out of the memory.
+            INT64 ``[n]``, positions in ``labels``. Labels without a text are left out of the memory.
         split
             Number of leading features that are the classifier features.
         per_label
@@ -185,7 +185,7 @@ class Memory:
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom of the within-label covariance: sentences minus labels, at least 1."""
+        """Degrees of freedom of the within-label covariance: texts minus labels, at least 1."""
         return max(1, int(self.counts.sum()) - len(self.labels))
 
     def within(self) -> Doubles:
@@ -203,7 +203,7 @@ class Memory:
         return spread
 
     def add(self, labels: Sequence[str], features: ArrayLike, label_ids: ArrayLike) -> Memory:
-        """The memory with more sentences, of known or new labels; ``label_ids`` INT64 ``[n]`` index ``labels``."""
+        """The memory with more texts, of known or new labels; ``label_ids`` INT64 ``[n]`` index ``labels``."""
         rows, ids = _rows(features), np.asarray(label_ids, np.int64)
         if rows.shape[1] != self.width:
             raise InputError(f"got {rows.shape[1]} features, but this memory holds {self.width}")
@@ -241,14 +241,14 @@ class Memory:
         return dataclasses.replace(grown, clusters=clusters)
 
     def add_groups(self, groups: Mapping[str, Floats]) -> Memory:
-        """The memory with more sentences: features float32 ``[n, width]`` for each label."""
+        """The memory with more texts: features float32 ``[n, width]`` for each label."""
         if not groups:
             return self
         ids = np.repeat(np.arange(len(groups)), [len(rows) for rows in groups.values()])
         return self.add(tuple(groups), np.concatenate(list(groups.values())), ids)
 
     def remove(self, label: str, features: ArrayLike | None = None) -> Memory:
-        """The memory without a label, as by ``without``; exact if ``features`` are those of all its sentences."""
+        """The memory without a label, as by ``without``; exact if ``features`` are those of all its texts."""
         if features is None:
             return self.without([label])
         place, rows = self._place(label), _rows(features)
@@ -256,14 +256,14 @@ class Memory:
             raise InputError(f"got {rows.shape[1]} features, but this memory holds {self.width}")
         if len(rows) != self.counts[place]:
             raise InputError(
-                f"{label!r} joined with {self.counts[place]} sentences, but features of {len(rows)} were given"
+                f"{label!r} joined with {self.counts[place]} texts, but features of {len(rows)} were given"
             )
         return self._part(np.arange(len(self.labels)) != place, _moment(rows))
 
     def without(self, labels: Collection[str]) -> Memory:
         """The memory without some labels; what it holds about the others stays as it is.
 
-        If the sample holds all sentences of a removed label, its share of the second moment is subtracted to within
+        If the sample holds all texts of a removed label, its share of the second moment is subtracted to within
         FP16 rounding. The other removed labels are assumed to have the within-label covariance of the memory that
         remains after that step, which leaves ``within()`` unchanged.
         """
@@ -277,7 +277,7 @@ class Memory:
         return self._part(~leaves, roots.T @ roots + (counts - 1).sum() * self.within())
 
     def _whole_rows(self, whole: NDArray[np.bool_]) -> Doubles:
-        """The sampled features of the labels in ``whole``, all of whose sentences it holds, float64 ``[n, width]``.
+        """The sampled features of the labels in ``whole``, all of whose texts it holds, float64 ``[n, width]``.
 
         Stored features are rounded to FP16, and subtracting them as they are could leave an invalid second moment. So
         they are shifted such that each label's mean is exact.
@@ -336,7 +336,7 @@ class Memory:
     def merge(self, labels: Sequence[str], into: str) -> Memory:
         """The memory with several labels merged into one; the sample keeps at most ``per_label`` of their features.
 
-        The number kept of each label is drawn as if the sample were taken from all their sentences, so that later
+        The number kept of each label is drawn as if the sample were taken from all their texts, so that later
         counts on the sample are weighted correctly.
         """
         places = [self._place(label) for label in dict.fromkeys(labels)]
@@ -366,7 +366,7 @@ class Memory:
             raise LabelError(f"the memory knows no label {label!r} among its {len(self.labels)}") from None
 
     def _sampled(self, rows: Floats, ids: Ints, counts: Ints) -> tuple[NDArray[np.float16], Ints]:
-        """The sample after adding ``rows``; every sentence of a label is equally likely to be in it."""
+        """The sample after adding ``rows``; every text of a label is equally likely to be in it."""
         rng = np.random.default_rng([self.seed, int(counts.sum())])
         touched, arrivals = np.unique(ids, return_counts=True)
         untouched = ~np.isin(self.sample_labels, touched)
@@ -383,7 +383,7 @@ class Memory:
         return np.concatenate(parts), np.concatenate(owners)
 
     def _chosen(self, places: Sequence[int]) -> Ints:
-        """Sample positions to keep once the labels at ``places`` are merged; every sentence is equally likely."""
+        """Sample positions to keep once the labels at ``places`` are merged; every text is equally likely."""
         counts = self.counts[places]
         rng = np.random.default_rng([self.seed, len(self.sample)])
         shares = rng.multivariate_hypergeometric(counts, min(self.per_label, int(counts.sum())), method="marginals")

@@ -4,7 +4,7 @@ It is computed here in numpy, and inside the head's graph (``scope_file``) when 
 
 With a memory of real features, the score is based on the Mahalanobis distance to the nearest mean, that is the
 distance in whitened features (Lee et al. 2018, arXiv 1807.03888). Only the directions in which the labels' means differ
-are used, few enough to keep the head's file small. The means are those of the clusters that each label's sentences
+are used, few enough to keep the head's file small. The means are those of the clusters that each label's texts
 form, because a label that people word in several ways leaves gaps between them. Adding the distance outside of those
 directions detects distant topics better and near ones worse (``tests/benchmarks/tune_fit.py``).
 

@@ -214,7 +214,7 @@ def _mended(matrix: Doubles, least: float) -> tuple[Floats, Floats]:
     """A square root of the covariance nearest to ``matrix``, and its inverse; no eigenvalue is below ``least``.
 
     ``matrix`` need not be positive definite: if a label was subtracted again by its mean alone, or by its features as
-    stored, the variance in some directions may be negative where there were few sentences.
+    stored, the variance in some directions may be negative where there were few texts.
     """
     values, axes = np.linalg.eigh(matrix)
     roots = np.sqrt(np.maximum(values, least))

@@ -46,7 +46,7 @@ class Settings:
         A label's name takes part if its squared distance to the examples is at most this many times its distance to
         any other label.
     refit_ridge
-        For ``ridge``: penalty per sentence, on standardised features.
+        For ``ridge``: penalty per text, on standardised features.
     refit_taken_weight
         ``taken_weight`` for ``ridge`` and ``lda``; 1 gives the highest accuracy over all labels together.
     anchor
