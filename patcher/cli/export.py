@@ -15,7 +15,7 @@ from patcher.cli.options import (
     trust_remote_code_option,
 )
 from patcher.cli.output import not_installed, tell
-from patcher.wording import percent, repeats
+from patcher.wording import cut, percent, repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,11 +140,17 @@ def _show(report: ExportReport, train: Path | None) -> None:
 
 def _warn(report: ExportReport, train: Path | None) -> None:
     """Warn about data that later patches will lack or that looks wrong."""
+    from patcher.examples_file import read_examples
+    from patcher.features import count_cut
     from patcher.gate_words import unremembered
 
     classifier = report.repository.classifier(report.classifier)
     if said := unremembered(report.labels, classifier.memory()):
         tell(f"warning: {said}", err=True)
+    texts = () if train is None else read_examples(train).texts
+    count, limit = count_cut(classifier, texts)
+    if count:
+        tell(f"warning: {train}: {cut(count, len(texts), limit)}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
         right = percent(report.train_accuracy, 1)
         said = f"only {right} of the texts in {train} get the label they have there; is it this model's training data?"
