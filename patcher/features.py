@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import RepositoryError, ServerError
-from patcher.runtime import Encoder
+from patcher.runtime import Encoder, read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from patcher.backbone import Backbone
     from patcher.triton.client import TritonServer
 
-__all__ = ["check_same_backbone", "extract_features"]
+__all__ = ["check_same_backbone", "count_cut", "extract_features"]
+
+_SHORT = 200
+"""A text of this many characters is not cut: the usual limits are 128 tokens and more, of several characters each."""
 
 
 def extract_features(
@@ -46,6 +49,22 @@ def extract_features(
         bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
         raise RepositoryError(f"the backbone gives features that are not finite for {texts[bad]!r:.80}")
     return features
+
+
+def count_cut(backbone: Backbone, texts: Sequence[str]) -> tuple[int, int]:
+    """How many of the texts have more tokens than the backbone reads, and that number of tokens; 0, 0 if none has.
+
+    If all texts are short, this does not look at the tokenizer, which takes up to a second to read.
+    """
+    long = [text for text in texts if len(text) > _SHORT]
+    if not long:
+        return 0, 0
+    whole = read_tokenizer(backbone.tokenizer_path)
+    limit = (whole.truncation or {}).get("max_length", 0)
+    whole.no_truncation()
+    whole.no_padding()
+    count = sum(len(tokens.ids) > limit > 0 for tokens in whole.encode_batch(long))
+    return (count, limit) if count else (0, 0)
 
 
 def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:

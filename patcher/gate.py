@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -176,16 +176,13 @@ def judge(
     weights
         For each new label, how many inputs each of its examples stands for, float64 ``[n]``; equal if missing.
     firsts
-        For each new label, what ``first_alike`` finds; computed here if missing. The recall is only right if the fit
-        knew it, too.
+        For each new label, what ``first_alike`` finds; computed here if missing. The fit should know it, too.
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
     texts = texts or {}
     firsts = firsts or {label: first_alike(texts.get(label), rows) for label, rows in examples.items()}
     recall = count_found(head, fit, evaluation, firsts, weights or {})
-    near, known = _screened(head, fit, examples, memory, texts, firsts)
-    different = {label: examples[label][np.unique(places)] for label, places in firsts.items()}
-    too_few = tuple(label for label, rows in different.items() if len(rows) < FEW)
+    screened = _screened(head, fit, examples, memory, texts, firsts)
     reasons = (
         *_flips_reasons([flips, *others], max_flips, exclusive=head.exclusive),
         *_recall_reasons(recall, examples, min_recall),
@@ -195,10 +192,8 @@ def judge(
         sentence=sentence(flips, recall, reasons, max_flips),
         reasons=reasons,
         advice=(
-            *advice(flips, recall, known, too_few),
-            *too_alike(
-                len(repeated), len(near), [x for x, rows in different.items() if unlike_any(rows, fit.old, memory)]
-            ),
+            *advice(flips, recall, screened.known, screened.too_few),
+            *too_alike(len(repeated), len(screened.near), screened.strange),
             *unseen(head, [flips, *others], max_flips),
             *asides(fit, head, left_out or {}),
         ),
@@ -210,11 +205,20 @@ def judge(
         bound=bound_words(flips, fit.method),
         recall=recall,
         losing=flips.losing,
-        duplicates=(*repeated, *near),
-        known=tuple(known),
-        too_few=too_few,
+        duplicates=(*repeated, *screened.near),
+        known=tuple(screened.known),
+        too_few=tuple(screened.too_few),
         refitted=flips.refitted,
     )
+
+
+class _Screened(NamedTuple):
+    """The examples that nearly repeat another, those that an old label knows, and labels whose examples say little."""
+
+    near: list[Repeat]
+    known: list[Known]
+    too_few: list[str]
+    strange: list[str]
 
 
 def _screened(
@@ -224,15 +228,15 @@ def _screened(
     memory: Memory | None,
     texts: Mapping[str, Sequence[str]],
     firsts: Mapping[str, Ints],
-) -> tuple[list[Repeat], list[Known]]:
-    """The examples that repeat another, and those that an old label knows."""
-    duplicates: list[Repeat] = []
-    known: list[Known] = []
+) -> _Screened:
+    found = _Screened([], [], [], [])
     for label, rows in examples.items():
-        named = texts.get(label)
-        duplicates += repeats(label, named, firsts[label])
-        known += known_already(label, named, rows, head, fit.old, memory)
-    return duplicates, known
+        named, different = texts.get(label), rows[np.unique(firsts[label])]
+        found.near.extend(repeats(label, named, firsts[label]))
+        found.known.extend(known_already(label, named, rows, head, fit.old, memory))
+        found.too_few.extend([label] * (len(different) < FEW))
+        found.strange.extend([label] * unlike_any(different, fit.old, memory))
+    return found
 
 
 def _flips_reasons(counted: Sequence[Flips], max_flips: float, *, exclusive: bool) -> list[str]:

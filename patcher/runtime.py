@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from patcher.head import Head
 
-__all__ = ["Encoder", "HeadAnswer", "check_head_file", "onnxruntime_errors", "open_session", "run_head"]
+__all__ = [
+    "Encoder",
+    "HeadAnswer",
+    "check_head_file",
+    "onnxruntime_errors",
+    "open_session",
+    "read_tokenizer",
+    "run_head",
+]
 
 turn_off()  # before anything here imports onnxruntime
 
@@ -94,19 +102,24 @@ def check_head_file(data: bytes, head: Head, features: NDArray[np.float32]) -> N
         raise RepositoryError("the head file's labels differ from its logits; nothing was published")
 
 
+def read_tokenizer(path: Path) -> Any:
+    """The ``tokenizers.Tokenizer`` in a file; RepositoryError if there is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust binding raises plain Exception
+        raise RepositoryError(f"cannot read the tokenizer {path}: {error}") from error
+
+
 class Encoder:
     """Texts to features with a repository's own tokenizer and backbone files."""
 
     def __init__(self, backbone: Path, tokenizer: Path, threads: int = 0) -> None:
-        from tokenizers import Tokenizer
-
         check_backbone_file(backbone)
         self._session = open_session(backbone, threads)
         self._names = tuple(tensor.name for tensor in self._session.get_inputs())
-        try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the Rust binding raises plain Exception
-            raise RepositoryError(f"cannot read the tokenizer {tokenizer}: {error}") from error
+        self._tokenizer = read_tokenizer(tokenizer)
         padding = self._tokenizer.padding or {}
         longest = max(padding.get(name) or 0 for name in ("length", "pad_to_multiple_of"))
         if longest > _MOST_PADDING:

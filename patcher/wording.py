@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["install_hint", "listing", "percent", "plural", "redacted", "repeats", "versions_are"]
+__all__ = ["cut", "install_hint", "listing", "percent", "plural", "redacted", "repeats", "versions_are"]
 
 _LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
 """The login in front of a URL's host."""
@@ -50,6 +50,12 @@ def percent(share: float | None, digits: int = 2, *, up: bool = False, down: boo
 def repeats(count: int) -> str:
     """The message about texts that were left out because another text of their label has the same words."""
     return f"{plural(count, 'text')} left out as duplicates (the same words of the same label count once)"
+
+
+def cut(count: int, texts: int, limit: int) -> str:
+    """The message about texts that the backbone does not read to their end."""
+    are = "is" if count == 1 else "are"
+    return f"{count:,} of {plural(texts, 'text')} {are} longer than {limit:,} tokens; what exceeds that does not count"
 
 
 def versions_are(versions: Sequence[int]) -> str:

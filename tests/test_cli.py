@@ -20,6 +20,7 @@ from patcher.canary import Canary
 from patcher.cli.output import not_installed
 from patcher.difference import Difference
 from patcher.errors import Busy, ServerUnreachable, as_sentence
+from patcher.features import count_cut
 from patcher.serve import serve
 
 DEAD = "127.0.0.1:1"
@@ -38,6 +39,17 @@ def patcher(classifier, command, monkeypatch):
 @pytest.fixture
 def examples(tmp_path):
     return tiny.write_csv(tmp_path / "payday.csv", {"payday": tiny.sentences("payday", 10)})
+
+
+def test_texts_that_are_cut_are_told(patcher, classifier, tmp_path):
+    texts = [*tiny.sentences("payday", 8), " ".join(tiny.sentences("payday", 40)), "nothing" * 40]
+    assert count_cut(classifier, texts) == (1, 64)
+    assert count_cut(classifier, texts[:8]) == (0, 0)
+    file = tiny.write_csv(tmp_path / "long.csv", {"payday": texts})
+    code, _, err = patcher("add-label", "--examples", file, "--dry-run")
+    assert code == 0, err
+    assert "1 of 10 texts is longer than 64 tokens; what exceeds that does not count" in err
+    assert "tokens" not in patcher("add-label", "payday", "--text", texts[0], "--text", texts[1], "--dry-run")[2]
 
 
 def test_add_label_without_a_server(patcher, classifier, examples):

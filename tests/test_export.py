@@ -624,6 +624,13 @@ def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
     assert once.data_hash != often.data_hash
 
 
+def test_training_texts_that_are_cut_are_told(bert, tmp_path, capsys):
+    rows = [*checkpoints.TRAIN, (" ".join(text for text, _ in 4 * checkpoints.TRAIN), checkpoints.LABELS[0])]
+    file = train_file(tmp_path, rows)
+    assert main(["export", str(bert), "--repo", str(tmp_path / "r"), "--train", str(file)]) == 0
+    assert f"{file}: 1 of {len(rows)} texts is longer than 78 tokens" in capsys.readouterr().err
+
+
 def test_training_texts_that_the_model_contradicts_are_told(bert, tmp_path, capsys):
     told = {}
     for name, label in (("all", checkpoints.LABELS[0]), ("other", checkpoints.LABELS[1])):

@@ -121,3 +121,7 @@ def test_a_few_of_many_names_are_listed():
 )
 def test_an_upper_bound_is_rounded_up(share, shown, bound):
     assert (percent(share), percent(share, up=True)) == (shown, bound)
+
+
+def test_a_lower_bound_is_rounded_down():
+    assert [percent(share, 0, down=True) for share in (0.7469, 0.07, 1.0, None)] == ["74 %", "7 %", "100 %", "—"]

@@ -36,6 +36,14 @@ def test_what_repeats_another_in_words_or_to_the_model(texts, places, firsts):
     assert first_alike(texts, noisy).tolist() == firsts
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_no_size_of_features_makes_different_ones_the_same(size):
+    rows = (np.random.default_rng(0).standard_normal((4, 30)) * size).astype(np.float32)
+    assert first_alike(None, rows).tolist() == [0, 1, 2, 3]
+    assert not same_to_model(rows)
+    assert same_to_model(rows[[0, 0]])
+
+
 def test_examples_that_are_alike_are_held_out_together_and_change_no_row():
     head, memory, features, ids, new = world()
     pair = np.repeat(features[ids == 2][:1], 2, axis=0)

@@ -20,6 +20,7 @@ from patcher.cli.options import (
 )
 from patcher.cli.output import seconds, tell
 from patcher.errors import PatcherError, as_sentence
+from patcher.wording import cut
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,6 +105,7 @@ def add_label_command(
     from patcher.patch import PatchSettings
 
     examples = _examples(file, texts, label, options)
+    _warn_of_cut(examples, options)
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
     classifier = options.classifier
@@ -170,6 +172,15 @@ def _examples(
             named = ", ".join(f"{name!r:.60}" for name in rivals)
             tell(f"warning: {read.source} has more than one column of texts or labels; not read: {named}", err=True)
     return examples
+
+
+def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None:
+    from patcher.features import count_cut
+
+    texts = [text for group in examples.values() for text in group]
+    count, limit = count_cut(options.classifier, texts)
+    if count:
+        tell(f"warning: {cut(count, len(texts), limit)}", err=True)
 
 
 def _render(report: PatchReport, options: CommonOptions) -> None:

@@ -15,7 +15,7 @@ from patcher.cli.options import (
     trust_remote_code_option,
 )
 from patcher.cli.output import not_installed, tell
-from patcher.wording import percent, repeats
+from patcher.wording import cut, percent, repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,10 +140,16 @@ def _show(report: ExportReport, train: Path | None) -> None:
 
 def _warn(report: ExportReport, train: Path | None) -> None:
     """Warn about data that later patches will lack or that looks wrong."""
+    from patcher.examples_file import read_examples
+    from patcher.features import count_cut
     from patcher.gate_words import scarce, twins, unremembered
 
-    memory = report.repository.classifier(report.classifier).memory()
-    for said in (*twins(report.labels), unremembered(report.labels, memory), scarce(memory)):
+    classifier = report.repository.classifier(report.classifier)
+    memory = classifier.memory()
+    texts = () if train is None else read_examples(train).texts
+    count, limit = count_cut(classifier, texts)
+    long = f"{train}: {cut(count, len(texts), limit)}" if count else ""
+    for said in (*twins(report.labels), unremembered(report.labels, memory), scarce(memory), long):
         if said:
             tell(f"warning: {said}", err=True)
     if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
