@@ -17,7 +17,7 @@ from patcher.errors import InputError, RepositoryError, StorageError, VersionErr
 from patcher.head_file import read_head, read_lineage
 from patcher.journal import Journal, hashes
 from patcher.memory_file import read_memory
-from patcher.names import CONFIG, JOURNAL, MODEL, version_numbers
+from patcher.names import CONFIG, JOURNAL, MEMORY, MODEL, version_numbers
 from patcher.signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = ["Classifier", "add_classifier"]
 _Read = TypeVar("_Read")
 
 _CURE = "restore it from a copy, or switch to another version and prune this one"
-_CURES = {layout.MEMORY: "restore it from a copy, or build it anew by `patcher remember --data FILE`"}
+_CURES = {MEMORY: "restore it from a copy, or build it anew by `patcher remember --data FILE`"}
 
 
 class Classifier(Backbone):
@@ -149,10 +149,10 @@ class Classifier(Backbone):
     def memory(self, version: int | None = None, *, published: bool = False) -> Memory | None:
         """The memory beside a head version, None if it has none; ``published`` is as in ``head``."""
         number = self.serving() if version is None else version
-        name = f"{self.version_name(number)}/{layout.MEMORY}"
+        name = f"{self.version_name(number)}/{MEMORY}"
         data = self.storage.find(name)
         if published:  # checks a missing memory too: the caller would silently continue without it
-            self.require_published(number, {layout.MEMORY: data})
+            self.require_published(number, {MEMORY: data})
         if data is None:
             return None
         try:
@@ -161,7 +161,7 @@ class Classifier(Backbone):
             raise RepositoryError(
                 f"{self.repository.location}/{name}: {error}; `patcher remember --data FILE` rebuilds it"
             ) from error
-        self._require_width(f"the memory of version {number} of {self.name}", memory.width, _CURES[layout.MEMORY])
+        self._require_width(f"the memory of version {number} of {self.name}", memory.width, _CURES[MEMORY])
         return memory
 
     def next_version(self) -> int:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from patcher import model_config
 from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError
 from patcher.journal import Journal
-from patcher.layout import MEMORY
-from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MODEL, STORE, holds, is_classifier_name, version_numbers
+from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MEMORY, MODEL, STORE, holds, is_classifier_name, version_numbers
 from patcher.signals import uninterrupted
 from patcher.storage import Replacement, Storage, is_url, open_storage
 

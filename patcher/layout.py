@@ -22,7 +22,7 @@ from patcher.configs import (
 )
 from patcher.head_file import write_head
 from patcher.memory_file import write_memory
-from patcher.names import CONFIG, MODEL, PROGRAM, STORE
+from patcher.names import CONFIG, MEMORY, MODEL, PROGRAM, STORE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     Folders: TypeAlias = dict[str, dict[str, bytes | Path]]
 
 __all__ = [
-    "MEMORY",
     "BackboneFiles",
     "backbone_folders",
     "classifier_folders",
@@ -46,8 +45,6 @@ __all__ = [
     "stored_folders",
     "version_files",
 ]
-
-MEMORY = "memory.safetensors"
 
 
 @dataclass(frozen=True)

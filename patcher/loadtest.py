@@ -149,6 +149,10 @@ class _Bench:
     window: float
     label: str
 
+    @property
+    def _csv(self) -> Path:
+        return self.folder / "report.csv"
+
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.folder.mkdir()
         try:
@@ -165,7 +169,7 @@ class _Bench:
             outcome = self.analyzer.run(self._arguments(model, load, window), timeout=60 + 10 * _WINDOWS * window)
             share = (_children_seconds() - used) / (time.monotonic() - started) / len(os.sched_getaffinity(0))
             after = self._count(model, steps)
-            if outcome.returncode == 0:
+            if outcome.returncode == 0 and self._csv.exists():
                 change = {name: _change(before[name], after[name]) for name in after}
                 # A step without requests is left out: an encoder may run its backbone in its own process.
                 asked = [step for step in steps if change[step]["successes"] or change[step]["failures"]]
@@ -182,8 +186,12 @@ class _Bench:
                     planned=_planned(load.request_rate, window) if load.request_rate else 0,
                 )
             said = outcome.stdout + outcome.stderr
-            # The window had no answers, or too few to measure: try again with a longer one.
-            if not re.search(r"larger time window|increase the --measurement-interval", said) or attempt == _TRIES - 1:
+            # The window had no answers, or too few to measure (then there may be no error, but no report either): try
+            # again with a longer one.
+            short = outcome.returncode == 0 or re.search(
+                r"larger time window|increase the --measurement-interval", said
+            )
+            if not short or attempt == _TRIES - 1:
                 break
             window *= 4
         raise self._failed(model, load, said)
@@ -194,7 +202,7 @@ class _Bench:
     def _arguments(self, model: str, load: Load, window: float) -> list[str]:
         from patcher.triton.perf_analyzer import tls_arguments
 
-        (self.folder / "report.csv").unlink(missing_ok=True)
+        self._csv.unlink(missing_ok=True)
         return [
             f"-m{model}",
             f"-u{self.server.url}",
@@ -204,7 +212,7 @@ class _Bench:
             f"--max-trials={_WINDOWS}",
             # Accept the mean of three windows, however they differ: else a noisy machine yields no report at all.
             "--stability-percentage=999",
-            f"-f{self.folder / 'report.csv'}",
+            f"-f{self._csv}",
             *tls_arguments(self.server.tls),
             *self._load_arguments(load, window),
         ]
@@ -220,7 +228,7 @@ class _Bench:
 
     def _report(self) -> tuple[float, float, float, float]:
         try:
-            with (self.folder / "report.csv").open(newline="") as file:
+            with self._csv.open(newline="") as file:
                 (row,) = csv.DictReader(file)
             p50, p95, p99 = (float(row[f"p{percent} latency"]) for percent in (50, 95, 99))
             return float(row["Inferences/Second"]), p50, p95, p99

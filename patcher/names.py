@@ -18,6 +18,7 @@ __all__ = [
     "CONFIG",
     "FORMAT_FILE",
     "JOURNAL",
+    "MEMORY",
     "MODEL",
     "PROGRAM",
     "STORE",
@@ -30,6 +31,7 @@ __all__ = [
 
 CONFIG = "config.pbtxt"
 MODEL = "model.onnx"
+MEMORY = "memory.safetensors"
 PROGRAM = "1/model.py"
 STORE = "store"
 """A file in the head's folder that marks a classifier in a head store; its content is the backbone's name."""

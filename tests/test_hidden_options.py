@@ -20,13 +20,15 @@ from patcher.triton.server import EmbeddedTriton
 
 MODELS = ["intent", "intent_features"]
 WATCH = """
-import pathlib
+import pathlib, sys
 print("watching", flush=True)
 while True:
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\\0")
         except OSError:
+            continue
+        if not any(word.endswith(sys.argv[1].encode()) for word in words):  # a server of somebody else
             continue
         for word in words:
             if word.startswith(b"--") and b"admin-key=" in word:
@@ -35,9 +37,11 @@ while True:
 
 
 @pytest.fixture
-def listed():
+def listed(classifier):
     """Watch the process list; yields a function that ends the watch and returns the keys that were seen."""
-    with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watching:
+    with subprocess.Popen(
+        [sys.executable, "-c", WATCH, f"={classifier.root}"], stdout=subprocess.PIPE, text=True
+    ) as watching:
         assert watching.stdout.readline() == "watching\n"
 
         def end():

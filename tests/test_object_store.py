@@ -251,6 +251,9 @@ def test_an_encoder_runs_nothing_that_somebody_put_beside_it(remote, tmp_path):
         assert any(path.is_dir() for path in decoy.parent.iterdir() if path != decoy)
         assert not server.encoder_runs_backbone
         assert client.classify("intent", TEN)[0].head_version == 1
+        deadline = time.monotonic() + 10  # Triton counts an answer only after it has sent it
+        while client.statistics("intent_backbone")[0].inferences < len(TEN) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert client.statistics("intent_backbone")[0].inferences == len(TEN)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -541,9 +541,18 @@ class TestHttpPort:
         assert main(["doctor", "--repo", str(server.repository), "--url", server.http_url]) == 1
         assert f"port: {server.http_url} is the HTTP port of a server" in capsys.readouterr().out
 
-    def test_a_port_of_somebody_else_is_not_taken_for_it(self, server):
-        with TritonServer(f"127.0.0.1:{server.metrics_port}", timeout=5) as wrong:
-            assert not wrong.is_live()
+    def test_a_port_of_somebody_else_is_not_taken_for_it(self):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+
+            def answer():
+                while True:
+                    with suppress(OSError), other.accept()[0] as asked:
+                        asked.recv(1000)
+                        asked.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+            threading.Thread(target=answer, daemon=True).start()
+            with TritonServer(f"127.0.0.1:{other.getsockname()[1]}", timeout=5) as wrong:
+                assert not wrong.is_live()
 
 
 class TestInstallation:
