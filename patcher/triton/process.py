@@ -196,7 +196,7 @@ def await_ports(hosts: Sequence[str], wanted: Sequence[int], seconds: float, say
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
                 return  # waiting does not help; the start will say what is wrong
             if not told:
-                say(f"waiting up to {seconds:g} s, in case that a server is just ending: {error}")
+                say(f"waiting up to {seconds:g} s, in case a server is just ending: {error}")
             told = True
             time.sleep(0.1)
         else:
