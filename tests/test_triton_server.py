@@ -821,7 +821,7 @@ def test_a_port_that_is_taken_is_waited_for():
         process.await_ports(["127.0.0.1"], [port], 30.0, told.append)
         assert process.free_ports(["127.0.0.1"], [port]) == [port]
     (line,) = told
-    assert line.startswith("waiting up to 30 s, in case that a server is just ending: cannot listen on 127.0.0.1:")
+    assert line.startswith("waiting up to 30 s, in case a server is just ending: cannot listen on 127.0.0.1:")
 
 
 def test_a_port_that_stays_taken_is_left_to_the_start_to_report():
