@@ -178,9 +178,11 @@ case "${ENCODER_RUNS_BACKBONE:-0}" in
 esac
 
 # Triton's HTTP library copies forms to the stack of a thread: with the usual 8 MB, one request of 4.5 MB to the HTTP or
-# metrics port ends the server, without a key. Stacks take memory only as far as used, unless the kernel counts all.
-if [ "$(cat /proc/sys/vm/overcommit_memory)" != 2 ] && ! ulimit -S -s 1048576; then
-  echo "cannot raise the limit of the stack to 1 GiB: a request of some MB to the HTTP or metrics port can end the server" >&2
+# metrics port ends the server, without a key. Stacks take memory only as far as used, unless address space is counted,
+# and the kernel refuses one that is larger than all memory (as in patcher/triton/process.py).
+stack=$(awk '/^MemTotal:/ { quarter = int($2 / 4); print quarter < 1048576 ? quarter : 1048576 }' /proc/meminfo)
+if [ "$(cat /proc/sys/vm/overcommit_memory)" = 2 ] || [ "$(ulimit -v)" != unlimited ] || ! ulimit -S -s "$stack"; then
+  echo "cannot give the server's threads 1 GiB of stack: one request of some MB to its HTTP or metrics port can end it" >&2
 fi
 
 # With strict readiness, a refused load of a new head would make the whole server unready although the classifier still

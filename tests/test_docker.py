@@ -147,6 +147,13 @@ def test_entrypoint_loads_every_classifier_and_its_features(container: dict[str,
 def test_entrypoint_gives_the_server_large_stacks(container: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bin" / "tritonserver").write_text("#!/bin/bash\nulimit -s\n")
     assert enter(container).stdout.split() == ["1048576"]
+    assert "1 GiB of stack" not in enter(container).stderr
+    limited = subprocess.run(
+        ["bash", "-c", f"ulimit -v 9000000; exec bash {DOCKER / 'entrypoint.sh'}"],
+        env=container, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert limited.stdout.split() != ["1048576"]
+    assert "cannot give the server's threads 1 GiB of stack" in limited.stderr
 
 
 def test_entrypoint_with_tls_leaves_http_to_the_health_check(container: dict[str, str], tmp_path: Path) -> None:
