@@ -180,7 +180,8 @@ esac
 # Triton's HTTP library copies forms to the stack of a thread: with the usual 8 MB, one request of 4.5 MB to the HTTP or
 # metrics port ends the server, without a key. Stacks take memory only as far as used, unless address space is counted,
 # and the kernel refuses one that is larger than all memory (as in patcher/triton/process.py).
-stack=$(awk '/^MemTotal:/ { quarter = int($2 / 4); print quarter < 1048576 ? quarter : 1048576 }' /proc/meminfo)
+read -r _ memory _ </proc/meminfo # its first line is MemTotal, in KB
+stack=$((memory / 4 < 1048576 ? memory / 4 : 1048576))
 if [ "$(cat /proc/sys/vm/overcommit_memory)" = 2 ] || [ "$(ulimit -v)" != unlimited ] || ! ulimit -S -s "$stack"; then
   echo "cannot give the server's threads 1 GiB of stack: one request of some MB to its HTTP or metrics port can end it" >&2
 fi
