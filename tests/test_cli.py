@@ -397,6 +397,11 @@ def test_every_verb_takes_the_common_options_so_that_scripts_need_not_know(patch
     assert code == 0, err
 
 
+def test_help_leaves_no_event_in_the_audit_log(patcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
+    assert (patcher("rename-label", "--help")[0], (tmp_path / "audit.jsonl").exists()) == (0, False)
+
+
 def test_help_answers_at_once_and_without_heavy_imports():
     script = "import sys; from patcher.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
     seconds = []
@@ -750,6 +755,11 @@ def test_what_was_done_is_done_with_the_output_closed(closed, classifier, tmp_pa
         ("labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device\n"),
         ("history --json", ">/dev/full", 1, "error: the output could not be written"),
         ("labels --version 7 --json", ">/dev/full", 2, "error: intent has no version 7"),
+        ("labels --version 7 --json", ">/dev/full", 2, "warning: the output could not be written to stdout: No space"),
+        ("doctor --url 127.0.0.1:1 --json", ">/dev/full", 1, "warning: the output could not be written to stdout"),
+        ("--help labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device"),
+        ("--version labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left"),
+        ("rename-label --help", ">/dev/full", 1, "error: the output could not be written to stdout: No space left"),
         ("rename-label music songs --no-load --json", ">/dev/full", 0, "; what the verb has changed stays changed\n"),
         ("labels", "| true", 0, ""),
         ("labels", "2>/dev/full", 0, ""),
