@@ -607,6 +607,45 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("rename-label music Balance", "balance"),
+        ("merge-labels music alarm --into Balance --force", "balance"),
+        ("add-label payday --examples FILE", "only the texts of"),
+        ("add-label --examples FILE", "more than one column of texts or labels"),
+        ("add-label --examples FILE", "longer than 64 tokens"),
+        ("remember --data FILE --repo WITHOUT", "balance"),
+    ],
+)
+def test_the_audit_log_holds_every_warning(patcher, monkeypatch, tmp_path, arguments, said):
+    log, file = tmp_path / "audit.jsonl", tmp_path / "file.csv"
+    rows = [*tiny.sentences("payday", 9), " ".join(tiny.sentences("payday", 40))]
+    if arguments == "add-label payday --examples FILE":
+        file.write_text("text,channel\n" + "".join(f"{text},web\n" for text in rows))
+    elif "WITHOUT" in arguments:
+        tiny.write_csv(file, {"music": tiny.sentences("music", 10)})
+        tiny.make_repository(tmp_path / "without", tmp_path / "scratch", memory=False)
+    else:
+        file.write_text("text,label,sentence\n" + "".join(f"{text},payday,x\n" for text in rows))
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    places = {"FILE": str(file), "WITHOUT": tmp_path / "without"}
+    code, _, err = patcher(*(places.get(word, word) for word in arguments.split()), "--no-load")
+    told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
+    assert (code, said in err) == (0, True), err
+    assert json.loads(log.read_text())["warnings"] == told
+
+
+def test_a_merge_that_is_refused_is_recorded_with_what_it_was(patcher, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr("patcher.gate._FEWEST_INPUTS", 1000)
+    assert patcher("merge-labels", "music", "alarm", "--into", "sound", "--no-load")[0] == 3
+    event = json.loads(log.read_text())
+    assert (event["gate"], event["forced"], event["parent_version"]) == ("refused", False, 1)
+    assert (event["added"], event["removed"], "version" in event) == (["sound"], ["music", "alarm"], False)
+
+
 def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
     log, fsync = tmp_path / "audit.jsonl", os.fsync
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
