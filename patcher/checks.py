@@ -55,7 +55,12 @@ def of_programs(repository: ModelRepository) -> Iterator[Check]:
 
 def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
     """Report backbones whose upgrade was interrupted, or that still lack an encoder."""
-    for name in repository.backbones():
+    try:
+        names = repository.backbones()
+    except PatcherError as error:
+        yield Check("backbones", "fault", str(error))
+        return
+    for name in names:
         what = f"{name}, upgrade"
         with contextlib.suppress(PatcherError):  # an unreadable configuration is reported by another check
             backbone = repository.backbone(name)
@@ -70,10 +75,15 @@ def of_upgrades(repository: ModelRepository) -> Iterator[Check]:
 
 def of_remains(repository: ModelRepository) -> Iterator[Check]:
     """Report what an interrupted `new-classifier` or `drop-classifier` left: the memory holds features of texts."""
-    names = [name for name in repository.remains() if not name.endswith(CANARY)]
-    if not names or repository.storage.busy():  # perhaps one that is just being made
+    try:
+        names = [name for name in repository.remains() if not name.endswith(CANARY)]
+        if not names or repository.storage.busy():  # perhaps one that is just being made
+            return
+        names = sorted({*names} & {*repository.remains()})
+    except PatcherError as error:
+        yield Check("remains", "fault", str(error))
         return
-    for name in sorted({*names} & {*repository.remains()}):
+    for name in names:
         found = (
             f"there is {name}_head, but no classifier: making or deleting it was interrupted, or {name}/{CONFIG} is "
             f"gone; restore that file from a copy, or delete what is left by `patcher drop-classifier {name} --yes`"

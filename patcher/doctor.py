@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from patcher.backbone import unreadable
 from patcher.checks import Check, of_programs, of_remains, of_settings, of_upgrades
-from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerError, ServerRefused, ServerUnreachable
+from patcher.errors import ControlRefused, PatcherError, RepositoryError, ServerRefused, ServerUnreachable
 from patcher.fleet import members, present
 from patcher.gate_words import unremembered
 from patcher.names import CANARY, MODEL, PROGRAM, STORE
@@ -57,13 +58,13 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     except PatcherError as error:
         yield Check("repository", "fault", str(error))
         return
-    names = repository.classifiers()
-    found = (
-        f"{location}: {plural(len(names), 'classifier')} ({', '.join(names)})"
-        if names
-        else f"{location} holds no classifier yet"
-    )
-    yield Check("repository", "ok" if names else "note", found)
+    names, unlisted = _classifiers(repository)
+    if unlisted:
+        yield Check("repository", "fault", unlisted)
+    elif names:
+        yield Check("repository", "ok", f"{location}: {plural(len(names), 'classifier')} ({', '.join(names)})")
+    else:
+        yield Check("repository", "note", f"{location} holds no classifier yet")
     yield from of_programs(repository)
     yield from of_upgrades(repository)
     yield from of_remains(repository)
@@ -96,7 +97,7 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
     copy.
     """
     repository = ModelRepository(location)
-    for name in repository.classifiers():
+    for name in _classifiers(repository)[0]:
         found: list[Check] = []
         try:
             classifier = repository.classifier(name)
@@ -105,6 +106,20 @@ def repair(location: Path | str, server: TritonServer | None) -> Iterator[Check]
         except PatcherError as error:
             found.append(Check(f"{name}, repair", "fault", str(error)))
         yield from found  # without the lock: nobody else has to wait for what the caller does with them
+
+
+def _classifiers(repository: ModelRepository) -> tuple[Sequence[str], str]:
+    """All classifiers; if some cannot be read, those that can, and the reason, which is empty otherwise."""
+    try:
+        return repository.classifiers(), ""
+    except PatcherError as error:
+        reason = str(error)
+    found = []
+    with contextlib.suppress(PatcherError):
+        for head in sorted(repository.storage.glob("*_head")):
+            with contextlib.suppress(PatcherError):
+                found.append(repository.classifier(head.removesuffix("_head")).name)
+    return found, reason
 
 
 def _repair(classifier: Classifier, server: TritonServer | None, found: list[Check]) -> None:
@@ -285,7 +300,7 @@ def _local_answer(classifier: Classifier) -> Check:
 
 
 def _on_server(repository: ModelRepository, names: Sequence[str], server: TritonServer) -> Iterator[Check]:
-    """Check one server against each classifier; if the server stops answering, skip the remaining checks."""
+    """Check one server against each classifier; what ends the checks, such as a server that stops, is told."""
     try:
         yield Check("server", "ok", f"{server.server_metadata()} at {server.url}")
         try:
@@ -298,13 +313,17 @@ def _on_server(repository: ModelRepository, names: Sequence[str], server: Triton
             yield _served(repository, name, server)
             yield from _left(repository, name, names, server, held)
         yield from _dropped(repository, server, held)
-    except ServerError as error:
+    except PatcherError as error:
         yield Check("server", "fault", f"{error}; no further checks were made on it")
 
 
 def _with_models(repository: ModelRepository, names: Sequence[str]) -> list[str]:
     """The classifiers with a head model of their own, without canaries."""
-    stored = {path.partition("_head/")[0] for path in repository.storage.glob(f"*_head/{STORE}")}
+    try:
+        marks = repository.storage.glob(f"*_head/{STORE}")
+    except RepositoryError:  # reported by the checks of the files
+        return []
+    stored = {path.partition("_head/")[0] for path in marks}
     return [name for name in names if name not in stored and not name.endswith(CANARY)]
 
 
@@ -342,7 +361,10 @@ def _dropped(
     To be reported, a model must consist of a classifier's parts, on a backbone that this repository holds. This leaves
     out models that patcher did not make.
     """
-    there = set(repository.classifiers())  # read again: a classifier made meanwhile was not dropped
+    try:
+        there = set(repository.classifiers())  # read again: a classifier made meanwhile was not dropped
+    except RepositoryError:  # reported by the checks of the files
+        return
     models = {each.name for each in server.statistics()}
     heads = [name for name in models if f"{name}_head" in models and name.removesuffix(CANARY) not in there]
     found = [(name, _below(repository, name, server)) for name in heads]

@@ -167,7 +167,8 @@ def attempt(
 
     if len(replicas) > 1:
         with ThreadPoolExecutor(len(replicas)) as pool:
-            outcomes = list(pool.map(tried, replicas))
+            futures = [pool.submit(tried, replica) for replica in replicas]  # ``map`` cancels some if one raises
+        outcomes = [future.result() for future in futures]
     else:
         outcomes = list(map(tried, replicas))
     failed = {

@@ -65,10 +65,13 @@ class Targets:
     def names(self) -> tuple[str, ...]:
         """The classifiers to probe now.
 
-        Those dropped from the repository are left out. If it lists none at all, it is probably unavailable: then all
-        named ones are probed, so that the fault shows.
+        Those dropped from the repository are left out. If it lists none at all, or not all can be listed, it is
+        probably unavailable: then all named ones are probed, so that the fault shows.
         """
-        here = self.repository.classifiers() if self.repository is not None else ()
+        try:
+            here = self.repository.classifiers() if self.repository is not None else ()
+        except PatcherError:
+            here = ()
         if not here:
             return self.classifiers
         return here if self.every else tuple(name for name in self.classifiers if name in here)

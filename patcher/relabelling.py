@@ -86,7 +86,8 @@ def remove_label(classifier: ClassifierLike, label: str, server: TritonServer | 
         rest = _forgotten(memory, label)
         if rest is not None:
             head = dataclasses.replace(head, scope=fit_scope(rest, head, stretch=stretch_of(parent.scope)))
-        return _publish(classifier, parent, head, rest, server, "remove", removed=(label,))
+        made = next_lineage(classifier, parent, method="remove", removed=(label,))
+        return _publish(classifier, parent, dataclasses.replace(head, lineage=made), rest, server)
 
 
 def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonServer | None = None) -> Change:
@@ -106,7 +107,8 @@ def rename_label(classifier: ClassifierLike, old: str, new: str, server: TritonS
         refuse_joined(parent, new)
         head = parent.renamed(old, new)
         renamed = memory.rename(old, new) if memory and old in memory.labels else memory
-        change = _publish(classifier, parent, head, renamed, server, "rename", renamed=((old, new),))
+        made = next_lineage(classifier, parent, method="rename", renamed=((old, new),))
+        change = _publish(classifier, parent, dataclasses.replace(head, lineage=made), renamed, server)
         return dataclasses.replace(change, notes=_twins(head, new))
 
 
@@ -146,18 +148,17 @@ def merge_labels(
     with changing(classifier, server):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         patch = _merged(classifier, parent, memory, labels, into, settings)
-        if patch.gate == "refused":
-            number, count = classifier.next_version(), len(patch.head.labels)
-            refused = Change(
-                classifier.name, number, parent.lineage.version, count, served=False, gate=patch.gate,
-                verdict=patch.verdict,
-            )  # fmt: skip
-            raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
-        change = _publish(
-            classifier, parent, patch.head, patch.memory, server, MERGE,
-            gate=patch.gate, details=patch.details,
+        made = next_lineage(
+            classifier, parent, method=MERGE, gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
+        if patch.gate == "refused":
+            refused = Change(
+                classifier.name, made.version, parent.lineage.version, len(patch.head.labels), served=False,
+                gate=patch.gate, verdict=patch.verdict,
+            )  # fmt: skip
+            raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
+        change = _publish(classifier, parent, dataclasses.replace(patch.head, lineage=made), patch.memory, server)
         merged = tuple((label, into) for label in labels)
         return dataclasses.replace(change, merged=merged, verdict=patch.verdict, notes=_twins(patch.head, into))
 
@@ -220,12 +221,9 @@ def _forgotten(memory: Memory | None, label: str) -> Memory | None:
 
 
 def _publish(
-    classifier: Classifier, parent: Head, head: Head, memory: Memory | None, server: TritonServer | None, method: str,
-    **lineage: Any,
-) -> Change:  # fmt: skip
-    head = dataclasses.replace(head, lineage=next_lineage(classifier, parent, method=method, **lineage))
-    switch = roll_out(classifier, head, memory, server)
-    made = head.lineage
+    classifier: Classifier, parent: Head, head: Head, memory: Memory | None, server: TritonServer | None
+) -> Change:
+    switch, made = roll_out(classifier, head, memory, server), head.lineage
     return Change(
         classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, made.gate,
         made.added, made.removed, made.renamed,

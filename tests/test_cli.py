@@ -397,6 +397,11 @@ def test_every_verb_takes_the_common_options_so_that_scripts_need_not_know(patch
     assert code == 0, err
 
 
+def test_help_leaves_no_event_in_the_audit_log(patcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
+    assert (patcher("rename-label", "--help")[0], (tmp_path / "audit.jsonl").exists()) == (0, False)
+
+
 def test_help_answers_at_once_and_without_heavy_imports():
     script = "import sys; from patcher.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
     seconds = []
@@ -602,6 +607,45 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("rename-label music Balance", "balance"),
+        ("merge-labels music alarm --into Balance --force", "balance"),
+        ("add-label payday --examples FILE", "only the texts of"),
+        ("add-label --examples FILE", "more than one column of texts or labels"),
+        ("add-label --examples FILE", "longer than 64 tokens"),
+        ("remember --data FILE --repo WITHOUT", "balance"),
+    ],
+)
+def test_the_audit_log_holds_every_warning(patcher, monkeypatch, tmp_path, arguments, said):
+    log, file = tmp_path / "audit.jsonl", tmp_path / "file.csv"
+    rows = [*tiny.sentences("payday", 9), " ".join(tiny.sentences("payday", 40))]
+    if arguments == "add-label payday --examples FILE":
+        file.write_text("text,channel\n" + "".join(f"{text},web\n" for text in rows))
+    elif "WITHOUT" in arguments:
+        tiny.write_csv(file, {"music": tiny.sentences("music", 10)})
+        tiny.make_repository(tmp_path / "without", tmp_path / "scratch", memory=False)
+    else:
+        file.write_text("text,label,sentence\n" + "".join(f"{text},payday,x\n" for text in rows))
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    places = {"FILE": str(file), "WITHOUT": tmp_path / "without"}
+    code, _, err = patcher(*(places.get(word, word) for word in arguments.split()), "--no-load")
+    told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
+    assert (code, said in err) == (0, True), err
+    assert json.loads(log.read_text())["warnings"] == told
+
+
+def test_a_merge_that_is_refused_is_recorded_with_what_it_was(patcher, monkeypatch, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr("patcher.gate._FEWEST_INPUTS", 1000)
+    assert patcher("merge-labels", "music", "alarm", "--into", "sound", "--no-load")[0] == 3
+    event = json.loads(log.read_text())
+    assert (event["gate"], event["forced"], event["parent_version"]) == ("refused", False, 1)
+    assert (event["added"], event["removed"], "version" in event) == (["sound"], ["music", "alarm"], False)
+
+
 def test_ctrl_c_after_a_verb_ended_loses_nothing_of_the_audit_log(patcher, examples, monkeypatch, tmp_path):
     log, fsync = tmp_path / "audit.jsonl", os.fsync
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
@@ -750,6 +794,11 @@ def test_what_was_done_is_done_with_the_output_closed(closed, classifier, tmp_pa
         ("labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device\n"),
         ("history --json", ">/dev/full", 1, "error: the output could not be written"),
         ("labels --version 7 --json", ">/dev/full", 2, "error: intent has no version 7"),
+        ("labels --version 7 --json", ">/dev/full", 2, "warning: the output could not be written to stdout: No space"),
+        ("doctor --url 127.0.0.1:1 --json", ">/dev/full", 1, "warning: the output could not be written to stdout"),
+        ("--help labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left on device"),
+        ("--version labels", ">/dev/full", 1, "error: the output could not be written to stdout: No space left"),
+        ("rename-label --help", ">/dev/full", 1, "error: the output could not be written to stdout: No space left"),
         ("rename-label music songs --no-load --json", ">/dev/full", 0, "; what the verb has changed stays changed\n"),
         ("labels", "| true", 0, ""),
         ("labels", "2>/dev/full", 0, ""),

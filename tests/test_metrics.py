@@ -375,5 +375,9 @@ def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier
     assert targets.names() == ("intent", "later")
     (classifier.root / "later" / "config.pbtxt").write_bytes(b"\xff garbage {")
     assert sorted(probe.classifier for probe in _probes(targets)) == ["intent", "later"]
+    loop = classifier.root / "other_head"
+    loop.symlink_to(loop)  # stands for a folder that cannot be read, also by root
+    assert [(probe.classifier, probe.up) for probe in _probes(targets)] == [("intent", False)]
+    loop.unlink()
     shutil.move(classifier.root, tmp_path / "away")
     assert [probe.up for probe in _probes(targets)] == [False]

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -834,6 +835,31 @@ def test_a_copy_that_was_cut_off_blocks_nothing_and_is_named(classifier):
     notes = [check for check in doctor.diagnose(classifier.root, None, "url") if check.what == "intent, version 2"]
     assert [check.state for check in notes] == ["note"]
     assert "intent_head/2 has files but no model.onnx" in notes[0].finding
+
+
+@pytest.mark.parametrize("unreadable, of", [("other_head", "repository"), ("intent_head/2", "intent")])
+@pytest.mark.parametrize("repair", [False, True])
+def test_doctor_goes_on_where_a_folder_cannot_be_read(classifier, command, unreadable, of, repair):
+    loop = classifier.root / unreadable
+    loop.symlink_to(loop)  # cannot be read even by root
+    code, out, err = command("doctor", "--repo", str(classifier.root), "--json", *(["--repair"] if repair else []))
+    found = {check["what"]: (check["state"], check["finding"]) for check in json.loads(out)}
+    assert (code, err, found["server"][0]) == (1, "", "note")  # the last check
+    for what in (of, "remains"):
+        assert found[what] == ("fault", f"cannot read {loop}: Too many levels of symbolic links"), what
+    if of == "repository":
+        assert found["intent"][0] == "ok"
+        assert found.get("intent, repair", ("ok",))[0] == "ok"
+
+
+def test_doctor_goes_on_with_a_server_where_a_folder_cannot_be_read(classifier, monkeypatch):
+    server = mock.create_autospec(TritonServer, instance=True, url="url")
+    loop = classifier.root / "other_head"
+    loop.symlink_to(loop)
+    monkeypatch.setattr(doctor, "probe", lambda *_: None)
+    server.is_ready.return_value = False
+    found = {check.what: check.state for check in doctor.diagnose(classifier.root, server, "url")}
+    assert (found["server"], found["intent, served"]) == ("ok", "ok")
 
 
 def test_doctor_beside_another_patcher_says_that_a_change_is_under_way(classifier):

@@ -40,6 +40,7 @@ from patcher import (
     rollback,
     sync,
 )
+from patcher.fleet import attempt
 
 DRY = PatchSettings(dry_run=True, force=True)
 TEN = tiny.sentences("payday", 10)
@@ -210,6 +211,21 @@ def test_a_fleet_changes_every_replica_that_is_there(monkeypatch):
     monkeypatch.setattr(TritonServer, "load", gone)
     with Fleet(["a:1", "b:1"]) as fleet, pytest.raises(ServerUnreachable, match="2 of 2 replicas failed"):
         fleet.load("intent")
+
+
+def test_an_unexpected_error_of_a_replica_cancels_no_call_to_another():
+    # Whether any would be depends on when the threads run, hence many times.
+    for _ in range(50):
+        asked = []
+
+        def ask(number, asked=asked):
+            asked.append(number)
+            if number == 0:
+                raise ValueError("unexpected")
+
+        with pytest.raises(ValueError, match="unexpected"):
+            attempt(range(32), ask)
+        assert sorted(asked) == list(range(32))
 
 
 def test_a_fleet_that_cannot_be_made_leaves_no_connection_open(monkeypatch):

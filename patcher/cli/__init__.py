@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from patcher import audit
+from patcher import __version__, audit
 from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
 from patcher.signals import interruptible, uninterrupted
@@ -106,6 +106,33 @@ _LOG_JSON = click.Option(
 """Every verb takes it too; the help of `patcher` explains it."""
 
 
+def _show_help(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        _shown(ctx, ctx.get_help())
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        _shown(ctx, f"patcher, version {__version__}")
+
+
+def _shown(ctx: click.Context, text: str) -> None:
+    audit.note(verb="")  # the verb does nothing that an audit log would keep
+    tell(text)
+    ctx.exit()
+
+
+_HELP = click.Option(
+    ["-h", "--help"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_help,
+    help="Show this message and exit.",
+)
+"""Instead of click's own, which fails if stdout cannot be written."""
+
+
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -116,7 +143,7 @@ class _Verbs(click.Group):
         module, name = _VERBS[cmd_name].split(":")
         command: click.Command = getattr(importlib.import_module(f"patcher.cli.{module}"), name)
         if _LOG_JSON not in command.params:
-            command.params.append(_LOG_JSON)
+            command.params += [_LOG_JSON, _HELP]
         return command
 
     def resolve_command(
@@ -144,7 +171,7 @@ class _Verbs(click.Group):
 
 @click.group(
     cls=_Verbs,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"max_content_width": 100},
     epilog="`patcher VERB --help` explains a verb. Exit codes: 0 done, 1 failed, 2 bad input, 3 the gate refused, "
     "4 published but not served (the previous version was put back), 130 interrupted.",
 )
@@ -155,7 +182,14 @@ class _Verbs(click.Group):
     callback=_log_json,
     help="Write one JSON event to stderr; may also follow the verb.  [env: PATCHER_LOG=json]",
 )
-@click.version_option(package_name="triton-label-patcher", prog_name="patcher")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 def _patcher() -> None:
     """Add a label to a fine-tuned text classifier in production: one small head, no downtime.
 
@@ -167,11 +201,15 @@ def _patcher() -> None:
     """
 
 
+_patcher.params.append(_HELP)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; a traceback is shown only with ``PATCHER_DEBUG=1``.
 
     If stdout cannot be written (its disk is full), a verb that only looks exits with 1: its output is all there is to
     it. After a change it stays 0, with a warning: 1 would say that nothing was changed, and a script would try again.
+    Any other code stays as well.
     """
     given = sys.argv[1:] if arguments is None else arguments
     # numpy's BLAS threads busy-wait for 25 ms after each product, on cores that a server on this machine may need.
@@ -180,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = _Run("--json" in given, os.environ.get("PATCHER_LOG") == "json" or "--log-json" in given[:1])
     with interruptible():
         code, error = _run(given, run)
-        if (reason := unwritten()) and code == 0:
-            code, error = _not_written(reason)
+        if reason := unwritten():
+            code, error = _not_written(reason, code, error)
     with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
         audit.finish(code, error, to_stderr=run.log_json)
     return code
@@ -221,14 +259,15 @@ def _with_hint(message: str, context: click.Context | None, arguments: list[str]
     return f"{message.rstrip('.')}; {late[0]} follows `--`, where no word is an option: put options before `--`"
 
 
-def _not_written(reason: str) -> tuple[int, str]:
+def _not_written(reason: str, code: int, error: str) -> tuple[int, str]:
     said = f"the output could not be written to stdout: {reason}"
-    if not audit.is_change():
-        return _failed(said, 1, as_json=False)
-    said += "; what the verb has changed stays changed"
+    if code == 0:
+        if not audit.is_change():
+            return _failed(said, 1, as_json=False)
+        said += "; what the verb has changed stays changed"
     audit.warn(said)
     tell(f"warning: {said}", err=True)
-    return 0, ""
+    return code, error
 
 
 def _trace() -> None:

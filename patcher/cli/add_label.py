@@ -18,7 +18,7 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
-from patcher.cli.output import seconds, tell
+from patcher.cli.output import seconds
 from patcher.errors import PatcherError, as_sentence
 from patcher.wording import cut
 
@@ -164,13 +164,13 @@ def _examples(
     if label is not None and read.labels is None and read.unread:
         columns = ", ".join(f"{name!r:.60}" for name in read.unread)
         told = f"only the texts of {read.source} are read (not {columns}); all {len(read)} become examples of {label!r}"
-        tell(f"warning: {told}", err=True)
+        options.warn(told)
     elif label is None:
         refuse_ids(examples, read.source, head)
         rivals = [name for name in read.unread if name.strip().lower() in (*TEXT_COLUMNS, *LABEL_COLUMNS)]
         if rivals:
             named = ", ".join(f"{name!r:.60}" for name in rivals)
-            tell(f"warning: {read.source} has more than one column of texts or labels; not read: {named}", err=True)
+            options.warn(f"{read.source} has more than one column of texts or labels; not read: {named}")
     return examples
 
 
@@ -180,7 +180,7 @@ def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None
     texts = [text for group in examples.values() for text in group]
     count, limit = count_cut(options.classifier, texts)
     if count:
-        tell(f"warning: {cut(count, len(texts), limit)}", err=True)
+        options.warn(cut(count, len(texts), limit))
 
 
 def _render(report: PatchReport, options: CommonOptions) -> None:

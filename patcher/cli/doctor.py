@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import click
 from click.core import ParameterSource
 
@@ -25,7 +27,7 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
     Exits with 1 if anything is at fault, or if no server answers at an address that --url or $TRITON_URL names.
     """
     from patcher import doctor
-    from patcher.errors import TlsError, WrongPort
+    from patcher.errors import PatcherError, TlsError, WrongPort
 
     checks = []
     expected = click.get_current_context().get_parameter_source("urls") is not ParameterSource.DEFAULT
@@ -45,7 +47,8 @@ def doctor_command(repair: bool, options: CommonOptions) -> int:
             tell(doctor.Check("port", "fault", str(error)))
         if repair:
             audit.note(repair=True)
-            audit.concern(options.repository.classifiers())
+            with contextlib.suppress(PatcherError):  # a finding of the checks
+                audit.concern(options.repository.classifiers())
             for check in doctor.repair(options.repo, server):
                 tell(check)
         for check in doctor.diagnose(options.repo, server, options.url, expected=expected):

@@ -116,7 +116,7 @@ class CommonOptions:
         fleet = Fleet(urls, watch_seconds=self.watch, admin_key=key, tls=tls)
         if fleet.away and len(fleet.away) < len(urls):
             away = ", ".join(fleet.away)
-            tell(f"warning: {away} does not answer and is left out; run `patcher sync` when it is back", err=True)
+            self.warn(f"{away} does not answer and is left out; run `patcher sync` when it is back")
         return fleet
 
     def server_unless(self, no_load: bool) -> AbstractContextManager[TritonServer | None]:

@@ -15,7 +15,6 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
-from patcher.cli.output import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +86,7 @@ def merge_labels_command(
 def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any], Change]) -> None:
     with options.server_unless(no_load) as server:
         done = change(server)
-    for note in done.notes:
-        tell(f"warning: {note}", err=True)
+    options.warn(*done.notes)
     options.emit(done.to_json())
     if not options.json:
         state = "now serves" if done.served else "is published; no server was asked to load it"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, memory_option, no_load_option
-from patcher.cli.output import tell
 from patcher.wording import repeats
 
 if TYPE_CHECKING:
@@ -67,4 +66,4 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     head = classifier.head(switch.version)
     for said in (unremembered(head.labels, memory), scarce(memory)):
         if said:
-            tell(f"warning: {said}", err=True)
+            options.warn(said)

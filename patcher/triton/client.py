@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from patcher.triton.tensors import Answer
 
-__all__ = ["ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
+__all__ = ["LARGEST_PORT", "ModelStatistics", "ModelStatus", "ServerMetadata", "TritonServer", "admin_headers"]
 
 _IN_FLIGHT = 2
 """Concurrent requests, if the texts need several: the server tokenizes one while its backbone runs the other."""
@@ -35,7 +35,7 @@ _PROBE_SECONDS = 5.0
 _LONGEST_SECONDS = 10**9
 """gRPC counts nanoseconds since 1970 in 64 bits: a call with a later deadline fails at once."""
 _LARGEST_MESSAGE = 2**31 - 1
-_LARGEST_PORT = 2**16 - 1
+LARGEST_PORT = 2**16 - 1
 _RECONNECT_MS = (100, 1000)
 _NO_MODEL = "patcher.json"
 """A name that no model in a repository can have (``check_name`` refuses it)."""
@@ -121,7 +121,7 @@ class TritonServer:
         host, colon, port = url.rpartition(":")
         number = int(port) if port.isascii() and port.isdigit() else 0
         bare = ":" in host and not host.startswith("[")
-        if not (host and colon and 0 < number <= _LARGEST_PORT) or "/" in url or bare:
+        if not (host and colon and 0 < number <= LARGEST_PORT) or "/" in url or bare:
             raise InputError(
                 f"server address {url!r}; expected HOST:PORT of its gRPC service, such as localhost:8001 or [::1]:8001"
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from patcher.arguments import require
 from patcher.errors import InputError, ServerError
+from patcher.triton.client import LARGEST_PORT
 from patcher.triton.hidden_options import TRACED, masked, move_options
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ __all__ = [
 # Triton's HTTP library copies forms to the stack of a thread, and its JSON parser recurses. With the usual 8 MB, one
 # request of 4.5 MB to any of its HTTP ports ends the server, without a key. Stacks take memory only as far as used.
 _STACK = 1 << 30
-_LARGEST_PORT = 2**16 - 1
 
 # Asks the kernel for SIGTERM when the parent ends and, if it is to be traced, to be stopped at exec; then becomes the
 # server. This is a separate program because code between fork and exec in a process with threads may hang.
@@ -164,8 +164,8 @@ def check_ports(**given: int) -> None:
     """InputError unless each number, passed by its name, is a port's, or 0 for any."""
     require(int, **given)
     for name, port in given.items():
-        if not 0 <= port <= _LARGEST_PORT:
-            raise InputError(f"{name} is {port}; expected 0 (any free port) to {_LARGEST_PORT}")
+        if not 0 <= port <= LARGEST_PORT:
+            raise InputError(f"{name} is {port}; expected 0 (any free port) to {LARGEST_PORT}")
 
 
 def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:
