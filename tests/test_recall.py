@@ -11,7 +11,7 @@ from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
 from patcher.gate import judge
 from patcher.memory import Memory
-from patcher.screening import first_alike, same_to_model, unlike_any
+from patcher.screening import _maybe_close, first_alike, same_to_model, unlike_any
 
 
 def judged(examples, head, memory, **options):
@@ -27,6 +27,9 @@ def judged(examples, head, memory, **options):
         (["I lost my card", "who cares", "I lost my card!", "i lost my card"], [0, 1, 2, 3], [0, 1, 0, 0]),
         (["I lost my card", "who cares", "I lost my card!", "it is late"], [0, 1, 2, 2], [0, 1, 0, 0]),
         (None, [0, 1, 1, 0], [0, 1, 1, 0]),
+        # The last one joins what is apart without it.
+        (["I lost my card", "who cares", "it is late", "who cares!"], [0, 1, 2, 0], [0, 0, 2, 0]),
+        (["aaaaaaaaaaaaaaaaabbb", "aaaaaaaaaaaaaaaaaccc", "aaaaaaaaaaaaaaaaabbc", "b"], [0, 1, 2, 3], [0, 0, 0, 3]),
     ],
 )
 def test_what_repeats_another_in_words_or_to_the_model(texts, places, firsts):
@@ -34,6 +37,22 @@ def test_what_repeats_another_in_words_or_to_the_model(texts, places, firsts):
     rows = rng.standard_normal((4, 30)).astype(np.float32)[places]
     noisy = rows * (1.0 + 2.0**-11 * rng.uniform(-1, 1, rows.shape)).astype(np.float32)
     assert first_alike(texts, noisy).tolist() == firsts
+
+
+def test_chains_of_close_features_are_one_group():
+    row = np.random.default_rng(0).uniform(1, 2, 30)
+    rows = np.array([row, 2.0 * row, 1.0024 * row, 1.0012 * row, 2.002 * row], np.float32)
+    assert first_alike(None, rows).tolist() == [0, 1, 0, 0, 1]
+
+
+def test_many_examples_take_no_time_that_grows_with_their_square():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3000, 64)).astype(np.float32)
+    rows -= rows.mean(axis=1, keepdims=True)  # as after a layer norm
+    compared = [len(places) for places in _maybe_close(rows)]
+    assert sum(compared) < len(rows)
+    same = np.flatnonzero(first_alike(None, np.concatenate([rows, rows[:5]])) != np.arange(3005))
+    assert same.tolist() == [3000, 3001, 3002, 3003, 3004]
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
