@@ -9,8 +9,11 @@ from test_fit import world
 from patcher.fit import fit
 from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
+from patcher.flips import Flips
 from patcher.gate import judge
+from patcher.gate_words import recall_words, sentence
 from patcher.memory import Memory
+from patcher.recall import Recall
 from patcher.screening import _maybe_close, first_alike, same_to_model, unlike_any
 
 
@@ -146,6 +149,19 @@ def test_of_several_labels_the_least_found_are_named():
     equal = of_several({"yes": 1, "maybe": 1})
     assert "'yes', 'maybe' find 90 % of held-out examples each (of each at least 60 %" in equal.sentence
     assert equal.gain.startswith("90.0 % expected of each label; at least 60.5 %")
+
+
+def test_a_label_without_an_estimate_is_no_part_of_the_others():
+    known, unknown = Recall(9, 10, 0.9, 0.6, None), Recall(0, 1, None, None, None)
+    said = "; no estimate of 'c': that takes two different examples"
+    both, one = {"a": known, "b": known, "c": unknown}, {"a": known, "c": unknown}
+    assert recall_words(both) == recall_words({"a": known, "b": known}) + said
+    assert recall_words(one) == recall_words({"a": known}) + said
+
+
+def test_nearly_all_are_not_all():
+    missed = Recall(199, 200, 0.995, 0.97, None)
+    assert "finds 99 % of held-out examples" in sentence(Flips("none"), {"a": missed}, (), 0.01)
 
 
 def test_a_bound_for_several_rows_says_that_it_allows_for_them():
