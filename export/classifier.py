@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 from export.options import ExportOptions, settle
 from export.report import ExportReport
 from patcher.errors import InputError
+from patcher.gate_words import scarce, twins, unremembered
 from patcher.repository import ModelRepository
 from patcher.scratch import scratch
 from patcher.stopwatch import Stopwatch
+from patcher.wording import cut, percent
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     from typing_extensions import Unpack
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from patcher.layout import BackboneFiles
 
 __all__ = ["export_classifier", "run_export"]
+
+_CONTRADICTED = 0.5
+"""If less than this share of the training texts is answered as labelled, they may belong to another model."""
 
 
 def export_classifier(
@@ -87,14 +93,32 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
         train_examples=len(train.examples) if train else 0,
         train_repeated=plan.repeated,
         train_accuracy=made.accuracy,
+        train_cut=made.cut,
         memory_bytes=made.memory.size if made.memory else 0,
         precision=plan.target.precision,
         device=plan.target.device,
         unpadded=made.files.unpadded,
         noise=made.parity.noise,
         checked=made.checked,
+        warnings=tuple(_warnings(plan, made)),
         seconds=watch.seconds,
     )
+
+
+def _warnings(plan: Plan, made: Made) -> Iterator[str]:
+    labels = plan.checkpoint.labels
+    yield from twins(labels)
+    yield from filter(None, (unremembered(labels, made.memory), scarce(made.memory)))
+    if plan.train is None:
+        return
+    examples = plan.train.examples
+    if made.cut:
+        yield f"{examples.source}: {cut(made.cut, len(examples), plan.encoder.max_length)}"
+    if made.accuracy is not None and made.accuracy < _CONTRADICTED:
+        yield (
+            f"only {percent(made.accuracy, 1)} of the texts in {examples.source} get the label they have there; is it "
+            "this model's training data?"
+        )
 
 
 def _publish(location: str | os.PathLike[str], plan: Plan, made: Made) -> ModelRepository:

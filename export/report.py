@@ -42,6 +42,8 @@ class ExportReport:
     """Number of training texts left out because another text of their label has the same words."""
     train_accuracy: float | None = None
     """Share of the training texts that the exported files answer as labelled; None without training texts."""
+    train_cut: int = 0
+    """Number of training texts that have more than ``max_length`` tokens."""
     memory_bytes: int = 0
     precision: str = "fp32"
     device: str = "cpu"
@@ -51,6 +53,8 @@ class ExportReport:
     """RMS of the change in the logits, divided by the RMS of the logits about their mean, on ``parity_texts`` texts."""
     checked: PrecisionCheck | None = None
     """What a lower precision changed on labelled texts; None for FP32 or without labelled texts."""
+    warnings: tuple[str, ...] = ()
+    """What later patches will lack, and what looks wrong with the training data, in words."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
 

@@ -19,6 +19,7 @@ from export.tokenizer import embeddings
 from export.training import accuracy
 from patcher import __version__
 from patcher.errors import PatcherError
+from patcher.features import count_cut
 from patcher.fit.scope import FINE_TUNED, fit_scope
 from patcher.head import Head
 from patcher.head_file import write_head
@@ -69,6 +70,8 @@ class Made:
     memory: Memory | None
     accuracy: float | None
     checked: PrecisionCheck | None
+    cut: int
+    """Number of training texts that have more tokens than the backbone reads."""
 
 
 def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch) -> Made:
@@ -105,6 +108,7 @@ def make(plan: Plan, folder: Path, tell: Callable[[str], None], watch: Stopwatch
         memory=memory,
         accuracy=train and accuracy(head, train.features, train.ids),
         checked=checked,
+        cut=stages.cut(),
     )
 
 
@@ -197,10 +201,18 @@ class _Stages:
 
     def features(self, file: BackboneFile, texts: Sequence[str], stage: str) -> Features:
         """Features FP32 ``[n, width]`` of texts, computed with the backbone ``file`` as the server will."""
+        with self.watch(stage):
+            return Encoder(file.path, self._tokenizer()).encode(texts, counter(self.tell, len(texts)))
+
+    def cut(self) -> int:
+        """Number of training texts that have more tokens than the backbone reads."""
+        train = self.plan.train
+        return count_cut(self._tokenizer(), train.examples.texts)[0] if train else 0
+
+    def _tokenizer(self) -> Path:
         path = self.folder / "tokenizer.json"
         path.write_text(self.plan.encoder.json, encoding="utf-8")
-        with self.watch(stage):
-            return Encoder(file.path, path).encode(texts, counter(self.tell, len(texts)))
+        return path
 
     def checked(
         self, split: Split, plain: BackboneFile, train: Seen | None, held_out: Seen | None

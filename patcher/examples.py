@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import numbers
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,8 +173,8 @@ def check_label(label: object, where: str) -> str:
 
 
 def is_whole_number(label: object) -> bool:
-    """Whether a label is a whole number or the digits of one, as an id is."""
-    return str(label).removeprefix("-").isdecimal()
+    """Whether a label is a whole number or the digits of one, as an id is; pandas may write one as ``7.0``."""
+    return re.fullmatch(r"-?\d+(\.0+)?", str(label)) is not None
 
 
 def split_labels(label: str, where: str) -> tuple[str, ...]:

@@ -131,12 +131,17 @@ def _gathered(records: Iterator[_Record], path: Path) -> Examples:
         lines.append(line)
         if label is not None:
             labels.append(label)
-        if name is not None:
-            label_names.append(name)
+        label_names.append(name)
         unread.update(dict.fromkeys(others))
     if not texts:
         raise ExamplesError(f"{path} holds no examples; expected a header and at least one line")
-    if len(label_names) == len(texts) and all(map(is_whole_number, labels)):
+    if any(name is not None for name in label_names) and all(map(is_whole_number, labels)):
+        if None in label_names:
+            row = label_names.index(None)
+            raise ExamplesError(
+                f"{path}, line {lines[row]}: no name for the label {labels[row]}, although other lines have one; "
+                "expected one on each line, or a file without that column"
+            )
         labels = label_names
         unread = {column: None for column in unread if _column([column], LABEL_NAME_COLUMNS) is None}
     return Examples(tuple(texts), tuple(labels) or None, str(path), tuple(lines), tuple(unread))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.blocks import blocks
 from patcher.errors import RepositoryError, ServerError
 from patcher.runtime import Encoder, read_tokenizer
+from patcher.storage.disk import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -19,8 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check_same_backbone", "count_cut", "extract_features"]
 
-_SHORT = 200
-"""A text of this many characters is not cut: the usual limits are 128 tokens and more, of several characters each."""
+_LIMIT = re.compile(rb'"truncation":\s*\{[^{}]*"max_length":\s*(\d+)')
+_START = 4096
+"""Bytes of a tokenizer's file in which its truncation stands: after a version, before all tokens."""
+_SPECIAL = 16
+"""More special tokens than a text gets."""
+_AT_ONCE = 64
+"""Texts that are counted together: a token takes 122 bytes of memory."""
 
 
 def extract_features(
@@ -51,20 +61,34 @@ def extract_features(
     return features
 
 
-def count_cut(backbone: Backbone, texts: Sequence[str]) -> tuple[int, int]:
-    """How many of the texts have more tokens than the backbone reads, and that number of tokens; 0, 0 if none has.
+def count_cut(tokenizer: Path, texts: Sequence[str]) -> tuple[int, int]:
+    """How many of the texts have more tokens than the tokenizer keeps, and that number of tokens; 0, 0 if none has.
 
-    If all texts are short, this does not look at the tokenizer, which takes up to a second to read.
+    The tokenizer itself, which takes up to a second to read, is read only if a text might have so many.
     """
-    long = [text for text in texts if len(text) > _SHORT]
+    limit = _limit(tokenizer)
+    long = [text for text in texts if _most_tokens(text) > limit > 0]
     if not long:
         return 0, 0
-    whole = read_tokenizer(backbone.tokenizer_path)
-    limit = (whole.truncation or {}).get("max_length", 0)
-    whole.no_truncation()
+    from patcher.triton.tokenizer.model import tokenize
+
+    whole = read_tokenizer(tokenizer)
     whole.no_padding()
-    count = sum(len(tokens.ids) > limit > 0 for tokens in whole.encode_batch(long))
+    whole.enable_truncation(limit)  # on the right, where `tokenize` spares itself the end of a very long text
+    parts = (tokenize(whole, long[some]) for some in blocks(len(long), _AT_ONCE))
+    count = sum(bool(tokens.overflowing) for part in parts for tokens in part)
     return (count, limit) if count else (0, 0)
+
+
+def _limit(tokenizer: Path) -> int:
+    found = _LIMIT.search(read_bytes(tokenizer)[:_START])
+    return int(found[1]) if found else (read_tokenizer(tokenizer).truncation or {}).get("max_length", 0)
+
+
+def _most_tokens(text: str) -> int:
+    """No tokenizer makes more of a text: the smallest tokens are bytes, of the text or of what it is normalized to."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKD", text)
+    return max(len(text.encode()), len(plain.encode())) + _SPECIAL
 
 
 def check_same_backbone(backbone: Backbone, server: TritonServer) -> None:

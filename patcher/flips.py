@@ -11,6 +11,7 @@ import numpy as np
 
 from patcher.blocks import blocks
 from patcher.fit.inputs import Labelled, old_inputs
+from patcher.rounding import ROUNDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["CONFIDENCE", "Flips", "count_flips", "fewest_inputs", "logits_after", "upper_bound"]
 
 CONFIDENCE = 0.95
-_ROUNDED = 1e-9
 _UNCOUNTABLE = 2**62
 """Stops the search for a sample size: a share that would need this many inputs is as good as 0."""
 
@@ -71,18 +71,18 @@ class Flips:
         if self.source not in ("eval", "replay", "features"):
             return None
         size = self.equal
-        flips = math.ceil((self.rate or 0.0) * self.effective - _ROUNDED)
+        flips = math.ceil((self.rate or 0.0) * self.effective - ROUNDED)
         return upper_bound(flips + self.thresholds - 1, size)
 
     @property
     def equal(self) -> int:
         """``effective``, rounded down to a whole number of inputs."""
-        return math.floor(self.effective + _ROUNDED)
+        return math.floor(self.effective + ROUNDED)
 
     @property
     def weighed(self) -> bool:
         """Whether the inputs have unequal weights."""
-        return self.effective < self.size * (1.0 - _ROUNDED)
+        return self.effective < self.size * (1.0 - ROUNDED)
 
 
 def upper_bound(flips: int, size: int, confidence: float = CONFIDENCE) -> float:

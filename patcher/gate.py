@@ -213,7 +213,10 @@ def judge(
 
 
 class _Screened(NamedTuple):
-    """The examples that nearly repeat another, those that an old label knows, and labels whose examples say little."""
+    """The examples that nearly repeat another, those that an old label knows, and labels whose examples say little.
+
+    Of the labels ``strange`` the examples share something that sets them apart from all remembered inputs.
+    """
 
     near: list[Repeat]
     known: list[Known]

@@ -230,6 +230,10 @@ def recall_words(recall: Mapping[str, Recall]) -> str:
     """The share of held-out inputs of the new labels that are found, what bounds it, and the labels below the best."""
     if all(counted.rate is None for counted in recall.values()):
         return "no estimate: that takes two different examples"
+    unknown = [label for label, counted in recall.items() if counted.rate is None]
+    if unknown:
+        rest = {label: counted for label, counted in recall.items() if counted.rate is not None}
+        return f"{recall_words(rest)}; no estimate of {listing(map(repr, unknown))}: that takes two different examples"
     low, high, at_least = _range(recall)
     bound = f"at least {percent(at_least, 1, down=True)} of texts like them (95 % confidence)"
     if len(recall) == 1:

@@ -11,6 +11,7 @@ import numpy as np
 
 from patcher.blocks import blocks
 from patcher.flips import logits_after, upper_bound
+from patcher.rounding import ROUNDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from patcher.head import Head
 
 __all__ = ["Recall", "count_found"]
-
-_ROUNDED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def _counted(hit: Bools, weights: Doubles, rivals: Sequence[str]) -> Recall:
     rate = float(np.average(hit, weights=weights))
     # As for flips: the bound for the effective numbers of inputs and of misses.
     size = float(weights.sum()) ** 2 / float((weights**2).sum())
-    missed = math.ceil((1.0 - rate) * size - _ROUNDED)
-    at_least = 1.0 - upper_bound(missed, math.floor(size + _ROUNDED))
+    missed = math.ceil((1.0 - rate) * size - ROUNDED)
+    at_least = 1.0 - upper_bound(missed, math.floor(size + ROUNDED))
     return Recall(int(hit.sum()), len(hit), rate, at_least, _most(rivals))
 
 

@@ -1,4 +1,4 @@
-"""Bounds on the rounding error of a logit in single precision."""
+"""Bounds on the rounding error of a logit in single precision, and of sums of weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 if TYPE_CHECKING:
     from patcher.arrays import Floats
 
-__all__ = ["rounding"]
+__all__ = ["ROUNDED", "rounding"]
+
+ROUNDED = 1e-9
+"""Relative tolerance for rounding in sums of weights."""
 
 _UNIT = 2.0**-21
 """Eight times the unit roundoff of FP32, ``2 ** -24``."""

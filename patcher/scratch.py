@@ -17,9 +17,11 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["abandoned", "hold", "scratch"]
+__all__ = ["KEPT_SECONDS", "abandoned", "hold", "scratch"]
 
 _MARK = ".patcher-alive"
+KEPT_SECONDS = 30 * 24 * 3600
+"""How long what nobody uses is kept in the user's cache."""
 
 
 @contextlib.contextmanager

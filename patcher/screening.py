@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +35,9 @@ _SAME_FEATURES = 1e-3
 The same tokens give features that differ in their rounding, which depends on the other texts of the batch; half
 precision, as in a memory, rounds by up to half of this share.
 """
+_SUMS = 8
+_AT_ONCE = 64
+"""Rows compared at once: of many that are the same, the first few are enough."""
 _FEWEST_KNOWN, _FEWEST_STRANGE = 100, 5
 _STRANGE = 2.2
 """What examples share lies this many times as far out as a remembered input if the model knows nothing like them.
@@ -74,25 +76,48 @@ def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def first_alike(texts: Sequence[str] | None, rows: Floats) -> Ints:
-    """For each example, the position INT64 ``[n]`` of the first one that it repeats; its own if it repeats none.
+    """For each example, the position INT64 ``[n]`` of the first one of its group; its own if it repeats none.
 
     An example repeats another if the two are the same to the model (features float32 ``[n, width]``), if it has the
-    same words, or, among the first 500, almost the same.
+    same words, or, among the first 500, almost the same. A group is all that repeat one another, directly or through
+    others: none may stay in the fit of one that is held out.
     """
     firsts = np.arange(len(rows))
-    sums = rows.sum(axis=1, dtype=np.float64)
-    # Features that are so close have sums that are close too, which is quicker to see.
-    reach = 2.0 * _SAME_FEATURES * np.abs(rows).sum(axis=1, dtype=np.float64)
     words: dict[str, int] = {}
-    for i, text in enumerate(map(plain_words, texts) if texts is not None else [""] * len(rows)):
-        near = np.flatnonzero(np.abs(sums[:i] - sums[i]) <= reach[i])
-        before = near[_close(rows[near], rows[i])][:1].tolist()
+    named = map(plain_words, texts) if texts is not None else [""] * len(rows)
+    for i, (text, places) in enumerate(zip(named, _maybe_close(rows), strict=True)):
+        groups, left = {i}, places
+        while len(left):
+            some, left = left[:_AT_ONCE], left[_AT_ONCE:]
+            groups.update(firsts[some[_close(rows[some], rows[i])]].tolist())
+            left = left[~np.isin(firsts[left], list(groups))]
         if texts is not None:
-            before.append(words.setdefault(text, i))
+            groups.add(int(firsts[words.setdefault(text, i)]))
             if i < _MOST_COMPARED:
-                before += [words[other] for other in itertools.islice(_alike(text, words), 1)]
-        firsts[i] = min(firsts[place] for place in (*before, i))
+                apart = (other for other, place in words.items() if firsts[place] not in groups)
+                for other in _alike(text, apart):
+                    groups.add(int(firsts[words[other]]))
+        if len(groups) > 1:
+            firsts[np.isin(firsts, list(groups))] = min(groups)
     return firsts
+
+
+def _maybe_close(rows: Floats) -> Iterator[Ints]:
+    """For each row the earlier ones that may be close to it, INT64 ``[m]``.
+
+    Features that are close have close sums too, whatever their signs are turned to. Drawn signs tell nearly all others
+    apart; after a layer norm the plain sum does not, as it is nearly the same for all.
+    """
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (rows.shape[1], _SUMS))
+    sums = rows @ signs
+    reach = 2.0 * _SAME_FEATURES * np.abs(rows).sum(axis=1, dtype=np.float64)
+    order = np.argsort(sums[:, 0])
+    starts = np.searchsorted(sums[order, 0], sums[:, 0] - reach)
+    stops = np.searchsorted(sums[order, 0], sums[:, 0] + reach, side="right")
+    for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        beside = order[start:stop]
+        places = beside[beside < i]
+        yield places[(np.abs(sums[places] - sums[i]) <= reach[i]).all(axis=1)]
 
 
 def _close(rows: Floats, row: Floats) -> Bools:
@@ -135,7 +160,7 @@ def _names(texts: Sequence[str] | None, count: int) -> Sequence[str]:
 def _alike(text: str, others: Iterable[str]) -> Iterator[str]:
     matcher = difflib.SequenceMatcher(None, "", _ends(text))
     for other in others:
-        if other == text or 2.0 * min(len(text), len(other)) / (len(text) + len(other)) < _SAME_TEXT:
+        if 2.0 * min(len(text), len(other)) / (len(text) + len(other)) < _SAME_TEXT:
             continue
         matcher.set_seq1(_ends(other))
         # quick_ratio is an upper bound on ratio, and takes a hundredth of the time.

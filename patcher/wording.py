@@ -16,6 +16,9 @@ _LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
 _PIECE = re.compile(r"[^\s'\"?#]+")
 """A URL up to its query. A key may contain a slash, so everything up to the last ``@`` counts as the login."""
 
+_ALL = 1.0 - 1e-9
+_HUNDRED = 100
+
 NAMED = 5
 """The number of names that a message lists; nobody would read a thousand."""
 
@@ -37,11 +40,16 @@ def listing(names: Iterable[str], most: int = NAMED) -> str:
 
 
 def percent(share: float | None, digits: int = 2, *, up: bool = False, down: bool = False) -> str:
-    """``0.0123`` as ``1.23 %``; an em dash for None. Bounds are rounded ``up`` or ``down``."""
+    """``0.0123`` as ``1.23 %``; an em dash for None. Bounds are rounded ``up`` or ``down``.
+
+    A share of less than all is 100 % only if it is rounded ``up``.
+    """
     if share is None:
         return "—"
     # In decimal: 100 times a float such as 0.07 is a little more than 7, which would be rounded up to 7.01.
     exact = Decimal(repr(float(share))).scaleb(2)
+    # Nearly all is not all, unless what is missing is rounding in a mean.
+    down = down or (share < _ALL and not up and round(100 * float(share), digits) == _HUNDRED)
     way = ROUND_CEILING if up else ROUND_FLOOR
     shown = exact.quantize(Decimal(1).scaleb(-digits), way) if up or down else 100 * share
     return f"{shown:.{digits}f} %"

@@ -22,6 +22,7 @@ from patcher.difference import Difference
 from patcher.errors import Busy, ServerUnreachable, as_sentence
 from patcher.features import count_cut
 from patcher.serve import serve
+from patcher.triton.tokenizer.model import tokenize
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -43,13 +44,34 @@ def examples(tmp_path):
 
 def test_texts_that_are_cut_are_told(patcher, classifier, tmp_path):
     texts = [*tiny.sentences("payday", 8), " ".join(tiny.sentences("payday", 40)), "nothing" * 40]
-    assert count_cut(classifier, texts) == (1, 64)
-    assert count_cut(classifier, texts[:8]) == (0, 0)
+    assert count_cut(classifier.tokenizer_path, texts) == (1, 64)
+    assert count_cut(classifier.tokenizer_path, texts[:8]) == (0, 0)
     file = tiny.write_csv(tmp_path / "long.csv", {"payday": texts})
     code, _, err = patcher("add-label", "--examples", file, "--dry-run")
     assert code == 0, err
     assert "1 of 10 texts is longer than 64 tokens; what exceeds that does not count" in err
     assert "tokens" not in patcher("add-label", "payday", "--text", texts[0], "--text", texts[1], "--dry-run")[2]
+
+
+@pytest.mark.parametrize("text", ["a " * 63, "一 " * 63, "a " * 500_000])
+def test_texts_are_cut_whatever_their_number_of_characters(classifier, text):
+    assert count_cut(classifier.tokenizer_path, [text, "short"]) == (1, 64)
+
+
+def test_long_texts_are_counted_a_few_at_a_time(classifier, monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        "patcher.triton.tokenizer.model.tokenize",
+        lambda tokenizer, texts: counted.append(len(texts)) or tokenize(tokenizer, texts),
+    )
+    assert count_cut(classifier.tokenizer_path, ["a " * 70] * 150) == (150, 64)
+    assert sum(counted) == 150
+    assert max(counted) <= 64
+
+
+def test_short_texts_need_no_tokenizer(classifier, monkeypatch):
+    monkeypatch.delattr("patcher.features.read_tokenizer")
+    assert count_cut(classifier.tokenizer_path, ["my card was lost"]) == (0, 0)
 
 
 def test_add_label_without_a_server(patcher, classifier, examples):

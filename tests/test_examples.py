@@ -185,6 +185,7 @@ def test_a_space_after_each_comma_is_part_of_no_field(tmp_path):
     [
         ((7, 0, 7), ("music", "alarm", "music"), ("id",)),
         ((7, -1, 7), ("music", "alarm", "music"), ("id",)),
+        ((7.0, 0.0, 7.0), ("music", "alarm", "music"), ("id",)),
         ((7, "new", 7), ("7", "new", "7"), ("label_text", "id")),
     ],
 )
@@ -193,7 +194,7 @@ def test_where_the_labels_are_ids_their_names_are_read(tmp_path, ids, taken, unr
     rows, path = list(zip(*columns.values(), strict=True)), tmp_path / f"a.{ending}"
     if ending == "parquet":
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        columns["label"] = list(ids if all(isinstance(each, int) for each in ids) else map(str, ids))
+        columns["label"] = list(ids if all(isinstance(each, (int, float)) for each in ids) else map(str, ids))
         parquet.write_table(arrow.table(columns), path)
     elif ending == "csv":
         path.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)))
@@ -201,6 +202,14 @@ def test_where_the_labels_are_ids_their_names_are_read(tmp_path, ids, taken, unr
         path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
     examples = read_examples(path)
     assert (examples.labels, examples.unread) == (taken, unread)
+
+
+def test_an_id_without_a_name_is_said_with_its_line(tmp_path):
+    rows = [{"text": "a", "label": 7, "label_text": "x"}, {"text": "b", "label": 0, "label_text": None}]
+    with pytest.raises(ExamplesError, match="line 2: no name for the label 0, although other lines have one"):
+        read_examples(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))))
+    named = [{**row, "label": f"is {row['label']}"} for row in rows]
+    assert read_examples(write(tmp_path, "b.jsonl", "\n".join(map(json.dumps, named)))).labels == ("is 7", "is 0")
 
 
 def test_a_column_of_label_names_alone_is_the_label_column(tmp_path):

@@ -624,10 +624,13 @@ def test_training_texts_that_come_again_count_once(bert, tmp_path, capsys):
     assert once.data_hash != often.data_hash
 
 
-def test_training_texts_that_are_cut_are_told(bert, tmp_path, capsys):
+def test_training_texts_that_are_cut_are_told(bert, tmp_path, capsys, monkeypatch):
     rows = [*checkpoints.TRAIN, (" ".join(text for text, _ in 4 * checkpoints.TRAIN), checkpoints.LABELS[0])]
     file = train_file(tmp_path, rows)
+    read = []
+    monkeypatch.setattr("patcher.examples_file.read_examples", lambda path: read.append(path) or read_examples(path))
     assert main(["export", str(bert), "--repo", str(tmp_path / "r"), "--train", str(file)]) == 0
+    assert len(read) == 1  # not again after the export, which a failure would make look like one of the export
     assert f"{file}: 1 of {len(rows)} texts is longer than 78 tokens" in capsys.readouterr().err
 
 

@@ -9,9 +9,12 @@ from test_fit import world
 from patcher.fit import fit
 from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
+from patcher.flips import Flips
 from patcher.gate import judge
+from patcher.gate_words import recall_words, sentence
 from patcher.memory import Memory
-from patcher.screening import first_alike, same_to_model, unlike_any
+from patcher.recall import Recall
+from patcher.screening import _maybe_close, first_alike, same_to_model, unlike_any
 
 
 def judged(examples, head, memory, **options):
@@ -27,6 +30,9 @@ def judged(examples, head, memory, **options):
         (["I lost my card", "who cares", "I lost my card!", "i lost my card"], [0, 1, 2, 3], [0, 1, 0, 0]),
         (["I lost my card", "who cares", "I lost my card!", "it is late"], [0, 1, 2, 2], [0, 1, 0, 0]),
         (None, [0, 1, 1, 0], [0, 1, 1, 0]),
+        # The last one joins what is apart without it.
+        (["I lost my card", "who cares", "it is late", "who cares!"], [0, 1, 2, 0], [0, 0, 2, 0]),
+        (["aaaaaaaaaaaaaaaaabbb", "aaaaaaaaaaaaaaaaaccc", "aaaaaaaaaaaaaaaaabbc", "b"], [0, 1, 2, 3], [0, 0, 0, 3]),
     ],
 )
 def test_what_repeats_another_in_words_or_to_the_model(texts, places, firsts):
@@ -34,6 +40,22 @@ def test_what_repeats_another_in_words_or_to_the_model(texts, places, firsts):
     rows = rng.standard_normal((4, 30)).astype(np.float32)[places]
     noisy = rows * (1.0 + 2.0**-11 * rng.uniform(-1, 1, rows.shape)).astype(np.float32)
     assert first_alike(texts, noisy).tolist() == firsts
+
+
+def test_chains_of_close_features_are_one_group():
+    row = np.random.default_rng(0).uniform(1, 2, 30)
+    rows = np.array([row, 2.0 * row, 1.0024 * row, 1.0012 * row, 2.002 * row], np.float32)
+    assert first_alike(None, rows).tolist() == [0, 1, 0, 0, 1]
+
+
+def test_many_examples_take_no_time_that_grows_with_their_square():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3000, 64)).astype(np.float32)
+    rows -= rows.mean(axis=1, keepdims=True)  # as after a layer norm
+    compared = [len(places) for places in _maybe_close(rows)]
+    assert sum(compared) < len(rows)
+    same = np.flatnonzero(first_alike(None, np.concatenate([rows, rows[:5]])) != np.arange(3005))
+    assert same.tolist() == [3000, 3001, 3002, 3003, 3004]
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
@@ -127,6 +149,19 @@ def test_of_several_labels_the_least_found_are_named():
     equal = of_several({"yes": 1, "maybe": 1})
     assert "'yes', 'maybe' find 90 % of held-out examples each (of each at least 60 %" in equal.sentence
     assert equal.gain.startswith("90.0 % expected of each label; at least 60.5 %")
+
+
+def test_a_label_without_an_estimate_is_no_part_of_the_others():
+    known, unknown = Recall(9, 10, 0.9, 0.6, None), Recall(0, 1, None, None, None)
+    said = "; no estimate of 'c': that takes two different examples"
+    both, one = {"a": known, "b": known, "c": unknown}, {"a": known, "c": unknown}
+    assert recall_words(both) == recall_words({"a": known, "b": known}) + said
+    assert recall_words(one) == recall_words({"a": known}) + said
+
+
+def test_nearly_all_are_not_all():
+    missed = Recall(199, 200, 0.995, 0.97, None)
+    assert "finds 99 % of held-out examples" in sentence(Flips("none"), {"a": missed}, (), 0.01)
 
 
 def test_a_bound_for_several_rows_says_that_it_allows_for_them():

@@ -178,7 +178,7 @@ def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None
     from patcher.features import count_cut
 
     texts = [text for group in examples.values() for text in group]
-    count, limit = count_cut(options.classifier, texts)
+    count, limit = count_cut(options.classifier.tokenizer_path, texts)
     if count:
         options.warn(cut(count, len(texts), limit))
 

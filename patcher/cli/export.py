@@ -15,15 +15,12 @@ from patcher.cli.options import (
     trust_remote_code_option,
 )
 from patcher.cli.output import not_installed, tell
-from patcher.wording import cut, percent, repeats
+from patcher.wording import repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from export.report import ExportReport
-
-_CONTRADICTED = 0.5
-"""If less than this share of the training texts is answered as labelled, they may belong to another model."""
 
 
 @click.command("export")
@@ -124,7 +121,8 @@ def export_command(
         )
     except ModuleNotFoundError as error:  # only now, since torch is imported after all checks that do not need it
         raise not_installed("export", error) from error
-    _warn(report, train)
+    for said in report.warnings:
+        tell(f"warning: {said}", err=True)
     if as_json:
         tell(json.dumps(report.to_json(), indent=2))
     else:
@@ -136,23 +134,3 @@ def _show(report: ExportReport, train: Path | None) -> None:
     if report.train_repeated:
         tell(f"{train}: {repeats(report.train_repeated)}")
     tell(f"Next: patcher serve --repo {report.repository.location}")
-
-
-def _warn(report: ExportReport, train: Path | None) -> None:
-    """Warn about data that later patches will lack or that looks wrong."""
-    from patcher.examples_file import read_examples
-    from patcher.features import count_cut
-    from patcher.gate_words import scarce, twins, unremembered
-
-    classifier = report.repository.classifier(report.classifier)
-    memory = classifier.memory()
-    texts = () if train is None else read_examples(train).texts
-    count, limit = count_cut(classifier, texts)
-    long = f"{train}: {cut(count, len(texts), limit)}" if count else ""
-    for said in (*twins(report.labels), unremembered(report.labels, memory), scarce(memory), long):
-        if said:
-            tell(f"warning: {said}", err=True)
-    if report.train_accuracy is not None and report.train_accuracy < _CONTRADICTED:
-        right = percent(report.train_accuracy, 1)
-        said = f"only {right} of the texts in {train} get the label they have there; is it this model's training data?"
-        tell(f"warning: {said}", err=True)

@@ -17,7 +17,7 @@ from patcher.fit.bias import Calibration, best_shift
 from patcher.fit.model import Rows, log_sum_exp
 from patcher.fit.offset import Cloud, RowLoss, fit_row, join, span
 from patcher.fit.task import Task
-from patcher.rounding import rounding
+from patcher.rounding import ROUNDED, rounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,8 +31,6 @@ _CALIBRATED_ON = 600
 """A row's bias is calibrated on this many of the nearest real inputs; those further away are out of its reach."""
 _PARTS = 5
 """Number of folds in which real negatives are left out of the fit, to see how inputs fare that it did not see."""
-_ROUNDED = 1e-9
-"""Relative tolerance when comparing with a budget: rounding in sums of weights."""
 _DRAWN_WIDER = 1.25
 """Factor on standard deviations if there are no real inputs: labels have longer tails than their Gaussians."""
 
@@ -136,7 +134,7 @@ class _Scene(Task):
             right = np.flatnonzero(near.right & mine)
             right = right[np.argsort(margins[right], kind="stable")]
             spent = np.cumsum(self.inputs.weights[near.places[right]])
-            may = int(np.searchsorted(spent, budget * weighs * (1.0 + _ROUNDED), side="right"))
+            may = int(np.searchsorted(spent, budget * weighs * (1.0 + ROUNDED), side="right"))
             if may < len(right):
                 cap = min(cap, float(margins[right[may]]) - 2.0 * close)
             else:

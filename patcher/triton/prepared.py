@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patcher.scratch import abandoned, scratch
+from patcher.scratch import KEPT_SECONDS, abandoned, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +24,6 @@ __all__ = ["MARK", "in_use", "make_private", "take_away"]
 
 MARK = ".patcher-used"
 """The mark file; its modification time is when the folder was last requested."""
-_UNUSED_SECONDS = 30 * 24 * 3600
-"""Long enough that installations used alternately keep their folders: rebuilding one delays a start by a second."""
 
 
 def make_private(folder: Path) -> None:
@@ -70,7 +68,7 @@ def take_away(base: Path, pattern: str, mine: Path) -> None:
 
 
 def _unused(folders: list[Path]) -> Iterator[Path]:
-    before = time.time() - _UNUSED_SECONDS
+    before = time.time() - KEPT_SECONDS  # so installations used alternately keep their folders
     for mark in abandoned(folder / MARK for folder in folders):
         if mark.stat().st_mtime < before:
             yield mark.parent

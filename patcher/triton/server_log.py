@@ -10,15 +10,13 @@ import time
 from typing import TYPE_CHECKING
 
 from patcher.errors import InputError
-from patcher.scratch import abandoned
+from patcher.scratch import KEPT_SECONDS, abandoned
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
 __all__ = ["last_words", "open_log", "remove_old", "size", "telling_lines"]
-
-_KEPT_SECONDS = 30 * 24 * 3600
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -47,7 +45,7 @@ def open_log(path: Path) -> BinaryIO:
 
 def remove_old(folder: Path, pattern: str) -> None:
     """Remove logs that no server has open and to which nothing was written for a month."""
-    before = time.time() - _KEPT_SECONDS
+    before = time.time() - KEPT_SECONDS
     for log in abandoned(folder.glob(pattern)):
         with contextlib.suppress(OSError):
             if log.stat().st_mtime < before:
