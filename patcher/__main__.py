@@ -2,7 +2,7 @@
 
 import sys
 
-from patcher.cli import main
+from patcher.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

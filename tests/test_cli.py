@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -890,3 +891,28 @@ def test_no_input_is_overwritten(patcher, examples):
     code, _, err = patcher("loadtest", "--input", examples, "--csv", examples)
     assert (code, "is read by this very command" in err) == (2, True)
     assert examples.read_bytes() == before
+
+
+def test_a_full_disk_is_no_bug(patcher, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EFBIG, "File too large", "/data/x")
+
+    monkeypatch.setattr("patcher.repository.ModelRepository.classifier", full)
+    code, _, err = patcher("labels")
+    assert (code, err) == (1, "error: cannot write /data/x: File too large; make room, or raise the limit\n")
+
+
+@pytest.mark.parametrize("text", ["-5 degrees outside", "--help me"])
+def test_a_text_that_begins_with_a_dash_is_told_how(text, patcher):
+    code, _, err = patcher("classify", text)
+    assert (code, "put `--` before words that begin with -" in err) == (2, True)
+
+
+def test_once_all_is_told_no_signal_changes_the_exit_code():
+    script = (
+        "import atexit, os, signal, sys; from patcher.cli import program; "
+        "atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM)]); "
+        "sys.argv[1:] = ['--version']; sys.exit(program())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -15,10 +17,10 @@ import click
 from patcher import __version__, audit
 from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
-from patcher.signals import interruptible, uninterrupted
+from patcher.signals import ignore_signals, interruptible, uninterrupted
 from patcher.wording import redacted
 
-__all__ = ["BUG", "main"]
+__all__ = ["BUG", "main", "program"]
 
 BUG = "This is a bug in patcher; set PATCHER_DEBUG=1 for the traceback"
 
@@ -67,6 +69,7 @@ _SECTIONS = {
         "upgrade": ("upgrade:upgrade_command", "Update an export made by an earlier version."),
     },
 }
+_FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 _VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in section.items()}
 
 
@@ -225,6 +228,13 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def program() -> int:
+    """``main`` as a program: once its outcome is told, no signal may change the exit code."""
+    code = main()
+    ignore_signals()
+    return code
+
+
 def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
     try:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
@@ -238,12 +248,18 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        return _failed(_with_hint(error.format_message(), context, arguments), 2, run.as_json)
+        said = _with_hint(error.format_message(), context, arguments)
+        if isinstance(error, click.NoSuchOption) and re.search(r"^-\d|\s", error.option_name):
+            said = f"{said.rstrip('.')}; put `--` before words that begin with -"
+        return _failed(said, 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
     except Exception as error:  # noqa: BLE001  said to be a bug
         _trace()
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
+        if isinstance(error, OSError) and error.errno in _FULL:
+            where = f" {error.filename}" if error.filename else ""
+            said = f"cannot write{where}: {error.strerror}; make room, or raise the limit"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
 
