@@ -129,6 +129,48 @@ def test_a_store_that_hangs_is_told_and_given_up(store, monkeypatch, capsys):
     assert capsys.readouterr().err == f"still waiting for the object store to read {url}/patcher.json\n"
 
 
+def test_a_transfer_that_takes_long_is_not_taken_for_a_store_that_hangs(store, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        bucket = Bucket(f"s3://http://127.0.0.1:{server.getsockname()[1]}/models/repository", tries=1)
+        assert bucket.region == "us-east-1"
+        monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.2)
+
+        def answer_slowly():
+            with server.accept()[0] as connection:
+                connection.recv(1 << 16)
+                date = "Fri, 27 Nov 2026 00:00:00 GMT"
+                head = f'HTTP/1.1 200 OK\r\nETag: "1"\r\nDate: {date}\r\nLast-Modified: {date}\r\n'
+                head += "Content-Length: 4\r\n\r\n"
+                connection.sendall(head.encode())
+                for byte in (b"s", b"l", b"o", b"w"):
+                    time.sleep(0.1)
+                    connection.sendall(byte)
+
+        slow = threading.Thread(target=answer_slowly, daemon=True)
+        slow.start()
+        assert bucket.get("patcher.json").data == b"slow"
+        slow.join()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notice_that_cannot_be_written_is_left_out(monkeypatch):
+    written, failed = threading.Event(), []
+
+    class Full:
+        def write(self, _):
+            written.set()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(s3.sys, "stderr", Full())
+    with s3._noticed("still waiting"):
+        assert written.wait(10)
+        time.sleep(0.1)
+    monkeypatch.undo()
+    assert failed == []
+
+
 @pytest.mark.parametrize("size, patient", [(1 << 20, False), ((1 << 20) + 1, True)])
 def test_only_a_large_object_is_waited_for_longer(size, patient, store, tmp_path):
     for number, content in enumerate((b"0" * size, tmp_path / "large")):

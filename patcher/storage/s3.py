@@ -86,7 +86,7 @@ class Bucket:
     environment, in ``~/.aws``, or from the machine's role.
 
     Each request is tried up to ``tries`` times, and waits up to ``timeout`` seconds for an answer each time, or up to
-    15 if no large object is written. One that takes more than ten seconds is told on stderr.
+    15 if no large object is written. One that is not answered within ten seconds is told on stderr.
 
     Raises ToolError if botocore is missing, InputError for an invalid URL or settings that cannot be read.
     """
@@ -209,9 +209,14 @@ class Bucket:
     def names(self, beginning: str = "") -> dict[str, str]:
         """The ETags of all objects whose names start with ``beginning``, by name."""
         prefix, found = self._key(""), {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix + beginning)
+        listing = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix + beginning)
+        pages = iter(listing)
         with self._mapped("", "read"):
-            for page in pages:
+            while True:
+                with _noticed(f"still waiting for the object store to read {self.url}"):
+                    page = next(pages, None)  # one request
+                if page is None:
+                    break
                 self._answered.set()
                 found.update({each["Key"][len(prefix) :]: str(each["ETag"]) for each in page.get("Contents", ())})
         return found
@@ -226,13 +231,19 @@ class Bucket:
         unless: tuple[str, ...] = (),
         **arguments: Any,
     ) -> Any:
-        """The store's answer, or None if it is one of the error codes in ``unless``."""
+        """The store's answer, or None if it is one of the error codes in ``unless``.
+
+        ``client`` is given for a large object that is written: the time it takes says nothing about the store.
+        """
+        where = f"{self.url}/{name}"
+        notice = f"still writing {where}" if client else f"still waiting for the object store to {doing} {where}"
         client = client or self._client
         from botocore.exceptions import ClientError
 
         with self._mapped(name, doing):
             try:
-                answer = getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
+                with _noticed(notice):
+                    answer = getattr(client, operation)(Bucket=self.bucket, Key=self._key(name), **arguments)
                 self._answered.set()
                 return answer
             except ClientError as error:
@@ -249,8 +260,7 @@ class Bucket:
 
         where = f"{self.url}/{name}".rstrip("/")
         try:
-            with _noticed(f"still waiting for the object store to {doing} {where}"):
-                yield
+            yield
         except aws.ClientError as error:
             raise self._refused(where, doing, error) from error
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
@@ -290,7 +300,8 @@ def _noticed(message: str) -> Iterator[None]:
 
     def tell() -> None:
         if sys.stderr is not None:  # None if it was closed at the start (`2>&-`)
-            sys.stderr.write(f"{message}\n")
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{message}\n")
 
     timer = threading.Timer(_NOTICE_SECONDS, tell)
     timer.daemon = True
