@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from patcher import audit
 from patcher.cli.options import (
     FILE,
     allow_pickle_option,
@@ -121,6 +122,7 @@ def export_command(
         )
     except ModuleNotFoundError as error:  # only now, since torch is imported after all checks that do not need it
         raise not_installed("export", error) from error
+    audit.warn(*report.warnings)
     for said in report.warnings:
         tell(f"warning: {said}", err=True)
     if as_json:
