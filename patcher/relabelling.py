@@ -147,7 +147,7 @@ def merge_labels(
     classifier = one_classifier(classifier)
     with changing(classifier, server):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
-        patch = _merged(classifier, parent, memory, labels, into, settings)
+        patch = merged(parent, memory, labels, into, settings)
         made = next_lineage(
             classifier, parent, method=MERGE, gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
@@ -159,19 +159,15 @@ def merge_labels(
             )  # fmt: skip
             raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
         change = _publish(classifier, parent, dataclasses.replace(patch.head, lineage=made), patch.memory, server)
-        merged = tuple((label, into) for label in labels)
-        return dataclasses.replace(change, merged=merged, verdict=patch.verdict, notes=_twins(patch.head, into))
+        pairs = tuple((label, into) for label in labels)
+        return dataclasses.replace(change, merged=pairs, verdict=patch.verdict, notes=_twins(patch.head, into))
 
 
-def _merged(
-    classifier: Classifier,
-    parent: Head,
-    memory: Memory | None,
-    labels: Sequence[str],
-    into: str,
-    settings: PatchSettings,
-) -> Patch:
-    """The patch that adds ``into`` to a head without ``labels``, whose remembered inputs are the examples."""
+def merged(parent: Head, memory: Memory | None, labels: Sequence[str], into: str, settings: PatchSettings) -> Patch:
+    """The patch that adds ``into`` to a head without ``labels``, whose remembered inputs are the examples.
+
+    Pure: nothing is published. Raises like ``merge_labels``.
+    """
     head, rest, features = parent, memory, []
     for label in labels:
         parent.index(label)  # its error lists all existing labels, not only the remaining ones
@@ -182,8 +178,7 @@ def _merged(
     refuse_joined(parent, into)
     if not head.labels:
         raise LabelError(
-            f"{classifier.name} has no labels but these {len(labels)}; a classifier needs at least two, so one "
-            "other has to stay"
+            f"there are no labels but these {len(labels)}; a classifier needs at least two, so one other has to stay"
         )
     given = Given(
         {into: np.concatenate(features)},
