@@ -222,7 +222,7 @@ def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier,
 
 WRONG = {
     "no verb": (["add-lable"], 2, "did you mean `patcher add-label`?"),
-    "no option": (["labels", "--verison", "1"], 2, "No such option"),
+    "no option": (["labels", "--verison", "1"], 2, "no option '--verison'; did you mean --version?"),
     "an option after --": (["add-label", "--", "-x", "--text", "a b"], 2, "put options before `--`"),
     "a value after --": (["merge-labels", "--", "music", "travel", "--into=x"], 2, "put options before `--`"),
     "a pipe": (["add-label", "payday", "--examples", os.devnull], 2, "is no regular file; expected"),
@@ -748,7 +748,7 @@ def test_a_text_that_looks_like_a_flag_is_a_text(patcher, monkeypatch, tmp_path)
     code, out, err = patcher("add-label", "pizza", *texts, "--no-load", "--max-flips", "2")
     assert (code, out) == (2, ""), err
     code, out, err = patcher("add-label", "--dry-run", "pizza", "--verison", "--json", "--max-flips")
-    assert (code, json.loads(out)["exit_code"], "No such option" in err) == (2, 2, True)
+    assert (code, json.loads(out)["exit_code"], "no option '--verison'" in err) == (2, 2, True)
     code, out, err = patcher("nonsense", "prune", "--json")
     assert (code, json.loads(out)["exit_code"]) == (2, 2), err
     events = [json.loads(line) for line in log.read_text().splitlines()]

@@ -19,6 +19,7 @@ from patcher.cli.options import (
     no_load_option,
 )
 from patcher.cli.output import seconds
+from patcher.cli.values import WholeNumber
 from patcher.errors import PatcherError, as_sentence
 from patcher.wording import cut
 
@@ -62,7 +63,7 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 )
 @click.option(
     "--keep",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Afterwards delete old versions except the newest N, the serving one, its parent and one on trial.",
 )

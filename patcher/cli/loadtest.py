@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, refuse_overwriting
 from patcher.cli.output import table, tell
+from patcher.cli.values import Number, WholeNumber
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +38,13 @@ _TEXTS = (
 )
 @click.option(
     "--window",
-    type=click.FloatRange(0.2, 600),
+    type=Number(0.2, 600),
     default=2.0,
     show_default=True,
     help="Length of a window in seconds; each measurement takes three.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many times to repeat everything."
+    "--rounds", type=WholeNumber(1, 100), default=1, show_default=True, help="How many times to repeat everything."
 )
 @click.option("--csv", "csv_file", type=FILE, help="Write the figures as CSV.")
 @click.option("--plot", "plot_file", type=FILE, help="Draw latency over throughput (PNG, SVG or PDF).")
