@@ -203,6 +203,21 @@ def test_rollback_and_history(patcher, classifier, examples):
     assert "there are 1, 2, 3" in err
 
 
+def test_a_rollback_to_a_version_that_is_gone_names_those_that_are_there(patcher, classifier, tree):
+    for old, new in (("music", "songs"), ("songs", "tunes"), ("tunes", "songs")):
+        assert patcher("rename-label", old, new, "--no-load")[0] == 0
+    assert patcher("rollback", "--to", 1, "--no-load")[0] == 0
+    said = "version 1 of intent serves, and it has no version before it; name another one with --to (to=...): there are"
+    assert f"{said} 2, 3, 4 (`patcher history`)" in patcher("rollback", "--no-load")[2]
+    assert patcher("rollback", "--to", 4, "--no-load")[0] == patcher("prune", "--keep", 2)[0] == 0
+    assert patcher("rollback", "--no-load")[0] == 0
+    before = tree(classifier.root)
+    code, out, err = patcher("rollback", "--no-load")
+    said = "version 3 of intent serves, and version 2, from which it was made, is gone; name another one with --to"
+    assert (code, out, f"{said} (to=...): there are 4 (`patcher history`)" in err) == (2, "", True), err
+    assert tree(classifier.root) == before
+
+
 def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier, examples, tmp_path):
     (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
     data = tiny.write_csv(tmp_path / "train.csv", tiny.train_set())

@@ -82,3 +82,16 @@ def test_a_mistake_is_told_with_what_was_probably_meant(line, patcher, classifie
 def test_a_long_command_is_not_repeated(patcher):
     err = patcher("add-label", "payday", "pets.csv", "--text", "a " * 5000)[2]
     assert "did you mean `patcher add-label … --examples pets.csv` (or --replay, --eval)?" in err
+
+
+def test_the_name_of_a_file_is_a_text_with_a_warning(patcher):
+    said = "warning: classifying 'pets' as a text, the name of a file; for those in it: `patcher classify"
+    assert f"{said} --file pets`\n" in patcher("classify", "pets")[2]
+    for texts in (["pets", "a cat"], ["a cat"], ["x" * 5000]):
+        assert "warning" not in patcher("classify", *texts)[2]
+    err = patcher("add-label", "payday", "--text", "pets", "--no-load", "--dry-run")[2]
+    assert "warning: taking 'pets' as a text, the name of a file; --examples reads the texts in it\n" in err
+
+
+def test_a_file_in_place_of_the_label_is_told(patcher):
+    assert "several times; did you mean --examples pets?" in patcher("add-label", "pets")[2]
