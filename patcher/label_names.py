@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from patcher.errors import RepositoryError, VersionError
-from patcher.lineage import MERGE
+from patcher.lineage import merges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -64,8 +64,7 @@ def _followed(steps: Sequence[Lineage], labels: Sequence[str], now_there: Sequen
     # A label that was added later had no name before.
     names, joined = {label: label for label in labels}, set()
     for step in steps:
-        renamed = dict(step.renamed)
-        into = dict.fromkeys(step.removed, step.added[0]) if step.method == MERGE and step.added else {}
+        renamed, into = dict(step.renamed), dict(merges(step))
         joined |= {first for first, now in names.items() if now in into}
         names = {
             first: into.get(now, renamed.get(now, now))

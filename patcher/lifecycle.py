@@ -15,6 +15,7 @@ from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.head import Lineage
 from patcher.label_names import earlier_names
+from patcher.lineage import merges
 from patcher.recovery import catch_up, changing
 from patcher.repository import one_classifier
 from patcher.rollout import Switch, roll_back
@@ -40,6 +41,8 @@ class Entry:
 
     def what(self) -> str:
         """The change in a few words."""
+        if merged := merges(self.lineage):
+            return f"{', '.join(old for old, _ in merged)} merged into {merged[0][1]}"
         first = "exported" if self.lineage.method == "export" else "new"
         added = [f"+{label}" for label in self.lineage.added] if self.lineage.parent else [first]
         removed = [f"-{label}" for label in self.lineage.removed]
@@ -60,6 +63,7 @@ class Entry:
             "gate": record.pop("gate"),
             "backbone": record.pop("backbone"),
             "serving": self.serving,
+            "merged": merges(self.lineage),
             **record,
         }
 
