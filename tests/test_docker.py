@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_entrypoint_gives_the_server_large_stacks(container: dict[str, str], tmp
     assert enter(container).stdout.split() == ["1048576"]
     assert "1 GiB of stack" not in enter(container).stderr
     limited = subprocess.run(
-        ["bash", "-c", f"ulimit -v 9000000; exec bash {DOCKER / 'entrypoint.sh'}"],
+        ["bash", "-c", f"ulimit -v 9000000; exec bash {shlex.quote(str(DOCKER / 'entrypoint.sh'))}"],
         env=container, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert limited.stdout.split() != ["1048576"]
