@@ -53,7 +53,7 @@ def freeze(pid: int) -> None:
     assert soon(lambda: states() <= {"T", "t"})
 
 
-def stubs(pid: int, *names: str) -> list[psutil.Process]:
+def living_stubs(pid: int, *names: str) -> list[psutil.Process]:
     """The living children of a tritonserver that run one of these models; others may be ending meanwhile."""
     found = []
     for child in psutil.Process(pid).children():
