@@ -214,6 +214,12 @@ class TestServer:
             with pytest.raises(InputError, match=f"{port}.*another port"):
                 EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
 
+    @pytest.mark.parametrize("name", ["my models", "müsic", "a'b", "a$b", "a;b", "a(b)"])
+    def test_names_a_path_that_triton_cannot_bear(self, name, tmp_path):
+        with pytest.raises(InputError, match=r"can start no model below .* move it, or mount it elsewhere"):
+            EmbeddedTriton(tmp_path / name, MODELS, log_file=tmp_path / "log").start()
+        EmbeddedTriton(tmp_path / "a~b[#!*]@,+=", MODELS, log_file=tmp_path / "log").command()
+
     def test_waits_as_long_as_the_log_goes_on(self, tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir()
         triton = EmbeddedTriton(tmp_path / "empty", ["large"], log_file=tmp_path / "log")
