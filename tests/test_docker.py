@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
 import pytest
+import tiny
 import yaml
 from packaging.requirements import Requirement
 
@@ -28,7 +29,6 @@ from patcher import ModelRepository, TritonServer
 from patcher.cli.serve import serve_command
 from patcher.errors import ServerRefused
 from patcher.triton.installation import find_installation
-from patcher.triton.process import free_ports
 from patcher.triton.server import EmbeddedTriton
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def test_entrypoint_with_a_real_tritonserver(runs: str, tiny_original: Path, tmp
     (tmp_path / "key").write_text(KEY)
     shutil.copytree(tiny_original, tmp_path / "models")
     damage_another(tmp_path / "models")
-    grpc, web, metrics = free_ports(["127.0.0.1"] * 3, [0, 0, 0])
+    grpc, web, metrics = tiny.free_ports(3)
     environment = {
         **os.environ,
         "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",

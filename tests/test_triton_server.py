@@ -267,7 +267,7 @@ class TestServer:
         folder = tmp_path / "state" / "patcher"
         folder.mkdir(parents=True)
         folder.chmod(0o755)
-        (port,) = process.free_ports(["127.0.0.1"], [0])
+        (port,) = tiny.free_ports(1)
         log = folder / f"triton-{port}.log"
         log.write_text("what clients sent")
         log.chmod(0o644)
