@@ -167,7 +167,7 @@ def no_tokenizer(folder):
         (regression, "trained for regression"),
         (one_label, r"1 label\(s\), as a regression has"),
         (repeated_label, "'balance' more than once"),
-        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or unprintable characters"),
+        (label_with_newline, r"id2label 4: the label 'a\\nb' has an unprintable character \(U\+000A\)"),
         (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
         (other_shapes, "their shapes are not those that its config.json says"),
