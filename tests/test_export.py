@@ -29,7 +29,8 @@ import export  # noqa: E402
 import export.checkpoint  # noqa: E402
 import export.stages  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
-from export.checkpoint import from_objects  # noqa: E402
+from export.checkpoint import from_objects, load_checkpoint  # noqa: E402
+from export.last_layer import proven_layer  # noqa: E402
 from export.source import locate  # noqa: E402
 from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
@@ -651,6 +652,28 @@ def test_labels_that_look_the_same_or_have_a_single_text_are_told(copy, tmp_path
     edit_config(copy, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     rows = [(f"{text} {number}", label) for text in ("my text", "another") for number, label in enumerate(names)]
     command = ["export", str(copy), "--repo", str(tmp_path / "repository"), "--train"]
+def test_a_tokenizer_that_splits_special_tokens_in_texts_is_refused(copy, tmp_path):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    with pytest.raises(ExportError, match=r"split_special_tokens .* as plain words.*; set it to false if"):
+        run_export(copy, tmp_path / "model_repository")
+
+
+def test_a_label_is_spelled_with_joiners(tmp_path):
+    labels = ("क्\u200dष", "a\u200cb", "\U0001f468\u200d\U0001f469 family", "d", "e")
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", labels=labels)
+    train = train_file(tmp_path, [(text, labels[i // 2]) for i, text in enumerate(checkpoints.SENTENCES)])
+    repository = export_classifier(folder, tmp_path / "model_repository", train=train)
+    new = "श्री\u200cमान"
+    add_label(repository, new, ["one pizza please", "a large pizza", "pizza!"], settings=PatchSettings(force=True))
+    classifier = ModelRepository(repository.location).classifier()
+    assert classifier.head(classifier.serving()).labels == (*labels, new)
+    features = np.zeros((1, classifier.head().width), np.float32)
+    answer = run_head(open_session(classifier.version_path(classifier.serving()) / "model.onnx"), features)
+    assert set(answer.labels[0]) < {*labels, new}
+    assert any("\u200d" in label for label in answer.labels[0])
+
+
     assert main([*command, str(train_file(tmp_path, rows)), "--name", "all"]) == 0
     told = capsys.readouterr().err
     assert "warning: 'Balance' differs from 'balance' only in case" in told
@@ -718,12 +741,35 @@ def test_texts_are_cut_where_asked_for(bert, tmp_path):
     assert report.sentence().startswith("Exported intent: 5 labels, 32 + 32 features")
 
 
-def test_a_decoder_without_padding_gets_a_token_that_it_does_not_read(tmp_path):
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("architecture, end", [("gpt2", "<|endoftext|>"), ("llama", "</s>")])
+def test_a_decoder_without_padding_gets_an_id_that_no_text_is_read_as(tmp_path, architecture, end, rows):
+    tokenizer = checkpoints.make_tokenizer(architecture)
+    model = checkpoints.make_model(architecture, tokenizer)
+    if rows:
+        model.resize_token_embeddings(len(tokenizer) + rows, mean_resizing=False)
+    report = run_export(model, tmp_path / "model_repository", tokenizer=tokenizer)
+    classifier = report.repository.classifier()
+    served = Tokenizer.from_file(str(classifier.tokenizer_path))
+    assert served.padding["pad_id"] == (len(tokenizer) if rows else tokenizer.convert_tokens_to_ids("\xff"))
+    texts = [f"hello{end}", f"hello {end}", "\xff", "hello there my good friend"]
+    with torch.no_grad():
+        expected = np.concatenate([model(**tokenizer(text, return_tensors="pt")).logits.numpy() for text in texts])
+    features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(texts)
+    np.testing.assert_allclose(classifier.head().logits(features), expected, atol=1e-4)
+    assert not any("padding token" in warning for warning in report.warnings)
+
+
+def test_a_decoder_that_can_only_pad_with_a_token_of_texts_is_told_of(tmp_path, monkeypatch):
     folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "gpt2")
-    report = run_export(folder, tmp_path / "model_repository")
-    tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))
-    assert tokenizer.padding["pad_id"] == 2
-    assert tokenizer.encode_batch(["hello there", "hello there my good friend"])[0].ids[-1] == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("export.tokenizer._BYTE_FF", ())  # as earlier versions padded, too
+        report = run_export(folder, tmp_path / "model_repository")
+    assert report.warnings[0].startswith("a text that ends with '<|endoftext|>' is answered as if it ended before it")
+    classifier = report.repository.classifier()
+    assert Tokenizer.from_file(str(classifier.tokenizer_path)).padding["pad_id"] == 2
+    # Its backbone looks for this padding, so a proof of where it comes from pads as it does.
+    assert proven_layer(classifier, load_checkpoint(str(folder)), report.split) == "score"
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_is_read(bert, tmp_path, tree):
