@@ -103,6 +103,19 @@ def label_with_newline(folder):
     edit_config(folder, id2label={str(index): name for index, name in enumerate(names)}, label2id={})
 
 
+def list_of_labels(folder):
+    edit_config(folder, id2label=list(checkpoints.LABELS))
+
+
+def labels_by_name(folder):
+    edit_config(folder, id2label={f"LABEL_{i}": name for i, name in enumerate(checkpoints.LABELS)}, label2id={})
+
+
+def labels_of_none(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"id2label": None, "label2id": None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def another_task(folder):
     edit_config(folder, architectures=["BertForMaskedLM"])
 
@@ -131,8 +144,20 @@ def pickle_only(folder):
     (folder / "model.safetensors").unlink()
 
 
+def pickle_of_training(folder):
+    pickle_only(folder)
+    only_training(folder)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+
+
+def only_training(folder):
+    no_weights(folder)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth"):
+        torch.save({}, folder / name)
+
+
 def no_weights(folder):
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def cut_weights(folder):
@@ -146,6 +171,29 @@ def broken_config(folder):
 
 def no_config(folder):
     (folder / "config.json").unlink()
+
+
+def adapter_beside(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+def adapter_alone(folder):
+    adapter_beside(folder)
+    no_config(folder)
+
+
+def config_below(folder):
+    for name in ("checkpoint-500", "runs"):
+        (folder / name).mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-500" / "config.json")
+
+
+def sentencepiece_alone(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    checkpoints.make_model("deberta-v2", checkpoints.make_tokenizer()).save_pretrained(folder)
+    (folder / "spm.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DebertaV2Tokenizer"}))
 
 
 def unknown_model(folder):
@@ -171,13 +219,22 @@ def no_tokenizer(folder):
         (label_with_newline, r"id2label 4: the label 'a\\nb' has an unprintable character \(U\+000A\)"),
         (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
-        (other_shapes, "their shapes are not those that its config.json says"),
+        (list_of_labels, r"id2label in config.json is \['balance', .*; expected a name for each number, as in \{\"0\""),
+        (labels_by_name, r"id2label in config.json is \{'LABEL_0': 'balance'.*; expected a name for each number"),
+        (labels_of_none, r"says \(with 2 labels in id2label\)"),
+        (other_shapes, r"their shapes are not those that its config.json says \(with 5 labels in id2label\)"),
         (quantized, "is quantized"),
         (pickle_only, r"in a pickle \(pytorch_model.bin\), which can run code"),
+        (pickle_of_training, r"in a pickle \(pytorch_model-00001-of-00001.bin\), which can run code"),
+        (only_training, "cannot read the weights of .*no file named model.safetensors"),
         (no_weights, "cannot read the weights of .*no file named model.safetensors"),
         (cut_weights, "cannot read the weights of .*incomplete metadata"),
         (broken_config, "cannot read the configuration of .*not a valid JSON file"),
-        (no_config, "holds no config.json"),
+        (no_config, "holds no config.json; expected the folder of a saved transformers model$"),
+        (config_below, "holds no config.json; .* model, such as .*/copy/checkpoint-500$"),
+        (adapter_beside, r"holds a PEFT adapter \(adapter_config.json\) that is not merged .*`merge_and_unload\(\)`"),
+        (adapter_alone, r"holds a PEFT adapter \(adapter_config.json\) that is not merged .*`merge_and_unload\(\)`"),
+        (sentencepiece_alone, r"a SentencePiece file alone \(spm.model\); expected tokenizer.json, .*protobuf are"),
         (unknown_model, "cannot read the configuration of .*`something-new`"),
         (own_code, r"brings Python code of its own; --trust-remote-code \(trust_remote_code=True\) runs it"),
         (no_tokenizer, r"has no vocabulary for its BertTokenizer; expected .* such as vocab\.txt\)"),
@@ -373,6 +430,18 @@ def test_no_index_of_a_checkpoint_names_a_pickle(copy, tmp_path, monkeypatch, in
         CheckpointError, match=r"w\.bin.*; expected files beside|transformers_weights\); expected a file"
     ):
         run_export("hf://somebody/model" if on_hub else copy, tmp_path / "model_repository")
+
+
+def test_an_adapter_on_the_hub_is_refused(copy, tmp_path, monkeypatch):
+    adapter_beside(copy)
+    hub = tmp_path / "hub" / "models--somebody--model"
+    shutil.copytree(copy, hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("export.source._hub_answers", lambda: False)
+    with pytest.raises(CheckpointError, match=r"^somebody/model holds a PEFT adapter"):
+        run_export("hf://somebody/model", tmp_path / "model_repository")
 
 
 def test_no_attention_comes_from_the_hub(copy, tmp_path):
@@ -583,6 +652,28 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         run_export(model, tmp_path / "model_repository", tokenizer=transformers.CanineTokenizer())
 
 
+def test_a_tokenizer_that_splits_special_tokens_in_texts_is_refused(copy, tmp_path):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    with pytest.raises(ExportError, match=r"split_special_tokens .* as plain words.*; set it to false if"):
+        run_export(copy, tmp_path / "model_repository")
+
+
+def test_a_label_is_spelled_with_joiners(tmp_path):
+    labels = ("क्\u200dष", "a\u200cb", "\U0001f468\u200d\U0001f469 family", "d", "e")
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", labels=labels)
+    train = train_file(tmp_path, [(text, labels[i // 2]) for i, text in enumerate(checkpoints.SENTENCES)])
+    repository = export_classifier(folder, tmp_path / "model_repository", train=train)
+    new = "श्री\u200cमान"
+    add_label(repository, new, ["one pizza please", "a large pizza", "pizza!"], settings=PatchSettings(force=True))
+    classifier = ModelRepository(repository.location).classifier()
+    assert classifier.head(classifier.serving()).labels == (*labels, new)
+    features = np.zeros((1, classifier.head().width), np.float32)
+    answer = run_head(open_session(classifier.version_path(classifier.serving()) / "model.onnx"), features)
+    assert set(answer.labels[0]) < {*labels, new}
+    assert any("\u200d" in label for label in answer.labels[0])
+
+
 def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
     heard = []
     report = run_export(
@@ -652,28 +743,6 @@ def test_labels_that_look_the_same_or_have_a_single_text_are_told(copy, tmp_path
     edit_config(copy, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     rows = [(f"{text} {number}", label) for text in ("my text", "another") for number, label in enumerate(names)]
     command = ["export", str(copy), "--repo", str(tmp_path / "repository"), "--train"]
-def test_a_tokenizer_that_splits_special_tokens_in_texts_is_refused(copy, tmp_path):
-    path = copy / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
-    with pytest.raises(ExportError, match=r"split_special_tokens .* as plain words.*; set it to false if"):
-        run_export(copy, tmp_path / "model_repository")
-
-
-def test_a_label_is_spelled_with_joiners(tmp_path):
-    labels = ("क्\u200dष", "a\u200cb", "\U0001f468\u200d\U0001f469 family", "d", "e")
-    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", labels=labels)
-    train = train_file(tmp_path, [(text, labels[i // 2]) for i, text in enumerate(checkpoints.SENTENCES)])
-    repository = export_classifier(folder, tmp_path / "model_repository", train=train)
-    new = "श्री\u200cमान"
-    add_label(repository, new, ["one pizza please", "a large pizza", "pizza!"], settings=PatchSettings(force=True))
-    classifier = ModelRepository(repository.location).classifier()
-    assert classifier.head(classifier.serving()).labels == (*labels, new)
-    features = np.zeros((1, classifier.head().width), np.float32)
-    answer = run_head(open_session(classifier.version_path(classifier.serving()) / "model.onnx"), features)
-    assert set(answer.labels[0]) < {*labels, new}
-    assert any("\u200d" in label for label in answer.labels[0])
-
-
     assert main([*command, str(train_file(tmp_path, rows)), "--name", "all"]) == 0
     told = capsys.readouterr().err
     assert "warning: 'Balance' differs from 'balance' only in case" in told
