@@ -188,8 +188,10 @@ def _read(name: str, what: str, reader: Callable[..., Any], **options: Any) -> A
                 "its source"
             )
         elif "ignore_mismatched_sizes" in str(error):
-            names = len(options["config"].id2label)
-            reason = f"their shapes are not those that its config.json says (with {names} labels in id2label)"
+            reason = (
+                f"their shapes are not those that its config.json says (it counts {len(options['config'].id2label)} "
+                "labels; expected in id2label a name for each row of the last layer)"
+            )
         elif what == "tokenizer" and (file := _sentencepiece(name)):
             reason = (
                 f"it is a SentencePiece file alone ({file}); expected tokenizer.json, which "

@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
-from tokenizers import Tokenizer  # noqa: E402
+from tokenizers import Tokenizer, models  # noqa: E402
 
 import export  # noqa: E402
 import export.checkpoint  # noqa: E402
@@ -32,7 +32,7 @@ from export import ExportCallback, export_classifier, run_export  # noqa: E402
 from export.checkpoint import from_objects, load_checkpoint  # noqa: E402
 from export.last_layer import proven_layer  # noqa: E402
 from export.source import locate  # noqa: E402
-from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
+from export.tokenizer import SAMPLE_TEXTS, _spare, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
 from patcher.cli import main  # noqa: E402
 from patcher.errors import (  # noqa: E402
@@ -221,8 +221,8 @@ def no_tokenizer(folder):
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
         (list_of_labels, r"id2label in config.json is \['balance', .*; expected a name for each number, as in \{\"0\""),
         (labels_by_name, r"id2label in config.json is \{'LABEL_0': 'balance'.*; expected a name for each number"),
-        (labels_of_none, r"says \(with 2 labels in id2label\)"),
-        (other_shapes, r"their shapes are not those that its config.json says \(with 5 labels in id2label\)"),
+        (labels_of_none, r"says \(it counts 2 labels; expected in id2label a name for each row"),
+        (other_shapes, r"their shapes are not those that its config.json says \(it counts 5 labels"),
         (quantized, "is quantized"),
         (pickle_only, r"in a pickle \(pytorch_model.bin\), which can run code"),
         (pickle_of_training, r"in a pickle \(pytorch_model-00001-of-00001.bin\), which can run code"),
@@ -839,6 +839,14 @@ def test_a_decoder_that_can_only_pad_with_a_token_of_texts_is_told_of(tmp_path, 
     assert Tokenizer.from_file(str(classifier.tokenizer_path)).padding["pad_id"] == 2
     # Its backbone looks for this padding, so a proof of where it comes from pads as it does.
     assert proven_layer(classifier, load_checkpoint(str(folder)), report.split) == "score"
+
+
+def test_a_vocabulary_that_falls_back_to_bytes_has_an_id_that_no_text_is_read_as():
+    tokens = ["<unk>", "</s>", *"<0xF>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], byte_fallback=True, unk_token="<unk>")  # noqa: S106  a token of the tokenizer's
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")  # noqa: S106  the same
+    assert tokenizer("é")["input_ids"] == [tokens.index("<0xC3>"), tokens.index("<0xA9>")]
+    assert _spare(tokenizer, len(tokens)) == (tokens.index("<0xFF>"), "")
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_is_read(bert, tmp_path, tree):
