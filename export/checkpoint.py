@@ -16,28 +16,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from export.source import Place, locate, unread
+from export.source import ADAPTER, Place, locate, unmerged, unread
 from patcher.errors import CheckpointError, ExamplesError
 from patcher.examples import check_label
 from patcher.head import MULTI_LABEL, SINGLE_LABEL
 from patcher.wording import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Checkpoint", "from_objects", "load_checkpoint", "own_logits", "quiet_transformers"]
 
 _SUFFIX = "ForSequenceClassification"
 _PLAIN = r"[^/\\]+\.safetensors"
 """Pattern for a safetensors file in the same folder as the file that names it."""
+_OF_TRAINING = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
+"""Beginnings of the names of what a Trainer keeps beside the weights."""
 _LONG = 100
 """Above this many tokens in a batch, an error hints at ``--max-length``."""
 # What transformers and the libraries under it raise for files that are missing, damaged, foreign or not trusted.
@@ -89,7 +97,11 @@ def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_re
     name, local_files_only = locate(source) if isinstance(source, str) else source
     common = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     with quiet_transformers():
-        config = _read(name, "configuration", AutoConfig, **common)
+        if not Path(name).is_dir() and _on_hub(name, ADAPTER, local_files_only):
+            raise unmerged(name)
+        written, _ = _read(name, "configuration", PretrainedConfig.get_config_dict, **common)
+        _by_number(written.get("id2label"), name)  # before transformers, which says less of what is wrong with it
+        config = _read(name, "configuration", AutoConfig.from_pretrained, **common)
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)
         _refuse_unfit(config, name)
@@ -99,14 +111,14 @@ def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_re
         model, found = _read(
             name,
             "weights",
-            AutoModelForSequenceClassification,
+            AutoModelForSequenceClassification.from_pretrained,
             config=config,
             dtype=torch.float32,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **common,
         )
-        tokenizer = _read(name, "tokenizer", AutoTokenizer, **common)
+        tokenizer = _read(name, "tokenizer", AutoTokenizer.from_pretrained, **common)
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -165,9 +177,9 @@ def _ready(
     return Checkpoint(model, tokenizer, labels, problem, name)
 
 
-def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
+def _read(name: str, what: str, reader: Callable[..., Any], **options: Any) -> Any:
     try:
-        return reader.from_pretrained(name, **options)
+        return reader(name, **options)
     except _READ_ERRORS as error:
         reason = _first_line(error)
         if "trust_remote_code" in str(error):
@@ -176,8 +188,26 @@ def _read(name: str, what: str, reader: Any, **options: Any) -> Any:
                 "its source"
             )
         elif "ignore_mismatched_sizes" in str(error):
-            reason = "their shapes are not those that its config.json says"
+            reason = (
+                f"their shapes are not those that its config.json says (it counts {len(options['config'].id2label)} "
+                "labels; expected in id2label a name for each row of the last layer)"
+            )
+        elif what == "tokenizer" and (file := _sentencepiece(name)):
+            reason = (
+                f"it is a SentencePiece file alone ({file}); expected tokenizer.json, which "
+                "`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` writes where sentencepiece and "
+                "protobuf are installed"
+            )
         raise unread(Place(name, options["local_files_only"]), what, reason) from error
+
+
+def _sentencepiece(name: str) -> str:
+    """Name of the SentencePiece file in a folder without a ``tokenizer.json``; "" if there is none."""
+    folder = Path(name)
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    # Some .model files are tiktoken's, which are text; SentencePiece's begin with the tag of a protobuf field.
+    return next((path.name for path in sorted(folder.glob("*.model")) if path.read_bytes()[:1] == b"\n"), "")
 
 
 def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: bool) -> None:
@@ -196,22 +226,29 @@ def _refuse_pickle(name: str, config: PretrainedConfig, *, local_files_only: boo
         _refuse_other_files(index)
     if any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    files = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickles = [file for file in files if not file.startswith(_OF_TRAINING)]
     if pickles:
+        first = next((file for file in pickles if file.startswith("pytorch_model")), pickles[0])
         raise CheckpointError(
-            f"{name} has its weights in a pickle ({pickles[0]}), which can run code when it is read; expected "
+            f"{name} has its weights in a pickle ({first}), which can run code when it is read; expected "
             "model.safetensors (`save_pretrained` writes it), or --allow-pickle (allow_pickle=True) if you "
             "trust its source"
         )
 
 
 def _refuse_other_files_on_hub(name: str, index: str, local_files_only: bool) -> None:
-    try:
-        found = cached_file(name, index, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
-    except _READ_ERRORS as error:
-        raise CheckpointError(f"cannot read {index} of {name}: {_first_line(error)}") from error
-    if found is not None:
+    if found := _on_hub(name, index, local_files_only):
         _refuse_other_files(Path(found))
+
+
+def _on_hub(name: str, file: str, local_files_only: bool) -> str | None:
+    """Path of the local copy of a file on the hub; None if there is no such file."""
+    try:
+        found = cached_file(name, file, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
+    except _READ_ERRORS as error:
+        raise CheckpointError(f"cannot read {file} of {name}: {_first_line(error)}") from error
+    return found and str(found)
 
 
 def _first_line(error: Exception) -> str:
@@ -277,7 +314,7 @@ def _problem(config: PretrainedConfig, name: str) -> str:
 
 
 def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
-    names: dict[int, str] = {int(key): value for key, value in (config.id2label or {}).items()}
+    names = _by_number(config.id2label, name)
     if len(names) <= 1:
         raise CheckpointError(f"{name} has {len(names)} label(s), as a regression has; expected two or more")
     if sorted(names) != list(range(len(names))):
@@ -296,6 +333,18 @@ def _labels(config: PretrainedConfig, name: str) -> tuple[str, ...]:
             "classifier; expected another name in id2label"
         )
     return labels
+
+
+def _by_number(id2label: object, name: str) -> dict[int, object]:
+    """The names of labels by their numbers; CheckpointError if ``id2label`` is something else."""
+    if id2label is None:
+        return {}
+    if not isinstance(id2label, dict) or not all(re.fullmatch(r"\d+", str(key)) for key in id2label):
+        raise CheckpointError(
+            f"{name}: id2label in config.json is {id2label!r:.80}; expected a name for each number, as in "
+            '{"0": "balance", "1": "transfer"}'
+        )
+    return {int(key): value for key, value in id2label.items()}
 
 
 @contextlib.contextmanager

@@ -108,6 +108,11 @@ def run_export(model: Source, repository_dir: str | os.PathLike[str], **options:
 def _warnings(plan: Plan, made: Made) -> Iterator[str]:
     labels = plan.checkpoint.labels
     yield from twins(labels)
+    if token := plan.encoder.misread:
+        yield (
+            f"a text that ends with {token!r} is answered as if it ended before it: neither model nor tokenizer names "
+            "a padding token, and this one pads for want of another; set pad_token_id in config.json before the export"
+        )
     yield from filter(None, (unremembered(labels, made.memory), scarce(made.memory)))
     if plan.train is None:
         return

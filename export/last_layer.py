@@ -36,7 +36,7 @@ def proven_layer(classifier: Classifier, loaded: Checkpoint, width: int) -> str:
     other = f"{classifier.name} was not exported from {loaded.source}"
     served = json.loads(classifier.repository.tokenizer_json(classifier.backbone_name))
     try:
-        encoder = prepare_tokenizer(loaded, served["truncation"]["max_length"])
+        encoder = prepare_tokenizer(loaded, served["truncation"]["max_length"], served["padding"]["pad_id"])
     except CheckpointError:
         raise
     except InputError as error:  # the exported length is too long for this checkpoint

@@ -16,8 +16,12 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from patcher.errors import CheckpointError
+from patcher.wording import listing
 
-__all__ = ["HUB", "Place", "locate", "unread"]
+__all__ = ["ADAPTER", "HUB", "Place", "locate", "unmerged", "unread"]
+
+ADAPTER = "adapter_config.json"
+"""File that a checkpoint with an adapter of PEFT has."""
 
 HUB = "hf://"
 """Prefix of an id on the hub; with it, no local folder is looked for."""
@@ -61,6 +65,14 @@ def unread(place: Place, what: str, reason: str) -> CheckpointError:
     return CheckpointError(f"cannot read the {what} of {place.name}{where}: {reason}")
 
 
+def unmerged(name: str) -> CheckpointError:
+    """The error for a checkpoint with an adapter of PEFT, which transformers ignores where PEFT is not installed."""
+    return CheckpointError(
+        f"{name} holds a PEFT adapter ({ADAPTER}) that is not merged into its model; expected the folder that "
+        "`merge_and_unload()` and then `save_pretrained()` write"
+    )
+
+
 def _is_cached(name: str) -> bool:
     with contextlib.suppress(ValueError):  # not a valid id after all: the reader of checkpoints says why
         return try_to_load_from_cache(name, "config.json") is not None
@@ -85,8 +97,14 @@ def _checked_source(name: str) -> str:
         return _hub_id(name.removeprefix(HUB))
     path = Path(name)
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            raise unmerged(name)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{name} holds no config.json; expected the folder of a saved transformers model")
+            below = sorted(str(each.parent) for each in path.glob("*/config.json"))
+            hint = f", such as {listing(below)}" if below else ""
+            raise CheckpointError(
+                f"{name} holds no config.json; expected the folder of a saved transformers model{hint}"
+            )
         return name
     near = _near(path)
     if path.exists() or near or not _HUB_ID.fullmatch(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,6 +49,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _UNLIMITED = 1_000_000
 _SAME = 2e-4
 """Tolerance relative to the largest logit, at least 1; masked padding changes an answer by rounding only."""
+_BYTE_FF = ("\xff", "<0xFF>")
+"""How byte-level and byte-fallback vocabularies name a byte that UTF-8 never has, so that no text becomes its token."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,21 @@ class TextEncoder:
     pad_type_id: int
     left: bool
     """Whether padding comes before the text."""
+    misread: str = ""
+    """The padding token where the export had to choose one that a text can end with; the text is read without it."""
 
     def __call__(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The model's inputs for a batch of texts, as the server makes them."""
         return encode(Tokenizer.from_str(self.json), texts, self.inputs)
 
 
-def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> TextEncoder:
+def prepare_tokenizer(
+    checkpoint: Checkpoint, max_length: int | None = None, served_pad_id: int | None = None
+) -> TextEncoder:
     """The checkpoint's tokenizer, prepared for the server.
 
-    Changes the checkpoint: its model and tokenizer agree on the padding token and side afterwards.
+    Changes the checkpoint: its model looks for the encoder's padding id afterwards, and its tokenizer pads on the
+    encoder's side. If the checkpoint has no padding token, ``served_pad_id`` is taken, that of an earlier export.
 
     Raises
     ------
@@ -89,14 +97,14 @@ def prepare_tokenizer(checkpoint: Checkpoint, max_length: int | None = None) -> 
     model, tokenizer, name = checkpoint.model, checkpoint.tokenizer, checkpoint.source
     _refuse_unusable(model, tokenizer, name)
     inputs = _inputs(model, tokenizer, name)
-    pad_id = _agree_on_padding(model, tokenizer, name)
+    pad_id, misread = _agree_on_padding(model, tokenizer, name, served_pad_id)
     length = _max_length(model, tokenizer, max_length)
     left = tokenizer.padding_side == "left"
     for side in (left, not left):
         encoder = _encoder(tokenizer, inputs, length, pad_id, left=side)
         _prove(encoder, tokenizer, name)
         if _takes_padding(model, encoder):
-            return encoder
+            return dataclasses.replace(encoder, misread=misread)
     raise CheckpointError(
         f"{type(model).__name__} answers a text otherwise when padding follows or precedes it, so texts of different "
         "lengths cannot share a batch; where it takes long texts otherwise, --max-length N leaves them out"
@@ -151,30 +159,54 @@ def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     return tuple(each for each in _INPUTS if each in given)
 
 
-def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """Make model and tokenizer pad with the same id, and return it.
+def _agree_on_padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, served: int | None
+) -> tuple[int, str]:
+    """The id to pad with, which the model looks for afterwards, and its token if a text may end with it, else "".
 
-    If they differ, the model's wins, because its forward pass looks for that id.
+    If model and tokenizer know different ids, the model's wins, because its forward pass looks for that id.
     """
     config = model.config.get_text_config()
+    rows = embeddings(model).num_embeddings
     known = (config.pad_token_id, tokenizer.pad_token_id)
-    vocabulary = embeddings(model).num_embeddings
-    pad = next((each for each in known if each is not None and 0 <= each < vocabulary), None)
+    found = next((each for each in (*known, served) if each is not None and 0 <= each < rows), None)
+    pad, misread = _spare(tokenizer, rows) if found is None else (found, "")
     if pad is None:
-        # Decoders are often fine-tuned one text at a time, without padding. They classify at the last token that is
-        # not padding, so the padding token must not be one that texts end with, or their answers would change.
-        last = {tokenizer(text)["input_ids"][-1] for text in SAMPLE_TEXTS}
-        spare = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
-        pad = next((each for each in spare if each is not None and each < vocabulary and each not in last), None)
-    token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
-    if pad is None or token is None:
         raise CheckpointError(
             f"{name} has no padding token that both model ({known[0]}) and tokenizer ({known[1]}) know, so texts "
             "cannot share a batch; set pad_token_id in its config.json"
         )
-    tokenizer.pad_token = token
-    config.pad_token_id = model.config.pad_token_id = pad
-    return int(pad)
+    config.pad_token_id = model.config.pad_token_id = int(pad)
+    return int(pad), misread
+
+
+def _spare(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int | None, str]:
+    """An id to pad with among ``rows``, and its token if a text may end with it.
+
+    Decoders are often fine-tuned one text at a time, without padding. They classify at the last token that is not
+    padding, so a text that ends with the padding token would be read without it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    free = min(set(range(rows)) - set(vocabulary.values()), default=None)
+    spare = [vocabulary.get(token) for token in _BYTE_FF]
+    named = [tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    usual = _last_ids(tokenizer, SAMPLE_TEXTS)
+    possible = [each for each in (free, *spare, *named) if each is not None and each < rows and each not in usual]
+    for each in possible:
+        token = _token(tokenizer, each)
+        if not token or each not in _last_ids(tokenizer, (token, f"a{token}", f"a {token}")):
+            return each, ""
+    written = next((each for each in possible if each in named), None)
+    return written, "" if written is None else _token(tokenizer, written)
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """The token of an id, "" if there is none."""
+    return str(tokenizer.backend_tokenizer.id_to_token(number) or "")
+
+
+def _last_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[int]:
+    return {each for text in texts for each in tokenizer(text, verbose=False)["input_ids"][-1:]}
 
 
 def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
@@ -214,7 +246,7 @@ def _encoder(
         direction=tokenizer.padding_side,
         pad_id=pad_id,
         pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
+        pad_token=_token(tokenizer, pad_id) or "[PAD]",  # a name only, in case no token has this id
     )
     backend.enable_truncation(length, direction=tokenizer.truncation_side)
     return TextEncoder(str(backend.to_str(pretty=True)), inputs, length, pad_id, tokenizer.pad_token_type_id, left)
@@ -239,12 +271,24 @@ def _takes_padding(model: PreTrainedModel, encoder: TextEncoder) -> bool:
 
 
 def _prove(encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    ours = encoder(SAMPLE_TEXTS)
-    theirs = tokenizer(list(SAMPLE_TEXTS), padding=True, truncation=True, max_length=encoder.max_length)
+    texts = [*SAMPLE_TEXTS, *(f"{token} my card{token}" for token in tokenizer.all_special_tokens)]
+    ours = encoder(texts)
+    # Without padding, for which the tokenizer may have no token; `_takes_padding` shows that ours changes no answer.
+    theirs = tokenizer(texts, truncation=True, max_length=encoder.max_length)
+    real = ours["attention_mask"].astype(bool)
     for key in encoder.inputs:
-        expected = np.array(theirs[key], np.int64)
-        if ours[key].shape != expected.shape or (ours[key] != expected).any():
-            raise ExportError(
-                f"tokenizer.json of {name} gives other {key} than its {type(tokenizer).__name__} does in transformers: "
-                "it changes texts in Python code, which the server does not run"
-            )
+        for row, mask, expected in zip(ours[key], real, theirs[key], strict=True):
+            if not np.array_equal(row[mask], expected):
+                raise ExportError(
+                    f"tokenizer.json of {name} gives other {key} than its {type(tokenizer).__name__} does in "
+                    f"transformers: {_why_other(tokenizer)}"
+                )
+
+
+def _why_other(tokenizer: PreTrainedTokenizerBase) -> str:
+    if getattr(tokenizer, "split_special_tokens", False):
+        return (
+            "split_special_tokens (in tokenizer_config.json) has it read special tokens in texts as plain words, which "
+            "tokenizer.json cannot say; set it to false if texts with special tokens may be read otherwise"
+        )
+    return "it changes texts in Python code, which the server does not run"

@@ -37,6 +37,8 @@ LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target", *LA
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
+_JOINED = re.compile("(?<=.)[\u200c\u200d]+(?=.)")
+"""Joiners inside a label, which words of Persian and Indic scripts and families of emoji are spelled with."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,10 @@ def check_label(label: object, where: str) -> str:
     label = str(label)
     if not label.strip():
         raise ExamplesError(f"{where}: the label is empty")
-    if label != label.strip() or not label.isprintable():
-        raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it or unprintable characters")
+    if label != label.strip():
+        raise ExamplesError(f"{where}: the label {label!r:.80} has spaces around it")
+    if unprintable := next((each for each in _JOINED.sub("", label) if not each.isprintable()), ""):
+        raise ExamplesError(f"{where}: the label {label!r:.80} has an unprintable character (U+{ord(unprintable):04X})")
     if len(label.encode()) > MAX_LABEL_BYTES:
         raise ExamplesError(f"{where}: the label has {len(label.encode())} bytes; expected at most {MAX_LABEL_BYTES}")
     return label

@@ -23,15 +23,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import checkpoints  # noqa: E402  needs both
-from tokenizers import Tokenizer  # noqa: E402
+from tokenizers import Tokenizer, models  # noqa: E402
 
 import export  # noqa: E402
 import export.checkpoint  # noqa: E402
 import export.stages  # noqa: E402
 from export import ExportCallback, export_classifier, run_export  # noqa: E402
-from export.checkpoint import from_objects  # noqa: E402
+from export.checkpoint import from_objects, load_checkpoint  # noqa: E402
+from export.last_layer import proven_layer  # noqa: E402
 from export.source import locate  # noqa: E402
-from export.tokenizer import SAMPLE_TEXTS, prepare_tokenizer  # noqa: E402
+from export.tokenizer import SAMPLE_TEXTS, _spare, prepare_tokenizer  # noqa: E402
 from patcher import ModelRepository, PatchSettings, add_label  # noqa: E402
 from patcher.cli import main  # noqa: E402
 from patcher.errors import (  # noqa: E402
@@ -102,6 +103,19 @@ def label_with_newline(folder):
     edit_config(folder, id2label={str(index): name for index, name in enumerate(names)}, label2id={})
 
 
+def list_of_labels(folder):
+    edit_config(folder, id2label=list(checkpoints.LABELS))
+
+
+def labels_by_name(folder):
+    edit_config(folder, id2label={f"LABEL_{i}": name for i, name in enumerate(checkpoints.LABELS)}, label2id={})
+
+
+def labels_of_none(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"id2label": None, "label2id": None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def another_task(folder):
     edit_config(folder, architectures=["BertForMaskedLM"])
 
@@ -130,8 +144,20 @@ def pickle_only(folder):
     (folder / "model.safetensors").unlink()
 
 
+def pickle_of_training(folder):
+    pickle_only(folder)
+    only_training(folder)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+
+
+def only_training(folder):
+    no_weights(folder)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth"):
+        torch.save({}, folder / name)
+
+
 def no_weights(folder):
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def cut_weights(folder):
@@ -145,6 +171,29 @@ def broken_config(folder):
 
 def no_config(folder):
     (folder / "config.json").unlink()
+
+
+def adapter_beside(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+def adapter_alone(folder):
+    adapter_beside(folder)
+    no_config(folder)
+
+
+def config_below(folder):
+    for name in ("checkpoint-500", "runs"):
+        (folder / name).mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-500" / "config.json")
+
+
+def sentencepiece_alone(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    checkpoints.make_model("deberta-v2", checkpoints.make_tokenizer()).save_pretrained(folder)
+    (folder / "spm.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DebertaV2Tokenizer"}))
 
 
 def unknown_model(folder):
@@ -167,16 +216,25 @@ def no_tokenizer(folder):
         (regression, "trained for regression"),
         (one_label, r"1 label\(s\), as a regression has"),
         (repeated_label, "'balance' more than once"),
-        (label_with_newline, "id2label 4: the label 'a\\\\nb' has spaces around it or unprintable characters"),
+        (label_with_newline, r"id2label 4: the label 'a\\nb' has an unprintable character \(U\+000A\)"),
         (another_task, "is a BertForMaskedLM; expected a model ending in ForSequenceClassification"),
         (no_head, r"lacks 2 weights of BertForSequenceClassification \(classifier.bias, classifier.weight\)"),
-        (other_shapes, "their shapes are not those that its config.json says"),
+        (list_of_labels, r"id2label in config.json is \['balance', .*; expected a name for each number, as in \{\"0\""),
+        (labels_by_name, r"id2label in config.json is \{'LABEL_0': 'balance'.*; expected a name for each number"),
+        (labels_of_none, r"says \(it counts 2 labels; expected in id2label a name for each row"),
+        (other_shapes, r"their shapes are not those that its config.json says \(it counts 5 labels"),
         (quantized, "is quantized"),
         (pickle_only, r"in a pickle \(pytorch_model.bin\), which can run code"),
+        (pickle_of_training, r"in a pickle \(pytorch_model-00001-of-00001.bin\), which can run code"),
+        (only_training, "cannot read the weights of .*no file named model.safetensors"),
         (no_weights, "cannot read the weights of .*no file named model.safetensors"),
         (cut_weights, "cannot read the weights of .*incomplete metadata"),
         (broken_config, "cannot read the configuration of .*not a valid JSON file"),
-        (no_config, "holds no config.json"),
+        (no_config, "holds no config.json; expected the folder of a saved transformers model$"),
+        (config_below, "holds no config.json; .* model, such as .*/copy/checkpoint-500$"),
+        (adapter_beside, r"holds a PEFT adapter \(adapter_config.json\) that is not merged .*`merge_and_unload\(\)`"),
+        (adapter_alone, r"holds a PEFT adapter \(adapter_config.json\) that is not merged .*`merge_and_unload\(\)`"),
+        (sentencepiece_alone, r"a SentencePiece file alone \(spm.model\); expected tokenizer.json, .*protobuf are"),
         (unknown_model, "cannot read the configuration of .*`something-new`"),
         (own_code, r"brings Python code of its own; --trust-remote-code \(trust_remote_code=True\) runs it"),
         (no_tokenizer, r"has no vocabulary for its BertTokenizer; expected .* such as vocab\.txt\)"),
@@ -372,6 +430,18 @@ def test_no_index_of_a_checkpoint_names_a_pickle(copy, tmp_path, monkeypatch, in
         CheckpointError, match=r"w\.bin.*; expected files beside|transformers_weights\); expected a file"
     ):
         run_export("hf://somebody/model" if on_hub else copy, tmp_path / "model_repository")
+
+
+def test_an_adapter_on_the_hub_is_refused(copy, tmp_path, monkeypatch):
+    adapter_beside(copy)
+    hub = tmp_path / "hub" / "models--somebody--model"
+    shutil.copytree(copy, hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("export.source._hub_answers", lambda: False)
+    with pytest.raises(CheckpointError, match=r"^somebody/model holds a PEFT adapter"):
+        run_export("hf://somebody/model", tmp_path / "model_repository")
 
 
 def test_no_attention_comes_from_the_hub(copy, tmp_path):
@@ -582,6 +652,28 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         run_export(model, tmp_path / "model_repository", tokenizer=transformers.CanineTokenizer())
 
 
+def test_a_tokenizer_that_splits_special_tokens_in_texts_is_refused(copy, tmp_path):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    with pytest.raises(ExportError, match=r"split_special_tokens .* as plain words.*; set it to false if"):
+        run_export(copy, tmp_path / "model_repository")
+
+
+def test_a_label_is_spelled_with_joiners(tmp_path):
+    labels = ("क्\u200dष", "a\u200cb", "\U0001f468\u200d\U0001f469 family", "d", "e")
+    folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", labels=labels)
+    train = train_file(tmp_path, [(text, labels[i // 2]) for i, text in enumerate(checkpoints.SENTENCES)])
+    repository = export_classifier(folder, tmp_path / "model_repository", train=train)
+    new = "श्री\u200cमान"
+    add_label(repository, new, ["one pizza please", "a large pizza", "pizza!"], settings=PatchSettings(force=True))
+    classifier = ModelRepository(repository.location).classifier()
+    assert classifier.head(classifier.serving()).labels == (*labels, new)
+    features = np.zeros((1, classifier.head().width), np.float32)
+    answer = run_head(open_session(classifier.version_path(classifier.serving()) / "model.onnx"), features)
+    assert set(answer.labels[0]) < {*labels, new}
+    assert any("\u200d" in label for label in answer.labels[0])
+
+
 def test_the_memory_is_built_from_the_training_texts(bert, tmp_path):
     heard = []
     report = run_export(
@@ -718,12 +810,43 @@ def test_texts_are_cut_where_asked_for(bert, tmp_path):
     assert report.sentence().startswith("Exported intent: 5 labels, 32 + 32 features")
 
 
-def test_a_decoder_without_padding_gets_a_token_that_it_does_not_read(tmp_path):
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("architecture, end", [("gpt2", "<|endoftext|>"), ("llama", "</s>")])
+def test_a_decoder_without_padding_gets_an_id_that_no_text_is_read_as(tmp_path, architecture, end, rows):
+    tokenizer = checkpoints.make_tokenizer(architecture)
+    model = checkpoints.make_model(architecture, tokenizer)
+    if rows:
+        model.resize_token_embeddings(len(tokenizer) + rows, mean_resizing=False)
+    report = run_export(model, tmp_path / "model_repository", tokenizer=tokenizer)
+    classifier = report.repository.classifier()
+    served = Tokenizer.from_file(str(classifier.tokenizer_path))
+    assert served.padding["pad_id"] == (len(tokenizer) if rows else tokenizer.convert_tokens_to_ids("\xff"))
+    texts = [f"hello{end}", f"hello {end}", "\xff", "hello there my good friend"]
+    with torch.no_grad():
+        expected = np.concatenate([model(**tokenizer(text, return_tensors="pt")).logits.numpy() for text in texts])
+    features = Encoder(classifier.backbone_path, classifier.tokenizer_path).encode(texts)
+    np.testing.assert_allclose(classifier.head().logits(features), expected, atol=1e-4)
+    assert not any("padding token" in warning for warning in report.warnings)
+
+
+def test_a_decoder_that_can_only_pad_with_a_token_of_texts_is_told_of(tmp_path, monkeypatch):
     folder = checkpoints.save_checkpoint(tmp_path / "checkpoint", "gpt2")
-    report = run_export(folder, tmp_path / "model_repository")
-    tokenizer = Tokenizer.from_file(str(report.repository.classifier().tokenizer_path))
-    assert tokenizer.padding["pad_id"] == 2
-    assert tokenizer.encode_batch(["hello there", "hello there my good friend"])[0].ids[-1] == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("export.tokenizer._BYTE_FF", ())  # as earlier versions padded, too
+        report = run_export(folder, tmp_path / "model_repository")
+    assert report.warnings[0].startswith("a text that ends with '<|endoftext|>' is answered as if it ended before it")
+    classifier = report.repository.classifier()
+    assert Tokenizer.from_file(str(classifier.tokenizer_path)).padding["pad_id"] == 2
+    # Its backbone looks for this padding, so a proof of where it comes from pads as it does.
+    assert proven_layer(classifier, load_checkpoint(str(folder)), report.split) == "score"
+
+
+def test_a_vocabulary_that_falls_back_to_bytes_has_an_id_that_no_text_is_read_as():
+    tokens = ["<unk>", "</s>", *"<0xF>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], byte_fallback=True, unk_token="<unk>")  # noqa: S106  a token of the tokenizer's
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")  # noqa: S106  the same
+    assert tokenizer("é")["input_ids"] == [tokens.index("<0xC3>"), tokens.index("<0xA9>")]
+    assert _spare(tokenizer, len(tokens)) == (tokens.index("<0xFF>"), "")
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_is_read(bert, tmp_path, tree):

@@ -44,6 +44,9 @@ _GPT_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8
 _GPT_NEO |= {"attention_types": [[["global", "local"], 1]]}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, **_POSITIONS}
+_REFORMER = {"hidden_size": 32, "num_attention_heads": 4, "attention_head_size": 8, "feed_forward_size": 64}
+_REFORMER |= {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "num_buckets": 4, "pad_token_id": 1}
+_REFORMER |= {"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, **_POSITIONS}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
 
 # Class prefix, settings, and the architecture whose kind of tokenizer it gets (tests/checkpoints.py).
@@ -73,11 +76,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "luke": ("Luke", {**_ROBERTA, "entity_vocab_size": 5, "entity_emb_size": 8}, "roberta"),
     "megatron-bert": ("MegatronBert", _ENCODER, "bert"),
     "mistral": ("Mistral", {**_DECODER, "sliding_window": 8}, "qwen2"),
+    "mixtral": ("Mixtral", {**_DECODER, "num_local_experts": 2, "num_experts_per_tok": 1}, "qwen2"),
     "mobilebert": ("MobileBert", {**_ENCODER, **_NARROW, "intra_bottleneck_size": 16, "true_hidden_size": 16}, "bert"),
     "mra": ("Mra", _ENCODER, "bert"),
     "nystromformer": ("Nystromformer", {**_ENCODER, "num_landmarks": 4, "segment_means_seq_len": 4}, "bert"),
     "opt": ("OPT", _OPT, "qwen2"),
     "phi3": ("Phi3", _DECODER, "qwen2"),
+    "reformer": ("Reformer", _REFORMER, "roberta"),
     "rembert": ("RemBert", {**_ENCODER, "input_embedding_size": 16, "output_embedding_size": 16}, "bert"),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", _ROBERTA, "roberta"),
     "roformer": ("RoFormer", {**_ENCODER, "embedding_size": 32}, "bert"),
