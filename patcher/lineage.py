@@ -11,12 +11,19 @@ from patcher.provenance import author, now
 if TYPE_CHECKING:
     from patcher.classifier import Classifier
 
-__all__ = ["CHECKPOINT", "MERGE", "next_lineage"]
+__all__ = ["CHECKPOINT", "MERGE", "merges", "next_lineage"]
 
 CHECKPOINT = "checkpoint"
 """The lineage detail that names the exported checkpoint; each version copies it, as the first may be pruned."""
 MERGE = "merge"
 """The method of a version that merged labels: the added one replaces the removed ones."""
+
+
+def merges(lineage: Lineage) -> tuple[tuple[str, str], ...]:
+    """Each label that a version merged into another one, with that one; empty for other methods."""
+    if lineage.method != MERGE or not lineage.added:
+        return ()
+    return tuple((label, lineage.added[0]) for label in lineage.removed)
 
 
 def next_lineage(classifier: Classifier, parent: Head, **what: Any) -> Lineage:
