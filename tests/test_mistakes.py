@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+import tiny
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -95,3 +100,21 @@ def test_the_name_of_a_file_is_a_text_with_a_warning(patcher):
 
 def test_a_file_in_place_of_the_label_is_told(patcher):
     assert "several times; did you mean --examples pets?" in patcher("add-label", "pets")[2]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_port_that_a_server_of_the_same_repository_has_is_told(own, patcher, classifier, monkeypatch):
+    monkeypatch.setattr("patcher.serve._PORT_SECONDS", 0.0)
+    grpc, web, metrics = tiny.free_ports(3)
+    listen = f"import socket; s = socket.create_server(('127.0.0.1', {web})); print(flush=True); s.accept()"
+    options = [f"--model-repository={classifier.root if own else classifier.root.parent}", "--grpc-address=127.0.0.1"]
+    options += [f"--{name}-port={port}" for name, port in (("grpc", grpc), ("http", web), ("metrics", metrics))]
+    with subprocess.Popen(
+        ["tritonserver", "-c", listen, *options], executable=sys.executable, stdout=subprocess.PIPE
+    ) as there:
+        there.stdout.readline()
+        code, _, err = patcher("serve", "--grpc-port", grpc, "--http-port", web, "--metrics-port", metrics)
+        there.kill()
+    told = f"error: this repository is served already: gRPC 127.0.0.1:{grpc}, by process {os.getpid()}. Use that server"
+    usual = f"error: cannot listen on 127.0.0.1:{web}: Address already in use; name another port, or 0 for any\n"
+    assert (code, told in err, usual in err) == (2, own, not own), err
