@@ -315,7 +315,7 @@ class RepositoryFiles:
 
 
 def _patience() -> float:
-    """How many seconds to wait for the lock, as ``$PATCHER_LOCK_TIMEOUT`` sets it; InputError if it is no such number."""
+    """How many seconds to wait for the lock; InputError if ``$PATCHER_LOCK_TIMEOUT`` is no such number."""
     given = os.environ.get("PATCHER_LOCK_TIMEOUT")
     if not given:
         return _LOCK_SECONDS
