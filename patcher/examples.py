@@ -182,7 +182,7 @@ def split_labels(label: str, where: str) -> tuple[str, ...]:
 
     Raises ExamplesError, which names its place ``where``, if there is none, as in ``|``.
     """
-    parts = tuple(part for part in label.split("|") if part)
+    parts = tuple(part.strip() for part in label.split("|") if part.strip())
     if not parts:
         raise ExamplesError(f"{where}: the label {label!r} names no label; expected labels with '|' between them")
     return parts

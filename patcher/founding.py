@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from patcher import __version__, audit
 from patcher.arguments import require
 from patcher.classifier import add_classifier
 from patcher.dropping import forget_other, take_out
 from patcher.errors import (
-    ExamplesError,
     GateRefused,
-    LabelError,
     NotServed,
     PatcherError,
     ServerError,
@@ -27,9 +22,9 @@ from patcher.evaluation import Evaluation, evaluate_head
 from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
-from patcher.fit.softmax import fit_softmax
+from patcher.fit.whole_head import fit_head, pairs_of
 from patcher.fleet import each, present
-from patcher.head import Head
+from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
 from patcher.head_file import write_head
 from patcher.limits import MIN_ACCURACY, check_limit
 from patcher.memory import Memory
@@ -40,21 +35,25 @@ from patcher.repository import ModelRepository
 from patcher.rollout import require_live, serve, validate
 from patcher.signals import uninterrupted
 from patcher.stopwatch import Stopwatch
+from patcher.targets import targets_of
 from patcher.triton.client import TritonServer
 from patcher.wording import listing, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from patcher.backbone import Backbone
     from patcher.examples import Examples
     from patcher.examples_file import ExamplesLike
-    from patcher.fit.softmax import SoftmaxFit
+    from patcher.fit.whole_head import HeadFit, Targets
 
 __all__ = ["FoundingSettings", "NewClassifierReport", "WeakLabel", "new_classifier", "publish_new"]
 
+METHODS = {SINGLE_LABEL: "softmax", MULTI_LABEL: "sigmoid"}
+"""What the lineage calls the fit."""
 _WEAK_RECALL = 0.75
 """The report names the labels whose recall on the held-out texts is below this."""
 
@@ -64,9 +63,11 @@ class FoundingSettings:
     """How a new classifier is made.
 
     With ``in_store``, the backbone's head store answers for it, which holds many classifiers in one process; otherwise
-    it gets an ensemble and a head model of its own. ``min_accuracy`` is the share of held-out texts that must be
-    answered right; ``force`` publishes even below it, which is recorded. ``dry_run`` publishes nothing. The memory
-    keeps the features of up to ``per_label`` texts of each label; 0 keeps only statistics.
+    it gets an ensemble and a head model of its own. With ``multi_label``, a text can have any number of the labels
+    (written ``a|b``), and each label is decided on its own. ``min_accuracy`` is the share of held-out texts that must
+    be answered right, with ``multi_label`` by exactly their labels; ``force`` publishes even below it, which is
+    recorded. ``dry_run`` publishes nothing. The memory keeps the features of up to ``per_label`` texts of each label; 0
+    keeps only statistics.
     """
 
     in_store: bool = False
@@ -74,21 +75,25 @@ class FoundingSettings:
     force: bool = False
     dry_run: bool = False
     per_label: int = FEATURES_A_LABEL
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         check_limit("min_accuracy", self.min_accuracy)
-        require(bool, in_store=self.in_store, force=self.force, dry_run=self.dry_run)
+        require(bool, in_store=self.in_store, force=self.force, dry_run=self.dry_run, multi_label=self.multi_label)
         require(int, per_label=self.per_label)
 
 
 @dataclass(frozen=True)
 class WeakLabel:
-    """A label with low recall on its ``support`` held-out texts, and the wrong answer they most often get."""
+    """A label with low recall on its ``support`` held-out texts, and the wrong answer they most often get, if any.
+
+    In a multi-label classifier, texts may lack the label and get no wrong one.
+    """
 
     label: str
     recall: float
     support: int
-    instead: str
+    instead: str | None
 
 
 @dataclass
@@ -98,6 +103,7 @@ class NewClassifierReport:
     classifier: str
     backbone: str
     in_store: bool
+    problem: str
     address: str
     labels: int
     examples: int
@@ -121,20 +127,25 @@ class NewClassifierReport:
     @property
     def sentence(self) -> str:
         """The gate's verdict in one sentence."""
-        right = f"{percent(self.evaluation.accuracy, 1)} of {self.held_out} held-out texts answered right"
         word = "Passed" if self.gate == "passed" else "Refused"
-        return f"{word}: {right}, macro F1 {percent(self.evaluation.macro_f1, 1)}."
+        return f"{word}: {self.right}, macro F1 {percent(self.evaluation.macro_f1, 1)}."
+
+    @property
+    def right(self) -> str:
+        """How many of the held-out texts were answered right, in words."""
+        how = "answered right" if self.problem == SINGLE_LABEL else "given exactly their labels"
+        return f"{percent(self.evaluation.accuracy, 1)} of {self.held_out} held-out texts {how}"
 
     def to_json(self) -> dict[str, Any]:
         """The report for JSON, with the figures of every label."""
         return {
-            **{name: getattr(self, name) for name in ("classifier", "backbone", "in_store", "address", "version")},
-            **{name: getattr(self, name) for name in ("labels", "examples", "repeated", "held_out")},
+            **{name: getattr(self, name) for name in ("classifier", "backbone", "in_store", "problem", "address")},
+            **{name: getattr(self, name) for name in ("version", "labels", "examples", "repeated", "held_out")},
             "accuracy": self.evaluation.accuracy,
             "macro_f1": self.evaluation.macro_f1,
             "per_label": self.evaluation.to_json()["per_label"],
             "weak_labels": [dataclasses.asdict(weak) for weak in self.weak],
-            "method": "softmax",
+            "method": METHODS[self.problem],
             **{name: getattr(self, name) for name in ("penalty", "gate", "published", "served")},
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes", "warnings")},
@@ -153,15 +164,15 @@ def new_classifier(
 ) -> NewClassifierReport:
     """Make a classifier from labelled texts on an existing backbone, without fine-tuning and without torch.
 
-    Its rows are fitted to the frozen features of all texts (multinomial logistic regression). It is evaluated by a
-    trial fit without a fifth of each label's texts, on these texts, which also choose the penalty. With more than
-    20,000 texts, the trial uses a sample of that size. The result is a classifier like any other: ``add_label``,
-    ``rollback`` and the rest work on it.
+    Its rows are fitted to the frozen features of all texts (multinomial logistic regression, or with
+    ``settings.multi_label`` one logistic regression for each label). It is evaluated by a trial fit without a fifth of
+    each label's texts, on these texts, which also choose the penalty. With more than 20,000 texts, the trial uses a
+    sample of that size. The result is a classifier like any other: ``add_label``, ``rollback`` and the rest work on it.
 
     Parameters
     ----------
     examples
-        Texts with one label each, or the path of a file with them: at least two labels, and two texts of each.
+        Labelled texts, or the path of a file with them: at least two labels, and two texts of each.
     backbone
         The backbone's name; by default the only one of the repository.
     server
@@ -188,20 +199,21 @@ def new_classifier(
     base = repository.backbone(backbone)
     repository.refuse_existing(check_name(name))
     given = as_examples(examples, "examples")
-    examples = given.once_a_label()  # the trial fit must not have seen the texts that it is evaluated on
-    labels, ids = _checked(examples)
+    # The trial fit must not have seen the texts that it is evaluated on.
+    examples = given.once_a_label(several=settings.multi_label)
+    labels, targets = targets_of(examples, several=settings.multi_label)
     with watch("features"):
         features = extract_features(base, examples.texts, server, progress)
     with watch("fit"):
-        made = fit_softmax(features, ids, len(labels))
+        made = fit_head(features, targets, len(labels))
     with watch("judge"):
-        report = _judged(name, base, labels, ids, features, made, settings)
+        report = _judged(name, base, labels, examples, features, made, settings)
         report.repeated = len(given) - len(examples)
     if report.gate == "refused":
         report.seconds = watch.stop()
         raise GateRefused(_refusal(report, settings), report.to_json())
     with watch("scope"):
-        memory = _memory(features, ids, labels, settings)
+        memory = _memory(features, targets, labels, settings)
         head = _head(base, labels, made, memory, report, examples)
     with watch("publish"):
         _publish(base, head, memory, report, settings, server)
@@ -210,51 +222,38 @@ def new_classifier(
 
 
 def _memory(
-    features: NDArray[np.float32], ids: NDArray[np.int64], labels: Sequence[str], settings: FoundingSettings
+    features: NDArray[np.float32], targets: Targets, labels: Sequence[str], settings: FoundingSettings
 ) -> Memory:
     limits = {"per_label": settings.per_label} | ({"most_clusters": STORED_CLUSTERS} if settings.in_store else {})
-    return Memory.build(features, ids, labels, features.shape[1], **limits)
-
-
-def _checked(examples: Examples) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The labels in order of appearance, and the index of each text's label, INT64 ``[n]``."""
-    written = examples.labelled()
-    counts = Counter(written)
-    if len(counts) < 2:  # noqa: PLR2004  a choice
-        only = ", ".join(map(repr, counts)) or "none"
-        raise LabelError(f"{examples.source} has one label only ({only}); expected two or more to choose between")
-    lonely = [label for label, count in counts.items() if count < 2]  # noqa: PLR2004  one to fit, one to judge
-    if lonely:
-        raise ExamplesError(
-            f"{examples.source} has a single text of {len(lonely)} of its {len(counts)} labels "
-            f"({listing(map(repr, lonely))}); expected two or more of each, ten are good: one is held out to judge by"
-        )
-    labels = tuple(counts)
-    place = {label: index for index, label in enumerate(labels)}
-    return labels, np.array([place[label] for label in written], np.int64)
+    rows, ids = pairs_of(targets)
+    return Memory.build(features[rows], ids, labels, features.shape[1], **limits)
 
 
 def _judged(
     name: str,
     base: Backbone,
     labels: tuple[str, ...],
-    ids: NDArray[np.int64],
+    examples: Examples,
     features: NDArray[np.float32],
-    made: SoftmaxFit,
+    made: HeadFit,
     settings: FoundingSettings,
 ) -> NewClassifierReport:
     """The report, with the trial fit evaluated on the held-out texts."""
-    trial = Head.from_linear(labels, made.trial_weight, made.trial_bias, features.shape[1], base.fingerprint())
-    expected = [labels[place] for place in ids[made.held_out]]
+    problem = MULTI_LABEL if settings.multi_label else SINGLE_LABEL
+    rows = made.trial_weight, made.trial_bias
+    trial = Head.from_linear(labels, *rows, features.shape[1], base.fingerprint(), problem=problem)
+    written = examples.labelled()
+    expected = [written[place] for place in made.held_out]
     found = evaluate_head(trial, features[made.held_out], expected)
     passed = found.accuracy >= settings.min_accuracy
     return NewClassifierReport(
         classifier=name,
         backbone=base.backbone_name,
         in_store=settings.in_store,
+        problem=problem,
         address=f"{base.any_model}/{name}" if settings.in_store else name,
         labels=len(labels),
-        examples=len(ids),
+        examples=len(examples),
         held_out=len(expected),
         evaluation=found,
         penalty=made.penalty,
@@ -269,7 +268,7 @@ def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
     for label, answered, _ in found.confusions:  # the most frequent first
         instead.setdefault(label, answered)
     weak = [
-        WeakLabel(label, score.recall, score.support, instead[label])
+        WeakLabel(label, score.recall, score.support, instead.get(label))
         for label, score in found.per_label.items()
         if score.support and score.recall < _WEAK_RECALL
     ]
@@ -277,10 +276,12 @@ def _weak(found: Evaluation) -> tuple[WeakLabel, ...]:
 
 
 def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
-    worst = listing(f"{weak.label!r} (answered {weak.instead!r})" for weak in report.weak)
+    worst = listing(
+        f"{weak.label!r}" + (f" (answered {weak.instead!r})" if weak.instead else "") for weak in report.weak
+    )
     return (
-        f"the gate refused {report.classifier}: {percent(report.evaluation.accuracy, 1)} of {report.held_out} held-out "
-        f"texts answered right, expected {percent(settings.min_accuracy, 1)} or more. Found least: "
+        f"the gate refused {report.classifier}: {report.right}, expected {percent(settings.min_accuracy, 1)} or more. "
+        "Found least: "
         f"{worst or 'none in particular'}. "
         "More texts of these help, or another backbone; `--force` (force=True) publishes anyway."
     )
@@ -289,12 +290,12 @@ def _refusal(report: NewClassifierReport, settings: FoundingSettings) -> str:
 def _head(
     base: Backbone,
     labels: tuple[str, ...],
-    made: SoftmaxFit,
+    made: HeadFit,
     memory: Memory,
     report: NewClassifierReport,
     examples: Examples,
 ) -> Head:
-    facts: dict[str, Any] = {"method": "softmax", "data_hash": examples.data_hash(), "gate": report.gate}
+    facts: dict[str, Any] = {"method": METHODS[report.problem], "data_hash": examples.data_hash(), "gate": report.gate}
     audit.note(classifier=report.classifier, backbone=base.backbone_name, in_store=report.in_store, **facts)
     head = Head.from_linear(
         labels,
@@ -302,6 +303,7 @@ def _head(
         made.bias,
         memory.width,
         base.fingerprint(),
+        problem=report.problem,
         created=now(),
         author=author(),
         tool_version=__version__,

@@ -11,7 +11,7 @@ from test_fit import world
 from patcher.fit import fit
 from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
-from patcher.fit.softmax import fit_softmax
+from patcher.fit.whole_head import fit_head
 from patcher.flips import Flips, count_flips, fewest_inputs, upper_bound
 from patcher.gate import judge
 from patcher.gate_words import advice
@@ -225,7 +225,7 @@ def test_the_budget_is_kept_to_the_last_bit():
         centres = rng.standard_normal((13, 32))
         ids = np.repeat(np.arange(12), 40)
         features = (centres[ids] + 1.2 * rng.standard_normal((480, 32))).astype(np.float32)
-        softmax = fit_softmax(features, ids, 12)
+        softmax = fit_head(features, ids, 12)
         head = Head.from_linear([f"l{i}" for i in range(12)], softmax.weight, softmax.bias, 32, "x")
         memory = Memory.build(features, ids, head.labels, 32)
         examples = {"n": (0.5 * (centres[12] + centres[0]) + rng.standard_normal((10, 32))).astype(np.float32)}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tiny
+from hypothesis.extra.numpy import arrays
 
 from patcher import (
     Examples,
@@ -41,18 +46,29 @@ from patcher.errors import (
     ServerRefused,
     ServerUnreachable,
 )
-from patcher.fit.holding_out import hold_out
-from patcher.fit.softmax import fit_softmax
+from patcher.fit.holding_out import hold_out, hold_out_several
+from patcher.fit.whole_head import fit_head
 from patcher.lifecycle import evaluate, history
 from patcher.names import check_name
 from patcher.rollout import held_in_stores
 from patcher.storage import disk
+from patcher.targets import targets_of
 from patcher.triton.failures import Address
 from patcher.triton.server import EmbeddedTriton
 
 
 def examples(labels=tiny.NEW, count=20, seed=3):
     pairs = [(text, label) for label in labels for text in tiny.sentences(label, count, seed)]
+    return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
+
+
+def joined(labels=tiny.NEW, count=40, seed=3):
+    """Texts of one label each, and texts made of two with both labels."""
+    alone = examples(labels, count, seed)
+    pairs = [*zip(alone.texts, alone.labels, strict=True)]
+    for first, second in itertools.combinations(labels, 2):
+        halves = tiny.sentences(first, count, seed + 1), tiny.sentences(second, count, seed + 2)
+        pairs += [(f"{a} and {b}", f"{first}|{second}") for a, b in zip(*halves, strict=True)]
     return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs), "made up")
 
 
@@ -76,12 +92,23 @@ def test_a_share_of_every_label_is_held_out():
     assert np.bincount(ids[apart]).min() >= 1 <= np.bincount(ids[fitted]).min()
 
 
+@hypothesis.given(arrays(np.bool_, st.tuples(st.integers(1, 6), st.integers(3, 5))))
+def test_of_several_labels_each_is_among_those_to_fit(rows):
+    twice = np.concatenate([rows | ~rows.any(axis=1, keepdims=True), ~np.eye(rows.shape[1], dtype=bool)])
+    targets = np.concatenate([twice, twice])  # two inputs with each label, and two without it
+    fitted, apart = hold_out_several(targets)
+    assert sorted([*fitted, *apart]) == list(range(len(targets)))
+    assert len(apart) > 0
+    assert targets[fitted].any(axis=0).all()
+    assert not targets[fitted].all(axis=0).any()
+
+
 def test_the_fit_is_the_one_that_there_is():
     """Compare with scipy's solution of the same convex problem, which is formulated here independently."""
     from scipy.optimize import minimize
 
     features, ids = clusters(30)
-    made = fit_softmax(features, ids, 4)
+    made = fit_head(features, ids, 4)
     assert ((features @ made.weight.T + made.bias).argmax(axis=1) == ids).mean() > 0.9
     from patcher.fit.model import whitening
     from patcher.memory import Memory
@@ -103,10 +130,36 @@ def test_the_fit_is_the_one_that_there_is():
     np.testing.assert_allclose(chances, expected, atol=0.01)
 
 
+def test_with_several_labels_each_row_is_a_logistic_regression_of_its_own():
+    from scipy.optimize import minimize
+
+    from patcher.fit.model import whitening
+    from patcher.memory import Memory
+
+    features, ids = clusters(30)
+    targets = (ids[:, None] == np.arange(4)) | (ids[:, None] == (np.arange(4) + 1) % 4)  # two labels each
+    made = fit_head(features, targets, 4)
+    rows, labels = np.nonzero(targets)
+    white = whitening(Memory.build(features[rows], labels, list("abcd"), 6))
+    points = white.of(features)
+    ours = features @ made.weight.T + made.bias
+    for label in range(4):
+        sign = np.where(targets[:, label], 1.0, -1.0)
+
+        def loss(row, sign=sign):
+            return (
+                np.logaddexp(0, -sign * (points @ row[:6] + row[6])).mean() + 0.5 * made.penalty * (row[:6] ** 2).sum()
+            )
+
+        best = minimize(loss, np.zeros(7), tol=1e-10).x
+        expected, found = (1 / (1 + np.exp(-each)) for each in (points @ best[:6] + best[6], ours[:, label]))
+        np.testing.assert_allclose(found, expected, atol=0.01)
+
+
 def test_the_penalty_grows_with_the_noise():
     features, ids = clusters(30)
     noise = np.random.default_rng(1).permutation(ids)
-    assert fit_softmax(features, noise, 4).penalty > fit_softmax(features, ids, 4).penalty
+    assert fit_head(features, noise, 4).penalty > fit_head(features, ids, 4).penalty
 
 
 def test_a_new_classifier_without_a_server(classifier):
@@ -129,6 +182,34 @@ def test_a_new_classifier_without_a_server(classifier):
     assert made.serving() == 1
 
 
+def test_a_new_classifier_of_several_labels(classifier):
+    settings = FoundingSettings(multi_label=True)
+    report = new_classifier(classifier.repository, "tags", joined(), settings=settings)
+    assert (report.published, report.gate, report.problem) == (True, "passed", "multi_label")
+    assert "held-out texts given exactly their labels" in report.sentence
+    made = classifier.repository.classifier("tags")
+    assert made.head().labels == tiny.NEW
+    found = evaluate(made, joined(seed=20))
+    assert found.accuracy > 0.7
+    assert min(score.recall for score in found.per_label.values()) > 0.8
+    assert history(made)[0].lineage.method == "sigmoid"
+    add_label(classifier.repository, "weather", tiny.sentences("weather", 10), classifier="tags")
+    assert evaluate(made, joined(("pizza", "weather"), seed=20)).per_label["weather"].recall > 0.7
+
+
+def test_a_label_that_nothing_is_answered_instead_of_is_told(classifier):
+    rng = np.random.default_rng(0)
+    texts = [text for label in tiny.NEW for text in tiny.sentences(label, 20)]
+    labels = ["a|b" if chance < 0.2 else "b" if chance < 0.6 else "c" for chance in rng.random(len(texts))]
+    settings = FoundingSettings(multi_label=True, force=True, dry_run=True)
+    report = new_classifier(
+        classifier.repository, "noise", Examples(tuple(texts), tuple(labels), "noise"), settings=settings
+    )
+    (weak,) = [each for each in report.weak if each.label == "a"]
+    assert weak.instead is None or weak.instead in "bc"
+    assert report.to_json()["method"] == "sigmoid"
+
+
 def test_the_same_texts_give_the_same_head(classifier):
     for name in ("a", "b"):
         new_classifier(classifier.repository, name, examples())
@@ -138,6 +219,10 @@ def test_the_same_texts_give_the_same_head(classifier):
 
 def one_label():
     return Examples(("a", "b"), ("x", "x"), "file.csv")
+
+
+def labels_of_several():
+    return Examples(tuple("abcdef"), ("x|y", "x|y", "x", "x", "y", "y"), "file.csv")
 
 
 def one_text():
@@ -152,6 +237,7 @@ def one_text():
         ("a/b", None, examples, InputError, "cannot name a model"),
         ("x_any", None, examples, InputError, "belong to its parts"),
         ("topics", None, one_label, LabelError, r"one label only \('x'\)"),
+        ("topics", None, labels_of_several, LabelError, r"has the label 'x\|y' and 'x', 'y', too; .*--multi-label"),
         ("topics", None, one_text, ExamplesError, r"a single text of 1 of its 2 labels \('y'\)"),
         ("topics", None, lambda: Examples(("a", " "), ("x", "y"), "f"), ExamplesError, "f, text 2: the text is empty"),
         ("topics", None, lambda: Examples(("a", "b"), None, "f"), ExamplesError, "f has no label column"),
@@ -162,6 +248,27 @@ def test_what_cannot_be_made_is_refused_before_any_work(classifier, tree, name, 
     with pytest.raises(kind, match=message):
         new_classifier(classifier.repository, name, texts(), backbone=backbone)
     assert tree(classifier.root) == before
+
+
+def test_the_labels_of_each_text_are_its_targets():
+    given = Examples(tuple("abcde"), ("x", "x | y|x", "y", "z|y", "z"), "file.csv")
+    names, targets = targets_of(given, several=True)
+    assert names == ("x", "y", "z")
+    assert targets.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (("x", "x", "x|y", "x|y"), "every text, or all but one, has the label 'x'; expected two or more without it"),
+        (("x|y", "x", "x", "z | x"), r"a single text of 2 of its 3 labels \('y', 'z'\)"),
+        (("x", "x", "x", "x"), r"one label only \('x'\)"),
+    ],
+)
+def test_texts_of_several_labels_that_do_not_do_are_refused(labels, message):
+    given = Examples(tuple("abcd"), labels, "file.csv")
+    with pytest.raises((LabelError, ExamplesError), match=message):
+        targets_of(given, several=True)
 
 
 def test_labels_that_cannot_be_told_apart_are_refused(classifier, tree):
@@ -245,6 +352,28 @@ def test_from_the_shell_onto_a_server(triton, tmp_path, monkeypatch, capsys, com
     patcher("new-classifier", name, "--backbone", "intent", "--train", file, *place)  # the name can be used again
     (answer,) = json.loads(patcher("classify", question, "--classifier", name, "--json"))
     assert answer["head_version"] == 1
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("in_store", [False, True])
+def test_several_labels_are_served(triton, tmp_path, monkeypatch, command, in_store):
+    monkeypatch.setenv("TRITON_MODEL_REPO", str(triton.repository))
+    monkeypatch.setenv("TRITON_URL", triton.url)
+    name, given = f"tags_{in_store}", joined()
+    file = tmp_path / "train.csv"
+    with file.open("w") as rows:
+        csv.writer(rows).writerows([("text", "label"), *zip(given.texts, given.labels, strict=True)])
+    place = ["--in-store"] if in_store else []
+    code, out, err = command("new-classifier", name, "--backbone", "intent", "--train", file, "--multi-label", *place)
+    assert code == 0, err
+    assert "held-out texts given exactly their labels" in out
+    both = f"{tiny.sentences('pizza', 1, seed=8)[0]} and {tiny.sentences('payday', 1, seed=8)[0]}"
+    code, out, err = command("classify", both, "--classifier", name, "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)
+    assert {each["label"] for each in answer["candidates"] if each["score"] > 0.5} == {"pizza", "payday"}
+    with TritonServer(triton.url) as server:
+        drop_classifier(ModelRepository(triton.repository), name, server)
 
 
 @pytest.mark.server

@@ -41,13 +41,16 @@ _SHOWN = 5
     required=True,
     help="Training file: CSV, TSV, JSONL or Parquet with a text and a label column.",
 )
+@click.option(
+    "--multi-label", is_flag=True, help="A text can have several of the labels; --train writes them as `a|b`."
+)
 @click.option("--in-store", is_flag=True, help="Serve it from the backbone's head store (for very many classifiers).")
 @click.option(
     "--min-accuracy",
     type=Number(0, 1),
     default=MIN_ACCURACY,
     show_default=True,
-    help="Smallest share of held-out texts that must be answered right.",
+    help="Smallest share of held-out texts that must be answered right (with --multi-label: by exactly their labels).",
 )
 @memory_option
 @dry_run_option
@@ -58,6 +61,7 @@ def new_classifier_command(
     name: str,
     backbone: str | None,
     train: Path,
+    multi_label: bool,
     in_store: bool,
     min_accuracy: float,
     kind: str,
@@ -72,12 +76,14 @@ def new_classifier_command(
     makes the server load it, and verifies that the server answers from it. Nothing is fine-tuned.
 
     With --in-store, one process holds the heads of all such classifiers; clients call the ensemble BACKBONE_any with
-    `text` and `classifier`, and `canary` is not available. `to-transformers` works on exported classifiers only; every
+    `text` and `classifier`, and `canary` is not available. With --multi-label, each label is decided on its own, and a
+    text gets all labels with a score above 0.5. `to-transformers` works on exported classifiers only; every
     other verb works on this one, too.
 
     \b
     patcher new-classifier topics --backbone intent --train topics.csv
     patcher new-classifier customer-17 --backbone intent --train 17.csv --in-store
+    patcher new-classifier tags --backbone intent --train tags.csv --multi-label
     """
     from patcher.examples_file import read_examples
     from patcher.founding import FoundingSettings, new_classifier
@@ -86,7 +92,12 @@ def new_classifier_command(
     if options.classifier_name is not None:
         raise click.UsageError("--classifier is for existing classifiers; give the new name as the argument NAME")
     wishes = FoundingSettings(
-        in_store, min_accuracy, force, dry_run, per_label=FEATURES_A_LABEL if kind == "features" else 0
+        in_store,
+        min_accuracy,
+        force,
+        dry_run,
+        per_label=FEATURES_A_LABEL if kind == "features" else 0,
+        multi_label=multi_label,
     )
     examples = read_examples(train)
     # A dry run changes nothing, so it needs no server: features computed from the local files are the same.
@@ -120,7 +131,8 @@ def _render(report: NewClassifierReport, options: CommonOptions) -> None:
     options.say(f"gate      {report.sentence}{forced}")
     for weak in report.weak[:_SHOWN]:
         found = f"{percent(weak.recall, 0)} of {weak.support} found"
-        options.say(f"weak      {weak.label}: {found}, most of the rest answered as {weak.instead}")
+        instead = f", most of the rest answered as {weak.instead}" if weak.instead else ""
+        options.say(f"weak      {weak.label}: {found}{instead}")
     if len(report.weak) > _SHOWN:
         options.say(f"          and {len(report.weak) - _SHOWN} more (--json lists them)")
     if report.repeated:

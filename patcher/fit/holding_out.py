@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from patcher.arrays import Ints
+    from patcher.arrays import Bools, Ints
 
-__all__ = ["hold_out"]
+__all__ = ["hold_out", "hold_out_several"]
 
 _SHARE = 0.2
 
@@ -32,3 +32,17 @@ def hold_out(ids: Ints, share: float = _SHARE, most: int | None = None, seed: in
     apart = order[place < held[sorted_ids]]
     fitted = order[(place >= held[sorted_ids]) & (place < kept[sorted_ids])]
     return np.sort(fitted), np.sort(apart)
+
+
+def hold_out_several(targets: Bools, most: int | None = None) -> tuple[Ints, Ints]:
+    """``hold_out`` for inputs with any number of labels, BOOL ``[n, C]``: an input counts for its rarest label.
+
+    There is an input with each label among those to fit, and one without it, if there is any.
+    """
+    rarest = np.where(targets, targets.sum(axis=0), len(targets) + 1).argmin(axis=1)
+    fitted, apart = hold_out(rarest, most=most)
+    for asked in (targets, ~targets):
+        for label in np.flatnonzero(asked.any(axis=0) & ~asked[fitted].any(axis=0)):
+            moved = np.flatnonzero(asked[:, label])[:1]
+            fitted, apart = np.union1d(fitted, moved), np.setdiff1d(apart, moved)
+    return fitted, apart

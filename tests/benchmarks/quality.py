@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo"
 PARTS = (
-    "baselines", "ours", "sequential", "many", "multi_label", "bound", "scope", "speed", "finetune", "libraries",
+    "baselines", "ours", "sequential", "many", "multi_label", "merges", "bound", "scope", "speed", "finetune",
+    "libraries",
 )  # fmt: skip
 EXAMPLES = 10
 DRAWS = 5
@@ -69,6 +70,7 @@ def parts(
         "sequential": lambda: ours.sequential(setting, EXAMPLES, min(SEQUENCES, draws)),
         "many": lambda: life.many_labels(setting, EXAMPLES),
         "multi_label": lambda: life.sigmoids(setting, EXAMPLES, draws),
+        "merges": lambda: life.merges(setting),
         "bound": lambda: ours.bound(setting, EXAMPLES, bound_draws),
         "scope": lambda: ours.scope(setting, EXAMPLES),
         "baselines": lambda: others.baselines(setting, EXAMPLES, draws),

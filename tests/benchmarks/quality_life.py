@@ -1,4 +1,4 @@
-"""Quality over many patches: a hundred labels added one after another, and multi-label classifiers."""
+"""Quality over many patches: a hundred labels added one after another, multi-label classifiers, and merges."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from patcher.fit.scope import fit_scope
 from patcher.gate import judge
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
+from patcher.patch import PatchSettings
+from patcher.relabelling import merged
 from tests.benchmarks.quality_data import draws_of, note
 from tests.benchmarks.quality_ours import names_of
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-__all__ = ["many_labels", "sigmoids"]
+__all__ = ["many_labels", "merges", "sigmoids"]
 
 MANY = 100
 ORDERS = 3
@@ -132,6 +134,55 @@ def sigmoids(setting: Setting, n: int, draws: int) -> dict[str, Any]:
     shares = ", ".join(f"{name} {100 * found_in[name]['mean']:.1f}" for name in ("recall", "precision"))
     note(f"  sigmoids: {shares}")
     return found_in
+
+
+MERGES = 30
+"""Pairs of labels that are merged: half with the label whose mean is nearest, half at random."""
+
+
+def merges(setting: Setting) -> dict[str, Any]:
+    """Merge two labels into one, in a single-label and a multi-label classifier: its recall, and harm to the others.
+
+    ``recall`` is the share of the two labels' test texts that get the merged one, ``recall before`` of those that got
+    either. ``flips`` are other texts that were answered right (multi-label: did not get either) and no longer are.
+    """
+    found = {}
+    for kind, head in (("single-label", setting.head), ("multi-label", _sigmoid_head(setting))):
+        memory = Memory.build(setting.train, setting.train_ids, head.labels, head.split)
+        rows = [_merge(setting, head, memory, *pair) for pair in _pairs(memory)]
+        found[kind] = {name: _mean([row[name] for row in rows]) for name in rows[0]} | {"merges": len(rows)}
+        note(f"  merges, {kind}: recall {100 * found[kind]['recall']['mean']:.1f}")
+    return found
+
+
+def _pairs(memory: Memory) -> list[tuple[int, int]]:
+    rng, means = np.random.default_rng(37), memory.means()
+    gaps = ((means[:, None] - means[None]) ** 2).sum(axis=2) + np.diag(np.full(len(means), np.inf))
+    firsts = rng.permutation(len(means))[: MERGES // 2].tolist()
+    near = [(label, int(gaps[label].argmin())) for label in firsts]
+    return near + [tuple(rng.permutation(len(means))[:2].tolist()) for _ in firsts]
+
+
+def _merge(setting: Setting, head: Head, memory: Memory, first: int, second: int) -> dict[str, float]:
+    labels = [head.labels[first], head.labels[second]]
+    patch = merged(head, memory, labels, "both", PatchSettings(force=True))
+    mine = np.isin(setting.test_ids, (first, second))
+    before, after = head.logits(setting.test), patch.head.logits(setting.test)
+    place = patch.head.index("both")
+    if head.exclusive:
+        names, answers = np.array(patch.head.labels)[after.argmax(axis=1)], before.argmax(axis=1)
+        had, has = np.isin(answers, (first, second)), names == "both"
+        right = np.array(head.labels)[setting.test_ids]
+        flips = (answers == setting.test_ids) & (names != right)
+    else:
+        had, has = (before[:, [first, second]] > 0).any(axis=1), after[:, place] > 0
+        flips = has & ~had
+    return {
+        "recall before": float(had[mine].mean()),
+        "recall": float(has[mine].mean()),
+        "flips": float(flips[~mine].mean()),
+        "gate passed": float(patch.gate == "passed"),
+    }
 
 
 def _mean(values: list[float]) -> dict[str, float]:

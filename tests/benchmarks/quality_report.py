@@ -24,6 +24,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "sequential": _sequential,
         "many": _many,
         "multi_label": _multi_label,
+        "merges": _merges,
         "bound": _bound,
         "scope": _scope,
         "speed": _speed,
@@ -176,6 +177,21 @@ def _multi_label(results: Mapping[str, Any]) -> list[str]:
     heads = ["patches", "recall %", "precision %", "old texts that get the new label %", "gate passed"]
     about = "A sigmoid for each label on the same features; a label is given above 0.5. Mean (worst)."
     return ["## A multi-label classifier", "", about, "", *table(heads, [row])]
+
+
+def _merges(results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for kind, found in results["merges"].items():
+        shares = [f"{100 * found[name]['mean']:.1f} ({100 * found[name]['min']:.1f})" for name in _MERGED]
+        flips = f"{100 * found['flips']['mean']:.3f} ({100 * found['flips']['max']:.3f})"
+        rows.append([kind, found["merges"], *shares, flips, f"{100 * found['gate passed']['mean']:.0f} %"])
+    heads = ["classifier", "merges", "texts of the two that got either, %", "that get the merged label, %"]
+    heads += ["other texts that flip, %", "gate passed"]
+    about = "Half of the pairs are a label and its nearest, half are random; only the memory is used. Mean (worst)."
+    return ["## Two labels merged into one", "", about, "", *table(heads, rows)]
+
+
+_MERGED = ("recall before", "recall")
 
 
 def _bound(results: Mapping[str, Any]) -> list[str]:
