@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from patcher.triton.tensors import Answer
     from patcher.triton.tls import ClientTls, ServerTls
 
-__version__ = "0.16.0"
+__version__ = "0.17.0"
 
 # Name -> module. Each is imported on first use, so that `import patcher` is nearly free.
 _HOMES = {

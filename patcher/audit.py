@@ -61,7 +61,7 @@ _event: ContextVar[dict[str, Any] | None] = ContextVar("event", default=None)
 
 def begin(verb: str) -> None:
     """Start the event of a run of ``verb``."""
-    _event.set({"verb": verb, "started": time.time()})
+    _event.set({"verb": verb, "started": time.time(), "since": time.monotonic()})
 
 
 def note(**facts: Any) -> None:
@@ -114,13 +114,13 @@ def finish(code: int, error: str = "", *, to_stderr: bool = False) -> None:
     _event.set(None)
     if event is None:
         return
-    started, outcome = event.pop("started"), event.pop("outcome", "done")
+    started, since, outcome = event.pop("started"), event.pop("since"), event.pop("outcome", "done")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "verb": event.pop("verb"),
         "outcome": outcome if code == 0 else OUTCOMES.get(code, "failed"),
         "exit_code": code,
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(time.monotonic() - since, 3),
         "user": author(),
         "host": socket.gethostname(),
         **event,

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import urllib.request
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ import tiny
 import yaml
 from certificates import Authority
 
-from patcher import ModelRepository, metrics, rollout
+from patcher import ModelRepository, audit, metrics, rollout
 from patcher.audit import read_event
 from patcher.cli import main
 from patcher.errors import NotServed, StorageError
@@ -209,6 +210,16 @@ def test_the_audit_log_says_who_did_what_from_what(exported):
     assert forced["seconds"] > 0
     assert {"time", "user", "host", "classifier", "parent_version", "method", "added"} <= forced.keys()
     assert "there are 1, 2" in bad["error"]
+
+
+def test_a_clock_that_is_set_meanwhile_makes_no_verb_longer(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(tmp_path / "audit.jsonl"))
+    audit.begin("prune")
+    later = time.time() + 6000
+    monkeypatch.setattr(time, "time", lambda: later)
+    audit.finish(0)
+    (event,) = events(tmp_path / "audit.jsonl")
+    assert 0 <= event["seconds"] < 600
 
 
 def test_the_audit_log_names_the_classifiers_of_verbs_for_all(classifier, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import s3_server
 import tiny
+from processes import soon
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill
@@ -118,22 +119,28 @@ def faults(server=None):
 
 
 def test_a_store_that_hangs_is_told_and_given_up(store, monkeypatch, capsys):
-    monkeypatch.setattr(s3, "_SMALL_SECONDS", 0.5)
+    monkeypatch.setattr(s3, "_SMALL_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         url = f"s3://http://127.0.0.1:{hanging.getsockname()[1]}/models/repository"
         bucket = Bucket(url, tries=1)
         assert bucket.region == "us-east-1"  # the client is there, which may take longer than the notice
-        monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.2)
+        monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.05)
         with pytest.raises(StorageError, match="is the object store up"):
             bucket.get("patcher.json")
     assert capsys.readouterr().err == f"still waiting for the object store to read {url}/patcher.json\n"
 
 
-def test_a_transfer_that_takes_long_is_not_taken_for_a_store_that_hangs(store, monkeypatch, capsys):
+def test_a_transfer_that_takes_long_is_not_taken_for_a_store_that_hangs(store, monkeypatch):
+    calm, before_the_end = threading.Event(), []
+
+    class Timer(threading.Timer):
+        def cancel(self):
+            super().cancel()
+            calm.set()
+
+    monkeypatch.setattr(s3.threading, "Timer", Timer)
     with socket.create_server(("127.0.0.1", 0)) as server:
         bucket = Bucket(f"s3://http://127.0.0.1:{server.getsockname()[1]}/models/repository", tries=1)
-        assert bucket.region == "us-east-1"
-        monkeypatch.setattr(s3, "_NOTICE_SECONDS", 0.2)
 
         def answer_slowly():
             with server.accept()[0] as connection:
@@ -141,16 +148,15 @@ def test_a_transfer_that_takes_long_is_not_taken_for_a_store_that_hangs(store, m
                 date = "Fri, 27 Nov 2026 00:00:00 GMT"
                 head = f'HTTP/1.1 200 OK\r\nETag: "1"\r\nDate: {date}\r\nLast-Modified: {date}\r\n'
                 head += "Content-Length: 4\r\n\r\n"
-                connection.sendall(head.encode())
-                for byte in (b"s", b"l", b"o", b"w"):
-                    time.sleep(0.1)
-                    connection.sendall(byte)
+                connection.sendall(head.encode() + b"sl")
+                before_the_end.append(calm.wait(20))
+                connection.sendall(b"ow")
 
         slow = threading.Thread(target=answer_slowly, daemon=True)
         slow.start()
         assert bucket.get("patcher.json").data == b"slow"
         slow.join()
-    assert capsys.readouterr().err == ""
+    assert before_the_end == [True]  # no notice can come any more, however long the rest takes
 
 
 def test_a_notice_that_cannot_be_written_is_left_out(monkeypatch):
@@ -293,9 +299,8 @@ def test_an_encoder_runs_nothing_that_somebody_put_beside_it(remote, tmp_path):
         assert any(path.is_dir() for path in decoy.parent.iterdir() if path != decoy)
         assert not server.encoder_runs_backbone
         assert client.classify("intent", TEN)[0].head_version == 1
-        deadline = time.monotonic() + 10  # Triton counts an answer only after it has sent it
-        while client.statistics("intent_backbone")[0].inferences < len(TEN) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        # Triton counts an answer only after it has sent it.
+        soon(lambda: client.statistics("intent_backbone")[0].inferences >= len(TEN))
         assert client.statistics("intent_backbone")[0].inferences == len(TEN)
 
 
@@ -384,7 +389,7 @@ def test_every_verb_takes_the_url_and_serve_gives_it_to_triton(remote, store, tm
             assert "ready: gRPC " in said[1], said
             monkeypatch.setenv("TRITON_URL", said[1].split("gRPC ")[1].split(",")[0])
             children = psutil.Process(serving.pid).children(recursive=True)
-            (child,) = [child for child in children if "tritonserver" in child.cmdline()[0]]
+            (child,) = [child for child in children if child.name() == "tritonserver"]
             line = " ".join(child.cmdline())
             assert child.environ()["AWS_DEFAULT_REGION"] == "us-east-1"
             assert "testing" not in line and f"--model-repository=s3://{store.endpoint}/models/repository" in line
@@ -469,14 +474,13 @@ class TestKilled:
     @pytest.mark.parametrize(
         "at, count", [("2/memory.safetensors", 1), ("2/model.onnx", 1), (".journal", 2), ("config.pbtxt", 1)]
     )
-    def test_between_upload_and_pin_the_next_command_takes_it_back(self, remote, at, count):
+    def test_between_upload_and_pin_the_next_command_takes_it_back(self, remote, monkeypatch, at, count):
         before = objects()
         assert self.patch(at, count) == 9
         assert remote.serving() == 1
         assert any("interrupted" in check.finding for check in faults())
-        started = time.monotonic()
+        monkeypatch.setattr(lease, "LAPSE_SECONDS", 1e6)  # of a lock whose holder on this machine ended, none is needed
         assert main(["doctor", "--repair", "--repo", URL, "--url", "127.0.0.1:1"]) == 1  # no server answers
-        assert time.monotonic() - started < 10  # it does not wait for a lock whose holder on this machine has ended
         config = f"{remote.head_model}/config.pbtxt"
         assert {name: tag for name, tag in objects().items() if name != config} == {
             name: tag for name, tag in before.items() if name != config
@@ -555,9 +559,8 @@ class TestTwo:
         with pytest.raises(Busy, match="ann on elsewhere"), remote.repository.lock(timeout=0.5):
             pass
         monkeypatch.setattr(lease, "LAPSE_SECONDS", 2.0)
-        started = time.monotonic()
         with remote.repository.lock(timeout=20):
-            assert time.monotonic() - started < 6
+            pass
         assert remote.journal.entries()[-1]["holder"] == "ann on elsewhere"
 
     @pytest.mark.parametrize(
@@ -601,11 +604,13 @@ class TestTwo:
         with ModelRepository(URL).lock(timeout=0.5):
             pass
 
-    def test_a_lock_that_is_kept_fresh_is_not(self, remote, monkeypatch):
+    def test_a_lock_that_is_kept_fresh_is_not(self, remote, store, monkeypatch):
+        """By the store's clock, it is always as if it had been taken just now."""
         monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.2)
-        monkeypatch.setattr(lease, "LAPSE_SECONDS", 2.0)
         with remote.repository.lock():
-            with pytest.raises(Busy), ModelRepository(URL).lock(timeout=4.0):
+            taken = store.dated("repository/.patcher.lock")
+            assert soon(lambda: store.dated("repository/.patcher.lock") >= taken + 2)
+            with pytest.raises(Busy), ModelRepository(URL).lock(timeout=0.5):
                 pass
             remote.storage.replace("patcher.json", b'{"format": 1}')
 
@@ -652,23 +657,21 @@ class TestTwo:
         for module in (lease, object_store):
             monkeypatch.setattr(module, "REQUEST_SECONDS", 0.5)
         monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.1)
-        hangs, over = threading.Event(), threading.Event()
+        hangs, over, waited = threading.Event(), threading.Event(), []
 
         def hanging(method, name):
             if method != "PUT" or not name.endswith(".lock"):
                 return False
             hangs.set()
-            over.wait(10)
+            waited.append(over.wait(60))
             return True
 
         with remote.repository.lock():
             store.fault = hanging
             assert hangs.wait(20)
-            began = time.monotonic()
-        took = time.monotonic() - began
+        assert waited == []  # the store still hangs
         over.set()
         store.fault = None
-        assert took < 5
 
     @pytest.mark.parametrize("asleep_before", ["publish", "model.onnx", "switch", "config.pbtxt", "done"])
     def test_one_that_was_only_slow_writes_nothing_over_the_others(self, remote, monkeypatch, asleep_before):

@@ -18,9 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import psutil
 import pytest
 import tiny
+from processes import freeze, living_stubs
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill
@@ -287,26 +287,21 @@ def test_pruning_makes_room_on_a_full_disk(classifier, monkeypatch):
     assert not list(classifier.root.rglob(".patcher-staging-*"))
 
 
-def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier):
+def test_a_queue_that_gets_on_is_no_reason_to_give_up(classifier, monkeypatch):
     """As long as the holders of the lock complete changes, a waiter keeps waiting; it gives up once they stop."""
 
-    def hold():
-        with classifier.repository.lock():
-            started.set_result(None)
-            for _ in range(4):
-                time.sleep(0.3)
-                classifier.journal.append("done", serving=1)
-            time.sleep(1.2)
+    looks, progress = iter(range(100)), Disk._progress
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        started = concurrent.futures.Future()
-        holding = pool.submit(hold)
-        started.result(10)
-        start = time.monotonic()
-        with pytest.raises(Busy), classifier.repository.lock(timeout=0.5):
-            pass
-        assert time.monotonic() - start > 1.2
-        holding.result()
+    def changing(self):
+        if next(looks) in range(1, 5):
+            classifier.journal.append("done", serving=1)
+        return progress(self)
+
+    monkeypatch.setattr(Disk, "_progress", changing)
+    waiting = ModelRepository(classifier.root)
+    with classifier.repository.lock(), pytest.raises(Busy), waiting.lock(timeout=0.05):
+        pass
+    assert next(looks) >= 6
 
 
 @pytest.mark.server
@@ -387,12 +382,12 @@ class TestFaults:
             load = TritonServer.load
 
             def stopped(self, model):
-                os.kill(triton.pid, signal.SIGSTOP)
-                time.sleep(0.2)
+                freeze(triton.pid)
+                hasty.timeout = 3
                 load(self, model)
 
             monkeypatch.setattr(TritonServer, "load", stopped)
-            with TritonServer(triton.url, timeout=3) as hasty, pytest.raises(NotServed, match="within 3 s"):
+            with TritonServer(triton.url) as hasty, pytest.raises(NotServed, match="within 3 s"):
                 add_label(classifier.repository, "payday", TEN, server=hasty)
             os.kill(triton.pid, signal.SIGCONT)
             monkeypatch.undo()
@@ -445,19 +440,20 @@ class TestFaults:
         with classifier.repository.lock():
             other = classifier.repository.add_classifier("other", classifier.head(), backbone="intent")
         with EmbeddedTriton(classifier.root, [*MODELS, "other"], log_file=tmp_path / "log") as triton:
-            with TritonServer(triton.url, timeout=2) as server:
+            with TritonServer(triton.url) as server:
                 assert faults(classifier, server) == []
-                os.kill(triton.pid, signal.SIGSTOP)
+                freeze(triton.pid)
+                server.timeout = 2
                 try:
                     (fault,) = faults(classifier, server)
-                    started = time.monotonic()
-                    (state,) = sync(other, server).values()
-                    waited = time.monotonic() - started
+                    with mock.patch.object(server, "_asked", wraps=server._asked) as asked:
+                        (state,) = sync(other, server).values()
                 finally:
                     os.kill(triton.pid, signal.SIGCONT)
+                server.timeout = 60
                 assert (fault.what, "no further checks were made on it" in fault.finding) == ("server", True)
                 assert "does not answer; run `patcher sync` again when it does" in state
-                assert waited < 3.5
+                assert asked.call_count == 1
                 assert sync(other, server) == {triton.url: "agreed"}
                 (other.version_path(1) / "model.onnx").write_bytes(b"damaged")
                 (state,) = sync(other, server).values()  # `patcher sync` continues with the others
@@ -467,9 +463,8 @@ class TestFaults:
     def test_models_whose_process_died_answer_again_after_a_sync(self, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log") as triton, triton.client() as server:
             for names in (["intent_encoder"], ["intent_head"], ["intent_encoder", "intent_head"]):
-                for stub in psutil.Process(triton.pid).children():
-                    if stub.status() != psutil.STATUS_ZOMBIE and any(name in stub.cmdline()[1] for name in names):
-                        stub.kill()
+                for stub in living_stubs(triton.pid, *names):
+                    stub.kill()
                 with pytest.raises(ServerError, match="is not healthy"):
                     server.classify("intent", TEN)
                 assert server.is_ready("intent")  # according to Triton
@@ -488,7 +483,7 @@ class TestFaults:
         triton = EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log", options=options)
         with triton, triton.client() as server:
             assert faults(classifier, server) == []
-            (encoder,) = [each for each in psutil.Process(triton.pid).children() if "encoder" in each.cmdline()[1]]
+            (encoder,) = living_stubs(triton.pid, "intent_encoder")
             encoder.kill()
             assert "is not healthy" in faults(classifier, server)[0].finding
             os.kill(triton.pid, signal.SIGKILL)  # it would wait for the dead stub
@@ -526,9 +521,7 @@ class TestFaults:
 
             assert not any(seen())
             for model in ("intent_encoder", "intent_head"):
-                children = psutil.Process(triton.pid).children()
-                living = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]
-                [each for each in living if f"{model}/" in each.cmdline()[1]][1].kill()
+                living_stubs(triton.pid, model)[1].kill()
                 assert all(seen() + seen())
                 assert sync(classifier, server) == {triton.url: "caught up"}
                 assert not any(seen())

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import tiny
 from google.protobuf import text_format
+from processes import soon
 from test_rollout import Server
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -107,8 +108,13 @@ def test_labels_come_and_go_while_a_quantised_backbone_is_busy(classifier, tmp_p
             client.start()
         try:
             with triton.client() as server:
-                seen = {server.features(classifier.features_model, ["is it so now?"]).tobytes() for _ in range(20)}
-                assert len(seen) > 1  # otherwise this test tests nothing
+                seen = set()
+
+                def varies():
+                    seen.add(server.features(classifier.features_model, ["is it so now?"]).tobytes())
+                    return len(seen) > 1
+
+                assert soon(varies)  # otherwise this test tests nothing
                 assert add_label(repository, "payday", TEN, server=server).version == 2
                 assert rollback(classifier, server=server).version == 1
                 tried = PatchSettings(canary=10.0)

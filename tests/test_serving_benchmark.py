@@ -73,8 +73,11 @@ def test_ratios_are_taken_round_by_round():
 @pytest.mark.server
 @pytest.mark.slow
 def test_swapping_heads_under_load_fails_nothing(classifier):
-    found = serving_swaps.measure(classifier, TEXTS, seconds=2, concurrency=4, window=2)
-    assert found["failures"] == 0
+    for seconds in (2, 4, 8):  # again if the machine stood still meanwhile
+        found = serving_swaps.measure(classifier, TEXTS, seconds=seconds, concurrency=4, window=seconds)
+        assert found["failures"] == 0
+        if found["swaps"] >= 2 and found["texts/s while swapping"] > 0.3 * found["texts/s undisturbed"]:
+            break
     assert found["swaps"] >= 2
     assert 0 < found["seconds a swap without load, median"] < found["seconds from start to ready, median"] * 20
     assert found["texts/s while swapping"] > 0.3 * found["texts/s undisturbed"]

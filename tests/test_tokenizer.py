@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import tritonclient.grpc as triton
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import soon
 from tiny import tokenizer_json
 from tokenizers import Tokenizer
 from triton_models import only_python_based, tensor
@@ -339,23 +339,28 @@ def tokenize(server, *texts):
 @pytest.mark.server
 def test_served_as_in_this_process_but_for_padding(server, tokenizer):
     requests = [("please tell me",), ("", "can you tell me the balance0 today"), ("Z\u00fcrich \U0001f600",), ("a",)]
-    with ThreadPoolExecutor(len(requests)) as pool:
-        answers = list(pool.map(lambda texts: tokenize(server, *(text.encode() for text in texts)), requests))
-    for texts, answer in zip(requests, answers, strict=True):
+    with ThreadPoolExecutor(len(requests)) as pool, server.client() as client:
+
+        def joined():
+            """Ask all at once; whether any shared a call, which needs them to arrive within half a second."""
+            before = client.statistics("tok")[0]
+            given = pool.map(lambda texts: tokenize(server, *(text.encode() for text in texts)), requests)
+            answers.extend(zip(requests, given, strict=True))
+            # Triton counts a call when it ends, which is after its answers.
+            soon(lambda: client.statistics("tok")[0].successes >= before.successes + len(requests))
+            after = client.statistics("tok")[0]
+            assert after.successes - before.successes == len(requests)
+            return after.executions - before.executions < len(requests)
+
+        answers = []
+        assert soon(joined)
+    for texts, answer in answers:
         expected = encode(tokenizer, texts, ["input_ids", "attention_mask"])
         length = expected["input_ids"].shape[1]
         for name, value in expected.items():
             assert answer.as_numpy(name)[:, :length].tolist() == value.tolist()
         assert not answer.as_numpy("attention_mask")[:, length:].any()
         assert answer.as_numpy("token_type_ids") is None  # not declared
-    with server.client() as client:
-        deadline = time.monotonic() + 10
-        while True:  # Triton counts a call when it ends, which is after its answers
-            (statistics,) = client.statistics("tok")
-            if statistics.successes >= len(requests) or time.monotonic() > deadline:
-                break
-    assert statistics.successes == len(requests)
-    assert statistics.executions < statistics.successes
 
 
 @pytest.mark.server
@@ -403,15 +408,26 @@ def test_the_encoder_gives_what_the_backbone_gives_in_batches_of_like_length(enc
     one = encoder.features("intent_features", requests[0])  # also loads the backbone, which was not loaded yet
     np.testing.assert_allclose(one, expected[:1], atol=1e-6)
     assert encoder.is_ready("intent_backbone") != encoder.runs
-    before = None if encoder.runs else encoder.statistics("intent_backbone")[0]
     with ThreadPoolExecutor(len(requests)) as pool:
-        answers = list(pool.map(lambda request: encoder.features("intent_features", request), requests))
-    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-6)
-    if before is None:
-        return
-    after = encoder.statistics("intent_backbone")[0]
-    assert after.inferences - before.inferences == len(expected)
-    assert len(expected) / 4 <= after.executions - before.executions < len(requests)
+
+        def joined():
+            """Ask all at once; whether any shared a batch, which needs them to arrive within 0.3 seconds."""
+            before = None if encoder.runs else encoder.statistics("intent_backbone")[0]
+            answers = list(pool.map(lambda request: encoder.features("intent_features", request), requests))
+            np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-6)
+            if before is None:
+                return True
+
+            def more():
+                after = encoder.statistics("intent_backbone")[0]
+                return after.inferences - before.inferences, after.executions - before.executions
+
+            soon(lambda: more()[0] >= len(expected))  # Triton counts an answer only after it has sent it
+            assert more()[0] == len(expected)
+            assert len(expected) / 4 <= more()[1]
+            return more()[1] < len(requests)
+
+        assert soon(joined)
 
 
 @pytest.mark.server
@@ -436,9 +452,7 @@ def test_without_its_backbone_each_request_gets_an_error(tiny_original, tmp_path
     with asking as running, running.client() as client:
         assert client.features("intent_features", ["please"]).shape == (1, tiny.WIDTH)
         client.unload("intent_backbone")
-        deadline = time.monotonic() + 10
-        while client.is_ready("intent_backbone") and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert soon(lambda: not client.is_ready("intent_backbone"))
         for texts in (["please"], ["please", "a b c"]):
             with pytest.raises(ServerError, match="'intent_backbone' is not ready"):
                 client.features("intent_features", texts)
@@ -478,7 +492,7 @@ def test_runs_the_backbone_as_the_backbones_configuration_says(tiny_original, tm
     with (root / "intent_backbone" / "config.pbtxt").open("a") as file:
         file.write(line)
     with pytest.raises(ServerError) as caught:
-        EmbeddedTriton(root, ["intent_features"], log_file=tmp_path / "log").start(timeout=20)
+        EmbeddedTriton(root, ["intent_features"], log_file=tmp_path / "log").start()
     assert reason in str(caught.value)
 
 

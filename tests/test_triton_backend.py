@@ -511,7 +511,7 @@ def test_strings_and_chosen_outputs(load, server):
 @only_python_based("fails all that was joined with a bad request")
 def test_requests_are_joined_and_a_bad_one_fails_alone(load, server):
     config = BATCH + tensor("input", "index", "INT64", -1) + tensor("output", "found", "STRING", -1)
-    wait = "dynamic_batching { preferred_batch_size: 8 max_queue_delay_microseconds: 1000000 }"
+    wait = "dynamic_batching { preferred_batch_size: 8 max_queue_delay_microseconds: 60000000 }"
     name = load(lookup(), config + tensor("output", "same", "INT64", -1) + wait)
     values = [np.array([[0, 1], [2, 2]]), np.array([[1, 1]]), np.array([[9, 9]]), np.array([[2, 0], [0, 0], [1, 0]])]
     values.append(np.array([[1, 0]]))

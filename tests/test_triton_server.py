@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
+from processes import PATIENCE, freeze, living_stubs, needs_ipv6, soon
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
@@ -64,17 +65,22 @@ def http_status(address, path, headers=None):
         connection.close()
 
 
-def gone(pid, seconds=20.0):
-    """Whether the process ends within that time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def gone(pid):
+    """Whether the process ends soon."""
+
+    def ended():
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
             return True
-        time.sleep(0.05)
-    return False
+
+    return soon(ended)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A server that starts gets no more time for what it logs: on a fast machine, it might never be silent."""
+    monkeypatch.setattr(server_log, "size", lambda _: 0)
 
 
 class TestServer:
@@ -84,7 +90,7 @@ class TestServer:
         metrics = f"127.0.0.1:{server.metrics_port}"
         assert http_status(metrics, "/metrics") == 200
         ports = {f"{port:04X}" for port in (server.grpc_port, server.http_port, server.metrics_port)}
-        tables = [Path("/proc/net/tcp").read_text(), Path("/proc/net/tcp6").read_text()]
+        tables = [path.read_text() for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
         lines = [line.split() for table in tables for line in table.splitlines()[1:]]
         listening = {tuple(each[1].split(":")) for each in lines if each[3] == "0A" and each[1].split(":")[1] in ports}
         assert {port for _, port in listening} == ports
@@ -110,6 +116,7 @@ class TestServer:
             broken.start()
         assert broken.pid is None
 
+    @pytest.mark.usefixtures("impatient")
     def test_says_which_model_it_waited_for(self, classifier, tmp_path):
         with pytest.raises(ServerError, match=r"not ready after 0\.05 s, waiting for intent"):
             EmbeddedTriton(classifier.root, MODELS, log_file=tmp_path / "log").start(timeout=0.05)
@@ -144,14 +151,14 @@ class TestServer:
             timer.start()
             with pytest.raises(ServerError, match="hung: it did not answer for 4 s, so it was stopped"):
                 running.wait()
-            assert gone(pid, 5)
+            assert gone(pid)
 
     def test_leaves_no_process_and_no_shared_memory(self, classifier, tmp_path):
         with EmbeddedTriton(classifier.root, ["intent"], log_file=tmp_path / "log") as running:
             pid = running.pid
             stubs = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             assert list(SHARED_MEMORY.glob(f"{running._shared_memory}*"))
-        assert all(gone(each, 5) for each in [pid, *stubs])
+        assert all(gone(each) for each in [pid, *stubs])
         assert not list(SHARED_MEMORY.glob(f"{running._shared_memory}*"))
         assert running.stop() is None
 
@@ -166,7 +173,7 @@ class TestServer:
                 family = [triton, *triton.children()]
                 served.kill()
                 os.killpg(triton.pid, signal.SIGKILL)
-                psutil.wait_procs(family, timeout=10)
+                psutil.wait_procs(family, timeout=PATIENCE)
             killed = option.partition("prefix-name=")[2]
             assert len(regions(killed)) > 1
             (tmp_path / "empty").mkdir()
@@ -186,7 +193,7 @@ class TestServer:
         with pytest.raises(InputError, match="admin key"):
             EmbeddedTriton("anywhere", MODELS, admin_key=key)
 
-    @pytest.mark.parametrize("host,url", [("localhost", "127.0.0.1:"), ("::1", "[::1]:")])
+    @pytest.mark.parametrize("host,url", [("localhost", "127.0.0.1:"), pytest.param("::1", "[::1]:", marks=needs_ipv6)])
     def test_listens_where_it_is_told(self, host, url, tmp_path):
         (tmp_path / "empty").mkdir()
         with EmbeddedTriton(tmp_path / "empty", [], host=host, log_file=tmp_path / "log") as running:
@@ -207,27 +214,33 @@ class TestServer:
             with pytest.raises(InputError, match=f"{port}.*another port"):
                 EmbeddedTriton(classifier.root, MODELS, http_port=port, log_file=tmp_path / "log").start()
 
+    @pytest.mark.parametrize("name", ["my models", "müsic", "a'b", "a$b", "a;b", "a(b)"])
+    def test_names_a_path_that_triton_cannot_bear(self, name, tmp_path):
+        with pytest.raises(InputError, match=r"can start no model below .* move it, or mount it elsewhere"):
+            EmbeddedTriton(tmp_path / name, MODELS, log_file=tmp_path / "log").start()
+        EmbeddedTriton(tmp_path / "a~b[#!*]@,+=", MODELS, log_file=tmp_path / "log").command()
+
     def test_waits_as_long_as_the_log_goes_on(self, tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir()
         triton = EmbeddedTriton(tmp_path / "empty", ["large"], log_file=tmp_path / "log")
         triton.grpc_port = triton.http_port = triton.metrics_port = 1  # nothing listens there
         monkeypatch.setattr(triton, "_process", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
-        done = threading.Event()
+        looks, size = iter(range(1000)), server_log.size
 
-        def log():
-            with (tmp_path / "log").open("w") as file:
-                for number in range(10):
-                    time.sleep(0.3)
-                    print(f"successfully loaded {number}", file=file, flush=True)
-            done.set()
+        def growing(path):
+            if (number := next(looks)) < 10:  # there is something new whenever somebody looks
+                with path.open("a") as file:
+                    print(f"successfully loaded {number}", file=file)
+            return size(path)
 
-        threading.Thread(target=log).start()
-        with pytest.raises(ServerError, match=r"not ready after 1 s, waiting for large, .*--start-timeout"):
-            triton.wait_ready(1.0)
-        assert done.is_set()
+        monkeypatch.setattr(server_log, "size", growing)
+        with pytest.raises(ServerError, match=r"not ready after 0\.01 s, waiting for large, .*--start-timeout"):
+            triton.wait_ready(0.01)
+        assert next(looks) > 10
         triton._process.kill()
         triton._process.wait()
 
+    @pytest.mark.usefixtures("impatient")
     def test_a_start_is_given_up_when_told(self, classifier, tmp_path, capsys):
         arguments = ["serve", "--repo", str(classifier.root), "--log-file", str(tmp_path / "log")]
         for port in ("grpc", "http", "metrics"):
@@ -254,7 +267,7 @@ class TestServer:
         folder = tmp_path / "state" / "patcher"
         folder.mkdir(parents=True)
         folder.chmod(0o755)
-        (port,) = process.free_ports(["127.0.0.1"], [0])
+        (port,) = tiny.free_ports(1)
         log = folder / f"triton-{port}.log"
         log.write_text("what clients sent")
         log.chmod(0o644)
@@ -350,7 +363,7 @@ class TestServeCommand:
             said = output.read()
             assert served.wait(30) == 1
         assert stubs
-        assert not psutil.wait_procs(stubs, timeout=10)[1]
+        assert not psutil.wait_procs(stubs, timeout=PATIENCE)[1]
         assert "exited unexpectedly with exit code -9" in said
 
     def test_ends_when_a_process_of_a_model_dies(self, classifier, tmp_path):
@@ -362,10 +375,10 @@ class TestServeCommand:
                 time.sleep(2.5)
                 assert served.poll() is None
                 (triton,) = psutil.Process(served.pid).children()
-                (encoder,) = [each for each in triton.children() if "intent_encoder" in " ".join(each.cmdline())]
+                (encoder,) = living_stubs(triton.pid, "intent_encoder")
                 encoder.kill()
             said = output.read()
-            assert served.wait(20) == 1
+            assert served.wait(PATIENCE) == 1
         assert "a Python process of tritonserver died" in said
 
 
@@ -426,9 +439,7 @@ class TestClient:
         before = answered()
         client.classify("intent", ["a"])
         # Triton counts an answer only after it has sent it.
-        deadline = time.monotonic() + 10
-        while answered() == before and time.monotonic() < deadline:
-            time.sleep(0.01)
+        soon(lambda: answered() > before)
         assert answered() == before + 1
 
     def test_loads_and_unloads_with_the_key(self, client, server):
@@ -485,8 +496,7 @@ class TestClient:
 
     def test_a_server_that_hangs(self, server, client):
         assert client.is_ready("intent")
-        os.kill(server.pid, signal.SIGSTOP)
-        time.sleep(0.3)  # the kernel stops its threads one after another
+        freeze(server.pid)
         try:
             with TritonServer(server.url, timeout=0.5) as impatient:
                 assert not impatient.is_live()
@@ -519,13 +529,14 @@ class TestClient:
                 for version in (2, 1, 2, 1):
                     classifier.pin(version)
                     control.load("intent_head")
+                    before = len(answered)
+                    assert soon(lambda: failed or len(answered) > before + 4)  # noqa: B023  it does not outlive the turn
                     assert control.is_ready("intent_head", str(version))
                     assert control.classify("intent", ["please"])[0].head_version == 1  # 2 is a copy of 1
             stop.set()
             for thread in threads:
                 thread.join()
         assert failed == []
-        assert len(answered) > 20
 
 
 class TestHttpPort:

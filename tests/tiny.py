@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import secrets
 import socket
 from typing import TYPE_CHECKING
 
@@ -180,7 +181,12 @@ def make_repository(
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports of the loopback interface."""
+    """Free ports of the loopback interface, of those that the system itself gives to nobody who asks for any port."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+        found: list[int] = []
+        while len(found) < count:
+            port = secrets.choice(range(20_000, 32_000))
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+        return found

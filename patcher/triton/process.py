@@ -28,6 +28,7 @@ __all__ = [
     "accepts",
     "address",
     "await_ports",
+    "check_paths",
     "check_ports",
     "free_ports",
     "has_gpu",
@@ -41,6 +42,9 @@ __all__ = [
 # Triton's HTTP library copies forms to the stack of a thread, and its JSON parser recurses. With the usual 8 MB, one
 # request of 4.5 MB to any of its HTTP ports ends the server, without a key. Stacks take memory only as far as used.
 _STACK = 1 << 30
+
+_UNFIT = re.compile(r"[^\w@%+=:,./~#!*?\[\]^-]", re.ASCII)
+"""What Triton's Python backend does not bear in a path."""
 
 # Asks the kernel for SIGTERM when the parent ends and, if it is to be traced, to be stopped at exec; then becomes the
 # server. This is a separate program because code between fork and exec in a process with threads may hang.
@@ -167,6 +171,20 @@ def check_ports(**given: int) -> None:
     for name, port in given.items():
         if not 0 <= port <= LARGEST_PORT:
             raise InputError(f"{name} is {port}; expected 0 (any free port) to {LARGEST_PORT}")
+
+
+def check_paths(*paths: Path | str) -> None:
+    """InputError for a folder below which Triton can start no model.
+
+    It starts the process of a model through a shell and does not quote the path; that process cannot read other than
+    ASCII in it.
+    """
+    for path in map(str, paths):
+        if bad := sorted(set(_UNFIT.findall(path))):
+            raise InputError(
+                f"Triton can start no model below {path}, because of {' '.join(map(repr, bad))} in its path; expected "
+                "ASCII letters, digits and signs that mean nothing to a shell: move it, or mount it elsewhere"
+            )
 
 
 def free_ports(hosts: Sequence[str], wanted: Sequence[int]) -> list[int]:

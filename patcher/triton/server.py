@@ -27,6 +27,7 @@ from patcher.triton.process import (
     accepts,
     address,
     await_ports,
+    check_paths,
     check_ports,
     free_ports,
     has_gpu,
@@ -216,7 +217,7 @@ class EmbeddedTriton:
         ServerError
             if the server does not become ready; the message quotes its log.
         InputError
-            if a port is taken, or the log or the generated key cannot be written.
+            if a port is taken, the log or the generated key cannot be written, or Triton cannot bear a path.
         """
         if self.pid:
             return self
@@ -322,6 +323,7 @@ class EmbeddedTriton:
     def command(self) -> list[str]:
         """The command line of the server, without the key."""
         installation = self.installation
+        check_paths(self.repository, installation.backends)
         bracketed = f"[{self.host}]" if ":" in self.host else self.host
         command = [
             str(installation.binary),
