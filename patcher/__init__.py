@@ -5,6 +5,10 @@ InputError for arguments of the wrong type, RepositoryError for damaged files, B
 lock, and StorageError if nothing can be written; with a server, it raises ServerUnreachable if none answers, and
 ControlRefused if the server requires another key. In all these cases nothing was changed. ``patcher.errors`` shows the
 tree of errors.
+
+Trials are in ``patcher.canary``: ``begin``, ``status``, ``promote`` and ``discard``; exports are in the package
+``export``. ``TritonServer.classify`` classifies, and ``EmbeddedTriton`` runs a server. Only the command line has
+doctor, loadtest, metrics, report, tune and upgrade: the modules behind them may change.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patcher.canary import SplitClient
     from patcher.classifier import Classifier
-    from patcher.difference import diff
+    from patcher.difference import Difference, diff
     from patcher.dropping import drop_classifier
     from patcher.errors import (
         Busy,
@@ -42,22 +46,25 @@ if TYPE_CHECKING:
         VersionError,
         WrongPort,
     )
+    from patcher.evaluation import Evaluation
     from patcher.examples import Examples
     from patcher.examples_file import read_examples
     from patcher.fleet import Fleet
     from patcher.founding import FoundingSettings, NewClassifierReport, new_classifier
-    from patcher.head import Head
+    from patcher.gate import Verdict
+    from patcher.head import Head, Lineage
     from patcher.labelling import PatchReport, add_label, add_labels
-    from patcher.lifecycle import evaluate, history, prune, rollback, sync
+    from patcher.lifecycle import Entry, evaluate, history, prune, rollback, sync
     from patcher.memory import Memory
     from patcher.patch import PatchSettings
-    from patcher.relabelling import merge_labels, remove_label, rename_label
-    from patcher.remembering import remember
+    from patcher.relabelling import Change, merge_labels, remove_label, rename_label
+    from patcher.remembering import Remembered, remember
     from patcher.repository import ModelRepository
+    from patcher.rollout import Switch
     from patcher.triton.client import TritonServer
     from patcher.triton.server import EmbeddedTriton
     from patcher.triton.tensors import Answer
-    from patcher.triton.tls import ClientTls
+    from patcher.triton.tls import ClientTls, ServerTls
 
 __version__ = "0.17.0"
 
@@ -65,11 +72,15 @@ __version__ = "0.17.0"
 _HOMES = {
     "Answer": "patcher.triton.tensors",
     "Busy": "patcher.errors",
+    "Change": "patcher.relabelling",
     "CheckpointError": "patcher.errors",
     "Classifier": "patcher.classifier",
     "ClientTls": "patcher.triton.tls",
     "ControlRefused": "patcher.errors",
+    "Difference": "patcher.difference",
     "EmbeddedTriton": "patcher.triton.server",
+    "Entry": "patcher.lifecycle",
+    "Evaluation": "patcher.evaluation",
     "Examples": "patcher.examples",
     "ExamplesError": "patcher.errors",
     "ExportError": "patcher.errors",
@@ -79,6 +90,7 @@ _HOMES = {
     "Head": "patcher.head",
     "InputError": "patcher.errors",
     "LabelError": "patcher.errors",
+    "Lineage": "patcher.head",
     "LockLost": "patcher.errors",
     "Memory": "patcher.memory",
     "ModelRepository": "patcher.repository",
@@ -89,16 +101,20 @@ _HOMES = {
     "PatchSettings": "patcher.patch",
     "PatcherError": "patcher.errors",
     "PrecisionError": "patcher.errors",
+    "Remembered": "patcher.remembering",
     "RepositoryError": "patcher.errors",
     "ServerError": "patcher.errors",
     "ServerRefused": "patcher.errors",
+    "ServerTls": "patcher.triton.tls",
     "ServerUnreachable": "patcher.errors",
     "SplitClient": "patcher.canary",
     "SplitError": "patcher.errors",
     "StorageError": "patcher.errors",
+    "Switch": "patcher.rollout",
     "TlsError": "patcher.errors",
     "ToolError": "patcher.errors",
     "TritonServer": "patcher.triton.client",
+    "Verdict": "patcher.gate",
     "VersionError": "patcher.errors",
     "WrongPort": "patcher.errors",
     "add_label": "patcher.labelling",
@@ -121,11 +137,15 @@ _HOMES = {
 __all__ = [
     "Answer",
     "Busy",
+    "Change",
     "CheckpointError",
     "Classifier",
     "ClientTls",
     "ControlRefused",
+    "Difference",
     "EmbeddedTriton",
+    "Entry",
+    "Evaluation",
     "Examples",
     "ExamplesError",
     "ExportError",
@@ -135,6 +155,7 @@ __all__ = [
     "Head",
     "InputError",
     "LabelError",
+    "Lineage",
     "LockLost",
     "Memory",
     "ModelRepository",
@@ -145,16 +166,20 @@ __all__ = [
     "PatchSettings",
     "PatcherError",
     "PrecisionError",
+    "Remembered",
     "RepositoryError",
     "ServerError",
     "ServerRefused",
+    "ServerTls",
     "ServerUnreachable",
     "SplitClient",
     "SplitError",
     "StorageError",
+    "Switch",
     "TlsError",
     "ToolError",
     "TritonServer",
+    "Verdict",
     "VersionError",
     "WrongPort",
     "add_label",

@@ -16,9 +16,21 @@ from patcher.names import CANARY
 from patcher.provenance import author
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["CHANGES", "OUTCOMES", "begin", "concern", "finish", "is_change", "note", "read_event", "retract", "warn"]
+__all__ = [
+    "CHANGES",
+    "OUTCOMES",
+    "begin",
+    "concern",
+    "finish",
+    "is_change",
+    "note",
+    "read_event",
+    "retract",
+    "warn",
+    "warned",
+]
 
 CHANGES = frozenset(
     [
@@ -64,6 +76,11 @@ def warn(*warnings: str) -> None:
     event = _event.get()
     if event is not None and warnings:
         event.setdefault("warnings", []).extend(warnings)
+
+
+def warned(told: Iterable[str] = ()) -> list[str]:
+    """The warnings in ``told``, then the others of this run, each once."""
+    return list(dict.fromkeys([*told, *(_event.get() or {}).get("warnings", ())]))
 
 
 def is_change() -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from patcher import model_config
 from patcher.errors import InputError, LockLost, PatcherError, RepositoryError, StorageError
 from patcher.journal import Journal
 from patcher.names import CONFIG, FORMAT_FILE, JOURNAL, MEMORY, MODEL, STORE, holds, is_classifier_name, version_numbers
-from patcher.signals import uninterrupted
+from patcher.signals import late_signals, uninterrupted
 from patcher.storage import Replacement, Storage, is_url, open_storage
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ FORMAT = 2
 """
 FORMAT_SINCE = "0.4"
 """The first version of patcher that reads ``FORMAT``."""
+_LOCK_SECONDS = 60.0
 
 
 def require_folder(location: str | os.PathLike[str]) -> None:
@@ -101,8 +103,10 @@ class RepositoryFiles:
         self.format = number
 
     @contextlib.contextmanager
-    def lock(self, timeout: float = 60.0) -> Iterator[None]:
+    def lock(self, timeout: float | None = None) -> Iterator[None]:
         """Hold the repository's lock; Busy if the lock does not change hands for ``timeout`` seconds.
+
+        By default, these are those of ``$PATCHER_LOCK_TIMEOUT``, else 60; InputError if that is no such number.
 
         In a folder it is a kernel lock (flock) on an open file, so it is released when the process that holds it ends,
         however it ends. On NFS it works across machines if the mount has a working lock service. With ``nolock`` or
@@ -114,7 +118,7 @@ class RepositoryFiles:
 
         The lock is not reentrant: `add_label` and the like take it themselves, so do not call them while holding it.
         """
-        with self.storage.lock(timeout) as lost:
+        with late_signals(), self.storage.lock(_patience() if timeout is None else timeout) as lost:
             if not self.storage.in_one_step:
                 names = self.classifiers()
                 for name in names if lost else ():
@@ -308,6 +312,20 @@ class RepositoryFiles:
                 self.format = before
                 change.undo()
                 raise
+
+
+def _patience() -> float:
+    """How many seconds to wait for the lock; InputError if ``$PATCHER_LOCK_TIMEOUT`` is no such number."""
+    given = os.environ.get("PATCHER_LOCK_TIMEOUT")
+    if not given:
+        return _LOCK_SECONDS
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"PATCHER_LOCK_TIMEOUT is {given!r}; expected a number of seconds, 0 or more")
+    return seconds
 
 
 def _undo(changes: Sequence[Replacement]) -> None:

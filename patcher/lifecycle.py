@@ -118,23 +118,24 @@ def sync(classifier: ClassifierLike, server: TritonServer) -> dict[str, str]:
         return catch_up(classifier, server)
 
 
-def prune(classifier: ClassifierLike, keep: int) -> tuple[int, ...]:
-    """Delete all versions but the newest ``keep``, and return the deleted ones.
+def prune(classifier: ClassifierLike, keep: int, *, dry_run: bool = False) -> tuple[int, ...]:
+    """Delete all versions but the newest ``keep``, and return the deleted ones; with ``dry_run``, only return them.
 
     The serving version, its parent and a version on trial stay, whatever their age. Numbers of pruned versions are
     never reused. Raises InputError if ``keep`` is below 1.
     """
     require(int, keep=keep)
+    require(bool, dry_run=dry_run)
     if keep < 1:
         raise InputError(f"keep is {keep}; expected at least 1")
     classifier = one_classifier(classifier)
-    with changing(classifier):
+    with contextlib.nullcontext() if dry_run else changing(classifier):
         serving = classifier.serving()
         versions = classifier.versions()
         tried = canary.on_trial(classifier)
         spared = {serving, classifier.head(serving).lineage.parent, tried and tried.serving(), *versions[-keep:]}
         old = tuple(version for version in versions if version not in spared)
-        if old:
+        if old and not dry_run:
             classifier.prune(old)
         return old
 

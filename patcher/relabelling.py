@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from patcher.fit.inputs import once
 from patcher.fit.scope import fit_scope
 from patcher.gate_words import twins
 from patcher.head import refuse_joined
+from patcher.head_file import write_head
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 from patcher.lineage import MERGE, next_lineage
 from patcher.patch import Given, PatchSettings, make_patch
 from patcher.recovery import changing
 from patcher.repository import one_classifier
-from patcher.rollout import roll_out
+from patcher.rollout import roll_out, validate
 from patcher.scope import stretch_of
 from patcher.stopwatch import Stopwatch
 from patcher.triton.client import TritonServer
@@ -45,7 +47,7 @@ __all__ = ["Change", "merge_labels", "merged", "remove_label", "rename_label"]
 
 @dataclass(frozen=True)
 class Change:
-    """A published change of labels.
+    """A change of labels; ``published`` unless it was a dry run or the gate refused it.
 
     ``renamed`` and ``merged`` hold pairs of a label and the one that it became, as those of a ``Difference`` do. Of a
     merge, ``verdict`` is the gate's. ``notes`` asks about other labels with nearly the new name, and ``warnings`` are
@@ -65,6 +67,7 @@ class Change:
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    published: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -124,8 +127,11 @@ def merge_labels(
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
     force: bool = False,
+    dry_run: bool = False,
 ) -> Change:
     """Merge several labels into one: a single row, fitted on their remembered features, replaces their rows.
+
+    With ``dry_run`` nothing is published, and ``server`` is not asked.
 
     Raises
     ------
@@ -140,7 +146,7 @@ def merge_labels(
     """
     require(str, into=into)
     check_label(into, "the label to merge into")
-    settings = PatchSettings(max_flips, min_recall, force=force)
+    settings = PatchSettings(max_flips, min_recall, force=force, dry_run=dry_run)
     labels = listed(labels, "labels")
     require(str, **{f"labels[{place}]": label for place, label in enumerate(labels)})
     labels = tuple(dict.fromkeys(labels))
@@ -148,22 +154,24 @@ def merge_labels(
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
-    with changing(classifier, server):
+    with contextlib.nullcontext() if dry_run else changing(classifier, server):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         patch = merged(parent, memory, labels, into, settings)
         made = next_lineage(
             classifier, parent, method=MERGE, gate=patch.gate, details=patch.details,
             added=(into,), removed=tuple(label for label in labels if label != into),
         )  # fmt: skip
+        head = dataclasses.replace(patch.head, lineage=made)
         if patch.gate == "refused":
-            refused = Change(
-                classifier.name, made.version, parent.lineage.version, len(patch.head.labels), served=False,
-                gate=patch.gate, verdict=patch.verdict,
-            )  # fmt: skip
+            refused = dataclasses.replace(_planned(classifier, parent, head), verdict=patch.verdict)
             raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
-        change = _publish(classifier, parent, dataclasses.replace(patch.head, lineage=made), patch.memory, server)
+        if dry_run:
+            validate(write_head(head), head)
+            change = _planned(classifier, parent, head)
+        else:
+            change = _publish(classifier, parent, head, patch.memory, server)
         pairs = tuple((label, into) for label in labels)
-        return dataclasses.replace(change, merged=pairs, verdict=patch.verdict, notes=_twins(patch.head, into))
+        return dataclasses.replace(change, merged=pairs, verdict=patch.verdict, notes=_twins(head, into))
 
 
 def merged(parent: Head, memory: Memory | None, labels: Sequence[str], into: str, settings: PatchSettings) -> Patch:
@@ -237,8 +245,15 @@ def _forgotten(memory: Memory | None, label: str) -> Memory | None:
 def _publish(
     classifier: Classifier, parent: Head, head: Head, memory: Memory | None, server: TritonServer | None
 ) -> Change:
-    switch, made = roll_out(classifier, head, memory, server), head.lineage
+    switch = roll_out(classifier, head, memory, server)
+    planned = _planned(classifier, parent, head)
+    return dataclasses.replace(planned, served=switch.served, warnings=switch.warnings, published=True)
+
+
+def _planned(classifier: Classifier, parent: Head, head: Head) -> Change:
+    """The change that ``head`` makes, before it is published."""
+    made = head.lineage
     return Change(
-        classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, made.gate,
-        made.added, made.removed, made.renamed, warnings=switch.warnings,
+        classifier.name, made.version, parent.lineage.version, len(head.labels), served=False, gate=made.gate,
+        labels_added=made.added, labels_removed=made.removed, renamed=made.renamed, published=False,
     )  # fmt: skip

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
-__all__ = ["ignore_signals", "interruptible", "uninterrupted"]
+__all__ = ["ignore_signals", "interruptible", "late_signals", "uninterrupted"]
 
 _TOLD = (signal.SIGTERM, signal.SIGHUP)
 """SIGTERM comes from `docker stop`, systemd or a timeout; SIGHUP from a closed terminal or a lost connection."""
 _Handler = Any
+_late: list[int] = []
+"""Signals that were put off, to be raised again."""
+_depth = 0
+"""How many bodies of ``late_signals`` the main thread is in."""
 
 
 @contextlib.contextmanager
@@ -30,9 +35,57 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore these signals and Ctrl-C in the body, for a rollback or for the last step of a successful change."""
-    with _handled((signal.SIGINT, *_TOLD), lambda _: signal.SIG_IGN):
+    """Let neither these signals nor Ctrl-C act in the body: a rollback, or the last step of a successful change.
+
+    One that would only raise KeyboardInterrupt is dropped, for what is done must not be reported as undone. One for
+    which the process has another handler, or that would end it, arrives later: see ``late_signals``.
+    """
+    with late_signals(), _without_wakeups(), _handled((signal.SIGINT, *_TOLD), _put_off):
         yield
+
+
+@contextlib.contextmanager
+def late_signals() -> Iterator[None]:
+    """When the outermost such body has ended, raise again the signals that ``uninterrupted`` put off in it, each once.
+
+    The repository's lock is held in such a body: a handler may raise, and amid a change that would leave it unfinished.
+    """
+    global _depth  # noqa: PLW0603  signals belong to the process, and only its main thread gets here
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if not _depth:
+            late = list(dict.fromkeys(_late))
+            _late.clear()
+            for number in late:
+                signal.raise_signal(number)
+
+
+def _put_off(now: _Handler) -> _Handler:
+    # None is a handler that was not set from Python and could not be set again.
+    return signal.SIG_IGN if now in (None, signal.SIG_IGN, signal.default_int_handler) else _keep
+
+
+def _keep(number: int, _: FrameType | None) -> None:
+    _late.append(number)
+
+
+@contextlib.contextmanager
+def _without_wakeups() -> Iterator[None]:
+    """Wake no event loop in the body: asyncio would handle a signal at once, and again when it is raised later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    descriptor = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)  # as asyncio sets it
 
 
 def ignore_signals() -> None:

@@ -421,4 +421,6 @@ def test_the_verb(live, monkeypatch, command, tmp_path):
     code, out, _ = command("canary", "--version", version, "--percent", "5", "--json")
     assert (code, json.loads(out)["percent"]) == (0, 5)
     code, out, _ = command("canary", "--promote", "--json")
-    assert json.loads(out) == {"classifier": "intent", "version": version, "previous": 1, "warnings": []}
+    assert json.loads(out) == {
+        "classifier": "intent", "version": version, "previous": 1, "served": True, "warnings": []
+    }  # fmt: skip

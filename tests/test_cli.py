@@ -26,6 +26,7 @@ from patcher.cli.output import not_installed
 from patcher.difference import Difference
 from patcher.errors import Busy, ServerUnreachable, StorageError, as_sentence
 from patcher.features import count_cut
+from patcher.rollout import Switch
 from patcher.serve import serve
 from patcher.triton.tokenizer.model import tokenize
 
@@ -117,6 +118,7 @@ def test_the_new_label_is_found_and_the_old_ones_still_are(patcher, examples, tm
     assert after["per_label"]["payday"]["recall"] >= 0.9
     assert all(after["per_label"][label]["recall"] >= before["per_label"][label]["recall"] - 0.06 for label in tiny.OLD)
     difference = json.loads(patcher("diff", 1, 2, "--eval", test, "--json")[1])
+    assert (before["classifier"], difference["classifier"]) == ("intent", "intent")
     assert difference["added"] == ["payday"]
     assert (difference["same_rows"], difference["changed_rows"]) == (len(tiny.OLD), [])
     assert len(difference["gains"]) >= 18
@@ -298,7 +300,9 @@ def test_a_wrong_file_ends_with_2_and_changes_nothing(name, patcher, classifier,
     before = tree(classifier.root)
     code, out, err = patcher("add-label", "--examples", path, "--no-load", "--json")
     assert code == 2
-    assert json.loads(out) == {"error": err.removeprefix("error: ").strip(), "exit_code": 2}
+    document = json.loads(out)
+    assert document.pop("kind") == ("LabelError" if name == "known.csv" else "ExamplesError")
+    assert document == {"error": err.removeprefix("error: ").strip(), "exit_code": 2, "warnings": []}
     assert name in err or name == "known.csv"
     assert tree(classifier.root) == before
 
@@ -664,7 +668,7 @@ def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about
         ("remember --data FILE --repo WITHOUT", "balance"),
     ],
 )
-def test_the_audit_log_holds_every_warning(patcher, monkeypatch, tmp_path, arguments, said):
+def test_the_audit_log_and_the_document_hold_every_warning(patcher, monkeypatch, tmp_path, arguments, said):
     log, file = tmp_path / "audit.jsonl", tmp_path / "file.csv"
     rows = [*tiny.sentences("payday", 9), " ".join(tiny.sentences("payday", 40))]
     if arguments == "add-label payday --examples FILE":
@@ -676,10 +680,102 @@ def test_the_audit_log_holds_every_warning(patcher, monkeypatch, tmp_path, argum
         file.write_text("text,label,sentence\n" + "".join(f"{text},payday,x\n" for text in rows))
     monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
     places = {"FILE": str(file), "WITHOUT": tmp_path / "without"}
-    code, _, err = patcher(*(places.get(word, word) for word in arguments.split()), "--no-load")
+    code, out, err = patcher(*(places.get(word, word) for word in arguments.split()), "--no-load", "--json")
     told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
     assert (code, said in err) == (0, True), err
     assert json.loads(log.read_text())["warnings"] == told
+    assert json.loads(out)["warnings"] == told
+
+
+@pytest.mark.parametrize(
+    "arguments, kind",
+    [
+        ("rollback --verison 1", "UsageError"),
+        ("labels --version x", "UsageError"),
+        ("labels --version 7", "VersionError"),
+        ("labels --repo nowhere", "RepositoryError"),
+        ("rollback --to 1", "ServerUnreachable"),
+        ("merge-labels music nothing --into sound --no-load", "LabelError"),
+    ],
+)
+def test_the_kind_of_an_error_is_in_the_document_and_in_the_event(patcher, arguments, kind):
+    code, out, err = patcher("--log-json", *arguments.split(), "--json")
+    document, event = json.loads(out), json.loads(err.splitlines()[-1])
+    assert (document["kind"], event["kind"]) == (kind, kind)
+    assert (document["exit_code"], document["warnings"]) == (code, [])
+
+
+@pytest.mark.parametrize(
+    "error, kind", [(KeyboardInterrupt(), "KeyboardInterrupt"), (OSError(errno.ENOSPC, "full"), "OSError")]
+)
+def test_what_is_no_error_of_patcher_has_a_kind_too(patcher, monkeypatch, error, kind):
+    monkeypatch.setattr("patcher.lifecycle.history", MagicMock(side_effect=error))
+    assert json.loads(patcher("history", "--json")[1])["kind"] == kind
+
+
+def test_a_failure_holds_the_warnings_before_it(patcher, tmp_path):
+    file = tmp_path / "payday.csv"
+    file.write_text("text,label,sentence\nhello there,payday,x\n")
+    key = tmp_path / "key"
+    key.write_text("secret")
+    key.chmod(0o666)
+    code, out, err = patcher("add-label", "--examples", file, "--admin-key-file", key, "--json")
+    told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
+    assert (code, json.loads(out)["warnings"]) == (1, told), err
+    assert [said.split(";")[0] for said in told] == [
+        f"{file} has more than one column of texts or labels", f"others can read {key}"
+    ]  # fmt: skip
+
+
+def test_a_server_that_is_left_out_is_in_the_document(patcher, monkeypatch):
+    monkeypatch.setattr("patcher.fleet.Fleet", lambda *_, **__: MagicMock(away=("a:1",)))
+    monkeypatch.setattr("patcher.lifecycle.rollback", lambda *_: Switch(1, 2, served=True))
+    code, out, err = patcher("rollback", "--to", "1", "--url", "a:1,b:1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["warnings"] == ["a:1 does not answer and is left out; run `patcher sync` when it is back"]
+
+
+def test_a_trial_made_without_a_server_is_ended_without_one(patcher, classifier, examples):
+    assert patcher("add-label", "--examples", examples, "--canary", "10", "--no-load")[0] == 0
+    code, out, err = patcher("canary", "--no-load")
+    assert (code, "version 2 of intent is on trial with 10 % of the keys; no server was asked" in out) == (0, True), err
+    assert json.loads(patcher("canary", "--no-load", "--json")[1])["arms"] == []
+    document = json.loads(patcher("canary", "--discard", "--no-load", "--json")[1])
+    assert (document["discarded"], document["version"]) == (2, 1)
+    document = json.loads(patcher("canary", "--version", "2", "--percent", "20", "--no-load", "--json")[1])
+    assert (document["version"], document["percent"]) == (2, 20)
+    document = json.loads(patcher("canary", "--promote", "--no-load", "--json")[1])
+    assert (document["version"], document["previous"], document["served"]) == (2, 1, False)
+    assert (classifier.serving(), patcher("canary", "--no-load")[1]) == (2, "no version of intent is on trial\n")
+
+
+def test_a_merge_on_trial_publishes_nothing(patcher, classifier, monkeypatch, tree):
+    merge = ("merge-labels", "music", "alarm", "--into", "sound", "--dry-run")
+    before = tree(classifier.root)
+    code, out, err = patcher(*merge, "--json", "--log-json")
+    document, event = json.loads(out), json.loads(err.splitlines()[-1])
+    assert code == 0, err
+    assert (document["published"], document["served"], document["gate"]) == (False, False, "passed")
+    assert (document["labels_added"], document["labels_removed"]) == (["sound"], ["music", "alarm"])
+    assert (document["verdict"]["passed"], event["outcome"]) == (True, "dry_run")
+    assert "dry run: nothing published; version 2 would have" in patcher(*merge)[1]
+    monkeypatch.setattr("patcher.gate._FEWEST_INPUTS", 1000)
+    code, out, _ = patcher(*merge, "--json")
+    assert (code, json.loads(out)["published"], json.loads(out)["kind"]) == (3, False, "GateRefused")
+    assert tree(classifier.root) == before
+
+
+def test_a_prune_can_be_tried(patcher, classifier, tree):
+    for name in ("sound", "noise", "din"):
+        old = classifier.head().labels[0]
+        assert patcher("rename-label", old, name, "--no-load")[0] == 0
+    before = tree(classifier.root)
+    document = json.loads(patcher("prune", "--keep", "1", "--dry-run", "--json")[1])
+    assert (document["pruned"], document["versions"], document["dry_run"]) == ([1, 2], [3, 4], True)
+    assert patcher("prune", "--keep", "1", "--dry-run")[1] == "dry run: would prune 1, 2; 2 versions left\n"
+    assert tree(classifier.root) == before
+    document = json.loads(patcher("prune", "--keep", "1", "--json")[1])
+    assert (document["pruned"], document["versions"], document["dry_run"]) == ([1, 2], [3, 4], False)
 
 
 def test_a_merge_that_is_refused_is_recorded_with_what_it_was(patcher, monkeypatch, tmp_path):

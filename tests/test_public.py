@@ -57,6 +57,8 @@ def test_every_error_is_in_the_tree_with_its_exit_code():
         "InputError", "ExamplesError", "LabelError", "VersionError", "RepositoryError", "CheckpointError", "SplitError"
     }  # fmt: skip
     assert (codes["GateRefused"], codes["NotServed"], codes["ServerUnreachable"]) == (3, 4, 1)
+    kinds = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    assert [name for name in codes if f"`{name}`" not in kinds] == ["PatcherError"]  # no error is of the base itself
     assert all(f"{name} " in errors.__doc__ or f"{name}\n" in errors.__doc__ for name in codes)
 
 

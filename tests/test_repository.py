@@ -196,13 +196,16 @@ def hold(root, ready, done):
         done.wait(30)
 
 
-def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
+def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier, monkeypatch):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(classifier.root, ready, done))
     process.start()
     assert ready.wait(60)
     with pytest.raises(Busy, match="another patcher"), classifier.repository.lock(timeout=0.2):
+        pass
+    monkeypatch.setenv("PATCHER_LOCK_TIMEOUT", "0.2")
+    with pytest.raises(Busy, match="another patcher"), classifier.repository.lock():
         pass
     left = classifier.root / "intent_head" / ".patcher-staging-dead"
     left.mkdir()
@@ -211,6 +214,14 @@ def test_the_lock_is_waited_for_and_goes_with_a_dead_process(classifier):
     with classifier.repository.lock(timeout=10):
         assert not left.exists()
         assert classifier.serving() == 1
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan", " "])
+def test_a_lock_timeout_that_is_none_is_refused(classifier, monkeypatch, given):
+    monkeypatch.setenv("PATCHER_LOCK_TIMEOUT", given)
+    said = f"PATCHER_LOCK_TIMEOUT is {given!r}; expected a number of seconds"
+    with pytest.raises(InputError, match=said), classifier.repository.lock():
+        pass
 
 
 def test_a_read_only_folder(classifier, tree, monkeypatch):

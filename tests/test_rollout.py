@@ -25,6 +25,7 @@ from patcher.lineage import next_lineage
 from patcher.recovery import changing
 from patcher.rollout import probe, roll_back, roll_out, set_aside, validate
 from patcher.runtime import Encoder
+from patcher.signals import interruptible as signals_interrupt
 from patcher.storage import disk
 from patcher.triton.tensors import Answer
 
@@ -140,7 +141,7 @@ def test_a_second_signal_does_not_stop_the_way_back(classifier, second, interrup
             super().load(model)
 
     server = Signalled(classifier)
-    with classifier.repository.lock(), pytest.raises(KeyboardInterrupt):
+    with signals_interrupt(), classifier.repository.lock(), pytest.raises(KeyboardInterrupt):
         roll_out(classifier, next_head(classifier), None, server)
     assert (classifier.serving(), server.serving, classifier.journal.pending()) == (1, 1, None)
     assert not signals
@@ -160,6 +161,31 @@ def test_a_signal_after_success_changes_nothing(classifier, monkeypatch, interru
     with classifier.repository.lock():
         assert roll_out(classifier, next_head(classifier), None, server).version == 2
     assert (classifier.serving(), server.serving, classifier.journal.pending()) == (2, 2, None)
+
+
+def test_a_handler_that_raises_gets_its_signal_when_the_change_is_done(classifier, monkeypatch):
+    append = Journal.append
+
+    def signalled(self, event, **values):
+        if event == "done":
+            os.kill(os.getpid(), signal.SIGTERM)
+        append(self, event, **values)
+
+    def handler(*_):
+        found.append((classifier.serving(), server.serving, classifier.journal.pending()))
+        raise SystemExit
+
+    monkeypatch.setattr(Journal, "append", signalled)
+    server, found = Server(classifier), []
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit), classifier.repository.lock():
+            roll_out(classifier, next_head(classifier), None, server)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [(2, 2, None)]
+    with classifier.repository.lock():
+        assert classifier.serving() == 2
 
 
 def test_an_interruption_that_leaves_something_says_so(classifier):

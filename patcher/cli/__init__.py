@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +19,9 @@ from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
 from patcher.signals import ignore_signals, interruptible, uninterrupted
 from patcher.wording import redacted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["BUG", "main", "program"]
 
@@ -68,6 +72,8 @@ _SECTIONS = {
         "upgrade": ("upgrade:upgrade_command", "Update an export made by an earlier version."),
     },
 }
+_USAGE = click.UsageError.__name__
+"""The ``kind`` of all of click's errors, whose own names scripts need not know."""
 _FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 _VERBS = {verb: place for section in _SECTIONS.values() for verb, (place, _) in section.items()}
 
@@ -221,8 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
         code, error = _run(given, run)
         if reason := unwritten():
             code, error = _not_written(reason, code, error)
-    with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
-        audit.finish(code, error, to_stderr=run.log_json)
+        with uninterrupted():  # whatever was done or undone gets recorded, even if Ctrl-C comes now
+            audit.finish(code, error, to_stderr=run.log_json)
     return code
 
 
@@ -238,24 +244,25 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
         _trace()
-        return _failed(str(error), error.exit_code, run.as_json, error.report)
+        return _failed(str(error), error.exit_code, run.as_json, type(error).__name__, error.report)
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.format_message(), err=True)
+        audit.note(kind=_USAGE)
         return 2, "no verb was given"
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        return _failed(explained(error, arguments), 2, run.as_json)
+        return _failed(explained(error, arguments), 2, run.as_json, _USAGE)
     except (click.Abort, KeyboardInterrupt):
-        return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
+        return _failed("interrupted; unfinished changes were undone", 130, run.as_json, KeyboardInterrupt.__name__)
     except Exception as error:  # noqa: BLE001  said to be a bug
         _trace()
         said = f"unexpected {type(error).__name__}: {error}. {BUG}"
         if isinstance(error, OSError) and error.errno in _FULL:
             where = f" {error.filename}" if error.filename else ""
             said = f"cannot write{where}: {error.strerror}; make room, or raise the limit"
-        return _failed(said, 1, run.as_json)
+        return _failed(said, 1, run.as_json, type(error).__name__)
     return (result if isinstance(result, int) else 0), ""
 
 
@@ -263,7 +270,7 @@ def _not_written(reason: str, code: int, error: str) -> tuple[int, str]:
     said = f"the output could not be written to stdout: {reason}"
     if code == 0:
         if not audit.is_change():
-            return _failed(said, 1, as_json=False)
+            return _failed(said, 1, as_json=False, kind=OSError.__name__)
         said += "; what the verb has changed stays changed"
     audit.warn(said)
     tell(f"warning: {said}", err=True)
@@ -276,9 +283,13 @@ def _trace() -> None:
         tell(redacted(traceback.format_exc().rstrip()), err=True)
 
 
-def _failed(message: str, code: int, as_json: bool, report: dict[str, object] | None = None) -> tuple[int, str]:
-    message = redacted(message)
+def _failed(
+    message: str, code: int, as_json: bool, kind: str, report: Mapping[str, Any] | None = None
+) -> tuple[int, str]:
+    message, report = redacted(message), report or {}
+    audit.note(kind=kind)
     tell(f"error: {message}", err=True)
     if as_json:
-        tell(json.dumps({**(report or {}), "error": message, "exit_code": code}))
+        ended = {"error": message, "kind": kind, "exit_code": code}
+        tell(json.dumps({**report, **ended, "warnings": audit.warned(report.get("warnings", ()))}))
     return code, message

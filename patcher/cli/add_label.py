@@ -125,11 +125,10 @@ def add_label_command(
             progress=options.progress(total),
         )
     pruned, warnings = _pruned(classifier, keep) if keep is not None and report.published else ((), ())
-    warnings = (*report.warnings, *warnings)
-    options.warn(*warnings)
+    options.warn(*report.warnings, *warnings)
     if options.json:
         extra = {"pruned": pruned} if keep is not None else {}
-        options.emit({**report.to_json(), **extra, "warnings": warnings})
+        options.emit({**report.to_json(), **extra})
     else:
         _render(report, options)
         if pruned:

@@ -8,13 +8,12 @@ import click
 
 from patcher import audit
 from patcher.cli.completion import complete_version
-from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option
+from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option, no_load_option
 from patcher.cli.output import changed_answers, table
 from patcher.cli.values import VERSION
 from patcher.errors import PatcherError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from patcher.canary import Canary
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--promote", is_flag=True, help="Make the trial version serve all requests and end the trial.")
 @click.option("--discard", is_flag=True, help="End the trial; the version stays on disk.")
 @eval_option("Labelled file to compare both versions on.")
+@no_load_option("Change the repository only; a server picks the change up when it restarts.")
 @common_options("classifier", "server", "control", "rollout")
 def canary_command(
     version: int | None,
@@ -37,6 +37,7 @@ def canary_command(
     promote: bool,
     discard: bool,
     evaluation: Path | None,
+    no_load: bool,
     options: CommonOptions,
 ) -> None:
     """Try a version on a share of the requests; without options, compare it with the one that serves.
@@ -58,25 +59,12 @@ def canary_command(
     if (version is None) != (share is None):
         raise click.UsageError("expected --version N and --percent P together")
     examples = read_examples(evaluation) if evaluation else None
-    with options.server() as server:
+    with options.server_unless(no_load) as server:
         if promote:
-            switch = canary.promote(classifier, server)
-            audit.note(version=switch.version, previous=switch.previous)
-            options.warn(*switch.warnings)
-            document = {"classifier": classifier.name, "version": switch.version, "previous": switch.previous}
-            options.emit({**document, "warnings": switch.warnings})
-            if not options.json:
-                options.say(
-                    f"version {switch.version} of {classifier.name} now serves; previously version {switch.previous}"
-                )
+            _promote(classifier, server, options)
             return
         if discard:
-            serving = classifier.serving()  # read first: once the trial has ended, nothing may fail any more
-            tried = canary.discard(classifier, server)
-            audit.note(version=tried)
-            options.emit({"classifier": classifier.name, "discarded": tried, "version": serving})
-            if not options.json:
-                options.say(f"the trial of version {tried} has ended; version {serving} serves as before")
+            _discard(classifier, server, options)
             return
         difference = _compared(classifier, version, examples)  # before a trial begins: FILE may be of no use
         if version is not None and share is not None:
@@ -84,7 +72,38 @@ def canary_command(
         else:
             found, warnings = canary.status(classifier, server), ()
     options.warn(*warnings)
-    _show(classifier, found, difference, warnings, options)
+    _show(classifier, found, difference, options)
+
+
+def _promote(classifier: Classifier, server: TritonServer | None, options: CommonOptions) -> None:
+    from patcher import canary
+
+    switch = canary.promote(classifier, server)
+    audit.note(version=switch.version, previous=switch.previous)
+    options.warn(*switch.warnings)
+    options.emit(
+        {
+            "classifier": classifier.name,
+            "version": switch.version,
+            "previous": switch.previous,
+            "served": switch.served,
+        }
+    )
+    if not options.json:
+        state = "now serves" if switch.served else "is pinned (no server was asked to load it)"
+        options.say(f"version {switch.version} of {classifier.name} {state}; previously version {switch.previous}")
+
+
+def _discard(classifier: Classifier, server: TritonServer | None, options: CommonOptions) -> None:
+    from patcher import canary
+
+    serving = classifier.serving()  # read first: once the trial has ended, nothing may fail any more
+    tried = canary.discard(classifier, server)
+    audit.note(version=tried)
+    options.emit({"classifier": classifier.name, "discarded": tried, "version": serving})
+    if not options.json:
+        state = "serves as before" if server else "is pinned as before (no server was asked to end the trial)"
+        options.say(f"the trial of version {tried} has ended; version {serving} {state}")
 
 
 def _compared(classifier: Classifier, version: int | None, examples: Examples | None) -> Difference | None:
@@ -100,7 +119,7 @@ def _compared(classifier: Classifier, version: int | None, examples: Examples | 
 
 
 def _begun(
-    classifier: Classifier, version: int, share: float, server: TritonServer
+    classifier: Classifier, version: int, share: float, server: TritonServer | None
 ) -> tuple[Canary | None, tuple[str, ...]]:
     """Begin a trial; returns its state, and a warning if the server could not be asked for its statistics."""
     from patcher import canary
@@ -117,23 +136,24 @@ def _show(
     classifier: Classifier,
     found: Canary | None,
     difference: Difference | None,
-    warnings: Sequence[str],
     options: CommonOptions,
 ) -> None:
     document: dict[str, Any] = {"classifier": classifier.name, "version": None} if found is None else found.to_json()
     if difference is not None:
         document["comparison"] = difference.to_json()
-    options.emit({**document, "warnings": warnings})
+    options.emit(document)
     if options.json:
         return
     if found is None:
         options.say(f"no version of {classifier.name} is on trial")
         return
-    options.say(f"version {found.version} of {classifier.name} is on trial with {found.percent:g} % of the keys")
+    asked = "" if found.arms else "; no server was asked"
+    options.say(f"version {found.version} of {classifier.name} is on trial with {found.percent:g} % of the keys{asked}")
     rows = [
         (arm.model, arm.version, arm.requests, arm.failures, "—" if arm.mean_ms is None else f"{arm.mean_ms:.2f}")
         for arm in found.arms
     ]
-    options.say(table(("model", "version", "requests", "failed", "ms in the head"), rows, right=(1, 2, 3, 4)))
+    if rows:
+        options.say(table(("model", "version", "requests", "failed", "ms in the head"), rows, right=(1, 2, 3, 4)))
     for line in changed_answers(difference, "in the trial") if difference else ():
         options.say(line)

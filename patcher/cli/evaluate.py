@@ -35,7 +35,7 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
     examples = read_examples(file)
     result = evaluate(options.classifier, examples, version, options.progress(len(examples)))
     if options.json:
-        options.emit(result.to_json())
+        options.emit({"classifier": options.classifier.name, **result.to_json()})
         return
     options.say(
         f"version {result.version} on {result.examples} texts: accuracy {percent(result.accuracy)}, "

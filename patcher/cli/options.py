@@ -145,8 +145,13 @@ class CommonOptions:
         tell(text, err=self.json)
 
     def emit(self, document: Any) -> None:
-        """Print the one JSON document of ``--json``; does nothing without that option."""
+        """Print the one JSON document of ``--json``; does nothing without that option.
+
+        An object gets the ``warnings`` of this run: scripts do not read stderr.
+        """
         if self.json:
+            if isinstance(document, dict):
+                document = {**document, "warnings": audit.warned(document.get("warnings", ()))}
             text = json.dumps(document, ensure_ascii=False, indent=2)
             # Characters that are not printable become JSON escapes.
             tell("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
@@ -189,7 +194,9 @@ def warn_if_open(path: Path) -> None:
     """Warn on stderr if others can access a file that holds a secret; read access for the group is accepted."""
     with contextlib.suppress(OSError):
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
-            tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
+            said = f"others can read {path}; chmod 600 {path}"
+            audit.warn(said)
+            tell(f"warning: {said}", err=True)
 
 
 FILE = click.Path(path_type=Path, dir_okay=False)

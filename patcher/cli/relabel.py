@@ -10,6 +10,7 @@ from patcher.cli.completion import complete_label
 from patcher.cli.options import (
     CommonOptions,
     common_options,
+    dry_run_option,
     force_option,
     max_flips_option,
     min_recall_option,
@@ -56,6 +57,7 @@ def rename_label_command(old: str, new: str, no_load: bool, options: CommonOptio
 )
 @max_flips_option
 @min_recall_option
+@dry_run_option
 @force_option
 @no_load_option()
 @common_options("classifier", "server", "control", "rollout")
@@ -64,6 +66,7 @@ def merge_labels_command(
     into: str,
     max_flips: float,
     min_recall: float,
+    dry_run: bool,
     force: bool,
     no_load: bool,
     options: CommonOptions,
@@ -77,10 +80,11 @@ def merge_labels_command(
 
     def merge(server: Any) -> Change:
         return merge_labels(
-            options.classifier, labels, into, server, max_flips=max_flips, min_recall=min_recall, force=force
-        )
+            options.classifier, labels, into, server,
+            max_flips=max_flips, min_recall=min_recall, force=force, dry_run=dry_run,
+        )  # fmt: skip
 
-    _run(options, no_load, f"merged {', '.join(labels)} into {into}", merge)
+    _run(options, no_load or dry_run, f"merged {', '.join(labels)} into {into}", merge)
 
 
 def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any], Change]) -> None:
@@ -88,6 +92,11 @@ def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any
         done = change(server)
     options.warn(*done.notes, *done.warnings)
     options.emit(done.to_json())
-    if not options.json:
-        state = "now serves" if done.served else "is published; no server was asked to load it"
-        options.say(f"{what}: version {done.version} of {done.classifier} ({done.labels} labels) {state}")
+    if options.json:
+        return
+    if done.verdict and not done.published:
+        options.say(f"dry run: nothing published; version {done.version} would have {done.labels} labels")
+        options.say(f"gate      {done.verdict.sentence}")
+        return
+    state = "now serves" if done.served else "is published; no server was asked to load it"
+    options.say(f"{what}: version {done.version} of {done.classifier} ({done.labels} labels) {state}")

@@ -55,7 +55,6 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
             "memory_bytes": switch.memory_bytes,
             "texts": switch.texts,
             "repeated": switch.repeated,
-            "warnings": switch.warnings,
         }
     )
     if not options.json:

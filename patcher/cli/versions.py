@@ -15,6 +15,7 @@ from patcher.errors import InputError, NotServed, PatcherError, ServerError
 from patcher.wording import listing, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from patcher.classifier import Classifier
@@ -83,7 +84,7 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
     examples = read_examples(evaluation) if evaluation else None
     difference = diff(options.classifier, a, b, examples)
     if options.json:
-        options.emit(difference.to_json())
+        options.emit({"classifier": options.classifier.name, **difference.to_json()})
         return
     options.say(f"version {a} -> {b}: added {', '.join(difference.added) or 'nothing'}; "
                  f"removed {', '.join(difference.removed) or 'nothing'}"
@@ -114,7 +115,8 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
 def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> None:
     """Go back to an earlier version, immediately and across restarts.
 
-    Nothing is deleted; use --to to go forward again.
+    Nothing is deleted; use --to to go forward again. Scripts should always name the version with --to: two rollbacks
+    without it go back two versions.
     """
     from patcher.lifecycle import rollback
 
@@ -129,7 +131,6 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
             "version": switch.version,
             "previous": switch.previous,
             "served": switch.served,
-            "warnings": switch.warnings,
         }
     )
     if not options.json:
@@ -139,8 +140,9 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
 
 @click.command("prune")
 @click.option("--keep", type=WholeNumber(1), required=True, help="How many of the newest versions to keep.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
 @common_options("classifier")
-def prune_command(keep: int, options: CommonOptions) -> None:
+def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
     """Permanently delete old head versions except the newest ones, the serving one, its parent and one on trial.
 
     A rollback cannot go back to a pruned version; its number is never reused.
@@ -148,23 +150,24 @@ def prune_command(keep: int, options: CommonOptions) -> None:
     from patcher.lifecycle import prune
 
     classifier = options.classifier
-    pruned = prune(classifier, keep)
-    audit.note(versions=list(pruned))
-    left, warnings = _left(classifier)
-    options.warn(*warnings)
-    document = {"classifier": classifier.name, "pruned": pruned, "versions": left, "warnings": warnings}
-    options.emit(document)
+    pruned = prune(classifier, keep, dry_run=dry_run)
+    if not dry_run:
+        audit.note(versions=list(pruned))
+    left = _left(classifier, pruned, options)
+    options.emit({"classifier": classifier.name, "pruned": pruned, "versions": left, "dry_run": dry_run})
     if not options.json:
         rest = "" if left is None else f"; {plural(len(left), 'version')} left"
-        options.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}{rest}")
+        done = "dry run: would prune" if dry_run else "pruned"
+        options.say(f"{done} {', '.join(map(str, pruned)) or 'nothing'}{rest}")
 
 
-def _left(classifier: Classifier) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """The versions after a prune, or None and a warning if they cannot be listed: the others are deleted."""
+def _left(classifier: Classifier, pruned: Sequence[int], options: CommonOptions) -> tuple[int, ...] | None:
+    """The versions without those ``pruned``; None, with a warning, if they cannot be listed: a prune holds anyway."""
     try:
-        return classifier.versions(), ()
+        return tuple(version for version in classifier.versions() if version not in pruned)
     except PatcherError as error:
-        return None, (f"the old versions are deleted, but those that are left could not be listed: {error}",)
+        options.warn(f"the old versions are deleted, but those that are left could not be listed: {error}")
+        return None
 
 
 @click.command("sync")
