@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.errors import InputError, ToolError
+from patcher.storage.disk import storage_errors
 from patcher.wording import install_hint, percent
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["Load", "Measurement", "Ratio", "StepTime", "check_targets", "compare
 _BUSY_CLIENT = 0.5
 """If perf_analyzer uses more than this share of this machine's cores, it may itself be the bottleneck."""
 _KEPT_UP = 0.9
-
+_INCOMPLETE = "it does not hold all figures"
 
 _DRAWN = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 
@@ -168,7 +169,10 @@ def _figure_type() -> Any:
 
 
 def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
-    """Write one line per measurement, with a pair of columns (queue and compute time) for each step."""
+    """Write one line per measurement, with a pair of columns (queue and compute time) for each step.
+
+    Raises StorageError if the file cannot be written.
+    """
     rows = []
     for each in measurements:
         row = each.to_json()
@@ -177,7 +181,7 @@ def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
             row |= {f"{role}_queue_us": step["queue_us"], f"{role}_compute_us": step["compute_us"]}
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with storage_errors(path, _INCOMPLETE), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -186,7 +190,8 @@ def write_csv(measurements: Sequence[Measurement], path: Path) -> None:
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot latency (p50, p95, p99) over throughput: three lines per model, the points labelled with the load.
 
-    Raises ToolError if matplotlib is not installed, and InputError if there is nothing to draw.
+    Raises ToolError if matplotlib is not installed, InputError if there is nothing to draw, and StorageError if the
+    file cannot be written.
     """
     if not measurements:
         raise InputError("no measurement to plot")
@@ -207,4 +212,5 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path)
+    with storage_errors(path, _INCOMPLETE):
+        figure.savefig(path)

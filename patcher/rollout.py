@@ -204,13 +204,23 @@ def roll_back(classifier: Classifier, to: int | None = None, server: TritonServe
     """Make version ``to`` serve, by default the parent of the serving version. The lock must be held."""
     serving = classifier.serving()
     if to is None:
-        to = classifier.head(serving).lineage.parent
-        if to is None:
-            raise VersionError(f"version {serving} of {classifier.name} has no version before it (`patcher history`)")
+        to = _parent(classifier, serving)
     require_live(server, classifier)
     head = classifier.head(to, published=True)
     validate(classifier.head_bytes(to), head)
     return _switch(classifier, head, server)
+
+
+def _parent(classifier: Classifier, serving: int) -> int:
+    """The version from which ``serving`` was made; VersionError, with those to go to instead, if it is not there."""
+    there = classifier.versions()
+    parent = classifier.head(serving).lineage.parent
+    if parent in there:
+        return parent
+    others = ", ".join(str(version) for version in there if version != serving)
+    instead = f"name another one with --to (to=...): there are {others}" if others else "and there is no other one"
+    gone = f"version {parent}, from which it was made, is gone" if parent else "it has no version before it"
+    raise VersionError(f"version {serving} of {classifier.name} serves, and {gone}; {instead} (`patcher history`)")
 
 
 def set_aside(classifier: Classifier, head: Head, memory: Memory | None, data: bytes | None = None) -> None:

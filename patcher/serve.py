@@ -6,11 +6,12 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from patcher.errors import RepositoryError, ServerError, VersionError
+from patcher.errors import InputError, RepositoryError, ServerError, VersionError
 from patcher.model_config import is_on_gpu
 from patcher.serving import serving_of
 from patcher.signals import interruptible
-from patcher.triton.process import has_gpu
+from patcher.triton.process import has_gpu, is_taken
+from patcher.triton.running import find_running
 from patcher.triton.server import START_SECONDS, EmbeddedTriton
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def serve(
                 say(f"warning: {name} is not served: {error}; once that is repaired, run `patcher sync` to serve it")
             server.await_ports(_PORT_SECONDS, say)
             say(f"starting Triton for {', '.join(models) or 'an empty repository'} ...")
-            server.start(start_timeout)
+            _start(server, start_timeout)
             for line in (_ready(server), *_on_the_key(server, open_control=open_control), *hints):
                 say(line)
             server.wait()
@@ -91,6 +92,22 @@ def serve(
         finally:
             code = server.stop()
     return code or 0
+
+
+def _start(server: EmbeddedTriton, timeout: float) -> None:
+    """Start the server; if a port is taken by one that serves the same repository already, the error says so."""
+    try:
+        server.start(timeout)
+    except InputError as error:
+        ports = [port for port in (server.grpc_port, server.http_port, server.metrics_port) if port]
+        there = find_running(server.repository, ports) if is_taken(error) else None
+        if there is None:
+            raise
+        raise InputError(
+            f"this repository is served already: gRPC {there.url}, by process {there.starter}. Use that server, or "
+            f"stop it (kill {there.starter}), or start another one beside it, on free ports: --grpc-port 0 --http-port "
+            "0 --metrics-port 0"
+        ) from error
 
 
 def _ready(server: EmbeddedTriton) -> str:

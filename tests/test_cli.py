@@ -203,6 +203,21 @@ def test_rollback_and_history(patcher, classifier, examples):
     assert "there are 1, 2, 3" in err
 
 
+def test_a_rollback_to_a_version_that_is_gone_names_those_that_are_there(patcher, classifier, tree):
+    for old, new in (("music", "songs"), ("songs", "tunes"), ("tunes", "songs")):
+        assert patcher("rename-label", old, new, "--no-load")[0] == 0
+    assert patcher("rollback", "--to", 1, "--no-load")[0] == 0
+    said = "version 1 of intent serves, and it has no version before it; name another one with --to (to=...): there are"
+    assert f"{said} 2, 3, 4 (`patcher history`)" in patcher("rollback", "--no-load")[2]
+    assert patcher("rollback", "--to", 4, "--no-load")[0] == patcher("prune", "--keep", 2)[0] == 0
+    assert patcher("rollback", "--no-load")[0] == 0
+    before = tree(classifier.root)
+    code, out, err = patcher("rollback", "--no-load")
+    said = "version 3 of intent serves, and version 2, from which it was made, is gone; name another one with --to"
+    assert (code, out, f"{said} (to=...): there are 4 (`patcher history`)" in err) == (2, "", True), err
+    assert tree(classifier.root) == before
+
+
 def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier, examples, tmp_path):
     (classifier.root / "intent_head" / "1" / "memory.safetensors").unlink()
     data = tiny.write_csv(tmp_path / "train.csv", tiny.train_set())
@@ -222,7 +237,7 @@ def test_a_memory_built_later_and_without_anybodys_sentence(patcher, classifier,
 
 WRONG = {
     "no verb": (["add-lable"], 2, "did you mean `patcher add-label`?"),
-    "no option": (["labels", "--verison", "1"], 2, "No such option"),
+    "no option": (["labels", "--verison", "1"], 2, "no option '--verison'; did you mean --version?"),
     "an option after --": (["add-label", "--", "-x", "--text", "a b"], 2, "put options before `--`"),
     "a value after --": (["merge-labels", "--", "music", "travel", "--into=x"], 2, "put options before `--`"),
     "a pipe": (["add-label", "payday", "--examples", os.devnull], 2, "is no regular file; expected"),
@@ -748,7 +763,7 @@ def test_a_text_that_looks_like_a_flag_is_a_text(patcher, monkeypatch, tmp_path)
     code, out, err = patcher("add-label", "pizza", *texts, "--no-load", "--max-flips", "2")
     assert (code, out) == (2, ""), err
     code, out, err = patcher("add-label", "--dry-run", "pizza", "--verison", "--json", "--max-flips")
-    assert (code, json.loads(out)["exit_code"], "No such option" in err) == (2, 2, True)
+    assert (code, json.loads(out)["exit_code"], "no option '--verison'" in err) == (2, 2, True)
     code, out, err = patcher("nonsense", "prune", "--json")
     assert (code, json.loads(out)["exit_code"]) == (2, 2), err
     events = [json.loads(line) for line in log.read_text().splitlines()]

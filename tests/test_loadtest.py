@@ -128,6 +128,19 @@ def measured(model, throughput, **more):
     return Measurement(model, 4, None, throughput, 1.0, 2.0, 3.0, more.pop("failures", 0), (), **more)
 
 
+@pytest.mark.parametrize("option, name", [("--csv", "full.csv"), ("--plot", "full.png")])
+def test_figures_that_cannot_be_written_are_printed(option, name, tiny_original, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("patcher.loadtest.load_test", lambda *_, **__: [measured("intent", 123.4)])
+    (tmp_path / name).symlink_to("/dev/full")
+    arguments = ["loadtest", "--repo", tiny_original, "--url", "127.0.0.1:1", option, tmp_path / name]
+    said = f"cannot write to {tmp_path / name}: No space left on device; it does not hold all figures"
+    code, out, err = command(*arguments)
+    assert (code, "123.4" in out, err) == (1, True, f"error: {said}\n")
+    code, out, err = command(*arguments, "--json")
+    document = json.loads(out)
+    assert (code, document["error"], document["measurements"][0]["throughput"]) == (1, said, 123.4), err
+
+
 @pytest.mark.server
 def test_of_several_servers_the_one_that_is_measured_is_named(client, tiny_original, capsys):
     options = ["--repo", str(tiny_original), "--concurrency", "1", "--window", "0.3", "--json"]

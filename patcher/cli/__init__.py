@@ -6,15 +6,14 @@ import errno
 import importlib
 import json
 import os
-import re
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
 from patcher import __version__, audit
+from patcher.cli.mistakes import explained, leniently
 from patcher.cli.output import tell, unwritten
 from patcher.errors import PatcherError
 from patcher.signals import ignore_signals, interruptible, uninterrupted
@@ -85,8 +84,7 @@ class _Run:
 
         The verb's own parser is needed because ``--text "--dry-run"``, for example, is a text and not a flag.
         """
-        lenient: dict[str, Any] = {"resilient_parsing": True, "ignore_unknown_options": True, "allow_extra_args": True}
-        given = command.make_context(verb, list(rest), parent=ctx, **lenient).params
+        given = leniently(command, rest, verb, ctx).params
         self.as_json = bool(given.get("as_json", self.as_json))
         audit.note(verb=verb)
         if given.get("dry_run"):
@@ -248,10 +246,7 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        said = _with_hint(error.format_message(), context, arguments)
-        if isinstance(error, click.NoSuchOption) and re.search(r"^-\d|\s", error.option_name):
-            said = f"{said.rstrip('.')}; put `--` before words that begin with -"
-        return _failed(said, 2, run.as_json)
+        return _failed(explained(error, arguments), 2, run.as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json)
     except Exception as error:  # noqa: BLE001  said to be a bug
@@ -262,17 +257,6 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
             said = f"cannot write{where}: {error.strerror}; make room, or raise the limit"
         return _failed(said, 1, run.as_json)
     return (result if isinstance(result, int) else 0), ""
-
-
-def _with_hint(message: str, context: click.Context | None, arguments: list[str]) -> str:
-    """The message of a usage error, with a hint if an option follows ``--``, where every word is taken as it is."""
-    if context is None or "--" not in arguments:
-        return message
-    options = {name for parameter in context.command.params for name in parameter.opts}
-    late = [word for word in arguments[arguments.index("--") :] if word.partition("=")[0] in options]
-    if not late:
-        return message
-    return f"{message.rstrip('.')}; {late[0]} follows `--`, where no word is an option: put options before `--`"
 
 
 def _not_written(reason: str, code: int, error: str) -> tuple[int, str]:

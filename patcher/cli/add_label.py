@@ -19,6 +19,7 @@ from patcher.cli.options import (
     no_load_option,
 )
 from patcher.cli.output import seconds
+from patcher.cli.values import WholeNumber, named_files
 from patcher.errors import PatcherError, as_sentence
 from patcher.wording import cut
 
@@ -62,7 +63,7 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
 )
 @click.option(
     "--keep",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Afterwards delete old versions except the newest N, the serving one, its parent and one on trial.",
 )
@@ -154,10 +155,13 @@ def _examples(
     from patcher.new_texts import new_examples, refuse_ids
 
     if (file is None) == (not texts):
-        raise click.UsageError("expected examples: --examples FILE, or --text TEXT several times")
+        meant = f"; did you mean --examples {label}?" if label and named_files([label]) else ""
+        raise click.UsageError(f"expected examples: --examples FILE, or --text TEXT several times{meant}")
     if texts and label is None:
         raise click.UsageError("expected LABEL before the --text examples")
     if file is None:
+        if named_files(texts):
+            options.warn(f"taking {texts[0]!r} as a text, the name of a file; --examples reads the texts in it")
         return {str(label): list(texts)}
     read, head = read_examples(file), options.classifier.head()
     examples = new_examples(read, label, several=not head.exclusive)

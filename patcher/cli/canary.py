@@ -10,6 +10,7 @@ from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option
 from patcher.cli.output import changed_answers, table
+from patcher.cli.values import VERSION
 from patcher.errors import PatcherError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("canary")
-@click.option("--version", type=click.IntRange(1), shell_complete=complete_version, help="The version to try.")
+@click.option("--version", type=VERSION, shell_complete=complete_version, help="The version to try.")
 @click.option("--percent", "share", type=SHARE, help="Percentage of request keys to send to it.")
 @click.option("--promote", is_flag=True, help="Make the trial version serve all requests and end the trial.")
 @click.option("--discard", is_flag=True, help="End the trial; the version stays on disk.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import shortened, table
+from patcher.cli.values import named_files
 from patcher.errors import ServerRefused
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
         texts = read_examples(file).texts
     else:
         texts = tuple(check_text(text, f"text {number}") for number, text in enumerate(texts, 1))
+        if named_files(texts):  # a warning, since a text may be any word
+            inside = shlex.join(["patcher", "classify", "--file", texts[0]])
+            options.warn(f"classifying {texts[0]!r} as a text, the name of a file; for those in it: `{inside}`")
     with options.server() as server:
         try:
             answers = server.classify(options.address, texts, logits=False)

@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, version_option
 from patcher.cli.output import table
+from patcher.cli.values import WholeNumber
 from patcher.wording import percent
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=FILE)
 @version_option
 @click.option(
-    "--worst", type=click.IntRange(0), default=10, show_default=True, help="How many labels and confusions to list."
+    "--worst", type=WholeNumber(0), default=10, show_default=True, help="How many labels and confusions to list."
 )
 @common_options("classifier")
 def evaluate_command(file: Path, version: int | None, worst: int, options: CommonOptions) -> None:

@@ -16,6 +16,7 @@ from patcher.cli.options import (
     trust_remote_code_option,
 )
 from patcher.cli.output import not_installed, tell
+from patcher.cli.values import WholeNumber
 from patcher.wording import repeats
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=1),
+    type=WholeNumber(1),
     help="Truncate texts after this many tokens.  [default: what the tokenizer and the model allow, at most 2048]",
 )
 @click.option("--tensorrt", is_flag=True, help="Run the backbone with TensorRT on the GPU.")

@@ -8,6 +8,8 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, refuse_overwriting
 from patcher.cli.output import table, tell
+from patcher.cli.values import Number, WholeNumber
+from patcher.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +39,13 @@ _TEXTS = (
 )
 @click.option(
     "--window",
-    type=click.FloatRange(0.2, 600),
+    type=Number(0.2, 600),
     default=2.0,
     show_default=True,
     help="Length of a window in seconds; each measurement takes three.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="How many times to repeat everything."
+    "--rounds", type=WholeNumber(1, 100), default=1, show_default=True, help="How many times to repeat everything."
 )
 @click.option("--csv", "csv_file", type=FILE, help="Write the figures as CSV.")
 @click.option("--plot", "plot_file", type=FILE, help="Draw latency over throughput (PNG, SVG or PDF).")
@@ -68,7 +70,7 @@ def loadtest_command(
     from patcher.examples_file import read_examples
     from patcher.fleet import members
     from patcher.loadtest import load_test, parse_loads
-    from patcher.measurement import check_targets, compare, plot, warnings, write_csv
+    from patcher.measurement import check_targets, compare, warnings
 
     if concurrency is None and request_rate is None:
         concurrency = "1:8:3"
@@ -84,13 +86,14 @@ def loadtest_command(
         found = load_test(
             server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)
         )
-    if csv_file:
-        write_csv(found, csv_file)
-    if plot_file:
-        plot(found, plot_file)
+    not_written = _write(found, csv_file, plot_file)
     ratios = compare(found, against) if against else []
     by_load = {(each.model, each.load): {"ratio": each.ratio, "ratio_range": [each.low, each.high]} for each in ratios}
-    options.emit([{**each.to_json(), **by_load.get((each.model, each.load), {})} for each in found])
+    documents = [{**each.to_json(), **by_load.get((each.model, each.load), {})} for each in found]
+    if not_written is None:
+        options.emit(documents)
+    else:
+        not_written.report["measurements"] = documents  # of which --json prints one document, with the error
     if not options.json:
         options.say(_table(found))
     for each in ratios:
@@ -100,6 +103,22 @@ def loadtest_command(
         )
     for said in warnings(found):
         tell(f"warning: {said}", err=True)
+    if not_written is not None:  # only now: the figures took minutes
+        raise not_written
+
+
+def _write(found: Sequence[Measurement], csv_file: Path | None, plot_file: Path | None) -> StorageError | None:
+    """Write the files that are asked for; returns the error if one of them cannot be written."""
+    from patcher.measurement import plot, write_csv
+
+    failed = []
+    for path, write in ((csv_file, write_csv), (plot_file, plot)):
+        try:
+            if path is not None:
+                write(found, path)
+        except StorageError as error:
+            failed.append(str(error))
+    return StorageError("; ".join(failed)) if failed else None
 
 
 def _table(found: Sequence[Measurement]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options
+from patcher.cli.values import WholeNumber
 from patcher.errors import RepositoryError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=WholeNumber(0, 65535),
     default=9108,
     show_default=True,
     help="Port to listen on; 0 picks a free one.",

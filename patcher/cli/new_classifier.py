@@ -19,6 +19,7 @@ from patcher.cli.options import (
     no_load_option,
 )
 from patcher.cli.output import seconds
+from patcher.cli.values import Number
 from patcher.limits import MIN_ACCURACY
 from patcher.names import check_name
 from patcher.wording import percent, repeats
@@ -46,7 +47,7 @@ _SHOWN = 5
 @click.option("--in-store", is_flag=True, help="Serve it from the backbone's head store (for very many classifiers).")
 @click.option(
     "--min-accuracy",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=MIN_ACCURACY,
     show_default=True,
     help="Smallest share of held-out texts that must be answered right (with --multi-label: by exactly their labels).",

@@ -19,6 +19,7 @@ import click
 from patcher import audit
 from patcher.cli.completion import complete_classifier, complete_version
 from patcher.cli.output import tell
+from patcher.cli.values import VERSION, Location, Number
 from patcher.errors import InputError, RepositoryError
 from patcher.limits import MAX_FLIPS, MIN_RECALL
 
@@ -191,22 +192,13 @@ def warn_if_open(path: Path) -> None:
             tell(f"warning: others can read {path}; chmod 600 {path}", err=True)
 
 
-class _Location(click.Path):
-    """A folder, or a URL, which must not be converted to a path."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from patcher.storage import is_url
-
-        return value if is_url(value) else super().convert(value, param, ctx)
-
-
 FILE = click.Path(path_type=Path, dir_okay=False)
-SHARE = click.FloatRange(0, 100, min_open=True, max_open=True)
+SHARE = Number(0, 100, min_open=True, max_open=True)
 """Percentage of the requests that go to a version on trial."""
 
 version_option = click.option(
     "--version",
-    type=click.IntRange(1),
+    type=VERSION,
     shell_complete=complete_version,
     help="Head version; by default the one that serves.",
 )
@@ -216,14 +208,14 @@ force_option = click.option(
 )
 max_flips_option = click.option(
     "--max-flips",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=MAX_FLIPS,
     show_default=True,
     help="Largest share of old inputs that may turn from right to wrong.",
 )
 min_recall_option = click.option(
     "--min-recall",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=MIN_RECALL,
     show_default=True,
     help="Smallest recall that the new label must reach.",
@@ -256,7 +248,7 @@ def no_load_option(text: str = "Publish without contacting a server.") -> Callab
 
 repo_option = click.option(
     "--repo",
-    type=_Location(path_type=Path, file_okay=False),
+    type=Location(path_type=Path, file_okay=False),
     envvar="TRITON_MODEL_REPO",
     default=Path("model_repository"),
     show_default=True,
@@ -294,7 +286,7 @@ _OPTIONS: tuple[tuple[Group | None, tuple[str, ...], dict[str, Any]], ...] = (
         "rollout",
         ("--watch",),
         {
-            "type": click.FloatRange(0),
+            "type": Number(0),
             "default": 2.0,
             "show_default": True,
             "metavar": "SECONDS",

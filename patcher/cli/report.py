@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @version_option
-@eval_option("Labelled file on which to show accuracy, confusions and flips, before and after.")
 @click.option("--html", "page", type=FILE, help="File to write the page to.")
+@eval_option("Labelled file on which to show accuracy, confusions and flips, before and after.")
 @common_options("classifier")
 def report_command(version: int | None, evaluation: Path | None, page: Path | None, options: CommonOptions) -> None:
     """Write one self-contained page about a head version.

@@ -8,6 +8,7 @@ import click
 
 from patcher.cli.options import FILE, read_key, repo_option, warn_if_open
 from patcher.cli.output import tell
+from patcher.cli.values import Number, WholeNumber
 from patcher.errors import InputError
 
 
@@ -15,14 +16,14 @@ from patcher.errors import InputError
 @repo_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port; 0 picks a free one."
+    "--grpc-port", type=WholeNumber(0, 65535), default=8001, show_default=True, help="gRPC port; 0 picks a free one."
 )
 @click.option(
-    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0 picks a free one."
+    "--http-port", type=WholeNumber(0, 65535), default=8000, show_default=True, help="HTTP port; 0 picks a free one."
 )
 @click.option(
     "--metrics-port",
-    type=click.IntRange(0, 65535),
+    type=WholeNumber(0, 65535),
     default=8002,
     show_default=True,
     help="Metrics port; 0 picks a free one.",
@@ -66,7 +67,7 @@ from patcher.errors import InputError
 @click.option("--log-file", type=FILE, help="File for Triton's log.")
 @click.option(
     "--start-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=120,
     show_default=True,
     metavar="SECONDS",

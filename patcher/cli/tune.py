@@ -9,6 +9,7 @@ import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options
 from patcher.cli.output import tell
+from patcher.cli.values import Number, WholeNumber
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 @click.command("tune")
 @click.option(
     "--seconds",
-    type=click.FloatRange(5, 86_400),
+    type=Number(5, 86_400),
     default=120.0,
     show_default=True,
     help="Time to spend trying settings, in seconds.",
 )
 @click.option(
-    "--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Number of concurrent requests."
+    "--concurrency", type=WholeNumber(1, 1024), default=16, show_default=True, help="Number of concurrent requests."
 )
 @click.option("--input", "file", type=FILE, required=True, help="File with typical texts.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be written.")

@@ -10,6 +10,7 @@ from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, shortened, table
+from patcher.cli.values import VERSION, WholeNumber
 from patcher.errors import InputError, NotServed, ServerError
 from patcher.wording import listing, plural
 
@@ -69,8 +70,8 @@ def history_command(options: CommonOptions) -> None:
 
 
 @click.command("diff")
-@click.argument("a", type=click.IntRange(1), shell_complete=complete_version)
-@click.argument("b", type=click.IntRange(1), shell_complete=complete_version)
+@click.argument("a", type=VERSION, shell_complete=complete_version)
+@click.argument("b", type=VERSION, shell_complete=complete_version)
 @eval_option("Labelled file on which to count flips.")
 @common_options("classifier")
 def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions) -> None:
@@ -103,7 +104,7 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
 @click.command("rollback")
 @click.option(
     "--to",
-    type=click.IntRange(1),
+    type=VERSION,
     shell_complete=complete_version,
     help="Version to go to; by default the parent of the one that serves.",
 )
@@ -134,7 +135,7 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
 
 
 @click.command("prune")
-@click.option("--keep", type=click.IntRange(1), required=True, help="How many of the newest versions to keep.")
+@click.option("--keep", type=WholeNumber(1), required=True, help="How many of the newest versions to keep.")
 @common_options("classifier")
 def prune_command(keep: int, options: CommonOptions) -> None:
     """Permanently delete old head versions except the newest ones, the serving one, its parent and one on trial.

@@ -32,6 +32,7 @@ __all__ = [
     "free_ports",
     "has_gpu",
     "hide_argument",
+    "is_taken",
     "loopback",
     "reachable",
     "start_with_parent",
@@ -193,7 +194,7 @@ def await_ports(hosts: Sequence[str], wanted: Sequence[int], seconds: float, say
         try:
             free_ports(hosts, wanted)
         except InputError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
+            if not is_taken(error):
                 return  # waiting does not help; the start will say what is wrong
             if not told:
                 say(f"waiting up to {seconds:g} s, in case a server is just ending: {error}")
@@ -201,6 +202,11 @@ def await_ports(hosts: Sequence[str], wanted: Sequence[int], seconds: float, say
             time.sleep(0.1)
         else:
             return
+
+
+def is_taken(error: InputError) -> bool:
+    """Whether an error of ``free_ports`` is about a port that another process has."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
 
 
 def address(host: str) -> str:
