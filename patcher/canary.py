@@ -19,6 +19,7 @@ from patcher.classifier import Classifier, add_classifier
 from patcher.errors import InputError, NotServed, PatcherError, ServerError, ServerRefused, VersionError, as_sentence
 from patcher.fleet import attempt, by_address, each, members, present
 from patcher.limits import check_share
+from patcher.lineage import related
 from patcher.model_config import pinned_versions
 from patcher.names import CANARY
 from patcher.recovery import changing
@@ -313,24 +314,12 @@ def _left(classifier: Classifier, server: TritonServer | None) -> int | None:
 
 def _refuse_stale(classifier: Classifier, tried: int) -> None:
     serving = classifier.serving()
-    if not (_descends(classifier, tried, serving) or _descends(classifier, serving, tried)):
+    if not related(classifier, tried, serving):
         raise InputError(
             f"version {tried} of {classifier.name} was made without what was changed in version {serving}, which "
             "serves now: `patcher canary --discard` ends the trial; then make its change again, or switch to it "
             f"anyway with `patcher rollback --to {tried}`"
         )
-
-
-def _descends(classifier: Classifier, version: int, ancestor: int) -> bool:
-    """Whether a version is ``ancestor`` or descends from it; the journal also covers pruned and damaged versions."""
-    parents = {entry["version"]: entry.get("parent") for entry in classifier.journal.entries() if "parent" in entry}
-    while version > ancestor:
-        if version in parents:
-            parent = parents[version]
-        else:  # made by a patcher that wrote no journal
-            parent = classifier.head(version).lineage.parent if version in classifier.versions() else None
-        version = min(parent or 0, version - 1)  # no version was made from a later one
-    return version == ancestor
 
 
 def _none(classifier: Classifier) -> InputError:

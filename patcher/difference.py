@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.arguments import require
-from patcher.errors import VersionError
 from patcher.evaluation import answers, expected_sets, unknown_labels
 from patcher.examples_file import as_examples
 from patcher.features import extract_features
-from patcher.lineage import MERGE
+from patcher.label_names import earlier_names, new_names
 from patcher.repository import one_classifier
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from patcher.classifier import Classifier
     from patcher.examples_file import ExamplesLike
-    from patcher.head import Head
     from patcher.repository import ClassifierLike
 
 __all__ = ["Difference", "Flip", "diff"]
@@ -71,15 +68,16 @@ def diff(
 
     ``features``, float32 ``[n, width]``, are those of the examples, if they are known already. A label that was only
     renamed between the two versions counts as the same, under its name in ``b``. On the examples and in the answers to
-    them, a merged label counts as the one that it was merged into. Raises VersionError if a version does not exist,
-    LabelError if neither version has any label of the examples.
+    them, a merged label counts as the one that it was merged into. The examples may also have names from before both.
+
+    Raises VersionError if a version does not exist, LabelError if neither version has any label of the examples.
     """
     require(int, a=a, b=b)
     classifier = one_classifier(classifier)
     before, after = classifier.head(a), classifier.head(b)
     # A rename may take the name of a label of ``a`` that is gone in ``b``. The name then stands for the renamed label;
     # the old one gets a name of its own.
-    names, merged = _new_names(classifier, before, after)
+    names, merged = new_names(classifier.lineage, before, after)
     taken = {label: f"{label} (of version {a})" for label in set(names.values()) & set(before.labels) - set(names)}
     now = {**names, **taken}
     before = dataclasses.replace(before, labels=tuple(now.get(label, label) for label in before.labels))
@@ -98,10 +96,12 @@ def diff(
     )
     if examples is None:
         return difference
-    examples, became = as_examples(examples, "examples"), {**names, **merged}
-    expected = [
-        frozenset(became.get(label, label) for label in labels) for labels in expected_sets(after, examples.labelled())
-    ]
+    examples = as_examples(examples, "examples")
+    given_labels = expected_sets(after, examples.labelled())
+    # The texts may have a name that is older than both versions.
+    older = earlier_names(classifier, after, frozenset().union(*given_labels) - set(before.labels))
+    became = {**older[0], **older[1], **names, **merged}
+    expected = [frozenset(became.get(label, label) for label in labels) for labels in given_labels]
     strange = set(unknown_labels(expected, {*before.labels, *after.labels}, f"versions {a} and {b}"))
     features = extract_features(classifier, examples.texts) if features is None else features
     # Whichever of the two is the older one has the labels that were merged.
@@ -124,48 +124,3 @@ def diff(
 
 def _flip(text: str, right: frozenset[str], before: frozenset[str], after: frozenset[str]) -> Flip:
     return Flip(text, *("|".join(sorted(labels)) for labels in (right, before, after)))
-
-
-def _new_names(classifier: Classifier, before: Head, after: Head) -> tuple[dict[str, str], dict[str, str]]:
-    """Renamed labels, from names in ``before`` to names in ``after``; and merged labels, with what they merged into.
-
-    Follows the lineage if one version is an ancestor of the other. If versions between them were pruned, equal rows
-    tell which labels were renamed, and merges are not found. Both are empty for unrelated versions.
-    """
-    a, b = before.lineage.version, after.lineage.version
-    if a > b:
-        names, merged = _new_names(classifier, after, before)
-        earlier = {new: old for old, new in names.items()}
-        return earlier, {old: earlier.get(new, new) for old, new in merged.items()}
-    steps, version = [], b
-    while version > a:
-        try:
-            lineage = classifier.lineage(version)
-        except VersionError:  # pruned, and its record of renamed labels with it
-            return _same_rows(before, after), {}
-        steps.append(lineage)
-        version = lineage.parent or 0
-    if version != a:
-        return {}, {}
-    # Follow only labels of ``before``, until they are removed: a label that was added later had no name there.
-    names, joined = {label: label for label in before.labels}, set()
-    for step in reversed(steps):
-        renamed = dict(step.renamed)
-        into = dict.fromkeys(step.removed, step.added[0]) if step.method == MERGE and step.added else {}
-        joined |= {first for first, now in names.items() if now in into}
-        names = {
-            first: into.get(now, renamed.get(now, now))
-            for first, now in names.items()
-            if now in into or now not in step.removed
-        }
-    changed = {first: now for first, now in names.items() if first != now}
-    # If another label now has the name of a merged label, that name means the other label.
-    merged = {first: now for first, now in changed.items() if first in joined and first not in after.labels}
-    return {first: now for first, now in changed.items() if first not in joined}, merged
-
-
-def _same_rows(before: Head, after: Head) -> dict[str, str]:
-    """Labels of ``before`` that ``after`` lacks, each with the label in ``after`` that has the identical row."""
-    old, rows = before.rows_hash(), after.rows_hash()
-    new = {row: label for label, row in rows.items() if label not in old}
-    return {label: new[row] for label, row in old.items() if label not in rows and row in new}

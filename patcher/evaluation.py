@@ -49,6 +49,8 @@ class Evaluation:
     per_label: dict[str, LabelScore]
     confusions: tuple[tuple[str, str, int], ...]
     unknown: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The figures for JSON, under the field names that scripts rely on."""
@@ -60,6 +62,8 @@ class Evaluation:
             "per_label": {label: vars(score) for label, score in self.per_label.items()},
             "confusions": [{"label": a, "answered": b, "count": n} for a, b, n in self.confusions],
             "unknown_labels": list(self.unknown),
+            "renamed": self.renamed,
+            "merged": self.merged,
         }
 
 

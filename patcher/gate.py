@@ -77,7 +77,7 @@ class Verdict:
     duplicates
         Examples that repeat an earlier one, or nearly do.
     known
-        Examples that the old head already assigns to an old label with confidence.
+        Examples that an old label already covers, for the old head with confidence, or in the memory.
     too_few
         New labels with fewer than five different examples.
     """
@@ -192,7 +192,9 @@ def judge(
         sentence=sentence(flips, recall, reasons, max_flips),
         reasons=reasons,
         advice=(
-            *advice(flips, recall, screened.known, screened.too_few),
+            *advice(
+                flips, recall, screened.known, screened.too_few, {name: len(rows) for name, rows in examples.items()}
+            ),
             *too_alike(len(repeated), len(screened.near), screened.strange),
             *unseen(head, [flips, *others], max_flips),
             *asides(fit, head, left_out or {}),

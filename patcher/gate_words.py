@@ -40,6 +40,7 @@ __all__ = [
 
 FEW = 5
 _GOOD_RECALL = 0.9
+_EXAMPLES_SHOWN, _CHARACTERS_SHOWN = 3, 60
 _SAYS_LITTLE = 0.1
 """With an upper bound above this share, a pass says little about flips."""
 _ABOUT = 0.95
@@ -52,22 +53,21 @@ def advice(
     recall: Mapping[str, Recall],
     known: Sequence[Known],
     too_few: Sequence[str],
+    sizes: Mapping[str, int],
 ) -> tuple[str, ...]:
-    """What would improve the patch, or make the figures more certain."""
+    """What would improve the patch, or make the figures more certain; ``sizes`` counts each label's examples."""
     said = [f"{label!r} has fewer than {FEW} different examples; ten are far more reliable" for label in too_few]
     for label, counted in recall.items():
-        if counted.rival and counted.rate is not None and counted.rate < _GOOD_RECALL:
+        same = sum(hit.label == label and hit.old == counted.rival for hit in known)
+        # More examples, or another backbone, do not tell a label from itself.
+        if counted.rival and counted.rate is not None and counted.rate < _GOOD_RECALL and same < sizes[label] / 2:
             said.append(
                 f"{label!r} is confused with {counted.rival!r}: add examples that tell them apart, "
                 "or fine-tune the backbone again if more do not help"
             )
-    for label in dict.fromkeys(hit.label for hit in known):
-        hits = [hit for hit in known if hit.label == label]
-        most = Counter(hit.old for hit in hits).most_common(1)[0][0]
-        said.append(
-            f"{plural(len(hits), 'example')} of {label!r} already belong{'s' * (len(hits) == 1)} to an old label, "
-            f"mostly {most!r}: is it the same label?"
-        )
+    said.extend(
+        _same_label([hit for hit in known if hit.label == label]) for label in dict.fromkeys(hit.label for hit in known)
+    )
     if flips.source == "draws":
         said.append(
             "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
@@ -75,6 +75,27 @@ def advice(
     if flips.source == "none":
         said.append("there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips")
     return tuple(said)
+
+
+def _same_label(hits: Sequence[Known]) -> str:
+    """The question whether a new label is one of the old ones that cover its examples ``hits``."""
+    counts = Counter(hit.old for hit in hits)
+    most = [old for old, count in counts.items() if count == max(counts.values())]
+    if len(counts) == 1:
+        which = f"to the old label {most[0]!r}"
+    else:
+        how = "mostly" if len(most) == 1 else "equally often"
+        which = f"to old labels, {how} {listing(map(repr, most))}"
+    shown = listing((_quoted(hit.example) for hit in hits if hit.old in most), _EXAMPLES_SHOWN)
+    return (
+        f"{plural(len(hits), 'example')} of {hits[0].label!r} already belong{'s' * (len(hits) == 1)} {which} "
+        f"({shown}): is it the same label?"
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes, shortened, with escapes for all that is not printable."""
+    return repr(text if len(text) <= _CHARACTERS_SHOWN else f"{text[: _CHARACTERS_SHOWN - 2]} …")
 
 
 def too_alike(repeated: int, near: int, strange: Sequence[str]) -> Iterator[str]:

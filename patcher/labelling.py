@@ -64,6 +64,8 @@ class PatchReport:
     """Percentage of the requests that the version is tried on; None if it serves them all."""
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    """What the publication makes impossible: the promotion of a version that is on trial."""
 
     def __repr__(self) -> str:
         added = ", ".join(f"+{label}" for label in self.labels_added)
@@ -92,6 +94,7 @@ class PatchReport:
             "head_bytes": self.head_bytes,
             "why": self.fit.why,
             "verdict": self.verdict.to_dict(),
+            "warnings": self.warnings,
         }
 
     @property
@@ -240,20 +243,22 @@ def _publish(
         validate(data, patch.head)
         return
     try:
-        report.served = _served(target, patch, data, settings.canary, server)
+        report.warnings = _serve(target, patch, data, settings.canary, server)
     except NotServed as error:
         raise NotServed(str(error), {**report.to_json(), **error.report}) from error
-    report.published, report.canary = True, settings.canary
+    report.published, report.served, report.canary = True, server is not None, settings.canary
 
 
-def _served(target: Classifier, patch: Patch, data: bytes, canary: float | None, server: TritonServer | None) -> bool:
+def _serve(
+    target: Classifier, patch: Patch, data: bytes, canary: float | None, server: TritonServer | None
+) -> tuple[str, ...]:
     if canary is None:
-        return roll_out(target, patch.head, patch.memory, server, data).served
+        return roll_out(target, patch.head, patch.memory, server, data).warnings
     require_live(server, target)
     set_aside(target, patch.head, patch.memory, data)
     with withdrawing(target, patch.head.lineage.version):
         start(target, patch.head, canary, server)
-    return server is not None
+    return ()
 
 
 def _read(classifier: Classifier, *, on_trial: bool) -> tuple[Head, Memory | None]:

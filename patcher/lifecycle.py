@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from patcher import canary
 from patcher.arguments import require
 from patcher.errors import InputError, RepositoryError, VersionError
-from patcher.evaluation import Evaluation, evaluate_head
+from patcher.evaluation import Evaluation, evaluate_head, expected_sets
 from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.head import Lineage
+from patcher.label_names import earlier_names
+from patcher.lineage import merges
 from patcher.recovery import catch_up, changing
 from patcher.repository import one_classifier
 from patcher.rollout import Switch, roll_back
@@ -39,6 +41,8 @@ class Entry:
 
     def what(self) -> str:
         """The change in a few words."""
+        if merged := merges(self.lineage):
+            return f"{', '.join(old for old, _ in merged)} merged into {merged[0][1]}"
         first = "exported" if self.lineage.method == "export" else "new"
         added = [f"+{label}" for label in self.lineage.added] if self.lineage.parent else [first]
         removed = [f"-{label}" for label in self.lineage.removed]
@@ -59,6 +63,7 @@ class Entry:
             "gate": record.pop("gate"),
             "backbone": record.pop("backbone"),
             "serving": self.serving,
+            "merged": merges(self.lineage),
             **record,
         }
 
@@ -142,6 +147,9 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, F1 and confusions of a version (by default the serving one) on labelled texts, without a server.
 
+    A label of the texts that the version only has under a later name, or that was merged into one of its labels, counts
+    as that one, as it does for ``diff``.
+
     Raises ExamplesError if the texts have no labels, LabelError if the head has none of these labels, and VersionError
     if there is no such version.
     """
@@ -149,4 +157,7 @@ def evaluate(
     classifier, examples = one_classifier(classifier), as_examples(examples, "examples")
     labels = examples.labelled()
     head = classifier.head(version)
-    return evaluate_head(head, extract_features(classifier, examples.texts, None, progress), labels)
+    names, merged = earlier_names(classifier, head, frozenset().union(*expected_sets(head, labels)))
+    features = extract_features(classifier, examples.texts, None, progress)
+    found = evaluate_head(head, features, labels, {**names, **merged})
+    return dataclasses.replace(found, renamed=tuple(names.items()), merged=tuple(merged.items()))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patcher.audit import CHANGES, OUTCOMES, read_event
-from patcher.errors import InputError, PatcherError, ToolError
+from patcher.errors import InputError, PatcherError, RepositoryError, ToolError
 from patcher.fleet import resolved, split
 from patcher.names import CANARY
 from patcher.rollout import probe_text
@@ -213,17 +213,29 @@ def _repository_metrics(classifiers: Sequence[tuple[str, Classifier | None]]) ->
     pinned = GaugeMetricFamily("patcher_pinned_version", "Head version pinned in the repository", labels=["classifier"])
     count = GaugeMetricFamily("patcher_versions", "Head versions in the repository", labels=["classifier"])
     found = [classifier for _, classifier in classifiers if classifier]
-    versions: dict[str, tuple[int, ...]] = {}
-    with contextlib.suppress(PatcherError):
-        # With several classifiers, list all versions at once: in an object store each listing is a request.
-        several = len(found) > 1
-        versions = found[0].repository.versions_by_name() if several else {each.name: each.versions() for each in found}
+    versions = _versions(found)
     for each in found:
         with contextlib.suppress(PatcherError):
             pinned.add_metric([each.name], each.serving())
             if each.name in versions:  # it may have been dropped in the meantime
                 count.add_metric([each.name], len(versions[each.name]))
     yield from (pinned, count)
+
+
+def _versions(classifiers: Sequence[Classifier]) -> dict[str, tuple[int, ...]]:
+    """The versions by classifier, without those that cannot be listed."""
+    if len(classifiers) > 1:
+        try:
+            return classifiers[0].repository.versions_by_name()  # in an object store each listing is a request
+        except RepositoryError:  # a folder that cannot be read must hide only the versions of its own classifier
+            pass
+        except PatcherError:
+            return {}
+    versions = {}
+    for each in classifiers:
+        with contextlib.suppress(PatcherError):
+            versions[each.name] = each.versions()
+    return versions
 
 
 class _Changes:

@@ -47,7 +47,8 @@ class Change:
     """A published change of labels.
 
     ``renamed`` and ``merged`` hold pairs of a label and the one that it became, as those of a ``Difference`` do. Of a
-    merge, ``verdict`` is the gate's. ``notes`` asks about other labels with nearly the new name.
+    merge, ``verdict`` is the gate's. ``notes`` asks about other labels with nearly the new name, and ``warnings`` are
+    those of a ``Switch``.
     """
 
     classifier: str
@@ -62,6 +63,7 @@ class Change:
     merged: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -221,5 +223,5 @@ def _publish(
     switch, made = roll_out(classifier, head, memory, server), head.lineage
     return Change(
         classifier.name, switch.version, parent.lineage.version, len(head.labels), switch.served, made.gate,
-        made.added, made.removed, made.renamed,
+        made.added, made.removed, made.renamed, warnings=switch.warnings,
     )  # fmt: skip

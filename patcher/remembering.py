@@ -13,6 +13,7 @@ from patcher.errors import ExamplesError, RepositoryError
 from patcher.examples_file import as_examples
 from patcher.features import extract_features
 from patcher.fit.scope import fit_scope
+from patcher.gate_words import scarce, unremembered
 from patcher.labelled import flat_ids, places_of
 from patcher.lineage import next_lineage
 from patcher.memory import Memory
@@ -50,6 +51,9 @@ class Remembered(Switch):
     """Number of texts that the memory was built from."""
     repeated: int
     """Number of texts that were left out because another text of their label has the same words."""
+    memory_bytes: int
+    notes: tuple[str, ...]
+    """What the memory knows too little about to count flips."""
 
 
 def label_ids(head: Head, examples: Examples, new: Sequence[str] = ()) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -132,7 +136,13 @@ def remember(
         scope = fit_scope(memory, parent, stretch=stretch_of(parent.scope))
         head = dataclasses.replace(parent, scope=scope, lineage=lineage)
         switch = roll_out(classifier, head, memory, server)
-    return Remembered(**vars(switch), texts=len(once), repeated=len(examples) - len(once))
+    return Remembered(
+        **vars(switch),
+        texts=len(once),
+        repeated=len(examples) - len(once),
+        memory_bytes=memory.size,
+        notes=tuple(filter(None, (unremembered(head.labels, memory), scarce(memory)))),
+    )
 
 
 def _limits(classifier: Classifier, before: Memory | None) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ import numpy as np
 
 from patcher.difference import Difference, diff
 from patcher.errors import InputError, LabelError, ToolError, VersionError
-from patcher.evaluation import Evaluation, LabelScore, evaluate_head
+from patcher.evaluation import Evaluation, LabelScore, evaluate_head, expected_sets
 from patcher.feature_map import FeatureMap, feature_map
 from patcher.features import extract_features
+from patcher.label_names import earlier_names
 from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
 from patcher.storage.disk import storage_errors
@@ -98,9 +100,11 @@ def make_report(
         difference = diff(classifier, parent, number, examples, features)
     if examples is not None and features is not None:
         # A renamed or merged label counts as the same in both versions, whichever name the file uses; so does `diff`.
-        names = dict((*difference.renamed, *difference.merged)) if difference else {}
         labels = examples.labelled()
+        renamed, merged = earlier_names(classifier, head, frozenset().union(*expected_sets(head, labels)))
+        names = {**renamed, **merged, **dict((*difference.renamed, *difference.merged) if difference else ())}
         after = evaluate_head(head, features, labels, names)
+        after = dataclasses.replace(after, renamed=tuple(renamed.items()), merged=tuple(merged.items()))
         before = None if parent is None else _before(classifier.head(parent), names, features, labels)
     memory = classifier.memory(number)
     changed = [*about.lineage.added, *(new for _, new in about.lineage.renamed)]

@@ -75,7 +75,10 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 <td class="n">{{ report.after.macro_f1|percent }}</td></tr>
 </tbody>
 </table>
-{% for old, new in (report.difference.merged if report.difference else ()) %}
+{% for old, new in report.after.renamed %}
+<p>Texts labelled {{ old }} count as {{ new }}, its name in this version.</p>
+{% endfor %}
+{% for old, new in report.after.merged %}
 <p>Texts labelled {{ old }} count as {{ new }}, into which it was merged.</p>
 {% endfor %}
 {% if report.after.unknown %}

@@ -26,6 +26,7 @@ from patcher.errors import (
 from patcher.features import check_same_backbone
 from patcher.fleet import Fleet, each, present, watch, waves
 from patcher.head_file import write_head
+from patcher.lineage import related
 from patcher.names import CANARY, holds
 from patcher.runtime import check_head_file
 from patcher.signals import uninterrupted
@@ -70,7 +71,7 @@ class Switch:
     served: bool
     """Whether a server was verified to answer from ``version``; False if no server was given."""
     warnings: tuple[str, ...] = field(default=(), kw_only=True)
-    """What failed after the switch, which holds."""
+    """What failed after the switch, which holds, or what it makes impossible."""
 
 
 def probe_text() -> str:
@@ -317,6 +318,7 @@ def require_answer(replica: TritonServer) -> None:
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
     version, previous = head.lineage.version, classifier.serving()
+    warnings = _overtaken(classifier, version)
     asked: list[TritonServer] = []
     try:
         with classifier.pinned(version):
@@ -330,7 +332,21 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
     except BaseException as error:  # noqa: BLE001 - _come_back raises it again, or a NotServed
         with uninterrupted():
             _come_back(classifier, version, previous, asked, error)
-    return Switch(version, previous, served=server is not None)
+    return Switch(version, previous, served=server is not None, warnings=warnings)
+
+
+def _overtaken(classifier: Classifier, version: int) -> tuple[str, ...]:
+    """A warning if a version is on trial that cannot be promoted once ``version`` serves: that would lose a change."""
+    with contextlib.suppress(PatcherError):  # a damaged trial is no reason not to switch
+        trial = on_trial(classifier)
+        if trial is not None and not related(classifier, tried := trial.serving(), version):
+            said = (
+                f"version {tried} of {classifier.name} is on trial and was made without what was changed in version "
+                f"{version}; it cannot be promoted while that serves: `patcher canary --discard` ends the trial; then "
+                "make its change again"
+            )
+            return (said,)
+    return ()
 
 
 def _come_back(

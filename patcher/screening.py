@@ -16,7 +16,7 @@ from patcher.words import plain_words
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from patcher.arrays import Bools, Floats, Ints
+    from patcher.arrays import Bools, Doubles, Floats, Ints
     from patcher.fit.model import OldLabels
     from patcher.head import Head
     from patcher.memory import Memory
@@ -38,6 +38,13 @@ precision, as in a memory, rounds by up to half of this share.
 _SUMS = 8
 _AT_ONCE = 64
 """Rows compared at once: of many that are the same, the first few are enough."""
+_NEAR = 0.25
+"""An example repeats a remembered input if its squared distance is below this share of the usual one to a label's mean.
+
+Measured on CLINC150's old labels, 70 of which a backbone never saw. Ten examples of such a label with a "!", a "please"
+or a full stop and a capital letter more than the ten it was added from: 93 to 99 % of times, five or more are known
+(73 to 80 % without this rule). Ten examples of another such label, 2,380 times: this rule finds none.
+"""
 _FEWEST_KNOWN, _FEWEST_STRANGE = 100, 5
 _STRANGE = 2.2
 """What examples share lies this many times as far out as a remembered input if the model knows nothing like them.
@@ -175,26 +182,43 @@ def _ends(text: str) -> str:
 def known_already(
     label: str, texts: Sequence[str] | None, rows: Floats, head: Head, old: OldLabels, memory: Memory | None
 ) -> list[Known]:
-    """Each example that the head assigns to an old label with confidence; without ``texts`` they are numbered.
+    """Each example that an old label already covers; without ``texts`` they are numbered.
 
-    If the memory keeps real features, the example must also be typical of that label.
+    The head assigns it to that label, and does so with confidence, or it hardly differs from a remembered input of it.
+    If the memory keeps real features, an example that is new must also be typical of that label.
     """
     names = _names(texts, len(rows))
     logits = head.logits(rows).astype(np.float64)
     best = logits.argmax(axis=1)
-    sure = largest_probability(logits, exclusive=head.exclusive) >= _SURE
-    if sure.any() and memory is not None and len(memory.sample):
-        sure &= _typical(rows, best, old, memory)
-    return [Known(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(sure).tolist()]
+    covered = largest_probability(logits, exclusive=head.exclusive) >= _SURE
+    if memory is not None and len(memory.sample):
+        points, spread = old.whitening.of(rows), _spread(old, memory)
+        covered &= _typical(points, best, old, spread)
+        covered |= _remembered(points, best, head, old, memory, spread)
+    return [Known(label, names[i], head.labels[best[i]]) for i in np.flatnonzero(covered).tolist()]
 
 
-def _typical(rows: Floats, best: Ints, old: OldLabels, memory: Memory) -> Bools:
-    """Whether each row lies as near to the mean of its ``best`` label as 90 % of remembered features to theirs."""
-    place = {int(p): i for i, p in enumerate(old.places)}
-    spot = np.array([place.get(int(b), -1) for b in best])
-    far = ((old.whitening.of(rows) - old.points[spot]) ** 2).sum(axis=1)
+def _spread(old: OldLabels, memory: Memory) -> Doubles:
+    """Squared whitened distances of remembered inputs from the means of their labels, float64 ``[m]``."""
     some = thinned(len(memory.sample), _MOST_REMEMBERED)
     centres = memory.means().astype(np.float32)[memory.sample_labels[some]]
-    own = (((memory.sample[some] - centres) @ old.whitening.points) ** 2).sum(axis=1)
-    typical: Bools = (spot >= 0) & (far <= np.quantile(own, _SURE))
+    spread: Doubles = (((memory.sample[some] - centres) @ old.whitening.points).astype(np.float64) ** 2).sum(axis=1)
+    return spread
+
+
+def _typical(points: Doubles, best: Ints, old: OldLabels, spread: Doubles) -> Bools:
+    """Whether each whitened row is as near to the mean of its ``best`` label as 90 % of remembered inputs to theirs."""
+    place = {int(p): i for i, p in enumerate(old.places)}
+    spot = np.array([place.get(int(b), -1) for b in best])
+    typical: Bools = (spot >= 0) & (((points - old.points[spot]) ** 2).sum(axis=1) <= np.quantile(spread, _SURE))
     return typical
+
+
+def _remembered(points: Doubles, best: Ints, head: Head, old: OldLabels, memory: Memory, spread: Doubles) -> Bools:
+    """Whether each whitened row hardly differs from a remembered input of its ``best`` label."""
+    limit, near = _NEAR * np.median(spread), np.zeros(len(points), bool)
+    for place in np.unique(best).tolist():
+        kept = old.whitening.of(memory.features_of(head.labels[place]))
+        for i in np.flatnonzero(best == place).tolist() if len(kept) else ():
+            near[i] = ((kept - points[i]) ** 2).sum(axis=1).min() <= limit
+    return near

@@ -23,6 +23,7 @@ from patcher import (
     sync,
 )
 from patcher.canary import takes
+from patcher.cli import main
 from patcher.errors import InputError, NotServed, ServerError, ServerRefused, ServerUnreachable, VersionError
 from patcher.recovery import recover
 from patcher.triton.server import EmbeddedTriton
@@ -292,6 +293,43 @@ def test_promote_loses_nothing_that_was_changed_meanwhile(live):
     with pytest.raises(InputError, match="was made without what was changed in version"):
         canary.promote(classifier, server)
     assert "travel" not in classifier.head().labels
+
+
+OTHER = ("add-label", "mail", *(part for text in tiny.sentences("mail", 10) for part in ("--text", text)))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        (*OTHER, "--force"),
+        ("remove-label", "music"),
+        ("rename-label", "music", "songs"),
+        ("merge-labels", "balance", "transfer", "--into", "money", "--force"),
+        ("remember", "--data", "train.csv"),
+        ("rollback", "--to", "2"),
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_a_change_that_a_version_on_trial_lacks_is_told_when_it_is_made(
+    classifier, capsys, tmp_path, monkeypatch, verb
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_csv(tmp_path / "train.csv", tiny.train_set(10))
+    rename_label(classifier, "alarm", "alarms")
+    rollback(classifier, 1)
+    add_label(
+        classifier.repository, "payday", tiny.sentences("payday", 10), settings=PatchSettings(canary=30.0, force=True)
+    )
+    assert main([*verb, "--no-load", "--repo", str(classifier.root), "--json"]) == 0
+    out, err = capsys.readouterr()
+    (warning,) = json.loads(out)["warnings"]
+    assert f"warning: {warning}\n" in err
+    told = f"version 3 of intent is on trial and was made without what was changed in version {classifier.serving()}"
+    assert warning.startswith(told)
+    with pytest.raises(InputError, match="version 3 of intent was made without what was changed in version"):
+        canary.promote(classifier)
+    rollback(classifier, 1)
+    assert canary.promote(classifier).warnings == ()
 
 
 @pytest.mark.server

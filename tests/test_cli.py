@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 
+from patcher import rename_label
 from patcher.canary import Canary
+from patcher.classifier import Classifier
 from patcher.cli.output import not_installed
 from patcher.difference import Difference
-from patcher.errors import Busy, ServerUnreachable, as_sentence
+from patcher.errors import Busy, ServerUnreachable, StorageError, as_sentence
 from patcher.features import count_cut
 from patcher.serve import serve
 from patcher.triton.tokenizer.model import tokenize
@@ -190,7 +193,7 @@ def test_rollback_and_history(patcher, classifier, examples):
     patcher("add-label", "--examples", examples, "--no-load")
     code, out, _ = patcher("rollback", "--no-load", "--json")
     assert (code, json.loads(out)) == (
-        0, {"classifier": "intent", "version": 1, "previous": 2, "served": False}
+        0, {"classifier": "intent", "version": 1, "previous": 2, "served": False, "warnings": []}
     )  # fmt: skip
     assert json.loads(patcher("labels", "--json")[1])["labels"] == list(tiny.OLD)
     patcher("add-label", "pizza", *(a for t in tiny.sentences("pizza", 10) for a in ("--text", t)), "--no-load")
@@ -744,6 +747,40 @@ def test_a_trial_that_has_begun_is_no_failure(patcher, monkeypatch, error):
     assert document["warnings"] == [
         f"the trial has begun, but its requests were not counted: {str(error) or 'interrupted'}"
     ]
+
+
+@pytest.mark.parametrize(
+    "verb, api, told",
+    [
+        (("remember", "--data", "train.csv", "--no-load"), "remembering.remember", {"version": 4, "texts": 60}),
+        (("prune", "--keep", "1"), "lifecycle.prune", {"pruned": [1], "versions": None}),
+        (("canary", "--discard"), "canary.discard", {"discarded": 2, "version": 3}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_store_that_fails_after_a_change_does_not_make_it_a_failure(
+    patcher, classifier, monkeypatch, tmp_path, verb, api, told
+):
+    rename_label(classifier, "music", "songs")
+    rename_label(classifier, "songs", "music")
+    monkeypatch.chdir(tmp_path)
+    tiny.write_csv(tmp_path / "train.csv", tiny.train_set(10))
+    change = getattr(importlib.import_module(f"patcher.{api.partition('.')[0]}"), api.partition(".")[2])
+
+    def then_fail(*arguments, **options):
+        found = 2 if api == "canary.discard" else change(*arguments, **options)
+        for read in ("serving", "versions", "head", "memory"):
+            monkeypatch.setattr(Classifier, read, MagicMock(side_effect=StorageError("no answer within 5 s")))
+        return found
+
+    monkeypatch.setattr(f"patcher.{api}", then_fail)
+    code, out, err = patcher(*verb, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert {key: document[key] for key in told} == told
+    assert any("could not be listed: no answer" in said for said in document.get("warnings", [])) == (
+        verb[0] == "prune"
+    )
 
 
 def test_a_file_of_no_use_begins_no_trial(patcher, examples, monkeypatch, tmp_path):

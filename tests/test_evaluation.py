@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
 import tracemalloc
 
 import numpy as np
 import pytest
+import tiny
 
+from patcher import diff, evaluate, merge_labels, read_examples, remove_label, rename_label
+from patcher.cli import main
 from patcher.errors import LabelError
 from patcher.evaluation import evaluate_head
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
+from patcher.report import make_report
 
 
 def identity_head(problem=SINGLE_LABEL):
@@ -50,6 +55,41 @@ def test_a_label_that_the_head_lacks_counts_as_wrong():
 def test_a_file_of_strange_labels_is_refused():
     with pytest.raises(LabelError, match=r"none of the file's 1 labels \(x\)"):
         evaluate_head(identity_head(), rows("a"), ["x"])
+
+
+def test_texts_with_an_earlier_name_of_a_label_count_as_that_label(classifier, tmp_path, capsys):
+    file = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 12, seed=9) for label in tiny.OLD})
+    merge_labels(classifier, ["balance", "transfer"], "money", force=True)
+    rename_label(classifier, "money", "funds")
+    kept, *_ = set(tiny.OLD) - {"balance", "transfer"}
+    rename_label(classifier, kept, "kept")
+    rename_label(classifier, "kept", "kept too")
+    found = evaluate(classifier, file)
+    assert found.unknown == ()
+    assert found.per_label["funds"].support == 24
+    assert (found.renamed, found.merged) == (
+        ((kept, "kept too"),),
+        (("balance", "funds"), ("transfer", "funds")),
+    )
+    assert found.accuracy == make_report(classifier, None, read_examples(file)).after.accuracy
+    assert diff(classifier, 4, 5, file).unknown == 0
+
+    arguments = ["evaluate", str(file), "--repo", str(classifier.root)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"renamed labels: texts labelled {kept} count as kept too\n" in out
+    assert "merged labels: texts labelled balance, transfer count as funds\n" in out
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["merged"] == [["balance", "funds"], ["transfer", "funds"]]
+    assert document["renamed"] == [[kept, "kept too"]]
+
+
+def test_a_removed_label_is_no_earlier_name(classifier, tmp_path):
+    file = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 3, seed=9) for label in tiny.OLD})
+    rename_label(classifier, "balance", "funds")
+    remove_label(classifier, "funds")
+    assert evaluate(classifier, file).unknown == ("balance",)
 
 
 def test_multi_label():

@@ -12,11 +12,12 @@ from patcher.fit import fit
 from patcher.fit.fitted import HeldOut
 from patcher.fit.inputs import Labelled
 from patcher.fit.whole_head import fit_head
-from patcher.flips import count_flips, fewest_inputs, upper_bound
+from patcher.flips import Flips, count_flips, fewest_inputs, upper_bound
 from patcher.gate import judge
+from patcher.gate_words import advice
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
-from patcher.screening import first_alike, repeats
+from patcher.screening import Known, first_alike, repeats
 from patcher.wording import percent
 
 
@@ -72,6 +73,46 @@ def test_an_old_label_under_another_name_is_noticed():
     assert {old for _, _, old in result.known} == {"l3"}
     assert any("is it the same label?" in line for line in result.advice)
     assert result.confused_with["again"] in ("l3", None)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.3])
+def test_the_examples_of_a_young_label_are_known_again(moved):
+    """Its few examples say little about where its texts lie, and the head is not sure of them."""
+    head, memory, _, _, new = world()
+    young = new(10)
+    head = fit({"young": young}, head, memory).apply(head)
+    memory = memory.add_groups({"young": young})
+    unsure = dataclasses.replace(
+        head,
+        **{
+            f"{part}_{what}": getattr(head, f"{part}_{what}") * np.float32(0.01)
+            for part in ("base", "patch")
+            for what in ("weight", "bias")
+        },
+    )
+    again = young + np.float32(moved) * new(10, seed=2).std(axis=0) * np.sign(new(10, seed=3))
+    found = verdict({"again": again}, unsure, memory)
+    assert [hit.old for hit in found.known] == ["young"] * 10
+    assert any("10 examples of 'again' already belong to the old label 'young'" in line for line in found.advice)
+    assert not any("is confused with 'young'" in line for line in found.advice)
+    assert verdict({"other": new(10, 1)}, unsure, memory).known == ()
+
+
+def test_texts_that_old_labels_cover_are_shown():
+    hits = [("a\x1b" + "b" * 90, "l1"), ("c", "l2"), ("d", "l1"), ("e", "l2"), ("f", "l1"), ("g", "l2"), ("h", "l3")]
+    known = [Known("new", *hit) for hit in hits]
+    flips = Flips(source="eval")
+    (tied,) = advice(flips, {}, known, (), {"new": 9})
+    assert tied == (
+        "7 examples of 'new' already belong to old labels, equally often 'l1', 'l2' "
+        f"('a\\x1b{'b' * 56} …', 'c', 'd' …): is it the same label?"
+    )
+    (most,) = advice(flips, {}, known[:3], (), {"new": 9})
+    assert "belong to old labels, mostly 'l1' ('a\\x1b" in most
+    assert "'c'" not in most
+    assert advice(flips, {}, known[1:2], (), {"new": 9}) == (
+        "1 example of 'new' already belongs to the old label 'l2' ('c'): is it the same label?",
+    )
 
 
 def test_flips_are_counted_on_the_best_data_there_is():

@@ -21,7 +21,7 @@ from patcher import ModelRepository, metrics, rollout
 from patcher.audit import read_event
 from patcher.cli import main
 from patcher.errors import NotServed, StorageError
-from patcher.metrics import Targets, _Changes, _probes, expose
+from patcher.metrics import Targets, _Changes, _probes, _repository_metrics, expose
 from patcher.triton import client
 from patcher.triton.server import EmbeddedTriton
 from patcher.triton.tls import ClientTls
@@ -364,6 +364,21 @@ def test_json_says_where_the_metrics_are(classifier, capsys, monkeypatch):
     captured = capsys.readouterr()
     url = json.loads(captured.out)["url"]
     assert f"metrics at {url}; press Ctrl-C to stop" in captured.err
+
+
+def test_a_folder_that_cannot_be_read_hides_the_versions_of_its_classifier_alone(classifier):
+    with classifier.repository.lock():
+        classifier.repository.add_classifier("later", classifier.head(), backbone="intent")
+
+    def counted():
+        every = [("intent", classifier), ("later", classifier.repository.classifier("later"))]
+        families = {family.name: family.samples for family in _repository_metrics(every)}
+        return {sample.labels["classifier"]: sample.value for sample in families["patcher_versions"]}
+
+    assert counted() == {"intent": 1.0, "later": 1.0}
+    loop = classifier.root / "intent_head" / "2"
+    loop.symlink_to(loop)  # stands for a folder that cannot be read, also by root
+    assert counted() == {"later": 1.0}
 
 
 def test_one_that_cannot_be_read_hides_no_other_and_new_ones_are_seen(classifier, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import add_label, merge_labels, read_examples, rename_label
+from patcher import add_label, history, merge_labels, read_examples, rename_label
 from patcher.cli import main
 from patcher.errors import ToolError
 from patcher.feature_map import feature_map
@@ -128,6 +128,19 @@ def test_a_merged_label_is_the_same_before_and_after(patched, tmp_path):
     assert found.before.per_label["money"].support == found.after.per_label["money"].support == 40
     assert found.after.accuracy >= found.before.accuracy
     assert "Texts labelled transfer count as money, into which it was merged." in render(found)
+
+
+@pytest.mark.parametrize("into, said", [("balance", "transfer"), ("money", "balance, transfer")])
+def test_a_merge_is_shown_as_one(patched, capsys, into, said):
+    merge_labels(patched, ["balance", "transfer"], into, force=True)
+    entry = history(patched)[-1]
+    assert entry.what() == f"{said} merged into {into}"
+    document = entry.to_json()
+    assert document["merged"] == tuple((label, into) for label in said.split(", "))
+    assert (document["added"], document["removed"]) == ((into,), tuple(said.split(", ")))
+    assert f"{said} merged into {into} ·" in render(make_report(patched))
+    assert main(["history", "--repo", str(patched.root)]) == 0
+    assert f"  {said} merged into {into}  merge  " in capsys.readouterr().out
 
 
 def test_versions_without_a_parent_a_gate_or_a_map(patched):

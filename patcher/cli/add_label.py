@@ -125,6 +125,7 @@ def add_label_command(
             progress=options.progress(total),
         )
     pruned, warnings = _pruned(classifier, keep) if keep is not None and report.published else ((), ())
+    warnings = (*report.warnings, *warnings)
     options.warn(*warnings)
     if options.json:
         extra = {"pruned": pruned} if keep is not None else {}

@@ -71,11 +71,12 @@ def canary_command(
                 )
             return
         if discard:
+            serving = classifier.serving()  # read first: once the trial has ended, nothing may fail any more
             tried = canary.discard(classifier, server)
             audit.note(version=tried)
-            options.emit({"classifier": classifier.name, "discarded": tried, "version": classifier.serving()})
+            options.emit({"classifier": classifier.name, "discarded": tried, "version": serving})
             if not options.json:
-                options.say(f"the trial of version {tried} has ended; version {classifier.serving()} serves as before")
+                options.say(f"the trial of version {tried} has ended; version {serving} serves as before")
             return
         difference = _compared(classifier, version, examples)  # before a trial begins: FILE may be of no use
         if version is not None and share is not None:

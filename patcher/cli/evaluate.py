@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from patcher.cli.options import FILE, CommonOptions, common_options, version_option
-from patcher.cli.output import table
+from patcher.cli.output import counted_as, table
 from patcher.cli.values import WholeNumber
 from patcher.wording import percent
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def evaluate_command(file: Path, version: int | None, worst: int, options: CommonOptions) -> None:
     """Measure a head version on a labelled FILE: accuracy, macro F1, and precision, recall and F1 of each label.
 
+    Texts labelled with an earlier name of a label, or with a label that was merged into it, count as that label.
+
     Runs the repository's own files in this process, so it puts no load on a server.
     """
     from patcher.examples_file import read_examples
@@ -39,6 +41,8 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
         f"version {result.version} on {result.examples} texts: accuracy {percent(result.accuracy)}, "
         f"macro F1 {percent(result.macro_f1)}"
     )
+    for line in (*counted_as("renamed", result.renamed), *counted_as("merged", result.merged)):
+        options.say(line)
     if result.unknown:
         options.say(f"labels that this version lacks, counted as wrong: {', '.join(result.unknown)}")
     there = [item for item in result.per_label.items() if item[1].support]  # the file has no texts of the others

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from patcher.difference import Difference
 
-__all__ = ["changed_answers", "not_installed", "seconds", "shortened", "table", "tell", "unwritten"]
+__all__ = ["changed_answers", "counted_as", "not_installed", "seconds", "shortened", "table", "tell", "unwritten"]
 
 _unwritten: list[str] = []
 
@@ -72,11 +72,15 @@ def changed_answers(difference: Difference, then: str) -> Iterator[str]:
         f"of {difference.examples} texts: {lost} right before and wrong {then} "
         f"({percent(lost / difference.examples)}), {gained} wrong before and right {then}"
     )
-    for into in dict.fromkeys(new for _, new in difference.merged):
-        labels = listing([old for old, new in difference.merged if new == into])
-        yield f"merged labels: texts labelled {labels} count as {into}"
+    yield from counted_as("merged", difference.merged)
     if difference.unknown:
         yield f"texts with a label that neither version knows: {difference.unknown}"
+
+
+def counted_as(how: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Lines on texts whose label counts as another; ``how`` it became that one: "renamed" or "merged"."""
+    for into in dict.fromkeys(new for _, new in pairs):
+        yield f"{how} labels: texts labelled {listing(old for old, new in pairs if new == into)} count as {into}"
 
 
 def seconds(duration: float) -> str:

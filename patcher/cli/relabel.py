@@ -86,7 +86,7 @@ def merge_labels_command(
 def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any], Change]) -> None:
     with options.server_unless(no_load) as server:
         done = change(server)
-    options.warn(*done.notes)
+    options.warn(*done.notes, *done.warnings)
     options.emit(done.to_json())
     if not options.json:
         state = "now serves" if done.served else "is published; no server was asked to load it"

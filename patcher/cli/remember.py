@@ -33,7 +33,6 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
     model was fine-tuned on, and fresh texts are assumed to lie twice as far away.
     """
     from patcher.examples_file import read_examples
-    from patcher.gate_words import scarce, unremembered
     from patcher.remembering import FEATURES_A_LABEL, remember
 
     examples = read_examples(data)
@@ -46,24 +45,23 @@ def remember_command(data: Path, kind: str, no_load: bool, options: CommonOption
             per_label=FEATURES_A_LABEL if kind == "features" else 0,
             progress=options.progress(len(examples)),
         )
-    memory = classifier.memory(switch.version)
-    size = memory.size if memory else 0
+    # The switch holds: what is told of it is not read back from the repository, which could fail.
+    options.warn(*switch.notes, *switch.warnings)
     options.emit(
         {
             "classifier": classifier.name,
             "version": switch.version,
             "served": switch.served,
-            "memory_bytes": size,
+            "memory_bytes": switch.memory_bytes,
             "texts": switch.texts,
             "repeated": switch.repeated,
+            "warnings": switch.warnings,
         }
     )
     if not options.json:
         state = "now serves" if switch.served else "is published; no server was asked to load it"
-        options.say(f"{switch.texts} texts remembered in {size / 1e6:.1f} MB: version {switch.version} {state}")
+        options.say(
+            f"{switch.texts} texts remembered in {switch.memory_bytes / 1e6:.1f} MB: version {switch.version} {state}"
+        )
         if switch.repeated:
             options.say(repeats(switch.repeated))
-    head = classifier.head(switch.version)
-    for said in (unremembered(head.labels, memory), scarce(memory)):
-        if said:
-            options.warn(said)

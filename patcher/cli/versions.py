@@ -11,12 +11,13 @@ from patcher.cli.completion import complete_version
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, shortened, table
 from patcher.cli.values import VERSION, WholeNumber
-from patcher.errors import InputError, NotServed, ServerError
+from patcher.errors import InputError, NotServed, PatcherError, ServerError
 from patcher.wording import listing, plural
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from patcher.classifier import Classifier
     from patcher.triton.client import TritonServer
 
 
@@ -121,12 +122,14 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
     with options.server_unless(no_load) as server:
         switch = rollback(classifier, to, server)
     audit.note(version=switch.version, previous=switch.previous)
+    options.warn(*switch.warnings)
     options.emit(
         {
             "classifier": classifier.name,
             "version": switch.version,
             "previous": switch.previous,
             "served": switch.served,
+            "warnings": switch.warnings,
         }
     )
     if not options.json:
@@ -147,11 +150,21 @@ def prune_command(keep: int, options: CommonOptions) -> None:
     classifier = options.classifier
     pruned = prune(classifier, keep)
     audit.note(versions=list(pruned))
-    options.emit({"classifier": classifier.name, "pruned": list(pruned), "versions": list(classifier.versions())})
+    left, warnings = _left(classifier)
+    options.warn(*warnings)
+    document = {"classifier": classifier.name, "pruned": pruned, "versions": left, "warnings": warnings}
+    options.emit(document)
     if not options.json:
-        options.say(
-            f"pruned {', '.join(map(str, pruned)) or 'nothing'}; {plural(len(classifier.versions()), 'version')} left"
-        )
+        rest = "" if left is None else f"; {plural(len(left), 'version')} left"
+        options.say(f"pruned {', '.join(map(str, pruned)) or 'nothing'}{rest}")
+
+
+def _left(classifier: Classifier) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """The versions after a prune, or None and a warning if they cannot be listed: the others are deleted."""
+    try:
+        return classifier.versions(), ()
+    except PatcherError as error:
+        return None, (f"the old versions are deleted, but those that are left could not be listed: {error}",)
 
 
 @click.command("sync")
