@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import platform
 from operator import itemgetter
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from patcher.backbone import unreadable
@@ -75,7 +76,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
         except Exception as error:  # noqa: BLE001  an unexpected error is a finding, too
             yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
-        found = f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+        found = f"no server answers at {url} (gRPC); `patcher serve --repo {quote(str(location))}` starts a server"
         yield Check("server", "fault" if expected else "note", found)
         return
     several = len(members(server)) > 1
