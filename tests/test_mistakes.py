@@ -55,6 +55,7 @@ MISTAKES = LEFT_OVER | {
     "labels -version 1": "there is no option '-version'; did you mean --version?",
     "labels --repository x": "there is no option '--repository'; did you mean --repo?",
     "labels --keep 1": "there is no option '--keep'; `patcher labels --help` lists the options\n",
+    "report --hmtl x": "there is no option '--hmtl'; did you mean --html?",
     "labels -x": "there is no option '-x'; `patcher labels --help` lists the options\n",
     "--repo x labels": "there is no option '--repo' before the verb: a verb's options follow it",
     "add-label --example x": "there is no option '--example'; did you mean --examples?",
@@ -87,6 +88,11 @@ def test_a_mistake_is_told_with_what_was_probably_meant(line, patcher, classifie
 def test_a_long_command_is_not_repeated(patcher):
     err = patcher("add-label", "payday", "pets.csv", "--text", "a " * 5000)[2]
     assert "did you mean `patcher add-label … --examples pets.csv` (or --replay, --eval)?" in err
+
+
+def test_a_word_that_is_longer_than_any_name_is_no_file(patcher):
+    code, _, err = patcher("history", "two words " * 1000)
+    assert (code, "takes only options; got also 'two words two" in err, len(err) < 300) == (2, True, True), err
 
 
 def test_the_name_of_a_file_is_a_text_with_a_warning(patcher):

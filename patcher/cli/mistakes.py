@@ -6,9 +6,9 @@ All of it is derived from the options and arguments that the verb declares.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -27,6 +27,8 @@ _NEAR = 0.6
 _SHORTEST = 2
 """The fewest letters that are taken for the beginning of an option's name."""
 _LONGEST = 200
+_MOST = 2
+"""Words left over that one change may explain: an option without its dashes, and its value."""
 _FILE = re.compile(r"\S+\.[A-Za-z]\w*")
 _SHAPES = {
     "NAME": re.compile(r"[A-Za-z]\w*(-\w+)*"),
@@ -86,10 +88,11 @@ def _no_option(name: str, context: click.Context, arguments: Sequence[str]) -> s
 
 
 def _near(bare: str, command: click.Command) -> list[str]:
-    there = [name.lstrip("-") for option in _options(command) for name in (*option.opts, *option.secondary_opts)]
+    options = [name for option in _options(command) for name in (*option.opts, *option.secondary_opts)]
+    there = [name.removeprefix("--") for name in options if name.startswith("--")]
     begin = [name for name in there if len(bare) >= _SHORTEST and (name.startswith(bare) or bare.startswith(name))]
     found = begin or difflib.get_close_matches(bare, there, 2, _NEAR)
-    return [f"--{name}" for name in found if len(name) > 1]
+    return [f"--{name}" for name in found]
 
 
 def _missing(param: click.Parameter, context: click.Context) -> str:
@@ -114,7 +117,7 @@ def _meant(context: click.Context, words: Sequence[str], extra: Sequence[str]) -
     """Commands that leave no word over, since one of ``extra`` becomes an option or gets an option before it."""
     given = _parsed(context, words)
     free = [each for each in _options(context.command) if each.multiple or not _is_given(each, given)]
-    for word in extra:
+    for word in extra if len(extra) <= _MOST else ():
         for option in free:
             if f"--{word}" in option.opts and (told := _with(context, words, word, [f"--{word}"], option)):
                 yield f"`{told}`"
@@ -144,7 +147,9 @@ def _fits(option: click.Option, word: str, command: click.Command) -> bool:
     if option.is_flag or str(option.name).startswith(_UNLIKELY):
         return False
     if isinstance(kind, click.Path):
-        return _is_file(word) if kind.file_okay else is_url(word) or Path(word).is_dir()
+        if kind.file_okay:
+            return _is_file(word)
+        return is_url(word) or os.path.isdir(word)  # noqa: PTH112  Path.is_dir raises an error for a long word
     if isinstance(kind, click.types.StringParamType):
         shape = _SHAPES.get(option.metavar or "")
         return bool(shape and shape.fullmatch(word)) and not (option.metavar == "NAME" and _takes_names(command))
