@@ -11,6 +11,7 @@ import numpy as np
 from patcher.arguments import listed, require
 from patcher.errors import GateRefused, InputError, LabelError
 from patcher.examples import check_label
+from patcher.fit.inputs import once
 from patcher.fit.scope import fit_scope
 from patcher.gate_words import twins
 from patcher.head import refuse_joined
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _FEWEST = 2
 """The minimum number of labels of a classifier, and of labels to merge."""
 
-__all__ = ["Change", "merge_labels", "remove_label", "rename_label"]
+__all__ = ["Change", "merge_labels", "merged", "remove_label", "rename_label"]
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,14 @@ def merged(parent: Head, memory: Memory | None, labels: Sequence[str], into: str
 
     Pure: nothing is published. Raises like ``merge_labels``.
     """
-    head, rest, features = parent, memory, []
+    head = parent
     for label in labels:
         parent.index(label)  # its error lists all existing labels, not only the remaining ones
-        features.append(_remembered(memory, label))
-        head, rest = head.without(label), _forgotten(rest, label)
+        head = head.without(label)
+    known = _remembering(memory, labels)
+    rest: Memory | None = known
+    for label in labels:
+        rest = _forgotten(rest, label)
     if into in head.labels:
         raise LabelError(f"{into!r} is another existing label; list it among those to merge")
     refuse_joined(parent, into)
@@ -182,12 +186,8 @@ def merged(parent: Head, memory: Memory | None, labels: Sequence[str], into: str
         raise LabelError(
             f"there are no labels but these {len(labels)}; a classifier needs at least two, so one other has to stay"
         )
-    given = Given(
-        {into: np.concatenate(features)},
-        texts={},
-        weights={into: _weights(memory, labels, [len(rows) for rows in features])},
-        merged=memory.merge(labels, into) if memory else None,
-    )
+    examples, weights = _theirs(parent, known, labels)
+    given = Given({into: examples}, texts={}, weights={into: weights}, merged=known.merge(labels, into))
     return make_patch(head, rest, given, settings, Stopwatch())
 
 
@@ -195,20 +195,37 @@ def _twins(head: Head, name: str) -> tuple[str, ...]:
     return twins((name,), [label for label in head.labels if label != name])
 
 
-def _remembered(memory: Memory | None, label: str) -> NDArray[np.float32]:
-    rows = None if memory is None else memory.features_of(label)
-    if rows is None or not len(rows):
+def _remembering(memory: Memory | None, labels: Sequence[str]) -> Memory:
+    """The memory; InputError unless it has features of all of the labels."""
+    lacking = [label for label in labels if memory is None or not len(memory.features_of(label))]
+    if memory is None or lacking:
         raise InputError(
-            f"the memory has nothing on {label!r}, so no row can be fitted for it; "
+            f"the memory has nothing on {lacking[0]!r}, so no row can be fitted for it; "
             "merging needs a memory with features (`patcher export … --train FILE`)"
         )
-    return rows
+    return memory
 
 
-def _weights(memory: Memory | None, labels: Sequence[str], kept: Sequence[int]) -> NDArray[np.float64]:
-    """The number of its label's texts that each kept feature row stands for, float64 ``[sum(kept)]``."""
-    counts = dict(zip(memory.labels, memory.counts.tolist(), strict=True)) if memory else {}
-    return np.repeat([counts[label] / rows for label, rows in zip(labels, kept, strict=True)], kept)
+def _theirs(parent: Head, memory: Memory, labels: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The remembered inputs of some labels, and how many texts each stands for: FP32 ``[n, width]`` and ``[n]``.
+
+    In a multi-label head that is also what was remembered for another label and is given one of these: a text with
+    several labels was filed under one of them, and if it counted as a text without the merged label, the fit would push
+    the row away from its own texts.
+    """
+    filed = [np.flatnonzero(memory.sample_labels == memory.labels.index(label)) for label in labels]
+    if not parent.exclusive:
+        others = np.setdiff1d(np.arange(len(memory.sample)), np.concatenate(filed))
+        logits = parent.logits(memory.sample[others].astype(np.float32))
+        filed.append(others[(logits[:, [parent.index(label) for label in labels]] > 0).any(axis=1)])
+    rows = np.concatenate(filed)
+    kept = np.bincount(memory.sample_labels, minlength=len(memory.labels))
+    features, of = memory.sample[rows].astype(np.float32), memory.sample_labels[rows]
+    weights: NDArray[np.float64] = memory.counts[of] / kept[of]
+    if parent.exclusive:
+        return features, weights
+    first, weights = once(features, weights)
+    return features[first], weights
 
 
 def _forgotten(memory: Memory | None, label: str) -> Memory | None:

@@ -179,6 +179,7 @@ def results(setting):
         "sequential": quality_ours.sequential(setting, 5, 2),
         "many": quality_life.many_labels(setting, 5, 2),
         "multi_label": quality_life.sigmoids(setting, 5, 1),
+        "merges": quality_life.merges(setting),
         "bound": quality_ours.bound(setting, 5, 1),
         "scope": quality_ours.scope(setting, 5),
         "baselines": quality_others.baselines(setting, 5, 2),
@@ -194,6 +195,7 @@ def test_every_part_runs_and_is_reported(results):
     assert results["many"]["orders agree"] > 0.7
     assert results["many"]["added"] == len(tiny.OLD) - results["many"]["from"] + len(tiny.NEW)
     assert results["multi_label"]["recall"]["mean"] > 0.5
+    assert all(kind["recall"]["mean"] > 0.5 for kind in results["merges"].values())
     text = markdown(results)
     for words in (
         "random row",

@@ -59,12 +59,14 @@ from patcher.errors import (
 )
 from patcher.fleet import addresses, resolved, watch, waves
 from patcher.gate import judge
+from patcher.head import MULTI_LABEL, Head
 from patcher.journal import Journal
 from patcher.lifecycle import history
+from patcher.memory import Memory
 from patcher.metrics import Targets, _probes
 from patcher.names import check_name
 from patcher.recovery import changing, recover
-from patcher.relabelling import merge_labels, remove_label, rename_label
+from patcher.relabelling import merge_labels, merged, remove_label, rename_label
 from patcher.remembering import remember
 from patcher.serve import cache_options
 from patcher.serving import with_response_cache
@@ -969,6 +971,23 @@ def test_a_merge_is_judged_by_the_texts_of_each_label(classifier, monkeypatch):
     stands_for = [count / rows for count, rows in zip(counts.values(), kept, strict=True)]
     assert weights.tolist() == pytest.approx(np.repeat(stands_for, kept).tolist())
     assert weights.sum() == sum(counts.values())
+
+
+def test_a_merge_in_a_multi_label_head_takes_texts_that_were_filed_under_another_label():
+    rng, labels = np.random.default_rng(0), list("abcdefgh")
+    sets = [{first, second} for first in range(8) for second in range(8) for _ in range(20)]  # one label, or two
+    features = np.array([[label in each for label in range(8)] for each in sets], np.float32)
+    features += 0.1 * rng.standard_normal(features.shape).astype(np.float32)
+    rows, ids = np.nonzero([[label in each for label in range(8)] for each in sets])
+    eye = np.eye(8, dtype=np.float32)
+    head = Head.from_linear(labels, 16 * eye, np.full(8, -8, np.float32), 8, "x", problem=MULTI_LABEL)
+    memory = Memory.build(features[rows], ids, labels, 8)
+    patch = merged(head, memory, ["a", "b"], "ab", PatchSettings())
+    assert (patch.gate, patch.verdict.flips) == ("passed", 0)
+    given = patch.head.logits(features)[:, patch.head.index("ab")] > 0
+    theirs = np.array([not each.isdisjoint({0, 1}) for each in sets])
+    assert given[theirs].mean() > 0.95
+    assert given[~theirs].mean() < 0.01
 
 
 def test_a_merge_that_is_refused_or_cannot_be_fitted_is_told_as_a_patch_is(classifier, tree, monkeypatch):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from patcher.head import Head
     from patcher.memory import Memory
 
-__all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "own_logits"]
+__all__ = ["Labelled", "Nearest", "OldInputs", "old_inputs", "once", "own_logits"]
 
 _MOST = 20_000
 """Most inputs of a memory that are looked at, which keeps thousands of labels fast.
@@ -149,12 +149,20 @@ def old_inputs(
     else:
         return None
     if not head.exclusive and len(ids):
-        _, first, text = np.unique(_bytes(half(features)), return_index=True, return_inverse=True)
-        # A text of several labels was as likely to be sampled as its rarest label made it, so it has the least weight.
-        least = np.full(len(first), np.inf)
-        np.minimum.at(least, text, weights)
-        features, ids, weights = features[first], ids[first], least / least.mean()
+        first, weights = once(features, weights)
+        features, ids = features[first], ids[first]
     return OldInputs(features, ids, own_logits(features, ids, head), weights, source) if len(ids) else None
+
+
+def once(features: Floats, weights: Doubles) -> tuple[Ints, Doubles]:
+    """The places of the different features, rounded to FP16 as in a memory, and their weights, 1 on average.
+
+    A text of several labels was as likely to be sampled as its rarest label made it, so it has the least weight.
+    """
+    _, first, text = np.unique(_bytes(half(features)), return_index=True, return_inverse=True)
+    least = np.full(len(first), np.inf)
+    np.minimum.at(least, text, weights)
+    return first, least / least.mean()
 
 
 def _weights(memory: Memory, labels: Ints) -> Doubles:
