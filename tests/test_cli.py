@@ -143,6 +143,21 @@ def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, cla
     assert classifier.versions() == (1, 2)
 
 
+def test_very_many_new_labels_are_asked_about(patcher, classifier, tmp_path):
+    groups = {f"l{number}": [text] for number, text in enumerate(tiny.sentences("payday", 21))} | {"music": ["music0"]}
+    file = tiny.write_csv(tmp_path / "many.csv", groups)
+    code, out, err = patcher("add-label", "--examples", file, "--no-load", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "21 labels of 22 in the file are new ('l0', 'l1', 'l2', 'l3', 'l4' …); expected at most 20 at once" in err
+    code, out, err = patcher("add-label", "--examples", file, "--no-load", "--dry-run", "--many", "--force")
+    assert code == 0, err
+    assert "21 labels of 22 in the file are new: 'l0', 'l1', " in err
+    assert "would add 21 labels (l0, l1, l2, l3, l4 …)\n" in out
+    refusal = patcher("add-label", "--examples", file, "--no-load", "--many")[2]
+    assert len(refusal.splitlines()) < 15
+    assert classifier.versions() == (1,)
+
+
 def test_without_a_memory_it_works_and_says_that_nothing_bounds_the_flips(patcher, tmp_path, examples):
     classifier = tiny.make_repository(tmp_path / "without", tmp_path / "scratch_of_it", memory=False)
     code, out, err = patcher("add-label", "--examples", examples, "--no-load", "--repo", classifier.root)
