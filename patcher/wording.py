@@ -49,10 +49,11 @@ def listing(names: Iterable[str], most: int = NAMED) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
-def count_and_some(names: Iterable[str]) -> str:
-    """All names if they are few; else their number and the first ones: ``4,950 (a, b, c, d, e …)``."""
+def count_and_some(names: Iterable[str], noun: str = "") -> str:
+    """All names if they are few; else their number, with a ``noun``, and a few: ``4,950 labels (a, b, c, d, e …)``."""
     names = tuple(names)
-    return listing(names) if len(names) <= NAMED else f"{len(names):,} ({listing(names)})"
+    many = plural(len(names), noun) if noun else f"{len(names):,}"
+    return listing(names) if len(names) <= NAMED else f"{many} ({listing(names)})"
 
 
 def percent(share: float | None, digits: int = 2, *, up: bool = False, down: bool = False) -> str:

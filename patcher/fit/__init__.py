@@ -219,7 +219,7 @@ def _held_out(examples: Mapping[str, Floats], found: _Found, head: Head) -> dict
         logits = np.delete(logits, len(head.labels) + position, axis=1)
         best = logits.max(axis=1) if head.exclusive else np.zeros(len(logits), np.float32)
         names = (*head.labels, *(other for other in examples if other != label))
-        rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist())
+        rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist()) if head.exclusive else ()
         # The examples may be followed by the label's name, which says nothing about how real inputs fare.
         held[label] = HeldOut((found.held_out[label][: len(features)] - best).astype(np.float32), rivals)
     return held
