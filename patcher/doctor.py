@@ -21,7 +21,7 @@ from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import held_in_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
-from patcher.wording import install_hint, plural, versions_are
+from patcher.wording import install_hint, listing, plural, versions_are
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -63,7 +63,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     if unlisted:
         yield Check("repository", "fault", unlisted)
     elif names:
-        yield Check("repository", "ok", f"{location}: {plural(len(names), 'classifier')} ({', '.join(names)})")
+        yield Check("repository", "ok", f"{location}: {plural(len(names), 'classifier')} ({listing(names)})")
     else:
         yield Check("repository", "note", f"{location} holds no classifier yet")
     yield from of_programs(repository)

@@ -18,7 +18,7 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 
-from patcher import rename_label
+from patcher import Examples, FoundingSettings, new_classifier, rename_label
 from patcher.canary import Canary
 from patcher.classifier import Classifier
 from patcher.cli.output import not_installed
@@ -337,6 +337,30 @@ def test_doctor_finds_what_is_wrong(patcher, classifier, monkeypatch):
     code, out, _ = patcher("doctor")
     assert code == 1
     assert "FAULT  intent_backbone: its file's SHA-256 is" in out
+
+
+def test_doctor_does_not_bury_faults_under_what_is_in_order(patcher, classifier, monkeypatch):
+    monkeypatch.delenv("TRITON_URL")
+    texts = [(text, label) for label in tiny.NEW for text in tiny.sentences(label, 6)]
+    given = Examples(tuple(text for text, _ in texts), tuple(label for _, label in texts), "made up")
+    for number in range(5):
+        settings = FoundingSettings(force=True)
+        new_classifier(classifier.repository, f"c{number}", given, settings=settings)
+    broken = classifier.root / "c3_head" / "1" / "model.onnx"
+    broken.write_bytes(broken.read_bytes() + b"\0")
+    code, out, _ = patcher("doctor")
+    assert code == 1
+    assert "6 classifiers (c0, c1, c2, c3, c4 …)" in out
+    assert "c0, journal" not in out
+    in_order, *last = out[out.index("ok     5 classifiers: as published\n") :].splitlines()
+    assert in_order == "ok     5 classifiers: as published"
+    assert {line[:5] for line in last} == {"note ", "FAULT"}
+    assert any(line.startswith("FAULT  c3, version 1: ") for line in last)
+    checks = json.loads(patcher("doctor", "--json")[1])
+    assert {f"c{number}, journal" for number in range(5)} < {check["what"] for check in checks}
+    repaired = patcher("doctor", "--repair")[1]
+    assert ", repair" not in repaired
+    assert "ok     5 classifiers: as published\n" in repaired
 
 
 def test_a_backbone_that_cannot_be_read_is_told_before_a_server_starts(patcher, classifier, monkeypatch):
