@@ -109,8 +109,7 @@ def add_label_command(
     from patcher.patch import PatchSettings
 
     examples = _examples(file, texts, label, options)
-    if label is None:
-        _tell_new(examples, options, many=many)
+    new = 1 if label is not None else _tell_new(examples, options, many=many)
     _warn_of_cut(examples, options)
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
@@ -128,6 +127,7 @@ def add_label_command(
             settings=limits,
             skip_known=label is None,
             progress=options.progress(total),
+            label_progress=options.progress(new, "label"),
         )
     pruned, warnings = _pruned(classifier, keep) if keep is not None and report.published else ((), ())
     warnings = (*report.warnings, *warnings)
@@ -184,8 +184,8 @@ def _examples(
     return examples
 
 
-def _tell_new(examples: dict[str, list[str]], options: CommonOptions, *, many: bool) -> None:
-    """Say which labels of a file are new, as the fit of many takes long; refuse very many without ``--many``."""
+def _tell_new(examples: dict[str, list[str]], options: CommonOptions, *, many: bool) -> int:
+    """Say which labels of a file are new, and return their number; refuse very many without ``--many``."""
     from patcher.new_texts import refuse_many
 
     known = options.classifier.head().labels
@@ -195,6 +195,7 @@ def _tell_new(examples: dict[str, list[str]], options: CommonOptions, *, many: b
     if len(new) > 1:
         told = f"{len(new):,} labels of {len(examples):,} in the file are new: {listing(map(repr, new))}"
         tell(told, err=True)
+    return len(new)
 
 
 def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None:
