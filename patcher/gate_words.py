@@ -131,7 +131,7 @@ def _same_labels(known: Sequence[Known], sizes: Mapping[str, int], *, exclusive:
     return each_or_all(
         asked,
         lambda label: _same_label(hits[label]),
-        "have examples that already belong to an old one; are they the same labels?",
+        "have examples that already belong to an old one, perhaps the same label",
         lambda label: f"{label!r} as {most[label][0]!r}",
     )
 
@@ -248,7 +248,7 @@ def twins(new: Sequence[str], old: Sequence[str] = ()) -> tuple[str, ...]:
         each_or_all(
             list(other),
             lambda label: f"{label!r} differs from {other[label]!r} {how}: is it the same label?",
-            f"differ from another {how}; are they the same labels?",
+            f"differ from another {how}, perhaps the same label",
             lambda label: f"{label!r} and {other[label]!r}",
         )
     )
