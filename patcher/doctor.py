@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import platform
 from operator import itemgetter
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from patcher.backbone import unreadable
@@ -20,7 +21,7 @@ from patcher.recovery import catch_up, recover
 from patcher.repository import ModelRepository
 from patcher.rollout import held_in_stores, probe, probe_text, validate
 from patcher.trial import try_backbone
-from patcher.wording import install_hint, plural, versions_are
+from patcher.wording import install_hint, listing, plural, versions_are
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
     if unlisted:
         yield Check("repository", "fault", unlisted)
     elif names:
-        yield Check("repository", "ok", f"{location}: {plural(len(names), 'classifier')} ({', '.join(names)})")
+        yield Check("repository", "ok", f"{location}: {plural(len(names), 'classifier')} ({listing(names)})")
     else:
         yield Check("repository", "note", f"{location} holds no classifier yet")
     yield from of_programs(repository)
@@ -75,7 +76,7 @@ def diagnose(location: Path | str, server: TritonServer | None, url: str, *, exp
         except Exception as error:  # noqa: BLE001  an unexpected error is a finding, too
             yield Check(name, "fault", f"its files cannot be read: {type(error).__name__} {error}")
     if server is None:
-        found = f"no server answers at {url} (gRPC); `patcher serve --repo {location}` starts a server"
+        found = f"no server answers at {url} (gRPC); `patcher serve --repo {quote(str(location))}` starts a server"
         yield Check("server", "fault" if expected else "note", found)
         return
     several = len(members(server)) > 1

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from patcher import model_config
@@ -64,9 +65,8 @@ class RepositoryFiles:
     def __init__(self, location: str | os.PathLike[str], *, storage: Storage | None = None) -> None:
         self.storage = storage or open_storage(location)
         if not self.storage.there():
-            otherwise = (
-                f"`patcher export MODEL --repo {self.location}` creates one, --repo or $TRITON_MODEL_REPO names another"
-            )
+            command = f"patcher export MODEL --repo {quote(str(self.location))}"
+            otherwise = f"`{command}` creates one, --repo or $TRITON_MODEL_REPO names another"
             raise RepositoryError(
                 f"no model repository at {self.location}: no such folder; {_around(self.location) or otherwise}"
             )
@@ -90,7 +90,7 @@ class RepositoryFiles:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RepositoryError(f"{path} cannot be read ({error}); expected {{'format': {FORMAT}}}") from error
         if data is None:
-            otherwise = f"`patcher export MODEL --repo {self.location}` adds a classifier to it"
+            otherwise = f"`patcher export MODEL --repo {quote(str(self.location))}` adds a classifier to it"
             raise RepositoryError(
                 f"{self.location} is not a model repository of patcher: it has no {FORMAT_FILE}; "
                 f"{_around(self.location) or otherwise}"

@@ -16,6 +16,7 @@ from patcher.gate_words import (
     asides,
     bound_words,
     count_words,
+    each_or_all,
     recall_words,
     row_words,
     sentence,
@@ -183,6 +184,7 @@ def judge(
     firsts = firsts or {label: first_alike(texts.get(label), rows) for label, rows in examples.items()}
     recall = count_found(head, fit, evaluation, firsts, weights or {})
     screened = _screened(head, fit, examples, memory, texts, firsts)
+    sizes = {label: len(rows) for label, rows in examples.items()}
     reasons = (
         *_flips_reasons([flips, *others], max_flips, exclusive=head.exclusive),
         *_recall_reasons(recall, examples, min_recall),
@@ -192,9 +194,7 @@ def judge(
         sentence=sentence(flips, recall, reasons, max_flips),
         reasons=reasons,
         advice=(
-            *advice(
-                flips, recall, screened.known, screened.too_few, {name: len(rows) for name, rows in examples.items()}
-            ),
+            *advice(flips, recall, screened.known, screened.too_few, sizes, exclusive=head.exclusive),
             *too_alike(len(repeated), len(screened.near), screened.strange),
             *unseen(head, [flips, *others], max_flips),
             *asides(fit, head, left_out or {}),
@@ -251,13 +251,9 @@ def _flips_reasons(counted: Sequence[Flips], max_flips: float, *, exclusive: boo
         for flips in counted
         if flips.rate is not None and flips.rate > max_flips
     ]
-    reasons += [
-        f"{label!r} alone would lose {lost} of its {flips.sizes[label]} {WHOSE[flips.source]}; the new label "
-        "may be the same one under another name"
-        for flips in counted
-        for label, lost in flips.losing.items()
-        if exclusive and _taken_over(lost, flips.sizes[label], max_flips)
-    ]
+    for flips in counted:
+        if exclusive and flips.losing:
+            reasons += _losing_reasons(flips, max_flips)
     most = max(counted, key=lambda flips: flips.size)
     if 0 < most.size < _FEWEST_INPUTS and max_flips < 1:
         reasons.append(
@@ -267,17 +263,35 @@ def _flips_reasons(counted: Sequence[Flips], max_flips: float, *, exclusive: boo
     return reasons
 
 
+def _losing_reasons(flips: Flips, max_flips: float) -> list[str]:
+    sizes, lost, whose = flips.sizes, flips.losing, WHOSE[flips.source]
+    return each_or_all(
+        [label for label, count in lost.items() if _taken_over(count, sizes[label], max_flips)],
+        lambda label: (
+            f"{label!r} alone would lose {lost[label]} of its {sizes[label]} {whose}; the new label may be the same "
+            "one under another name"
+        ),
+        f"would each lose a large part of their {whose}; the new labels may be the same ones under other names",
+        lambda label: f"{label!r} {lost[label]} of {sizes[label]}",
+    )
+
+
 def _recall_reasons(recall: Mapping[str, Recall], examples: Mapping[str, Floats], min_recall: float) -> list[str]:
-    reasons = []
-    for label, counted in recall.items():
-        if counted.rate is None:
-            reasons.append(f"{_only_one(label, examples[label])}, so there is no way to tell whether it would be found")
-        elif counted.rate < min_recall:
-            reasons.append(
-                f"{label!r} would be found in only {percent(counted.rate, 0)} of its inputs (limit: "
-                f"{percent(min_recall, 0)}, --min-recall or min_recall)"
-            )
-    return reasons
+    limit, why = f"limit: {percent(min_recall, 0)}, --min-recall or min_recall", "so there is no way to tell whether"
+    rates = {label: counted.rate for label, counted in recall.items() if counted.rate is not None}
+    return [
+        *each_or_all(
+            [label for label in recall if label not in rates],
+            lambda label: f"{_only_one(label, examples[label])}, {why} it would be found",
+            f"have only one example, or several that count as one, {why} they would be found",
+        ),
+        *each_or_all(
+            sorted((label for label, rate in rates.items() if rate < min_recall), key=lambda label: rates[label]),
+            lambda label: f"{label!r} would be found in only {percent(rates[label], 0)} of its inputs ({limit})",
+            f"would be found in too few of their inputs ({limit})",
+            lambda label: f"{label!r} {percent(rates[label], 0)}",
+        ),
+    ]
 
 
 def _only_one(label: str, rows: Floats) -> str:

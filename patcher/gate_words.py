@@ -9,10 +9,10 @@ import numpy as np
 
 from patcher.flips import Flips, fewest_inputs
 from patcher.screening import alike
-from patcher.wording import listing, percent, plural
+from patcher.wording import NAMED, count_and_some, listing, percent, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from patcher.fit import Fit
     from patcher.head import Head
@@ -27,6 +27,7 @@ __all__ = [
     "asides",
     "bound_words",
     "count_words",
+    "each_or_all",
     "recall_words",
     "row_words",
     "scarce",
@@ -40,6 +41,9 @@ __all__ = [
 
 FEW = 5
 _GOOD_RECALL = 0.9
+_NEARLY_ALL = 0.9
+_GIVEN = 0.5
+"""A multi-label head gives a text the labels whose score is above this."""
 _EXAMPLES_SHOWN, _CHARACTERS_SHOWN = 3, 60
 _SAYS_LITTLE = 0.1
 """With an upper bound above this share, a pass says little about flips."""
@@ -54,20 +58,16 @@ def advice(
     known: Sequence[Known],
     too_few: Sequence[str],
     sizes: Mapping[str, int],
+    *,
+    exclusive: bool,
 ) -> tuple[str, ...]:
     """What would improve the patch, or make the figures more certain; ``sizes`` counts each label's examples."""
-    said = [f"{label!r} has fewer than {FEW} different examples; ten are far more reliable" for label in too_few]
-    for label, counted in recall.items():
-        same = sum(hit.label == label and hit.old == counted.rival for hit in known)
-        # More examples, or another backbone, do not tell a label from itself.
-        if counted.rival and counted.rate is not None and counted.rate < _GOOD_RECALL and same < sizes[label] / 2:
-            said.append(
-                f"{label!r} is confused with {counted.rival!r}: add examples that tell them apart, "
-                "or fine-tune the backbone again if more do not help"
-            )
-    said.extend(
-        _same_label([hit for hit in known if hit.label == label]) for label in dict.fromkeys(hit.label for hit in known)
-    )
+    few = f"fewer than {FEW} different examples; ten are far more reliable"
+    said = [
+        *each_or_all(too_few, lambda label: f"{label!r} has {few}", f"have {few}"),
+        *(_confused(recall, known, sizes) if exclusive else _missed(recall)),
+        *_same_labels(known, sizes, exclusive=exclusive),
+    ]
     if flips.source == "draws":
         said.append(
             "the memory holds only statistics; use `--eval FILE` or a memory with features to get a bound on flips"
@@ -75,6 +75,65 @@ def advice(
     if flips.source == "none":
         said.append("there is no memory; use `patcher remember --data FILE` or `--replay FILE` to get a bound on flips")
     return tuple(said)
+
+
+def each_or_all(
+    labels: Sequence[str], one: Callable[[str], str], many: str, shown: Callable[[str], str] = repr
+) -> list[str]:
+    """A line on each label, or a single one on ``many`` labels, which names a few of them: ``shown`` of each."""
+    if len(labels) <= NAMED:
+        return [one(label) for label in labels]
+    return [f"{len(labels):,} labels {many}: {listing(map(shown, labels))}"]
+
+
+def _confused(recall: Mapping[str, Recall], known: Sequence[Known], sizes: Mapping[str, int]) -> list[str]:
+    """Advice on new labels that lose texts to a rival, unless they may be the same label.
+
+    More examples, or another backbone, do not tell a label from itself.
+    """
+    same = Counter((hit.label, hit.old) for hit in known)
+    found = [
+        label
+        for label, counted in recall.items()
+        if counted.rival and _poor(counted) and same[label, counted.rival] < sizes[label] / 2
+    ]
+    cure = "add examples that tell them apart, or fine-tune the backbone again if more do not help"
+    return each_or_all(
+        found,
+        lambda label: f"{label!r} is confused with {recall[label].rival!r}: {cure}",
+        f"are each confused with another ({cure})",
+        lambda label: f"{label!r} with {recall[label].rival!r}",
+    )
+
+
+def _missed(recall: Mapping[str, Recall]) -> list[str]:
+    """Advice on new labels of a multi-label head, where no label takes a text from another."""
+    below = f"below {_GIVEN} on some of"
+    cure = "more, or more varied, examples help"
+    found = [label for label, counted in recall.items() if _poor(counted)]
+    return each_or_all(
+        found, lambda label: f"{label!r} scores {below} its texts; {cure}", f"score {below} their texts ({cure})"
+    )
+
+
+def _poor(recall: Recall) -> bool:
+    return recall.rate is not None and recall.rate < _GOOD_RECALL
+
+
+def _same_labels(known: Sequence[Known], sizes: Mapping[str, int], *, exclusive: bool) -> list[str]:
+    """The question which new labels are old ones.
+
+    In a multi-label head, texts of a new label may well have an old one, too, unless nearly all have the same one.
+    """
+    hits = {hit.label: [other for other in known if other.label == hit.label] for hit in known}
+    most = {label: Counter(hit.old for hit in found).most_common(1)[0] for label, found in hits.items()}
+    asked = [label for label in hits if exclusive or most[label][1] >= _NEARLY_ALL * sizes[label]]
+    return each_or_all(
+        asked,
+        lambda label: _same_label(hits[label]),
+        "have examples that already belong to an old one, perhaps the same label",
+        lambda label: f"{label!r} as {most[label][0]!r}",
+    )
 
 
 def _same_label(hits: Sequence[Known]) -> str:
@@ -114,11 +173,12 @@ def too_alike(repeated: int, near: int, strange: Sequence[str]) -> Iterator[str]
             f"{plural(near, 'example')} hardly differ{'s' * (near == 1)} from another, in words or to the model: all "
             "take part in the fit, but those alike are held out together and count once; different texts help more"
         )
-    for label in strange:
-        yield (
-            f"the examples of {label!r} are unlike any text that the model was trained on (another script or "
-            "language?); the new row may take every such text"
-        )
+    unlike = "unlike any text that the model was trained on (another script or language?)"
+    yield from each_or_all(
+        strange,
+        lambda label: f"the examples of {label!r} are {unlike}; the new row may take every such text",
+        f"have examples {unlike}; the new rows may take every such text",
+    )
 
 
 def unremembered(labels: Sequence[str], memory: Memory | None) -> str:
@@ -183,9 +243,14 @@ def asides(fit: Fit, head: Head, left_out: Mapping[str, int]) -> Iterator[str]:
 
 def twins(new: Sequence[str], old: Sequence[str] = ()) -> tuple[str, ...]:
     """For each new label with nearly the name of an earlier one, the question whether they are the same."""
+    other, how = dict(alike(new, old)), "only in case, spaces, '_', '-' or Unicode form"
     return tuple(
-        f"{label!r} differs from {other!r} only in case, spaces, '_', '-' or Unicode form: is it the same label?"
-        for label, other in alike(new, old)
+        each_or_all(
+            list(other),
+            lambda label: f"{label!r} differs from {other[label]!r} {how}: is it the same label?",
+            f"differ from another {how}, perhaps the same label",
+            lambda label: f"{label!r} and {other[label]!r}",
+        )
     )
 
 
@@ -234,17 +299,28 @@ def sentence(flips: Flips, recall: Mapping[str, Recall], reasons: Sequence[str],
 
 
 def _finds(recall: Mapping[str, Recall]) -> str:
-    names = ", ".join(repr(label) for label in recall)
+    names = count_and_some(map(repr, recall), "label")
+    texts = _counted_on(recall)
     low, high, at_least = _range(recall)
     bound = f"{'' if len(recall) == 1 else 'of each '}at least {percent(at_least, 0, down=True)} of texts like them"
     if len(recall) == 1:
         (only,) = recall.values()
         counted = f"{only.found} of {only.of}; " if _plain(only) else ""
-        return f"{names} finds {percent(low, 0)} of held-out examples ({counted}{bound})"
+        return f"{names} finds {percent(low, 0)} of {texts} ({counted}{bound})"
     if low == high:
-        return f"{names} find {percent(low, 0)} of held-out examples each ({bound})"
+        return f"{names} find {percent(low, 0)} of {texts} each ({bound})"
     worst = listing(repr(label) for label, counted in recall.items() if counted.rate == low)
-    return f"{names} find between {percent(low, 0)} ({worst}) and {percent(high, 0)} of held-out examples ({bound})"
+    return f"{names} find between {percent(low, 0)} ({worst}) and {percent(high, 0)} of {texts} ({bound})"
+
+
+def _counted_on(recall: Mapping[str, Recall]) -> str:
+    """The inputs that the recall was counted on; of several labels, some may occur in the evaluation file."""
+    if not any(counted.fresh for counted in recall.values()):
+        return "held-out examples"
+    whose = "its" if len(recall) == 1 else "their"
+    fresh = "texts in the evaluation file"
+    all_fresh = all(counted.fresh for counted in recall.values() if counted.rate is not None)
+    return f"{whose} {fresh}" if all_fresh else f"{whose} {fresh}, or of held-out examples without any there,"
 
 
 def recall_words(recall: Mapping[str, Recall]) -> str:
@@ -259,7 +335,8 @@ def recall_words(recall: Mapping[str, Recall]) -> str:
     bound = f"at least {percent(at_least, 1, down=True)} of texts like them (95 % confidence)"
     if len(recall) == 1:
         (only,) = recall.values()
-        counted = f" ({only.found} of {only.of} held-out examples)" if _plain(only) else ""
+        inputs = f"its {only.of} texts in the evaluation file" if only.fresh else f"{only.of} held-out examples"
+        counted = f" ({only.found} of {inputs})" if _plain(only) else ""
         return f"{percent(low, 1)} expected{counted}; {bound}"
     if low == high:
         return f"{percent(low, 1)} expected of each label; {bound}"

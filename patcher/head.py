@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -239,9 +240,8 @@ class Head:
         """The same head with one label under another name."""
         position = self.index(old)
         if new in self.labels:
-            raise LabelError(
-                f"{new!r} is already a label; to merge the two: `patcher merge-labels {old} {new} --into {new}`"
-            )
+            command = shlex.join(["patcher", "merge-labels", old, new, "--into", new])
+            raise LabelError(f"{new!r} is already a label; to merge the two: `{command}`")
         return dataclasses.replace(self, labels=(*self.labels[:position], new, *self.labels[position + 1 :]))
 
 

@@ -143,6 +143,7 @@ def add_labels(
     settings: PatchSettings = DEFAULTS,
     skip_known: bool = False,
     progress: Callable[[int], None] | None = None,
+    label_progress: Callable[[int], None] | None = None,
 ) -> PatchReport:
     """Add labels to a classifier in one patch: fit, gate, publish, load, probe.
 
@@ -162,6 +163,8 @@ def add_labels(
         Skip labels that the head already has, instead of refusing them.
     progress
         Called with the number of texts whose features have been computed so far, over all arguments.
+    label_progress
+        Called with the number of new labels that have been fitted so far, first with 0.
 
     Raises
     ------
@@ -188,7 +191,9 @@ def add_labels(
         extractor = _Extractor(target, server, progress)
         features = _features(head, texts, replay, evaluation, extractor, use_name=settings.use_name)
     with contextlib.nullcontext() if settings.dry_run else changing(target, server):
-        patch, report = _patched(target, texts, features, repeated, settings, watch, skip_known=skip_known)
+        patch, report = _patched(
+            target, texts, features, repeated, settings, watch, label_progress, skip_known=skip_known
+        )
         if report.gate == "refused":
             report.seconds = watch.stop()
             raise GateRefused(report.verdict.refusal("patch"), report.to_json())
@@ -205,6 +210,7 @@ def _patched(
     repeated: Sequence[Repeat],
     settings: PatchSettings,
     watch: Stopwatch,
+    heard: Callable[[int], None] | None,
     *,
     skip_known: bool,
 ) -> tuple[Patch, PatchReport]:
@@ -214,7 +220,7 @@ def _patched(
         # Another patcher may have added some of the labels in the meantime.
         texts = unknown_to(texts, parent, target.name, skip_known=skip_known)
         given = _given(parent, texts, features, repeated)
-    patch = make_patch(parent, memory, given, settings, watch)
+    patch = make_patch(parent, memory, given, settings, watch, heard)
     patch = patch.with_lineage(_lineage(target, parent, patch, texts))
     return patch, _report(target, patch, parent, texts)
 

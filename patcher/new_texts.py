@@ -14,14 +14,18 @@ from patcher.wording import listing
 from patcher.words import plain_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import TypeAlias
 
     from patcher.head import Head
 
     Texts: TypeAlias = Iterable[str] | Examples
 
-__all__ = ["checked", "distinct", "new_examples", "refuse_ids", "unknown_to"]
+__all__ = ["checked", "distinct", "new_examples", "refuse_ids", "refuse_many", "unknown_to"]
+
+
+_MANY = 20
+"""Any classifier may get this many new labels at once."""
 
 
 def new_examples(examples: Examples, label: str | None, *, several: bool = False) -> dict[str, list[str]]:
@@ -51,6 +55,19 @@ def refuse_ids(labels: Iterable[str], source: str, head: Head) -> None:
         raise LabelError(
             f"the labels of {source} are numbers ({listing(labels)}) and look like ids, as the classifier's labels are "
             f"names ({listing(head.labels, 2)}); expected names, or LABEL ({labels[0]}) to add a number as a label"
+        )
+
+
+def refuse_many(new: Sequence[str], of: int, there: int) -> None:
+    """Raise LabelError if a file's labels are perhaps those of the classifier, in another spelling.
+
+    That is, if more than 20 of them are ``new``, and more than a tenth of the number of labels ``there`` are.
+    """
+    most = max(_MANY, there // 10)
+    if len(new) > most:
+        raise LabelError(
+            f"{len(new):,} labels of {of:,} in the file are new ({listing(map(repr, new))}); expected at most {most:,} "
+            f"at once for a classifier of {there:,}. `--many` adds them, if they are no other spelling of its labels"
         )
 
 

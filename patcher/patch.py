@@ -22,7 +22,7 @@ from patcher.scope import Scope, stretch_of
 from patcher.screening import first_alike
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from patcher.arrays import Doubles, Floats
     from patcher.fit.inputs import Labelled
@@ -138,8 +138,15 @@ class Patch:
         return dataclasses.replace(self, head=dataclasses.replace(self.head, lineage=lineage))
 
 
-def make_patch(parent: Head, memory: Memory | None, given: Given, settings: PatchSettings, watch: Stopwatch) -> Patch:
-    """Fit new rows, judge them, and refit the out-of-scope scorer.
+def make_patch(
+    parent: Head,
+    memory: Memory | None,
+    given: Given,
+    settings: PatchSettings,
+    watch: Stopwatch,
+    heard: Callable[[int], None] | None = None,
+) -> Patch:
+    """Fit new rows, judge them, and refit the out-of-scope scorer; ``heard`` as for ``fit``.
 
     Raises
     ------
@@ -160,6 +167,7 @@ def make_patch(parent: Head, memory: Memory | None, given: Given, settings: Patc
                 method=settings.method,
                 max_flips=settings.max_flips,
                 firsts=firsts,
+                heard=heard,
             )
         with watch("gate"):
             verdict = judge(

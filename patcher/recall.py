@@ -38,7 +38,9 @@ class Recall:
     at_least
         One-sided lower bound of that share at 95 % confidence (Clopper-Pearson), for inputs drawn as these were.
     rival
-        The label that took most of the inputs that were missed, or None.
+        The label that took most of the inputs that were missed, or None. In a multi-label head none takes any.
+    fresh
+        Whether these are the label's inputs in the evaluation file, and not its examples.
     """
 
     found: int
@@ -46,6 +48,7 @@ class Recall:
     rate: float | None
     at_least: float | None
     rival: str | None
+    fresh: bool = False
 
 
 def count_found(
@@ -65,8 +68,8 @@ def count_found(
     for position, label in enumerate(fit.labels, start=len(head.labels)):
         if evaluation is not None and bool((evaluation.ids == position).any()):
             best, hit = _answers(evaluation.features[evaluation.ids == position], position, fit, head)
-            rivals = [every[i] for i in best[~hit].tolist() if i != position]
-            found[label] = _counted(hit, np.ones(len(hit)), rivals)
+            rivals = [every[i] for i in best[~hit].tolist()] if head.exclusive else []
+            found[label] = _counted(hit, np.ones(len(hit)), rivals, fresh=True)
         elif label in fit.held_out:
             found[label] = _held_out(fit.held_out[label], firsts.get(label), weights.get(label))
         else:
@@ -82,18 +85,18 @@ def _held_out(held: HeldOut, firsts: Ints | None, weights: Doubles | None) -> Re
     if len(places) <= 1:
         return Recall(0, len(places), None, None, _most(held.rivals))
     hit = held.margins[places] > 0
-    rivals = [held.rivals[i] for i in places[~hit].tolist()]
+    rivals = [held.rivals[i] for i in places[~hit].tolist()] if held.rivals else []
     # The weights of a group are averaged: if there are none, each group counts as one.
     return _counted(hit, np.bincount(groups, weights) / np.bincount(groups), rivals)
 
 
-def _counted(hit: Bools, weights: Doubles, rivals: Sequence[str]) -> Recall:
+def _counted(hit: Bools, weights: Doubles, rivals: Sequence[str], *, fresh: bool = False) -> Recall:
     rate = float(np.average(hit, weights=weights))
     # As for flips: the bound for the effective numbers of inputs and of misses.
     size = float(weights.sum()) ** 2 / float((weights**2).sum())
     missed = math.ceil((1.0 - rate) * size - ROUNDED)
     at_least = 1.0 - upper_bound(missed, math.floor(size + ROUNDED))
-    return Recall(int(hit.sum()), len(hit), rate, at_least, _most(rivals))
+    return Recall(int(hit.sum()), len(hit), rate, at_least, _most(rivals), fresh)
 
 
 def _most(rivals: Sequence[str]) -> str | None:

@@ -19,7 +19,7 @@ from patcher.lifecycle import Entry, entry
 from patcher.report_page import PAGE
 from patcher.storage.disk import storage_errors
 from patcher.storage.moves import replace
-from patcher.wording import install_hint, percent
+from patcher.wording import count_and_some, install_hint, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -150,6 +150,7 @@ def render(report: Report) -> str:
     # Texts and labels are untrusted, so autoescape is on.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
+    environment.filters["count_and_some"] = count_and_some
     environment.filters["at_least"] = partial(percent, down=True)
     template = environment.from_string(PAGE)
     page: str = template.render(report=report, shown=_SHOWN, changes=_changes(report), picture=_picture(report.map))

@@ -82,7 +82,7 @@ svg { border: 1px solid #dee2e6; max-width: 100%; height: auto; }
 <p>Texts labelled {{ old }} count as {{ new }}, into which it was merged.</p>
 {% endfor %}
 {% if report.after.unknown %}
-<p>Labels of the file that the version lacks, counted as wrong: {{ report.after.unknown|join(", ") }}.</p>
+<p>Labels of the file that the version lacks, counted as wrong: {{ report.after.unknown|count_and_some }}.</p>
 {% endif %}
 {% if changes %}
 <h2>Labels whose figures changed</h2>

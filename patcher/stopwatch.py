@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from patcher.wording import plural
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -35,16 +37,21 @@ class Stopwatch:
         return {**self.seconds, "total": time.perf_counter() - self._start}
 
 
-def counter(tell: Callable[[str], object], total: int) -> Callable[[int], None]:
-    """A function to call with the number of texts done so far; it reports them through ``tell`` every few seconds."""
+def counter(tell: Callable[[str], object], total: int, noun: str = "text") -> Callable[[int], None]:
+    """A function to call with the number of texts done so far; it reports them through ``tell`` every few seconds.
+
+    Called with 0, it starts anew. Instead of texts it may count what ``noun`` says.
+    """
     started = last = time.monotonic()
 
     def count(done: int) -> None:
-        nonlocal last
+        nonlocal started, last
         now = time.monotonic()
-        if now - last >= _SECONDS_A_LINE and done < total:
+        if not done:
+            started = last = now
+        elif now - last >= _SECONDS_A_LINE and done < total:
             last = now
             left = (now - started) / done * (total - done)
-            tell(f"{done:,} of {total:,} texts, {left:.0f} s to go")
+            tell(f"{done:,} of {plural(total, noun)}, {left:.0f} s to go")
 
     return count

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["cut", "install_hint", "listing", "percent", "plural", "redacted", "repeats", "versions_are"]
+__all__ = [
+    "count_and_some",
+    "cut",
+    "install_hint",
+    "listing",
+    "percent",
+    "plural",
+    "redacted",
+    "repeats",
+    "versions_are",
+]
 
 _LOGIN = re.compile(r"(?<=[A-Za-z0-9+.-]://)[^\s'\"/]*@")
 """The login in front of a URL's host."""
@@ -37,6 +47,13 @@ def listing(names: Iterable[str], most: int = NAMED) -> str:
     """The first ``most`` names, separated by commas, and ``…`` if there are more."""
     names = tuple(names)
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def count_and_some(names: Iterable[str], noun: str = "") -> str:
+    """All names if they are few; else their number, with a ``noun``, and a few: ``4,950 labels (a, b, c, d, e …)``."""
+    names = tuple(names)
+    many = plural(len(names), noun) if noun else f"{len(names):,}"
+    return listing(names) if len(names) <= NAMED else f"{many} ({listing(names)})"
 
 
 def percent(share: float | None, digits: int = 2, *, up: bool = False, down: bool = False) -> str:

@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 
-from patcher import rename_label
+from patcher import Examples, FoundingSettings, new_classifier, rename_label
 from patcher.canary import Canary
 from patcher.classifier import Classifier
 from patcher.cli.output import not_installed
@@ -144,6 +144,23 @@ def test_several_labels_are_one_patch_and_known_ones_are_left_alone(patcher, cla
     assert code == 0, err
     assert json.loads(out)["labels_added"] == list(tiny.NEW)
     assert classifier.versions() == (1, 2)
+
+
+def test_very_many_new_labels_are_asked_about(patcher, classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr("patcher.stopwatch._SECONDS_A_LINE", 0.0)
+    groups = {f"l{number}": [text] for number, text in enumerate(tiny.sentences("payday", 21))} | {"music": ["music0"]}
+    file = tiny.write_csv(tmp_path / "many.csv", groups)
+    code, out, err = patcher("add-label", "--examples", file, "--no-load", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "21 labels of 22 in the file are new ('l0', 'l1', 'l2', 'l3', 'l4' …); expected at most 20 at once" in err
+    code, out, err = patcher("add-label", "--examples", file, "--no-load", "--dry-run", "--many", "--force")
+    assert code == 0, err
+    assert "21 labels of 22 in the file are new: 'l0', 'l1', " in err
+    assert "would add 21 labels (l0, l1, l2, l3, l4 …)\n" in out
+    assert re.search(r"\n20 of 21 labels, \d+ s to go\n", err)
+    refusal = patcher("add-label", "--examples", file, "--no-load", "--many")[2]
+    assert 0 < refusal.partition("the gate refused")[2].count("\n") < 10
+    assert classifier.versions() == (1,)
 
 
 def test_without_a_memory_it_works_and_says_that_nothing_bounds_the_flips(patcher, tmp_path, examples):
@@ -327,6 +344,30 @@ def test_doctor_finds_what_is_wrong(patcher, classifier, monkeypatch):
     code, out, _ = patcher("doctor")
     assert code == 1
     assert "FAULT  intent_backbone: its file's SHA-256 is" in out
+
+
+def test_doctor_does_not_bury_faults_under_what_is_in_order(patcher, classifier, monkeypatch):
+    monkeypatch.delenv("TRITON_URL")
+    texts = [(text, label) for label in tiny.NEW for text in tiny.sentences(label, 6)]
+    given = Examples(tuple(text for text, _ in texts), tuple(label for _, label in texts), "made up")
+    for number in range(5):
+        settings = FoundingSettings(force=True)
+        new_classifier(classifier.repository, f"c{number}", given, settings=settings)
+    broken = classifier.root / "c3_head" / "1" / "model.onnx"
+    broken.write_bytes(broken.read_bytes() + b"\0")
+    code, out, _ = patcher("doctor")
+    assert code == 1
+    assert "6 classifiers (c0, c1, c2, c3, c4 …)" in out
+    assert "c0, journal" not in out
+    in_order, *last = out[out.index("ok     5 classifiers: as published\n") :].splitlines()
+    assert in_order == "ok     5 classifiers: as published"
+    assert {line[:5] for line in last} == {"note ", "FAULT"}
+    assert any(line.startswith("FAULT  c3, version 1: ") for line in last)
+    checks = json.loads(patcher("doctor", "--json")[1])
+    assert {f"c{number}, journal" for number in range(5)} < {check["what"] for check in checks}
+    repaired = patcher("doctor", "--repair")[1]
+    assert ", repair" not in repaired
+    assert "ok     5 classifiers: as published\n" in repaired
 
 
 def test_a_backbone_that_cannot_be_read_is_told_before_a_server_starts(patcher, classifier, monkeypatch):

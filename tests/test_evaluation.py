@@ -12,7 +12,7 @@ from patcher.cli import main
 from patcher.errors import LabelError
 from patcher.evaluation import evaluate_head
 from patcher.head import MULTI_LABEL, SINGLE_LABEL, Head
-from patcher.report import make_report
+from patcher.report import make_report, render
 
 
 def identity_head(problem=SINGLE_LABEL):
@@ -50,6 +50,19 @@ def test_agrees_with_the_table_of_confusions():
 def test_a_label_that_the_head_lacks_counts_as_wrong():
     result = evaluate_head(identity_head(), rows("a", "b"), ["a", "new"])
     assert (result.accuracy, result.unknown) == (0.5, ("new",))
+
+
+def test_of_many_labels_that_the_head_lacks_a_few_are_named_and_all_counted(classifier, tmp_path, capsys):
+    texts = {f"strange {number:02}": ["hello"] for number in range(30)} | {"balance": tiny.sentences("balance", 5)}
+    path = tiny.write_csv(tmp_path / "texts.csv", texts)
+    assert main(["evaluate", str(path), "--repo", str(classifier.root)]) == 0
+    said = capsys.readouterr().out
+    assert "lacks, counted as wrong: 30 (strange 00, strange 01, strange 02, strange 03, strange 04 …)\n" in said
+    assert main(["evaluate", str(path), "--repo", str(classifier.root), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["unknown_labels"]) == 30
+    page = render(make_report(classifier, None, read_examples(path)))
+    assert "counted as wrong: 30 (strange 00, " in page
+    assert "strange 29" not in page
 
 
 def test_a_file_of_strange_labels_is_refused():

@@ -102,17 +102,63 @@ def test_texts_that_old_labels_cover_are_shown():
     hits = [("a\x1b" + "b" * 90, "l1"), ("c", "l2"), ("d", "l1"), ("e", "l2"), ("f", "l1"), ("g", "l2"), ("h", "l3")]
     known = [Known("new", *hit) for hit in hits]
     flips = Flips(source="eval")
-    (tied,) = advice(flips, {}, known, (), {"new": 9})
+    (tied,) = advice(flips, {}, known, (), {"new": 9}, exclusive=True)
     assert tied == (
         "7 examples of 'new' already belong to old labels, equally often 'l1', 'l2' "
         f"('a\\x1b{'b' * 56} …', 'c', 'd' …): is it the same label?"
     )
-    (most,) = advice(flips, {}, known[:3], (), {"new": 9})
+    (most,) = advice(flips, {}, known[:3], (), {"new": 9}, exclusive=True)
     assert "belong to old labels, mostly 'l1' ('a\\x1b" in most
     assert "'c'" not in most
-    assert advice(flips, {}, known[1:2], (), {"new": 9}) == (
+    assert advice(flips, {}, known[1:2], (), {"new": 9}, exclusive=True) == (
         "1 example of 'new' already belongs to the old label 'l2' ('c'): is it the same label?",
     )
+
+
+@pytest.mark.parametrize("covered,asked", [(10, True), (9, True), (5, False)])
+def test_in_a_multi_label_head_an_old_label_beside_the_new_one_raises_no_question(covered, asked):
+    known = [Known("new", f"text {number}", "old") for number in range(covered)]
+    said = advice(Flips(source="eval"), {}, known, (), {"new": 10}, exclusive=False)
+    assert any("is it the same label?" in line for line in said) == asked
+
+
+def test_in_a_multi_label_head_no_label_takes_a_text_from_another():
+    head, memory, _, _, new = world()
+    head = dataclasses.replace(head, problem=MULTI_LABEL)
+    examples = {"new": new(10)}
+    missed = np.concatenate([new(20, seed=5), -new(10, seed=6)])
+    data = Labelled(missed, np.full(30, len(head.labels)))
+    made = fit(examples, head, memory)
+    held = HeldOut(np.repeat([-1.0, 1.0], 5), made.held_out["new"].rivals)
+    for result in (
+        judge(head, made, examples, memory, evaluation=data),
+        judge(head, dataclasses.replace(made, held_out={"new": held}), examples, memory),
+    ):
+        assert result.estimated_recall["new"] < 0.9
+        assert result.confused_with == {"new": None}
+        assert not any("is confused with" in line for line in result.advice)
+        assert "'new' scores below 0.5 on some of its texts; more, or more varied, examples help" in result.advice
+
+
+def test_a_line_is_about_all_labels_if_they_are_many():
+    head, memory, features, ids, _ = world()
+    few, many = (
+        judge(head, fit(examples, head, memory), examples, memory)
+        for count in (3, 30)
+        for examples in [{f"n{k:02}": features[ids == k % 8][:1] for k in range(count)}]
+    )
+    assert sum("has only one example" in reason for reason in few.reasons) == 3
+    assert sum("has fewer than 5" in line for line in few.advice) == 3
+    assert len((*many.reasons, *many.advice)) < 12
+    assert any(
+        "30 labels have only one example, or " in reason and "'n00', 'n01', 'n02', 'n03', 'n04' …" in reason
+        for reason in many.reasons
+    )
+    assert any(line.startswith("30 labels have fewer than 5 different examples") for line in many.advice)
+    assert any(" labels have examples that already belong to an old one, perhaps" in line for line in many.advice)
+    assert "n29" not in many.refusal("patch")
+    told = many.to_dict()
+    assert [len(told[name]) for name in ("recall", "too_few", "estimated_recall")] == [30, 30, 30]
 
 
 def test_flips_are_counted_on_the_best_data_there_is():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import numpy as np
 import onnx
@@ -126,6 +127,11 @@ def test_removing_and_renaming():
     assert head.renamed("l1", "other").labels == ("l0", "other", "l2", "n3", "n4", "n5")
     with pytest.raises(LabelError, match="merge-labels"):
         head.renamed("l1", "l2")
+    spaced = dataclasses.replace(head, labels=("it's l0", "l 1", *head.labels[2:]))
+    with pytest.raises(LabelError) as refused:
+        spaced.renamed("it's l0", "l 1")
+    command = str(refused.value).split("`")[1]
+    assert shlex.split(command) == ["patcher", "merge-labels", "it's l0", "l 1", "--into", "l 1"]
     with pytest.raises(LabelError, match="did you mean l1"):
         make_head().without("l11")
 

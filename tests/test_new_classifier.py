@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,6 +373,12 @@ def test_several_labels_are_served(triton, tmp_path, monkeypatch, command, in_st
     assert code == 0, err
     (answer,) = json.loads(out)
     assert {each["label"] for each in answer["candidates"] if each["score"] > 0.5} == {"pizza", "payday"}
+    assert set(answer["labels"]) == {"pizza", "payday"}
+    code, out, err = command("classify", both, tiny.FILLERS[0], "--classifier", name)
+    assert code == 0, err
+    _, _, *rows = out.splitlines()
+    assert re.search(r"  (pizza|payday) \d.\d{3}, (pizza|payday) \d.\d{3}  ", rows[0])
+    assert "  none  " in rows[1]
     with TritonServer(triton.url) as server:
         drop_classifier(ModelRepository(triton.repository), name, server)
 

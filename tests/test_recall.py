@@ -122,6 +122,11 @@ def test_fresh_inputs_bound_the_recall_more_tightly_and_unequal_weights_less():
     data = Labelled(np.concatenate([features, new(100, seed=5)]), np.concatenate([ids, np.full(100, len(head.labels))]))
     fresh = judged({"new": new(10)}, head, memory, evaluation=data).recall["new"]
     assert (fresh.of, fresh.at_least > 0.9) == (100, True)
+    judgement = judged({"new": new(10)}, head, memory, evaluation=data)
+    assert "'new' finds 100 % of its texts in the evaluation file (100 of 100; at least" in judgement.sentence
+    assert "100.0 % expected (100 of its 100 texts in the evaluation file); at least" in judgement.gain
+    mixed = judged({"new": new(10), "more": new(10, 1)}, head, memory, evaluation=data).sentence
+    assert "of their texts in the evaluation file, or of held-out examples without any there," in mixed
     weighed = judged({"new": new(10)}, head, memory, weights={"new": np.repeat([9.0, 1.0], [2, 8])})
     # As good as 676 / 170, so three, inputs of equal weight.
     assert weighed.recall_lower_bound["new"] == pytest.approx(0.05 ** (1 / 3))

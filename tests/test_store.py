@@ -327,26 +327,28 @@ def test_the_containers_health_check_takes_the_stores_word(live, triton, tmp_pat
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", ["intent", "s1"])
-def test_classify_fetches_no_logits_and_says_the_same(live, monkeypatch, capsys, name):
+def test_classify_fetches_the_logits_of_one_text_and_says_the_same(live, monkeypatch, capsys, name):
     import tritonclient.grpc as triton
 
     repository, server = live
     (whole,) = server.classify(repository.classifier(name).address, ["hello"])
-    got, infer = set(), triton.InferenceServerClient.infer
+    got, infer = [], triton.InferenceServerClient.infer
 
     def noted(*args, **more):
         result = infer(*args, **more)
-        got.update(each.name for each in result.get_response().outputs)
+        got.append({each.name: each.shape[0] for each in result.get_response().outputs})
         return result
 
     monkeypatch.setattr(triton.InferenceServerClient, "infer", noted)
     options = ["--repo", str(repository.root), "--url", server.url, "--classifier", name]
-    assert main(["classify", "hello", "--json", *options]) == 0
-    (said,) = json.loads(capsys.readouterr().out)
+    assert main(["classify", "hello", "there", "again", "--json", *options]) == 0
+    said, *_ = json.loads(capsys.readouterr().out)
+    assert said["labels"] == [whole.labels[0]]
     assert tuple(each["label"] for each in said["candidates"]) == whole.labels
     assert tuple(each["score"] for each in said["candidates"]) == pytest.approx(whole.scores)
     assert (said["head_version"], said.get("in_scope")) == (1, pytest.approx(whole.in_scope))
-    assert got == {"label", "score", "head_version", *(["in_scope"] if whole.in_scope is not None else [])}
+    outputs = ["label", "score", "head_version", *(["in_scope"] if whole.in_scope is not None else [])]
+    assert got == [dict.fromkeys([*outputs, "logits"], 1), dict.fromkeys(outputs, 2)]
     (bare,) = server.classify(repository.classifier(name).address, ["hello"], logits=False)
     assert bare.logits.shape == (0,)
 

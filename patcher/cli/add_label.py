@@ -18,10 +18,10 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
-from patcher.cli.output import seconds
+from patcher.cli.output import seconds, tell
 from patcher.cli.values import WholeNumber, named_files
 from patcher.errors import PatcherError, as_sentence
-from patcher.wording import cut
+from patcher.wording import count_and_some, cut, listing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,7 @@ METHODS = ("auto", "offset-logistic", "ridge", "lda", "anchored")
     help="How to fit. auto is offset-logistic, which leaves old rows unchanged; ridge and lda refit all rows from the "
     "memory, and anchored refits them on --replay.",
 )
+@click.option("--many", is_flag=True, help="Without LABEL: add the new labels of the file even if they are very many.")
 @click.option("--no-name", is_flag=True, help="Do not use the label's own name as an example.")
 @click.option(
     "--canary",
@@ -80,6 +81,7 @@ def add_label_command(
     max_flips: float,
     min_recall: float,
     method: str,
+    many: bool,
     no_name: bool,
     canary: float | None,
     keep: int | None,
@@ -93,7 +95,8 @@ def add_label_command(
     Fits the new row, counts the flips, publishes the next head version, makes the server load it, and verifies that the
     server answers from it. If anything fails, the previous version is restored.
 
-    Without LABEL, adds every label in the file's label column that the head lacks, in one patch. By default the rows of
+    Without LABEL, adds every label in the file's label column that the head lacks, in one patch; more than 20, or more
+    than a tenth of the classifier's labels if that is larger, only with --many. By default the rows of
     old labels do not change: only inputs that the new label takes over get another answer, and the gate bounds how many
     do. The methods ridge, lda and anchored change old rows, too; then only --eval bounds the flips of fresh inputs.
 
@@ -106,6 +109,7 @@ def add_label_command(
     from patcher.patch import PatchSettings
 
     examples = _examples(file, texts, label, options)
+    new = 1 if label is not None else _tell_new(examples, options, many=many)
     _warn_of_cut(examples, options)
     limits = PatchSettings(max_flips, min_recall, method, force, dry_run, not no_name, canary)
     old = [read_examples(path) if path else None for path in (replay, evaluation)]
@@ -123,6 +127,7 @@ def add_label_command(
             settings=limits,
             skip_known=label is None,
             progress=options.progress(total),
+            label_progress=options.progress(new, "label"),
         )
     pruned, warnings = _pruned(classifier, keep) if keep is not None and report.published else ((), ())
     options.warn(*report.warnings, *warnings)
@@ -178,6 +183,20 @@ def _examples(
     return examples
 
 
+def _tell_new(examples: dict[str, list[str]], options: CommonOptions, *, many: bool) -> int:
+    """Say which labels of a file are new, and return their number; refuse very many without ``--many``."""
+    from patcher.new_texts import refuse_many
+
+    known = options.classifier.head().labels
+    new = [label for label in examples if label not in set(known)]
+    if not many:
+        refuse_many(new, len(examples), len(known))
+    if len(new) > 1:
+        told = f"{len(new):,} labels of {len(examples):,} in the file are new: {listing(map(repr, new))}"
+        tell(told, err=True)
+    return len(new)
+
+
 def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None:
     from patcher.features import count_cut
 
@@ -189,7 +208,7 @@ def _warn_of_cut(examples: dict[str, list[str]], options: CommonOptions) -> None
 
 def _render(report: PatchReport, options: CommonOptions) -> None:
     verdict = report.verdict
-    added = ", ".join(report.labels_added)
+    added = count_and_some(report.labels_added, "label")
     if report.canary is not None and not report.served:
         done = (
             f"version {report.version} of {report.classifier}, with {added} added, is set up for a trial on "

@@ -9,7 +9,7 @@ import click
 from patcher.cli.options import FILE, CommonOptions, common_options, version_option
 from patcher.cli.output import counted_as, table
 from patcher.cli.values import WholeNumber
-from patcher.wording import percent
+from patcher.wording import count_and_some, percent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +44,7 @@ def evaluate_command(file: Path, version: int | None, worst: int, options: Commo
     for line in (*counted_as("renamed", result.renamed), *counted_as("merged", result.merged)):
         options.say(line)
     if result.unknown:
-        options.say(f"labels that this version lacks, counted as wrong: {', '.join(result.unknown)}")
+        options.say(f"labels that this version lacks, counted as wrong: {count_and_some(result.unknown)}")
     there = [item for item in result.per_label.items() if item[1].support]  # the file has no texts of the others
     lowest = sorted(there, key=lambda item: item[1].f1)[:worst]
     rows = [(label, percent(s.precision, 1), percent(s.recall, 1), percent(s.f1, 1), s.support) for label, s in lowest]

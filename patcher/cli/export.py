@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -136,4 +137,4 @@ def _show(report: ExportReport, train: Path | None) -> None:
     tell(report.sentence())
     if report.train_repeated:
         tell(f"{train}: {repeats(report.train_repeated)}")
-    tell(f"Next: patcher serve --repo {report.repository.location}")
+    tell(f"Next: patcher serve --repo {shlex.quote(str(report.repository.location))}")

@@ -162,11 +162,11 @@ class CommonOptions:
         for warning in warnings:
             tell(f"warning: {warning}", err=True)
 
-    def progress(self, total: int) -> Callable[[int], None]:
-        """Report on stderr, every few seconds, how many of ``total`` texts are done."""
+    def progress(self, total: int, noun: str = "text") -> Callable[[int], None]:
+        """Report on stderr, every few seconds, how many of ``total`` texts are done, or of what ``noun`` says."""
         from patcher.stopwatch import counter
 
-        return counter(functools.partial(tell, err=True), total)
+        return counter(functools.partial(tell, err=True), total, noun)
 
 
 def refuse_overwriting(output: Path | None, *inputs: Path | None) -> None:

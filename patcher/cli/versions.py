@@ -12,7 +12,7 @@ from patcher.cli.options import CommonOptions, common_options, eval_option, no_l
 from patcher.cli.output import changed_answers, shortened, table
 from patcher.cli.values import VERSION, WholeNumber
 from patcher.errors import InputError, NotServed, PatcherError, ServerError
-from patcher.wording import listing, plural
+from patcher.wording import count_and_some, listing, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,8 +86,8 @@ def diff_command(a: int, b: int, evaluation: Path | None, options: CommonOptions
     if options.json:
         options.emit({"classifier": options.classifier.name, **difference.to_json()})
         return
-    options.say(f"version {a} -> {b}: added {', '.join(difference.added) or 'nothing'}; "
-                 f"removed {', '.join(difference.removed) or 'nothing'}"
+    options.say(f"version {a} -> {b}: added {count_and_some(difference.added) or 'nothing'}; "
+                 f"removed {count_and_some(difference.removed) or 'nothing'}"
         + "".join(f"; {old} renamed to {new}" for old, new in difference.renamed)
         + "".join(f"; {old} merged into {new}" for old, new in difference.merged if a < b))  # fmt: skip
     options.say(

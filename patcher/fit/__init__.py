@@ -20,7 +20,7 @@ from patcher.limits import MAX_FLIPS
 from patcher.wording import listing, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from patcher.arrays import Doubles, Floats, Ints
     from patcher.fit.inputs import Labelled
@@ -46,6 +46,7 @@ def fit(
     method: str = "auto",
     max_flips: float = MAX_FLIPS,
     firsts: Mapping[str, Ints] | None = None,
+    heard: Callable[[int], None] | None = None,
     settings: Settings = SETTINGS,
 ) -> Fit:
     """Fit rows for new labels to ``examples``: features per label, float32 ``[n, width]``.
@@ -60,6 +61,8 @@ def fit(
     ``firsts`` holds, for each new label, the position INT64 ``[n]`` of the first example that each of its examples
     repeats. It changes no row: examples that repeat one another are only held out together.
 
+    ``heard`` is called with the number of new labels fitted so far, first with 0.
+
     Raises LabelError for a label that exists or is empty, ExamplesError for missing or malformed features, and
     InputError for an unknown method or one that does not apply to this head and this data.
     """
@@ -67,7 +70,7 @@ def fit(
         raise InputError(f"got method {method!r}; expected one of {', '.join(METHODS)}")
     chosen = "offset-logistic" if method == "auto" else method
     examples = _checked(examples, head)
-    task = Task.of(np.concatenate(list(examples.values())), head, memory, replay, max_flips, settings, firsts)
+    task = Task.of(np.concatenate(list(examples.values())), head, memory, replay, max_flips, settings, firsts, heard)
     names = {label: name for label, name in (names or {}).items() if _belongs(label, name, examples, task)}
     found = _rows(chosen, {label: _with_name(rows, names.get(label)) for label, rows in examples.items()}, task)
     count = len(examples)
@@ -219,7 +222,7 @@ def _held_out(examples: Mapping[str, Floats], found: _Found, head: Head) -> dict
         logits = np.delete(logits, len(head.labels) + position, axis=1)
         best = logits.max(axis=1) if head.exclusive else np.zeros(len(logits), np.float32)
         names = (*head.labels, *(other for other in examples if other != label))
-        rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist())
+        rivals = tuple(names[i] for i in logits.argmax(axis=1).tolist()) if head.exclusive else ()
         # The examples may be followed by the label's name, which says nothing about how real inputs fare.
         held[label] = HeldOut((found.held_out[label][: len(features)] - best).astype(np.float32), rivals)
     return held

@@ -21,7 +21,8 @@ class HeldOut:
     """How each example of a new label fares in a fit that saw neither it nor those that it repeats.
 
     ``margins`` float32 ``[n]``: the new logit minus the best other logit, or minus 0 in a multi-label head (above 0:
-    the example is found; NaN if there is no other example to fit); ``rivals``: the labels with the best other logit.
+    the example is found; NaN if there is no other example to fit); ``rivals``: the labels with the best other logit,
+    none in a multi-label head, where no label takes a text from another.
     """
 
     margins: Floats

@@ -161,6 +161,8 @@ def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]
     found = {}
     near = _rivals(clouds, rough, settings)
     rows = dict(rough)
+    if task.heard:
+        task.heard(0)
     for label, mine in clouds.items():
         hard = np.sort(scene.hard(rough[label]))
         rivals = [rows[other] for other in near[label]]
@@ -178,6 +180,8 @@ def offset_rows(examples: Mapping[str, Floats], task: Task) -> dict[str, NewRow]
         rows[label] = np.append(made.row[:-1], made.row[-1] + shift)
         taken = hard[right & (unseen.margins < shift)]
         found[label] = NewRow(weight, np.float32(bias + shift), made.apart + shift, taken)
+        if task.heard:
+            task.heard(len(found))
     return found
 
 

@@ -10,7 +10,7 @@ from patcher.fit.model import OldLabels, from_memory, from_rows
 from patcher.memory import Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from patcher.arrays import Floats, Ints
     from patcher.fit.inputs import Labelled
@@ -40,6 +40,8 @@ class Task:
         Settings of the fit.
     firsts
         For each new label, the position INT64 ``[n]`` of the first example that each of its examples repeats.
+    heard
+        Called with the number of new labels whose rows are fitted so far; None if nobody asks.
     """
 
     head: Head
@@ -49,6 +51,7 @@ class Task:
     max_flips: float
     settings: Settings
     firsts: Mapping[str, Ints]
+    heard: Callable[[int], None] | None
 
     @classmethod
     def of(
@@ -60,6 +63,7 @@ class Task:
         max_flips: float,
         settings: Settings,
         firsts: Mapping[str, Ints] | None = None,
+        heard: Callable[[int], None] | None = None,
     ) -> Task:
         """Put the task together; ``examples`` are those of all new labels, float32 ``[n, width]``."""
         if memory is None and replay is not None:
@@ -72,7 +76,7 @@ class Task:
         if inputs is not None and not head.exclusive:
             # An old text that is also an example of the new label rightly gets it, so it must not count as a flip.
             inputs = inputs.without(examples)
-        return cls(head, memory, old, inputs, max_flips, settings, firsts or {})
+        return cls(head, memory, old, inputs, max_flips, settings, firsts or {}, heard)
 
     @property
     def replayed(self) -> OldInputs | None:
