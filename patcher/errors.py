@@ -80,6 +80,11 @@ class PatcherError(Exception):
         self.report = dict(report or {})
         """Details for scripts, in addition to the message; `--json` prints them."""
 
+    @property
+    def logged(self) -> str:
+        """What the audit log keeps of the message."""
+        return str(self)
+
 
 class InputError(PatcherError):
     """Wrong usage or bad input; nothing was changed."""
@@ -164,9 +169,21 @@ class Busy(PatcherError):
 
 
 class GateRefused(PatcherError):
-    """The gate refused the patch; nothing was published. ``report`` holds what it found."""
+    """The gate refused the patch; nothing was published. ``report`` holds what it found.
+
+    ``verdict`` is the short form of the message, without the advice, which quotes examples.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None, verdict: str = "") -> None:
+        super().__init__(message, report)
+        self.verdict = verdict or str(self)
+
+    @property
+    def logged(self) -> str:
+        """What the audit log keeps of the message: no texts."""
+        return self.verdict
 
 
 class NotServed(PatcherError):

@@ -196,7 +196,7 @@ def add_labels(
         )
         if report.gate == "refused":
             report.seconds = watch.stop()
-            raise GateRefused(report.verdict.refusal("patch"), report.to_json())
+            raise GateRefused(report.verdict.refusal("patch"), report.to_json(), report.verdict.sentence)
         with watch("publish"):
             _publish(target, patch, report, settings, server)
     report.seconds = watch.stop()

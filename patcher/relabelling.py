@@ -164,7 +164,7 @@ def merge_labels(
         head = dataclasses.replace(patch.head, lineage=made)
         if patch.gate == "refused":
             refused = dataclasses.replace(_planned(classifier, parent, head), verdict=patch.verdict)
-            raise GateRefused(patch.verdict.refusal("merge"), refused.to_json())
+            raise GateRefused(patch.verdict.refusal("merge"), refused.to_json(), patch.verdict.sentence)
         if dry_run:
             validate(write_head(head), head)
             change = _planned(classifier, parent, head)

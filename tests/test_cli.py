@@ -728,6 +728,20 @@ def test_the_audit_log_and_the_document_hold_every_warning(patcher, monkeypatch,
     assert json.loads(out)["warnings"] == told
 
 
+@pytest.mark.parametrize("arguments", ["music2 --examples FILE", "music2 --text WORDS more", "music2 --text WORDS"])
+def test_no_text_of_an_example_is_in_the_audit_log(patcher, monkeypatch, tmp_path, arguments):
+    log, file = tmp_path / "audit.jsonl", tmp_path / "file.csv"
+    words = tiny.sentences("music", 1)[0]
+    tiny.write_csv(file, {"music2": tiny.sentences("music", 10)})
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    places = {"FILE": str(file), "WORDS": words}
+    code, _, err = patcher("add-label", *(places.get(word, word) for word in arguments.split()), "--no-load")
+    assert code in {2, 3}
+    event = json.loads(log.read_text())
+    assert event["error"]
+    assert not any(text in log.read_text() for text in tiny.sentences("music", 10)), err
+
+
 @pytest.mark.parametrize(
     "arguments, kind",
     [

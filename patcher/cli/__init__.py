@@ -244,7 +244,8 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         result = _patcher.main(args=arguments, prog_name="patcher", standalone_mode=False, obj=run)
     except PatcherError as error:
         _trace()
-        return _failed(str(error), error.exit_code, run.as_json, type(error).__name__, error.report)
+        code, _ = _failed(str(error), error.exit_code, run.as_json, type(error).__name__, error.report)
+        return code, error.logged
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.format_message(), err=True)
         audit.note(kind=_USAGE)
@@ -253,7 +254,8 @@ def _run(arguments: list[str], run: _Run) -> tuple[int, str]:
         context = error.ctx if isinstance(error, click.UsageError) else None
         if context is not None and not run.as_json:
             tell(context.get_usage(), err=True)
-        return _failed(explained(error, arguments), 2, run.as_json, _USAGE)
+        code, _ = _failed(explained(error, arguments), 2, run.as_json, _USAGE)
+        return code, "wrong command line"  # the message repeats words of it, which may be texts
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted; unfinished changes were undone", 130, run.as_json, KeyboardInterrupt.__name__)
     except Exception as error:  # noqa: BLE001  said to be a bug
