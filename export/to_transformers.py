@@ -13,6 +13,7 @@ from export.source import HUB, locate
 from patcher.arguments import require
 from patcher.errors import InputError, StorageError
 from patcher.evaluation import answers
+from patcher.founding import METHODS
 from patcher.lineage import CHECKPOINT
 from patcher.narrow import narrow_head
 from patcher.repository import one_classifier
@@ -66,8 +67,8 @@ def to_transformers(
     ExportError
         if the checkpoint's last layer is no ``torch.nn.Linear``, or has no bias although the new rows need one.
     InputError
-        if ``folder`` is not empty, the memory keeps nothing of a patched-in label, or ``checkpoint`` is None and the
-        lineage records none or one that no longer exists.
+        if the classifier was not exported from a checkpoint, ``folder`` is not empty, the memory keeps nothing of a
+        patched-in label, or ``checkpoint`` is None and the lineage records none or one that no longer exists.
     StorageError
         if ``folder`` cannot be written.
     """
@@ -80,6 +81,11 @@ def to_transformers(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} already exists and is not empty; expected the path of a new folder")
     head = classifier.head(version)
+    if classifier.lineage(min(classifier.versions())).method in METHODS.values():
+        raise InputError(
+            f"{classifier.name} was made by `patcher new-classifier`: its rows use more features than a checkpoint's "
+            "last layer has, so that they cannot be written into one"
+        )
     memory = classifier.memory(head.lineage.version)
     plain = narrow_head(head, memory)
     place = locate(_recorded(classifier.name, head) if checkpoint is None else str(checkpoint))

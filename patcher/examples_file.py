@@ -269,6 +269,8 @@ def _csv(content: str, path: Path, delimiter: str = ",") -> Iterator[_Record]:
                     f"{path}, line {line}: {len(row)} fields, expected {len(names)} ({delimiter.join(names)}); "
                     "is the file cut off, or a quote missing?"
                 )
+            if row == names:
+                raise ExamplesError(f"{path}, line {line}: the line with the column names again; was a file appended?")
             yield _Record(line, columns.others, *(None if at is None else row[at] for at in places))
     except csv.Error as error:
         raise ExamplesError(f"{path}, line {rows.line_num}: {error}; is the file cut off inside quotes?") from error

@@ -35,7 +35,7 @@ from patcher.repository import ModelRepository
 from patcher.rollout import require_live, serve, validate
 from patcher.signals import uninterrupted
 from patcher.stopwatch import Stopwatch
-from patcher.targets import targets_of
+from patcher.targets import remarks, targets_of
 from patcher.triton.client import TritonServer
 from patcher.wording import listing, percent
 
@@ -120,6 +120,8 @@ class NewClassifierReport:
     seconds: dict[str, float] = field(default_factory=dict)
     head_bytes: int = 0
     memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    """Questions about the labels: names that hardly differ, texts with more than one."""
     warnings: tuple[str, ...] = ()
     """What failed after the classifier was published: an earlier one of that name, which was dropped and served the
     other way (head store or ensemble), could not be unloaded."""
@@ -148,7 +150,7 @@ class NewClassifierReport:
             "method": METHODS[self.problem],
             **{name: getattr(self, name) for name in ("penalty", "gate", "published", "served")},
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
-            **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes", "warnings")},
+            **{name: getattr(self, name) for name in ("head_bytes", "memory_bytes", "notes", "warnings")},
         }
 
 
@@ -209,6 +211,7 @@ def new_classifier(
     with watch("judge"):
         report = _judged(name, base, labels, examples, features, made, settings)
         report.repeated = len(given) - len(examples)
+        report.notes = remarks(examples, labels, several=settings.multi_label)
     if report.gate == "refused":
         report.seconds = watch.stop()
         raise GateRefused(_refusal(report, settings), report.to_json())

@@ -218,7 +218,8 @@ def _uncounted(missing: Sequence[str], labels: int) -> str:
 
 def unseen(head: Head, counted: Sequence[Flips], max_flips: float) -> tuple[str, ...]:
     """Advice on what the count of flips cannot show: labels without inputs, and too few inputs for the limit."""
-    there = {label for flips in counted for label, size in flips.sizes.items() if size}
+    # In a multi-label head, a text counts under one of its labels only: the others have inputs all the same.
+    there = {label for flips in counted for label, size in flips.sizes.items() if size and head.exclusive}
     said = [_uncounted([label for label in head.labels if label not in there], len(head.labels))] if there else []
     flips = counted[0]
     if flips.bound is not None and not flips.refitted and 0 < max_flips < flips.bound:

@@ -318,7 +318,7 @@ def require_answer(replica: TritonServer) -> None:
 
 def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> Switch:
     version, previous = head.lineage.version, classifier.serving()
-    warnings = _overtaken(classifier, version)
+    warnings = overtaken(classifier, version)
     asked: list[TritonServer] = []
     try:
         with classifier.pinned(version):
@@ -335,7 +335,7 @@ def _switch(classifier: Classifier, head: Head, server: TritonServer | None) -> 
     return Switch(version, previous, served=server is not None, warnings=warnings)
 
 
-def _overtaken(classifier: Classifier, version: int) -> tuple[str, ...]:
+def overtaken(classifier: Classifier, version: int) -> tuple[str, ...]:
     """A warning if a version is on trial that cannot be promoted once ``version`` serves: that would lose a change."""
     with contextlib.suppress(PatcherError):  # a damaged trial is no reason not to switch
         trial = on_trial(classifier)

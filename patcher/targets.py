@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import ExamplesError, LabelError
-from patcher.wording import listing
+from patcher.gate_words import twins
+from patcher.wording import listing, plural
+from patcher.words import plain_words
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from patcher.arrays import Bools, Ints
     from patcher.examples import Examples
     from patcher.fit.whole_head import Targets
 
-__all__ = ["targets_of"]
+__all__ = ["remarks", "targets_of"]
 
 _FEWEST = 2
 """Of labels; of texts with each label, one to fit and one to judge by; and of texts without it."""
@@ -27,6 +31,17 @@ def targets_of(examples: Examples, *, several: bool) -> tuple[tuple[str, ...], T
     Raises LabelError or ExamplesError if there are too few labels, or too few texts with or without one of them.
     """
     return _several(examples) if several else _one_each(examples)
+
+
+def remarks(examples: Examples, labels: Sequence[str], *, several: bool) -> tuple[str, ...]:
+    """What may be wrong with the labels of ``examples``, in which no text comes twice with the same label."""
+    said = list(twins(labels))
+    if several and all(len(each) == 1 for each in examples.labels_of_each(several=True)):
+        said.append("no text has several labels; they are written with '|' between them, as in `a|b`")
+    counts = Counter(map(plain_words, examples.texts))
+    if many := sum(count > 1 for count in counts.values()):
+        said.append(f"{plural(many, 'text')} with more than one label: each is fitted to all of its labels")
+    return tuple(said)
 
 
 def _one_each(examples: Examples) -> tuple[tuple[str, ...], Ints]:

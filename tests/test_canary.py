@@ -326,6 +326,8 @@ def test_a_change_that_a_version_on_trial_lacks_is_told_when_it_is_made(
     assert f"warning: {warning}\n" in err
     told = f"version 3 of intent is on trial and was made without what was changed in version {classifier.serving()}"
     assert warning.startswith(told)
+    assert main(["canary", "--no-load", "--repo", str(classifier.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == [warning]
     with pytest.raises(InputError, match="version 3 of intent was made without what was changed in version"):
         canary.promote(classifier)
     rollback(classifier, 1)
@@ -420,6 +422,8 @@ def test_the_verb(live, monkeypatch, command, tmp_path):
     assert canary.status(classifier) is None
     code, out, _ = command("canary", "--version", version, "--percent", "5", "--json")
     assert (code, json.loads(out)["percent"]) == (0, 5)
+    code, out, _ = command("canary", "--percent", "7", "--json")
+    assert (code, json.loads(out)["percent"], json.loads(out)["version"]) == (0, 7, version)
     code, out, _ = command("canary", "--promote", "--json")
     assert json.loads(out) == {
         "classifier": "intent", "version": version, "previous": 1, "served": True, "warnings": []

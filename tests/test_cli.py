@@ -265,6 +265,8 @@ WRONG = {
     "a value after --": (["merge-labels", "--", "music", "travel", "--into=x"], 2, "put options before `--`"),
     "a pipe": (["add-label", "payday", "--examples", os.devnull], 2, "is no regular file; expected"),
     "no examples": (["add-label", "payday"], 2, "expected examples: --examples FILE"),
+    "two kinds of examples": (["add-label", "payday", "--examples", "a.csv", "--text", "a"], 2, "not both"),
+    "texts and a file": (["classify", "hello", "--file", "a.csv"], 2, "not both"),
     "text without a label": (["add-label", "--text", "hi"], 2, "expected LABEL"),
     "a label that exists": (["add-label", "weather", "--text", "a b"], 2, "already in intent"),
     "an empty label": (["add-label", " ", "--text", "a b"], 2, "the label is empty"),
@@ -813,7 +815,10 @@ def test_a_merge_on_trial_publishes_nothing(patcher, classifier, monkeypatch, tr
     assert (document["published"], document["served"], document["gate"]) == (False, False, "passed")
     assert (document["labels_added"], document["labels_removed"]) == (["sound"], ["music", "alarm"])
     assert (document["verdict"]["passed"], event["outcome"]) == (True, "dry_run")
-    assert "dry run: nothing published; version 2 would have" in patcher(*merge)[1]
+    said = patcher(*merge)[1]
+    assert "dry run: nothing published; version 2 would have" in said
+    assert f"\ngate      {document['verdict']['sentence']}\n" in said
+    assert all(f"\n          {line}\n" in said for line in document["verdict"]["advice"])
     monkeypatch.setattr("patcher.gate._FEWEST_INPUTS", 1000)
     code, out, _ = patcher(*merge, "--json")
     assert (code, json.loads(out)["published"], json.loads(out)["kind"]) == (3, False, "GateRefused")

@@ -106,6 +106,7 @@ def test_lines_are_those_an_editor_shows(tmp_path):
         ("a.csv", "words,label\nhello,x\n", "found 'words', 'label'; expected one named text"),
         ("a.csv", "text,label\nhello,x\nworld\n", "line 3: 1 fields, expected 2"),
         ("a.csv", 'text,label\nhello,x\n"cut off in the mid', "line 3: .*cut off"),
+        ("a.csv", "text,label\nhello,x\ntext,label\nbye,y\n", "line 3: the line with the column names again"),
         ("a.csv", "text,label\n   ,x\n", "line 2: the text is empty"),
         ("a.csv", "text,label\nhello,\n", "line 2: the label is empty"),
         ("a.csv", "text,label\nhello,a\tb\n", r"line 2: the label .* has an unprintable character \(U\+0009\)"),

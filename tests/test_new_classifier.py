@@ -17,6 +17,7 @@ import pytest
 import tiny
 from hypothesis.extra.numpy import arrays
 
+from export import to_transformers
 from patcher import (
     Examples,
     Fleet,
@@ -53,7 +54,7 @@ from patcher.lifecycle import evaluate, history
 from patcher.names import check_name
 from patcher.rollout import held_in_stores
 from patcher.storage import disk
-from patcher.targets import targets_of
+from patcher.targets import remarks, targets_of
 from patcher.triton.failures import Address
 from patcher.triton.server import EmbeddedTriton
 
@@ -209,6 +210,28 @@ def test_a_label_that_nothing_is_answered_instead_of_is_told(classifier):
     (weak,) = [each for each in report.weak if each.label == "a"]
     assert weak.instead is None or weak.instead in "bc"
     assert report.to_json()["method"] == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    "labels, several, said",
+    [
+        (("x", "x", "X", "X"), False, "'X' differs from 'x' only in case"),
+        (("x", "x", "y", "y"), True, "no text has several labels; they are written with '|'"),
+        (("x", "y", "x", "y"), False, "2 texts with more than one label"),
+        (("x", "x", "y", "y"), False, None),
+        (("x|y", "x", "y", "z"), True, None),
+    ],
+)
+def test_what_may_be_wrong_with_labels_is_told(labels, several, said):
+    texts = ("a", "a", "b", "b") if labels[:2] == ("x", "y") else ("a", "b", "c", "d")
+    found = remarks(Examples(texts, labels, "f"), [*dict.fromkeys("|".join(labels).split("|"))], several=several)
+    assert [said] == [line[: len(said)] for line in found] if said else found == ()
+
+
+def test_a_classifier_that_was_not_exported_goes_into_no_checkpoint(classifier, tmp_path):
+    new_classifier(classifier.repository, "topics", examples())
+    with pytest.raises(InputError, match="topics was made by `patcher new-classifier`"):
+        to_transformers(classifier.repository.classifier("topics"), None, tmp_path / "out")
 
 
 def test_the_same_texts_give_the_same_head(classifier):

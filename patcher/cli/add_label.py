@@ -18,7 +18,7 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
-from patcher.cli.output import seconds, tell
+from patcher.cli.output import gate_lines, seconds, tell
 from patcher.cli.values import WholeNumber, named_files
 from patcher.errors import PatcherError, as_sentence
 from patcher.wording import count_and_some, cut, listing
@@ -159,7 +159,9 @@ def _examples(
     from patcher.examples_file import read_examples
     from patcher.new_texts import new_examples, refuse_ids
 
-    if (file is None) == (not texts):
+    if file is not None and texts:
+        raise click.UsageError("expected either --examples FILE or --text TEXT, not both")
+    if file is None and not texts:
         meant = f"; did you mean --examples {label}?" if label and named_files([label]) else ""
         raise click.UsageError(f"expected examples: --examples FILE, or --text TEXT several times{meant}")
     if texts and label is None:
@@ -228,10 +230,8 @@ def _render(report: PatchReport, options: CommonOptions) -> None:
     else:
         done = f"dry run: nothing published; version {report.version} would add {added}"
     options.say(done)
-    forced = " Published anyway because of --force." if report.gate == "forced" else ""
-    options.say(f"gate      {verdict.sentence}{forced}")
-    for line in (*verdict.reasons, *verdict.advice):
-        options.say(f"          {line}")
+    for line in gate_lines(verdict, report.gate):
+        options.say(line)
     options.say(f"flips     {verdict.harm}")
     options.say(f"recall    {verdict.gain}")
     options.say(f"method    {report.fit.method}: {report.fit.why}")

@@ -47,15 +47,19 @@ def canary_command(
 
     \b
     patcher canary --version 7 --percent 10
+    patcher canary --percent 20
     patcher canary --eval held-out.csv
     patcher canary --promote
     """
     from patcher import canary
     from patcher.examples_file import read_examples
+    from patcher.rollout import overtaken
 
     classifier = options.classifier
     if sum((version is not None or share is not None, promote, discard)) > 1:
         raise click.UsageError("expected one of --version with --percent, --promote, --discard")
+    if version is None and share is not None and (trial := canary.on_trial(classifier)):
+        version = trial.serving()  # of the trial that runs, another share
     if (version is None) != (share is None):
         raise click.UsageError("expected --version N and --percent P together")
     examples = read_examples(evaluation) if evaluation else None
@@ -70,7 +74,7 @@ def canary_command(
         if version is not None and share is not None:
             found, warnings = _begun(classifier, version, share, server)
         else:
-            found, warnings = canary.status(classifier, server), ()
+            found, warnings = canary.status(classifier, server), overtaken(classifier, classifier.serving())
     options.warn(*warnings)
     _show(classifier, found, difference, options)
 

@@ -45,7 +45,9 @@ def classify_command(texts: tuple[str, ...], file: Path | None, options: CommonO
     from patcher.examples import check_text
     from patcher.examples_file import read_examples
 
-    if bool(texts) == (file is not None):
+    if texts and file is not None:
+        raise click.UsageError("expected either texts or --file FILE, not both")
+    if not texts and file is None:
         raise click.UsageError("expected texts, or --file FILE with texts")
     if file is not None:
         texts = read_examples(file).texts

@@ -89,6 +89,7 @@ def new_classifier_command(
     from patcher.founding import FoundingSettings, new_classifier
     from patcher.remembering import FEATURES_A_LABEL
 
+    audit.note(classifier=name)
     if options.classifier_name is not None:
         raise click.UsageError("--classifier is for existing classifiers; give the new name as the argument NAME")
     wishes = FoundingSettings(
@@ -111,7 +112,7 @@ def new_classifier_command(
             settings=wishes,
             progress=options.progress(len(examples)),
         )
-    options.warn(*report.warnings)
+    options.warn(*report.notes, *report.warnings)
     if options.json:
         options.emit(report.to_json())
     else:

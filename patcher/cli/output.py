@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from patcher.difference import Difference
+    from patcher.gate import Verdict
 
-__all__ = ["changed_answers", "counted_as", "not_installed", "seconds", "shortened", "table", "tell", "unwritten"]
+__all__ = [
+    "changed_answers",
+    "counted_as",
+    "gate_lines",
+    "not_installed",
+    "seconds",
+    "shortened",
+    "table",
+    "tell",
+    "unwritten",
+]
 
 _unwritten: list[str] = []
 
@@ -81,6 +92,13 @@ def counted_as(how: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Lines on texts whose label counts as another; ``how`` it became that one: "renamed" or "merged"."""
     for into in dict.fromkeys(new for _, new in pairs):
         yield f"{how} labels: texts labelled {listing(old for old, new in pairs if new == into)} count as {into}"
+
+
+def gate_lines(verdict: Verdict, gate: str) -> Iterator[str]:
+    """What the gate said, and the advice."""
+    yield f"gate      {verdict.sentence}" + (" Published anyway because of --force." if gate == "forced" else "")
+    for line in (*verdict.reasons, *verdict.advice):
+        yield f"          {line}"
 
 
 def seconds(duration: float) -> str:

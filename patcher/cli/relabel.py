@@ -16,6 +16,7 @@ from patcher.cli.options import (
     min_recall_option,
     no_load_option,
 )
+from patcher.cli.output import gate_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,9 +95,11 @@ def _run(options: CommonOptions, no_load: bool, what: str, change: Callable[[Any
     options.emit(done.to_json())
     if options.json:
         return
-    if done.verdict and not done.published:
+    if done.published:
+        state = "now serves" if done.served else "is published; no server was asked to load it"
+        options.say(f"{what}: version {done.version} of {done.classifier} ({done.labels} labels) {state}")
+    else:
         options.say(f"dry run: nothing published; version {done.version} would have {done.labels} labels")
-        options.say(f"gate      {done.verdict.sentence}")
-        return
-    state = "now serves" if done.served else "is published; no server was asked to load it"
-    options.say(f"{what}: version {done.version} of {done.classifier} ({done.labels} labels) {state}")
+    if done.verdict:
+        for line in gate_lines(done.verdict, done.gate):
+            options.say(line)
