@@ -832,7 +832,9 @@ def test_a_prune_can_be_tried(patcher, classifier, tree):
     before = tree(classifier.root)
     document = json.loads(patcher("prune", "--keep", "1", "--dry-run", "--json")[1])
     assert (document["pruned"], document["versions"], document["dry_run"]) == ([1, 2], [3, 4], True)
-    assert patcher("prune", "--keep", "1", "--dry-run")[1] == "dry run: would prune 1, 2; 2 versions left\n"
+    _, out, err = patcher("prune", "--keep", "1", "--dry-run")
+    assert out == "dry run: would prune 1, 2; 2 versions left\n"
+    assert "go with these versions: texts labelled 'balance' will count as wrong" in err
     assert tree(classifier.root) == before
     document = json.loads(patcher("prune", "--keep", "1", "--json")[1])
     assert (document["pruned"], document["versions"], document["dry_run"]) == ([1, 2], [3, 4], False)

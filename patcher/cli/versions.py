@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ from patcher.cli.options import CommonOptions, common_options, eval_option, no_l
 from patcher.cli.output import changed_answers, shortened, table
 from patcher.cli.values import VERSION, WholeNumber
 from patcher.errors import InputError, NotServed, PatcherError, ServerError
+from patcher.lineage import merges
 from patcher.wording import count_and_some, listing, plural
 
 if TYPE_CHECKING:
@@ -145,12 +147,16 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
 def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
     """Permanently delete old head versions except the newest ones, the serving one, its parent and one on trial.
 
-    A rollback cannot go back to a pruned version; its number is never reused.
+    A rollback cannot go back to a pruned version; its number is never reused. Earlier names of labels go with the
+    versions in which they were renamed or merged: texts with these names then count as wrong.
     """
     from patcher.lifecycle import prune
 
     classifier = options.classifier
+    forgotten = _old_names(classifier, prune(classifier, keep, dry_run=True))
     pruned = prune(classifier, keep, dry_run=dry_run)
+    if forgotten:
+        options.warn(f"earlier names of labels go with these versions: texts labelled {forgotten} will count as wrong")
     if not dry_run:
         audit.note(versions=list(pruned))
     left = _left(classifier, pruned, options)
@@ -159,6 +165,16 @@ def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
         rest = "" if left is None else f"; {plural(len(left), 'version')} left"
         done = "dry run: would prune" if dry_run else "pruned"
         options.say(f"{done} {', '.join(map(str, pruned)) or 'nothing'}{rest}")
+
+
+def _old_names(classifier: Classifier, versions: Sequence[int]) -> str:
+    """The labels that were renamed, or merged into others, in some versions; a damaged version tells of none."""
+    names: list[str] = []
+    for version in versions:
+        with contextlib.suppress(PatcherError):
+            step = classifier.lineage(version)
+            names += [old for old, _ in (*step.renamed, *merges(step))]
+    return listing(map(repr, dict.fromkeys(names)))
 
 
 def _left(classifier: Classifier, pruned: Sequence[int], options: CommonOptions) -> tuple[int, ...] | None:
