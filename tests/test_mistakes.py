@@ -128,8 +128,9 @@ def test_a_port_that_a_server_of_the_same_repository_has_is_told(own, patcher, c
     ) as there:
         there.stdout.readline()
         code, _, err = patcher("serve", "--grpc-port", grpc, "--http-port", web, "--metrics-port", metrics)
-        assert find_running(classifier.root, [other]) is None
+        elsewhere = find_running(classifier.root, [other])
         there.kill()
+    assert elsewhere is None  # beside it, on other ports, another one may start
     told = f"error: this repository is served already: gRPC 127.0.0.1:{grpc}, by process {there.pid}. Use that server, "
     told += f"or stop it (kill {there.pid}), or start another one beside it"
     usual = f"error: cannot listen on 127.0.0.1:{web}: Address already in use; name another port, or 0 for any\n"
