@@ -100,7 +100,8 @@ def load_checkpoint(source: str | Place, *, allow_pickle: bool = False, trust_re
         if not Path(name).is_dir() and _on_hub(name, ADAPTER, local_files_only):
             raise unmerged(name)
         written, _ = _read(name, "configuration", PretrainedConfig.get_config_dict, **common)
-        _by_number(written.get("id2label"), name)  # before transformers, which says less of what is wrong with it
+        if isinstance(written, dict):  # before transformers, which says less of what is wrong with id2label
+            _by_number(written.get("id2label"), name)
         config = _read(name, "configuration", AutoConfig.from_pretrained, **common)
         labels, problem, dtype = _labels(config, name), _problem(config, name), config.dtype or torch.float32
         _refuse_other_tasks(config, name)

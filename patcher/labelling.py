@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,7 +189,7 @@ def add_labels(
     with watch("features"):
         extractor = _Extractor(target, server, progress)
         features = _features(head, texts, replay, evaluation, extractor, use_name=settings.use_name)
-    with contextlib.nullcontext() if settings.dry_run else changing(target, server):
+    with changing(target, server, dry_run=settings.dry_run):
         patch, report = _patched(
             target, texts, features, repeated, settings, watch, label_progress, skip_known=skip_known
         )

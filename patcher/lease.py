@@ -72,8 +72,8 @@ class Lease:
             elif time.monotonic() >= deadline:
                 who = f"{holder.get('who')} on {holder.get('host')}" if holder else "others"
                 raise Busy(
-                    f"another patcher ({who}) has been working on {self._bucket.url} for {timeout:.0f} s; try again "
-                    "when it is done"
+                    f"another patcher ({who}) is working on {self._bucket.url} and made no progress for {timeout:g} s; "
+                    "try again when it is done"
                 )
             time.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  jitter against polling in lockstep
 

@@ -129,7 +129,7 @@ def prune(classifier: ClassifierLike, keep: int, *, dry_run: bool = False) -> tu
     if keep < 1:
         raise InputError(f"keep is {keep}; expected at least 1")
     classifier = one_classifier(classifier)
-    with contextlib.nullcontext() if dry_run else changing(classifier):
+    with changing(classifier, dry_run=dry_run):
         serving = classifier.serving()
         versions = classifier.versions()
         tried = canary.on_trial(classifier)

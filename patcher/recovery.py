@@ -36,11 +36,14 @@ _DEAD_STUB = re.compile(r"Stub process '(\S+)_\d+_\d+' is not healthy")
 
 
 @contextlib.contextmanager
-def changing(classifier: Classifier, server: TritonServer | None = None, *, leaving: bool = False) -> Iterator[None]:
+def changing(
+    classifier: Classifier, server: TritonServer | None = None, *, leaving: bool = False, dry_run: bool = False
+) -> Iterator[None]:
     """Hold the repository's lock for a change; an interrupted earlier change is finished or undone first.
 
     ``leaving`` says that the body switches to another version whatever serves now. A damaged serving version, to which
     no server could be brought back, is then no reason to stop: the body's own switch completes the interrupted change.
+    With ``dry_run`` the body changes nothing, so nothing is locked, finished or undone.
 
     Raises InputError for a version on trial, which only ``patcher.canary`` may change, and NotServed if the body is
     interrupted and leaves a change pending.
@@ -51,6 +54,9 @@ def changing(classifier: Classifier, server: TritonServer | None = None, *, leav
             f"{classifier.name} is a version of {name} on trial; expected --classifier {name}, and "
             "`patcher canary --promote` or `patcher canary --discard` ends the trial"
         )
+    if dry_run:
+        yield
+        return
     with classifier.repository.lock():
         try:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -154,7 +153,7 @@ def merge_labels(
         raise InputError(f"expected two different labels to merge, got {', '.join(labels)}")
     require(TritonServer, None, server=server)
     classifier = one_classifier(classifier)
-    with contextlib.nullcontext() if dry_run else changing(classifier, server):
+    with changing(classifier, server, dry_run=dry_run):
         parent, memory = classifier.head(published=True), classifier.memory(published=True)
         patch = merged(parent, memory, labels, into, settings)
         made = next_lineage(

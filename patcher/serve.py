@@ -104,8 +104,8 @@ def _start(server: EmbeddedTriton, timeout: float) -> None:
         if there is None:
             raise
         raise InputError(
-            f"this repository is served already: gRPC {there.url}, by process {there.starter}. Use that server, or "
-            f"stop it (kill {there.starter}), or start another one beside it, on free ports: --grpc-port 0 --http-port "
+            f"this repository is served already: gRPC {there.url}, by process {there.pid}. Use that server, or stop "
+            f"it (kill {there.pid}), or start another one beside it, on free ports: --grpc-port 0 --http-port "
             "0 --metrics-port 0"
         ) from error
 

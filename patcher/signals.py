@@ -62,8 +62,9 @@ def late_signals() -> Iterator[None]:
         if not _depth:
             late = list(dict.fromkeys(_late))
             _late.clear()
-            for number in late:
-                signal.raise_signal(number)
+            with contextlib.ExitStack() as raised:  # all of them, even if the handler of one raises an error
+                for number in reversed(late):
+                    raised.callback(signal.raise_signal, number)
 
 
 def _put_off(now: _Handler) -> _Handler:

@@ -17,6 +17,8 @@ from patcher import (
     add_label,
     canary,
     doctor,
+    merge_labels,
+    prune,
     remove_label,
     rename_label,
     rollback,
@@ -355,6 +357,20 @@ def test_a_recovery_spares_the_version_on_trial(live):
     with classifier.repository.lock():
         assert "is on trial" in recover(classifier, server)
     assert canary.promote(classifier, server).version == report.version
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trial: prune(trial, 1, dry_run=True),
+        lambda trial: merge_labels(trial, ["music", "alarm"], "sound", dry_run=True),
+        lambda trial: add_label(trial, "picnic", ["a", "b"], settings=PatchSettings(dry_run=True)),
+    ],
+)
+def test_a_dry_run_refuses_a_version_on_trial_as_the_change_does(change, classifier):
+    on_trial((classifier, None))
+    with pytest.raises(InputError, match="is a version of intent on trial; expected --classifier intent,"):
+        change(classifier.repository.classifier("intent_canary"))
 
 
 @pytest.mark.server

@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 
-from patcher import Examples, FoundingSettings, new_classifier, rename_label
+from patcher import Examples, FoundingSettings, audit, new_classifier, rename_label
 from patcher.canary import Canary
 from patcher.classifier import Classifier
 from patcher.cli.output import not_installed
@@ -686,6 +686,19 @@ def test_a_dry_run_and_a_refusal_by_the_user_are_no_change(patcher, examples, mo
         ("add-label", "dry_run"), ("add-label", "bad_input"), ("add-label", "done"), ("prune", "done"),
     ]  # fmt: skip
     assert [event["classifier"] for event in events if event["outcome"] != "bad_input"] == ["intent"] * 3
+
+
+def test_an_interrupt_while_the_event_is_recorded_does_not_cut_it_off(patcher, monkeypatch, tmp_path):
+    log, finish = tmp_path / "audit.jsonl", audit.finish
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        finish(*arguments, **options)
+
+    monkeypatch.setenv("PATCHER_AUDIT_LOG", str(log))
+    monkeypatch.setattr("patcher.audit.finish", interrupted)
+    assert patcher("prune", "--keep", "1")[0] == 0
+    assert json.loads(log.read_text())["outcome"] == "done"
 
 
 def test_a_change_that_fails_and_a_repair_are_recorded_with_what_they_were_about(patcher, monkeypatch, tmp_path):

@@ -78,11 +78,16 @@ def test_what_nobody_waits_for_is_encoded_all_the_same(client):
             client.async_infer("intent", long, client_timeout=deadline, callback=lambda result, error: ended.put(error))
         return [ended.get(timeout=60) for _ in range(16)]
 
-    # The deadline is half of what the same requests take here: on a fast machine a fixed one is never missed.
+    # The deadline is a share of what the same requests take here: on a fast machine a fixed one is never missed. One
+    # that no request misses was taken from a round in which the machine stood still.
     ended, long, began = queue.Queue(), [strings(["hello " * 500] * 64)], time.monotonic()
     assert sent() == [None] * 16
-    before, deadline = encoded(), (time.monotonic() - began) / 2
-    assert "StatusCode.DEADLINE_EXCEEDED" in [error.status() for error in sent(deadline) if error]
+    deadline, missed = time.monotonic() - began, []
+    for _ in range(8):
+        before, deadline = encoded(), deadline / 2
+        if missed := [error.status() for error in sent(deadline) if error]:
+            break
+    assert "StatusCode.DEADLINE_EXCEEDED" in missed
     until = time.monotonic() + 60
     while encoded() < before + 16 * 64 and time.monotonic() < until:
         time.sleep(0.05)

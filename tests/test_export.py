@@ -205,6 +205,10 @@ def own_code(folder):
     (folder / "own.py").write_text("raise SystemExit('this code ran')")
 
 
+def config_that_is_a_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
 def no_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -230,6 +234,7 @@ def no_tokenizer(folder):
         (no_weights, "cannot read the weights of .*no file named model.safetensors"),
         (cut_weights, "cannot read the weights of .*incomplete metadata"),
         (broken_config, "cannot read the configuration of .*not a valid JSON file"),
+        (config_that_is_a_list, "cannot read the configuration of "),
         (no_config, "holds no config.json; expected the folder of a saved transformers model$"),
         (config_below, "holds no config.json; .* model, such as .*/copy/checkpoint-500$"),
         (adapter_beside, r"holds a PEFT adapter \(adapter_config.json\) that is not merged .*`merge_and_unload\(\)`"),

@@ -141,6 +141,11 @@ def test_figures_that_cannot_be_written_are_printed(option, name, tiny_original,
     code, out, err = command(*arguments, "--json")
     document = json.loads(out)
     assert (code, document["error"], document["measurements"][0]["throughput"]) == (1, said, 123.4), err
+    assert document["warnings"] == []
+    monkeypatch.setattr("patcher.measurement.warnings", lambda _: ["the client may be the bottleneck"])
+    _, out, err = command(*arguments, "--json")
+    assert json.loads(out)["warnings"] == ["the client may be the bottleneck"]
+    assert err.count("warning: the client may be the bottleneck\n") == 1
 
 
 @pytest.mark.server

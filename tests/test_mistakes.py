@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
+
+from patcher.triton.running import find_running
 
 DEAD = "127.0.0.1:1"
 """Nobody listens on port 1."""
@@ -95,6 +97,12 @@ def test_a_word_that_is_longer_than_any_name_is_no_file(patcher):
     assert (code, "takes only options; got also 'two words two" in err, len(err) < 300) == (2, True, True), err
 
 
+def test_of_many_words_left_over_none_is_tried_as_an_option(patcher):
+    began = time.monotonic()
+    assert "did you mean" not in patcher("labels", *["1"] * 500)[2]
+    assert time.monotonic() - began < 10
+
+
 def test_the_name_of_a_file_is_a_text_with_a_warning(patcher):
     said = "warning: classifying 'pets' as a text, the name of a file; for those in it: `patcher classify"
     assert f"{said} --file pets`\n" in patcher("classify", "pets")[2]
@@ -111,7 +119,7 @@ def test_a_file_in_place_of_the_label_is_told(patcher):
 @pytest.mark.parametrize("own", [True, False])
 def test_a_port_that_a_server_of_the_same_repository_has_is_told(own, patcher, classifier, monkeypatch):
     monkeypatch.setattr("patcher.serve._PORT_SECONDS", 0.0)
-    grpc, web, metrics = tiny.free_ports(3)
+    grpc, web, metrics, other = tiny.free_ports(4)
     listen = f"import socket; s = socket.create_server(('127.0.0.1', {web})); print(flush=True); s.accept()"
     options = [f"--model-repository={classifier.root if own else classifier.root.parent}", "--grpc-address=127.0.0.1"]
     options += [f"--{name}-port={port}" for name, port in (("grpc", grpc), ("http", web), ("metrics", metrics))]
@@ -120,7 +128,10 @@ def test_a_port_that_a_server_of_the_same_repository_has_is_told(own, patcher, c
     ) as there:
         there.stdout.readline()
         code, _, err = patcher("serve", "--grpc-port", grpc, "--http-port", web, "--metrics-port", metrics)
+        elsewhere = find_running(classifier.root, [other])
         there.kill()
-    told = f"error: this repository is served already: gRPC 127.0.0.1:{grpc}, by process {os.getpid()}. Use that server"
+    assert elsewhere is None  # beside it, on other ports, another one may start
+    told = f"error: this repository is served already: gRPC 127.0.0.1:{grpc}, by process {there.pid}. Use that server, "
+    told += f"or stop it (kill {there.pid}), or start another one beside it"
     usual = f"error: cannot listen on 127.0.0.1:{web}: Address already in use; name another port, or 0 for any\n"
     assert (code, told in err, usual in err) == (2, own, not own), err

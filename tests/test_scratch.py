@@ -82,6 +82,24 @@ def test_a_signal_for_the_process_comes_once_the_step_is_done(number, handled):
     assert handled == [number, number]
 
 
+def test_each_signal_that_was_put_off_comes_even_if_the_handler_of_another_raises(handled):
+    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+    def fail(number, _):
+        handled.append(number)
+        raise RuntimeError(number)
+
+    def send():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    for number in numbers[:2]:
+        signal.signal(number, fail)
+    with pytest.raises(RuntimeError), uninterrupted():
+        send()
+    assert handled == numbers
+
+
 def test_an_event_loop_hears_of_a_signal_once_and_late():
     found = []
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def evaluate_command(file: Path, version: int | None, worst: int, options: CommonOptions) -> None:
     """Measure a head version on a labelled FILE: accuracy, macro F1, and precision, recall and F1 of each label.
 
-    Texts labelled with an earlier name of a label, or with a label that was merged into it, count as that label, as long
-    as the version that did so was not pruned.
+    Texts labelled with an earlier name of a label, or with a label that was merged into it, count as that label, unless
+    the version that did so was pruned.
 
     Runs the repository's own files in this process, so it puts no load on a server.
     """

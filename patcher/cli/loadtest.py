@@ -82,7 +82,7 @@ def loadtest_command(
     models = [options.address, *([against] if against else [])]
     with options.server() as server:
         if len(members(server)) > 1:
-            tell(f"warning: only {server.url} is measured, no other server in --url", err=True)
+            options.warn(f"only {server.url} is measured, no other server in --url")
         found = load_test(
             server, models, texts, loads, window=window, rounds=rounds, progress=lambda what: tell(what, err=True)
         )
@@ -101,8 +101,7 @@ def loadtest_command(
             f"{each.model} / {each.against}, {each.load}: {each.ratio:.3f} of its throughput "
             f"({each.low:.3f} to {each.high:.3f} over {rounds} rounds)"
         )
-    for said in warnings(found):
-        tell(f"warning: {said}", err=True)
+    options.warn(*warnings(found))
     if not_written is not None:  # only now: the figures took minutes
         raise not_written
 

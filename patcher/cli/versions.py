@@ -153,10 +153,11 @@ def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
     from patcher.lifecycle import prune
 
     classifier = options.classifier
-    forgotten = _old_names(classifier, prune(classifier, keep, dry_run=True))
+    names = _old_names(classifier)  # read first: they go with their versions
     pruned = prune(classifier, keep, dry_run=dry_run)
-    if forgotten:
-        options.warn(f"earlier names of labels go with these versions: texts labelled {forgotten} will count as wrong")
+    if forgotten := [name for version in pruned for name in names.get(version, ())]:
+        told = listing(map(repr, dict.fromkeys(forgotten)))
+        options.warn(f"earlier names of labels go with these versions: texts labelled {told} will count as wrong")
     if not dry_run:
         audit.note(versions=list(pruned))
     left = _left(classifier, pruned, options)
@@ -167,14 +168,14 @@ def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
         options.say(f"{done} {', '.join(map(str, pruned)) or 'nothing'}{rest}")
 
 
-def _old_names(classifier: Classifier, versions: Sequence[int]) -> str:
-    """The labels that were renamed, or merged into others, in some versions; a damaged version tells of none."""
-    names: list[str] = []
-    for version in versions:
+def _old_names(classifier: Classifier) -> dict[int, list[str]]:
+    """The labels that each version renamed, or merged into others; a damaged version tells of none."""
+    names = {}
+    for version in classifier.versions():
         with contextlib.suppress(PatcherError):
             step = classifier.lineage(version)
-            names += [old for old, _ in (*step.renamed, *merges(step))]
-    return listing(map(repr, dict.fromkeys(names)))
+            names[version] = [old for old, _ in (*step.renamed, *merges(step))]
+    return names
 
 
 def _left(classifier: Classifier, pruned: Sequence[int], options: CommonOptions) -> tuple[int, ...] | None:

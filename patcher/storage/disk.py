@@ -308,8 +308,8 @@ class Disk:
                     seen, deadline = now, time.monotonic() + timeout
                 elif time.monotonic() >= deadline:
                     raise Busy(
-                        f"another patcher has been working on {self.root} for {timeout:.0f} s; try again when it "
-                        "is done"
+                        f"another patcher is working on {self.root} and made no progress for {timeout:g} s; try again "
+                        "when it is done"
                     ) from error
 
     def _progress(self) -> dict[str, int]:

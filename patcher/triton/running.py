@@ -18,10 +18,14 @@ _PORTS = ("grpc-port", "http-port", "metrics-port")
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs: its gRPC address, HOST:PORT, and the process that started it, which also ends it."""
+    """A server that runs: its gRPC address, HOST:PORT, and its process.
+
+    Not the process that started it, which may be a shell or the first one of the machine. With the server's, a
+    `patcher serve` that started it ends as well.
+    """
 
     url: str
-    starter: int
+    pid: int
 
 
 def find_running(repository: Path | str, ports: Sequence[int]) -> Running | None:
@@ -33,9 +37,7 @@ def find_running(repository: Path | str, ports: Sequence[int]) -> Running | None
         options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
         taken = {options.get(each) for each in _PORTS}
         if options.get("model-repository") == str(repository) and taken & set(map(str, ports)):
-            with contextlib.suppress(OSError):  # it has ended by now
-                url = f"{options.get('grpc-address', '')}:{options.get('grpc-port', '')}"
-                return Running(url, _parent(pid))
+            return Running(f"{options.get('grpc-address', '')}:{options.get('grpc-port', '')}", pid)
     return None
 
 
@@ -46,7 +48,3 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
             program, *words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if PurePath(program).name == _PROGRAM:
                 yield int(folder.name), words
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # ppid, proc(5)
