@@ -87,14 +87,16 @@ def _older(classifier: Classifier, head: Head, than: int) -> Iterator[dict[str, 
 
 
 def _before(step: Lineage, became: Mapping[str, _Became]) -> dict[str, _Became]:
-    """What became of the labels that were there before a step, given what became of those after it."""
-    into, renamed = dict(merges(step)), dict(step.renamed)
-    # What labels were merged into may be one of them, which was there before.
-    new = {*renamed.values(), *(() if into else step.added)}
-    before = {label: later for label, later in became.items() if label not in new}
-    before |= dict.fromkeys(step.removed, _GONE)
-    before |= {label: (became.get(name, _GONE)[0], True) for label, name in into.items()}
-    return before | {old: became.get(name, _GONE) for old, name in renamed.items()}
+    """What became of the labels that were there before a step, given what became of those after it.
+
+    Names that came with the step are still in it: for these the later version has decided.
+    """
+    return {
+        **became,
+        **dict.fromkeys(step.removed, _GONE),
+        **{label: (became.get(name, _GONE)[0], True) for label, name in merges(step)},
+        **{old: became.get(name, _GONE) for old, name in step.renamed},
+    }
 
 
 def _followed(steps: Sequence[Lineage], labels: Sequence[str], now_there: Sequence[str]) -> _Names:
