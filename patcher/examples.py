@@ -26,6 +26,7 @@ __all__ = [
     "check_text",
     "data_hash",
     "is_whole_number",
+    "label_parts",
     "split_labels",
 ]
 
@@ -37,6 +38,7 @@ LABEL_COLUMNS = ("label", "intent", "category", "class", "labels", "target", *LA
 MAX_TEXT_BYTES = 1 << 20
 """The server's tokenizer refuses longer texts too."""
 MAX_LABEL_BYTES = 512
+_JOINER = re.compile("[\u200c\u200d]")
 _JOINED = re.compile("(?<=.)[\u200c\u200d]+(?=.)")
 """Joiners inside a label, which words of Persian and Indic scripts and families of emoji are spelled with."""
 
@@ -184,9 +186,17 @@ def is_whole_number(label: object) -> bool:
 def split_labels(label: str, where: str) -> tuple[str, ...]:
     """The labels of one multi-label example, which files write as ``a|b`` (or as a list, in JSON lines).
 
-    Raises ExamplesError, which names its place ``where``, if there is none, as in ``|``.
+    Raises ExamplesError, which names its place ``where``, if there is none, as in ``|``, or one is not valid.
     """
-    parts = tuple(part.strip() for part in label.split("|") if part.strip())
+    parts = label_parts(label)
     if not parts:
         raise ExamplesError(f"{where}: the label {label!r} names no label; expected labels with '|' between them")
+    if _JOINER.search(label):  # inside the whole label, but perhaps at the end of one of its parts
+        for part in parts:
+            check_label(part, where)
     return parts
+
+
+def label_parts(label: str) -> tuple[str, ...]:
+    """What stands between the ``|`` of a label; empty for ``|``."""
+    return tuple(part.strip() for part in label.split("|") if part.strip())

@@ -155,6 +155,7 @@ def judge(
     left_out: Mapping[str, int] | None = None,
     weights: Mapping[str, Doubles] | None = None,
     firsts: Mapping[str, Ints] | None = None,
+    merge: bool = False,
     max_flips: float = MAX_FLIPS,
     min_recall: float = MIN_RECALL,
 ) -> Verdict:
@@ -178,12 +179,14 @@ def judge(
         For each new label, how many inputs each of its examples stands for, float64 ``[n]``; equal if missing.
     firsts
         For each new label, what ``first_alike`` finds; computed here if missing. The fit should know it, too.
+    merge
+        Whether the examples are remembered inputs of labels to merge. Then it is no news that old labels know them.
     """
     flips, *others = count_flips(head, fit, memory, evaluation)
     texts = texts or {}
     firsts = firsts or {label: first_alike(texts.get(label), rows) for label, rows in examples.items()}
     recall = count_found(head, fit, evaluation, firsts, weights or {})
-    screened = _screened(head, fit, examples, memory, texts, firsts)
+    screened = _screened(head, fit, examples, memory, texts, firsts, merge=merge)
     sizes = {label: len(rows) for label, rows in examples.items()}
     reasons = (
         *_flips_reasons([flips, *others], max_flips, exclusive=head.exclusive),
@@ -233,12 +236,15 @@ def _screened(
     memory: Memory | None,
     texts: Mapping[str, Sequence[str]],
     firsts: Mapping[str, Ints],
+    *,
+    merge: bool,
 ) -> _Screened:
     found = _Screened([], [], [], [])
     for label, rows in examples.items():
         named, different = texts.get(label), rows[np.unique(firsts[label])]
         found.near.extend(repeats(label, named, firsts[label]))
-        found.known.extend(known_already(label, named, rows, head, fit.old, memory))
+        if not merge:
+            found.known.extend(known_already(label, named, rows, head, fit.old, memory))
         found.too_few.extend([label] * (len(different) < FEW))
         found.strange.extend([label] * unlike_any(different, fit.old, memory))
     return found

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cache
 from typing import TYPE_CHECKING
 
 from patcher.errors import RepositoryError, VersionError
 from patcher.lineage import merges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from patcher.classifier import Classifier
     from patcher.head import Head, Lineage
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["earlier_names", "new_names"]
 
 _Names = tuple[dict[str, str], dict[str, str]]
+_Became = tuple[str | None, bool]
+"""The name that a label has now, None if it was removed; and whether it was merged into the label of that name."""
+_GONE: _Became = (None, False)
 
 
 def new_names(lineage: Callable[[int], Lineage], before: Head, after: Head) -> _Names:
@@ -43,20 +45,58 @@ def new_names(lineage: Callable[[int], Lineage], before: Head, after: Head) -> _
 
 
 def earlier_names(classifier: Classifier, head: Head, labels: Collection[str]) -> _Names:
-    """Like ``new_names``, for those of ``labels`` that ``head`` lacks; the latest version that tells decides."""
+    """Like ``new_names``, for those of ``labels`` that ``head`` lacks; the latest version that has a label decides."""
     names: dict[str, str] = {}
     merged: dict[str, str] = {}
     missing = set(labels) - set(head.labels)
-    lineage = cache(classifier.lineage)
-    for version in reversed([each for each in classifier.versions() if each < head.lineage.version]):
+    for became in _ancestors(classifier, head) if missing else ():
+        for label in sorted(missing & set(became)):
+            name, joined = became[label]
+            if name is not None:
+                (merged if joined else names)[label] = name
+        missing -= set(became)
         if not missing:
             break
-        with contextlib.suppress(RepositoryError, VersionError):  # damaged, or pruned: other versions may tell
-            renamed, joined = new_names(lineage, classifier.head(version), head)
-            names |= {label: renamed[label] for label in sorted(missing & set(renamed))}
-            merged |= {label: joined[label] for label in sorted(missing & set(joined))}
-            missing -= {*names, *merged}
     return names, merged
+
+
+def _ancestors(classifier: Classifier, head: Head) -> Iterator[dict[str, _Became]]:
+    """What became of each label of the versions that ``head`` was made from, the latest version first.
+
+    If one of these was pruned or is damaged, equal rows tell what became of the labels of all older versions.
+    """
+    became: dict[str, _Became] = {label: (label, False) for label in head.labels}
+    step = head.lineage
+    while parent := step.parent:
+        became = _before(step, became)
+        yield became
+        try:
+            step = classifier.lineage(parent)
+        except (RepositoryError, VersionError):
+            yield from _older(classifier, head, parent)
+            return
+
+
+def _older(classifier: Classifier, head: Head, than: int) -> Iterator[dict[str, _Became]]:
+    """What became of the labels that ``head`` lacks, by equal rows, for each version older ``than`` one."""
+    for version in reversed([each for each in classifier.versions() if each < than]):
+        with contextlib.suppress(RepositoryError, VersionError):
+            before = classifier.head(version)
+            names = _same_rows(before, head)
+            yield {label: (names.get(label), False) for label in set(before.labels).difference(head.labels)}
+
+
+def _before(step: Lineage, became: Mapping[str, _Became]) -> dict[str, _Became]:
+    """What became of the labels that were there before a step, given what became of those after it.
+
+    Names that came with the step are still in it: for these the later version has decided.
+    """
+    return {
+        **became,
+        **dict.fromkeys(step.removed, _GONE),
+        **{label: (became.get(name, _GONE)[0], True) for label, name in merges(step)},
+        **{old: became.get(name, _GONE) for old, name in step.renamed},
+    }
 
 
 def _followed(steps: Sequence[Lineage], labels: Sequence[str], now_there: Sequence[str]) -> _Names:

@@ -180,6 +180,7 @@ def make_patch(
                 left_out=given.left_out,
                 weights=given.weights,
                 firsts=firsts,
+                merge=given.merged is not None,
                 evaluation=given.evaluation,
                 max_flips=settings.max_flips,
                 min_recall=settings.min_recall,

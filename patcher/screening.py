@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Known", "Repeat", "alike", "first_alike", "known_already", "repeats", "same_to_model", "unlike_any"]
 
+_SPELLING = re.compile("[\\s_\u200c\u200d-]")
+"""Characters in which two spellings of a label may differ; the last two before the dash are invisible joiners."""
 _SURE = 0.9
 _SAME_TEXT = 0.9
 _MOST_COMPARED = 500
@@ -77,7 +79,7 @@ def alike(new: Sequence[str], old: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of a new label and an earlier one that differ only in case, spaces, ``_``, ``-`` or Unicode form."""
     first: dict[str, str] = {}
     # Unicode-normalized: an accented letter may be one character or two, which look the same.
-    plain = (re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", label).casefold()) for label in (*old, *new))
+    plain = (_SPELLING.sub("", unicodedata.normalize("NFKC", label).casefold()) for label in (*old, *new))
     pairs = [(label, first.setdefault(words, label)) for label, words in zip((*old, *new), plain, strict=True)]
     return [(label, other) for label, other in pairs[len(old) :] if label != other]
 

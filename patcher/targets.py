@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patcher.errors import ExamplesError, LabelError
+from patcher.examples import label_parts
 from patcher.gate_words import twins
 from patcher.wording import listing, plural
 from patcher.words import plain_words
@@ -48,14 +49,14 @@ def _one_each(examples: Examples) -> tuple[tuple[str, ...], Ints]:
     """The labels in order of appearance, and the index of each text's label, INT64 ``[n]``."""
     written = examples.labelled()
     labels = _enough(Counter(written), examples)
+    place = {label: index for index, label in enumerate(labels)}
     for label in labels:
-        parts = label.split("|")
-        if len(parts) > 1 and all(part in labels for part in parts):
+        parts = label_parts(label)
+        if len(parts) > 1 and all(part in place for part in parts):
             raise LabelError(
                 f"{examples.source} has the label {label!r} and {listing(map(repr, parts))}, too; expected "
                 "`--multi-label` (multi_label=True) for texts with several labels, or a label without '|'"
             )
-    place = {label: index for index, label in enumerate(labels)}
     return labels, np.array([place[label] for label in written], np.int64)
 
 

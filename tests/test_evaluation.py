@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from patcher import diff, evaluate, merge_labels, read_examples, remove_label, rename_label
+from patcher import PatchSettings, add_label, diff, evaluate, merge_labels, read_examples, remove_label, rename_label
+from patcher.classifier import Classifier
 from patcher.cli import main
 from patcher.errors import LabelError
 from patcher.evaluation import evaluate_head
@@ -103,6 +104,53 @@ def test_a_removed_label_is_no_earlier_name(classifier, tmp_path):
     rename_label(classifier, "balance", "funds")
     remove_label(classifier, "funds")
     assert evaluate(classifier, file).unknown == ("balance",)
+
+
+@pytest.fixture
+def named_again(classifier, tmp_path):
+    """Texts with the label music: first a label that was renamed, then another one, which ``change`` changes."""
+
+    def make(change):
+        rename_label(classifier, "music", "songs")
+        add_label(classifier, "music", tiny.sentences("payday", 10), settings=PatchSettings(force=True))
+        change(classifier, "music")
+        rename_label(classifier, "alarm", "alarms")
+        texts = {label: tiny.sentences(label, 3, seed=9) for label in ("music", "alarm", "balance")}
+        return tiny.write_csv(tmp_path / "old.csv", texts)
+
+    return make
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_latest_version_with_a_label_tells_its_name_now(classifier, named_again, damaged):
+    file = named_again(lambda classifier, label: rename_label(classifier, label, "tunes"))
+    if damaged:  # the version that renamed it
+        (classifier.root / "intent_head" / "4" / "model.onnx").write_bytes(b"damaged")
+    assert evaluate(classifier, file).renamed == (("alarm", "alarms"), ("music", "tunes"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_label_that_was_removed_is_not_an_older_one_of_that_name(classifier, named_again, monkeypatch, damaged):
+    file = named_again(remove_label)
+    if damaged:
+        (classifier.root / "intent_head" / "4" / "model.onnx").write_bytes(b"damaged")
+    read, head = [], Classifier.head
+    monkeypatch.setattr(Classifier, "head", lambda self, version=None: read.append(version) or head(self, version))
+    found = evaluate(classifier, file)
+    assert (found.renamed, found.unknown) == ((("alarm", "alarms"),), ("music",))
+    assert read == ([None, 3] if damaged else [None])  # the other versions' rows are not needed
+    if not damaged:
+        assert diff(classifier, 4, 5, file).unknown == 3
+
+
+def test_a_label_that_was_merged_and_removed_is_unknown(classifier, tmp_path):
+    file = tiny.write_csv(tmp_path / "old.csv", {label: tiny.sentences(label, 3, seed=9) for label in tiny.OLD})
+    merge_labels(classifier, ["balance", "transfer"], "balance", force=True)
+    rename_label(classifier, "balance", "funds")
+    found = evaluate(classifier, file)
+    assert (found.renamed, found.merged) == ((("balance", "funds"),), (("transfer", "funds"),))
+    remove_label(classifier, "funds")
+    assert evaluate(classifier, file).unknown == ("balance", "transfer")
 
 
 def test_multi_label():

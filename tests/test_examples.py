@@ -268,6 +268,14 @@ def test_a_label_that_names_none_is_refused_for_several(tmp_path):
     assert examples.by_label() == {"x|y": ["a"], "|": ["b"]}
 
 
+@pytest.mark.parametrize("label", ["x\u200d|y", "x|\u200cy", "x\u200d|"])
+def test_each_of_several_labels_is_checked(tmp_path, label):
+    examples = read_examples(write(tmp_path, "a.csv", f"text,label\na,x\nb,{label}\nc,a\u200db|c\n"))
+    with pytest.raises(ExamplesError, match=r"a\.csv, line 3: the label '.*' has an unprintable character \(U\+200"):
+        examples.labels_of_each(several=True)
+    assert examples.part([0, 2]).labels_of_each(several=True) == [("x",), ("a\u200db", "c")]
+
+
 def test_a_null_label_in_parquet_is_refused(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"text": ["a", "b"], "label": ["x", None]}), tmp_path / "a.parquet")

@@ -17,6 +17,7 @@ from patcher.gate import judge
 from patcher.gate_words import advice
 from patcher.head import MULTI_LABEL, Head
 from patcher.memory import Memory
+from patcher.recall import Recall
 from patcher.screening import Known, first_alike, repeats
 from patcher.wording import percent
 
@@ -113,6 +114,14 @@ def test_texts_that_old_labels_cover_are_shown():
     assert advice(flips, {}, known[1:2], (), {"new": 9}, exclusive=True) == (
         "1 example of 'new' already belongs to the old label 'l2' ('c'): is it the same label?",
     )
+
+
+@pytest.mark.parametrize("covered, confused", [(4, True), (5, False)])
+def test_a_label_that_may_be_its_rival_is_not_called_confused(covered, confused):
+    known = [Known("new", f"text {number}", "old") for number in range(covered)]
+    recall = {"new": Recall(2, 10, 0.2, 0.1, "old")}
+    said = advice(Flips(source="eval"), recall, known, (), {"new": 10}, exclusive=True)
+    assert any("'new' is confused with 'old'" in line for line in said) == confused
 
 
 @pytest.mark.parametrize("covered,asked", [(10, True), (9, True), (5, False)])

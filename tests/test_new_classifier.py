@@ -105,6 +105,27 @@ def test_of_several_labels_each_is_among_those_to_fit(rows):
     assert not targets[fitted].all(axis=0).any()
 
 
+def test_of_few_texts_with_several_labels_each_is_among_those_to_fit():
+    """Without a second look, a fifth of such sets would lack texts with a label, or without one, to fit."""
+    rng, checked = np.random.default_rng(0), 0
+    while checked < 200:
+        targets = rng.random((rng.integers(4, 14), rng.integers(2, 6))) < rng.choice([0.2, 0.5, 0.8])
+        if not targets.any(axis=1).all() or min(targets.sum(axis=0).min(), (~targets).sum(axis=0).min()) < 2:
+            continue
+        fitted, _ = hold_out_several(targets)
+        assert targets[fitted].any(axis=0).all()
+        assert not targets[fitted].all(axis=0).any()
+        checked += 1
+
+
+def test_a_text_of_several_labels_is_held_out_for_the_rarest():
+    targets = np.zeros((400, 11), np.bool_)
+    targets[:, 0] = np.arange(400) < 390
+    targets[np.arange(40), np.repeat(np.arange(1, 11), 4)] = True
+    _, apart = hold_out_several(targets[:390])
+    assert targets[apart, 1:].sum(axis=0).tolist() == [1] * 10
+
+
 def test_the_fit_is_the_one_that_there_is():
     """Compare with scipy's solution of the same convex problem, which is formulated here independently."""
     from scipy.optimize import minimize
@@ -210,6 +231,9 @@ def test_a_label_that_nothing_is_answered_instead_of_is_told(classifier):
     (weak,) = [each for each in report.weak if each.label == "a"]
     assert weak.instead is None or weak.instead in "bc"
     assert report.to_json()["method"] == "sigmoid"
+    again = Examples((*texts, texts[0]), (*labels, "a|b|c"), "noise")  # with other labels, but the same text
+    more = new_classifier(classifier.repository, "noise", again, settings=settings)
+    assert (more.examples, more.repeated) == (report.examples, report.repeated + 1)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +273,10 @@ def labels_of_several():
     return Examples(tuple("abcdef"), ("x|y", "x|y", "x", "x", "y", "y"), "file.csv")
 
 
+def labels_with_spaces():
+    return Examples(tuple("abcdef"), ("x | y", "x | y", "x", "x", "y", "y"), "file.csv")
+
+
 def one_text():
     return Examples(("a", "b", "c"), ("x", "x", "y"), "file.csv")
 
@@ -262,6 +290,7 @@ def one_text():
         ("x_any", None, examples, InputError, "belong to its parts"),
         ("topics", None, one_label, LabelError, r"one label only \('x'\)"),
         ("topics", None, labels_of_several, LabelError, r"has the label 'x\|y' and 'x', 'y', too; .*--multi-label"),
+        ("topics", None, labels_with_spaces, LabelError, r"has the label 'x \| y' and 'x', 'y', too"),
         ("topics", None, one_text, ExamplesError, r"a single text of 1 of its 2 labels \('y'\)"),
         ("topics", None, lambda: Examples(("a", " "), ("x", "y"), "f"), ExamplesError, "f, text 2: the text is empty"),
         ("topics", None, lambda: Examples(("a", "b"), None, "f"), ExamplesError, "f has no label column"),
@@ -272,6 +301,11 @@ def test_what_cannot_be_made_is_refused_before_any_work(classifier, tree, name, 
     with pytest.raises(kind, match=message):
         new_classifier(classifier.repository, name, texts(), backbone=backbone)
     assert tree(classifier.root) == before
+
+
+def test_a_label_may_have_a_bar_beside_one_of_its_parts():
+    names, targets = targets_of(Examples(tuple("abcd"), ("x|y", "x|y", "x", "x"), "file.csv"), several=False)
+    assert (names, targets.tolist()) == (("x|y", "x"), [0, 0, 1, 1])
 
 
 def test_the_labels_of_each_text_are_its_targets():

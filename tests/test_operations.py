@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import urllib.request
 from pathlib import Path
 from unittest import mock
@@ -66,7 +67,7 @@ from patcher.memory import Memory
 from patcher.metrics import Targets, _probes
 from patcher.names import check_name
 from patcher.recovery import changing, recover
-from patcher.relabelling import merge_labels, merged, remove_label, rename_label
+from patcher.relabelling import _theirs, merge_labels, merged, remove_label, rename_label
 from patcher.remembering import remember
 from patcher.serve import cache_options
 from patcher.serving import with_response_cache
@@ -983,6 +984,37 @@ def test_a_merge_in_a_multi_label_head_takes_texts_that_were_filed_under_another
     assert given[~theirs].mean() < 0.01
 
 
+def test_a_merge_in_a_multi_label_head_takes_each_text_once_and_little_memory():
+    labels, width = [f"l{i}" for i in range(2000)], 64
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2000, width)).astype(np.float32)
+    head = Head.from_linear(labels, rows, np.full(2000, -40, np.float32), width, "x", problem=MULTI_LABEL)
+    twice = rows[0] + rows[1]  # a text with both labels, filed under each of them; the second has more texts
+    features = np.concatenate([rows, rows, [twice, twice], rows[:1] + rows[5], np.repeat(-rows[1:2], 30, axis=0)])
+    ids = np.concatenate([np.arange(2000), np.arange(2000), [0, 1, 5], np.full(30, 1)])
+    memory = Memory.build(features, ids, labels, width, per_label=4)
+    tracemalloc.start()
+    examples, weights = _theirs(head, memory, ["l0", "l1"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6  # all logits take 32 MB
+    assert len(np.unique(examples, axis=0)) == len(examples) == len(weights)
+    assert (np.abs(examples - features[-31]).max(axis=1) < 0.01).any()  # filed under a third label
+
+
+def test_a_merge_in_a_multi_label_head_does_not_ask_about_other_labels_of_its_texts():
+    eye = np.eye(4, dtype=np.float32)
+    features = np.repeat(eye, 20, axis=0) + np.float32(0.1) * np.random.default_rng(0).standard_normal(
+        (80, 4), np.float32
+    )
+    features[:40] += eye[2]  # all texts of the two labels have the third one, too
+    ids = np.repeat(np.arange(4), 20)
+    head = Head.from_linear(list("abcd"), 16 * eye, np.full(4, -8, np.float32), 4, "x", problem=MULTI_LABEL)
+    verdict = merged(head, Memory.build(features, ids, list("abcd"), 4), ["a", "b"], "ab", PatchSettings()).verdict
+    assert verdict.known == ()
+    assert not any("is it the same label?" in line for line in verdict.advice)
+
+
 def test_a_merge_that_is_refused_or_cannot_be_fitted_is_told_as_a_patch_is(classifier, tree, monkeypatch):
     before = tree(classifier.root)
     with monkeypatch.context() as strict:
@@ -1040,7 +1072,12 @@ def test_a_merge_into_one_of_the_labels_and_a_name_that_comes_again(classifier):
 
 @pytest.mark.parametrize(
     "old, name, other",
-    [("music", "Alarm", "alarm"), ("music", "cafe\u0301", "caf\xe9"), ("music", "Music", None)],
+    [
+        ("music", "Alarm", "alarm"),
+        ("music", "cafe\u0301", "caf\xe9"),
+        ("music", "al\u200darm", "alarm"),
+        ("music", "Music", None),
+    ],
 )
 def test_a_new_name_that_is_nearly_that_of_another_label_is_told(classifier, capsys, old, name, other):
     rename_label(classifier, "balance", "caf\xe9")
