@@ -1004,11 +1004,10 @@ def test_a_merge_in_a_multi_label_head_takes_each_text_once_and_little_memory():
 
 def test_a_merge_in_a_multi_label_head_does_not_ask_about_other_labels_of_its_texts():
     eye = np.eye(4, dtype=np.float32)
-    features = np.repeat(eye, 20, axis=0) + np.float32(0.1) * np.random.default_rng(0).standard_normal(
-        (80, 4), np.float32
-    )
-    features[:40] += eye[2]  # all texts of the two labels have the third one, too
     ids = np.repeat(np.arange(4), 20)
+    features = eye[ids] + np.float32(0.1) * np.random.default_rng(0).standard_normal((80, 4), np.float32)
+    features[:40] += eye[2]  # all texts of the two labels have the third one, too
+    features[40:60] += eye[np.arange(20) % 2]  # and the other way round
     head = Head.from_linear(list("abcd"), 16 * eye, np.full(4, -8, np.float32), 4, "x", problem=MULTI_LABEL)
     verdict = merged(head, Memory.build(features, ids, list("abcd"), 4), ["a", "b"], "ab", PatchSettings()).verdict
     assert verdict.known == ()
