@@ -45,6 +45,7 @@ __all__ = [
     "held_in_stores",
     "let_go",
     "on_trial",
+    "overtaken",
     "probe",
     "probe_text",
     "require_answer",

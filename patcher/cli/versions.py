@@ -13,7 +13,6 @@ from patcher.cli.options import CommonOptions, common_options, eval_option, no_l
 from patcher.cli.output import changed_answers, shortened, table
 from patcher.cli.values import VERSION, WholeNumber
 from patcher.errors import InputError, NotServed, PatcherError, ServerError
-from patcher.lineage import merges
 from patcher.wording import count_and_some, listing, plural
 
 if TYPE_CHECKING:
@@ -170,6 +169,8 @@ def prune_command(keep: int, dry_run: bool, options: CommonOptions) -> None:
 
 def _old_names(classifier: Classifier) -> dict[int, list[str]]:
     """The labels that each version renamed, or merged into others; a damaged version tells of none."""
+    from patcher.lineage import merges
+
     names = {}
     for version in classifier.versions():
         with contextlib.suppress(PatcherError):
