@@ -10,6 +10,7 @@ from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import SHARE, CommonOptions, common_options, eval_option, no_load_option
 from patcher.cli.output import changed_answers, table
+from patcher.cli.switching import tell_switch
 from patcher.cli.values import VERSION
 from patcher.errors import PatcherError
 
@@ -82,20 +83,7 @@ def canary_command(
 def _promote(classifier: Classifier, server: TritonServer | None, options: CommonOptions) -> None:
     from patcher import canary
 
-    switch = canary.promote(classifier, server)
-    audit.note(version=switch.version, previous=switch.previous)
-    options.warn(*switch.warnings)
-    options.emit(
-        {
-            "classifier": classifier.name,
-            "version": switch.version,
-            "previous": switch.previous,
-            "served": switch.served,
-        }
-    )
-    if not options.json:
-        state = "now serves" if switch.served else "is pinned (no server was asked to load it)"
-        options.say(f"version {switch.version} of {classifier.name} {state}; previously version {switch.previous}")
+    tell_switch(classifier.name, canary.promote(classifier, server), options)
 
 
 def _discard(classifier: Classifier, server: TritonServer | None, options: CommonOptions) -> None:

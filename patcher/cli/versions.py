@@ -11,6 +11,7 @@ from patcher import audit
 from patcher.cli.completion import complete_version
 from patcher.cli.options import CommonOptions, common_options, eval_option, no_load_option, version_option
 from patcher.cli.output import changed_answers, shortened, table
+from patcher.cli.switching import tell_switch
 from patcher.cli.values import VERSION, WholeNumber
 from patcher.errors import InputError, NotServed, PatcherError, ServerError
 from patcher.wording import count_and_some, listing, plural
@@ -124,19 +125,7 @@ def rollback_command(to: int | None, no_load: bool, options: CommonOptions) -> N
     classifier = options.classifier
     with options.server_unless(no_load) as server:
         switch = rollback(classifier, to, server)
-    audit.note(version=switch.version, previous=switch.previous)
-    options.warn(*switch.warnings)
-    options.emit(
-        {
-            "classifier": classifier.name,
-            "version": switch.version,
-            "previous": switch.previous,
-            "served": switch.served,
-        }
-    )
-    if not options.json:
-        state = "now serves" if switch.served else "is pinned (no server was asked to load it)"
-        options.say(f"version {switch.version} of {classifier.name} {state}; previously version {switch.previous}")
+    tell_switch(classifier.name, switch, options)
 
 
 @click.command("prune")
